@@ -1,0 +1,297 @@
+"""MobileVLM V2 (arXiv 2402.03766): CLIP tower, LDPNetV2 projector and LLaMA, in the published checkpoint's layout.
+
+Written for transformers 5, matched to the original code's outputs by `tests/test_mobilevlm.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
+)
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+from pipeline.models.merge import IMAGE_TOKEN_INDEX, MergedInputs, merge_vision_tokens
+from pipeline.models.vision import LDPNetV2, VisionTower
+from pipeline.shapes import expect_shape
+
+TOWER_PREFIX = "model.vision_tower."
+
+# Public geometry of the towers that published configs name without describing them.
+KNOWN_TOWERS: dict[str, dict[str, Any]] = {
+    "openai/clip-vit-large-patch14-336": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+    },
+}
+
+
+class MobileVLMConfig(LlamaConfig):
+    """A flat LLaMA config plus the `mm_*` fields of the published files and two optional ones.
+
+    `vision_config` is the tower's geometry (absent: that of the tower which `mm_vision_tower` names);
+    `mm_projector_grid` is the side of the vision-token grid (absent: 12, hence 144 vision tokens).
+    """
+
+    model_type = "mobilevlm"
+    sub_configs = {"vision_config": CLIPVisionConfig}
+
+    vision_config: dict | CLIPVisionConfig | None = None
+    mm_vision_tower: str | None = "openai/clip-vit-large-patch14-336"
+    vision_tower_type: str = "clip"
+    mm_hidden_size: int | None = None
+    mm_projector_type: str = "ldpnetv2"
+    mm_projector_grid: int = 12
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: str = "patch"
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = False
+    image_aspect_ratio: str | None = "pad"
+
+    def __post_init__(self, **kwargs):
+        if self.mm_projector_type != "ldpnetv2":
+            raise ValueError(
+                f"mm_projector_type: only 'ldpnetv2' (MobileVLM V2) is supported, found {self.mm_projector_type!r}"
+            )
+        self.vision_config = _resolve_vision_config(self.vision_config, self.mm_vision_tower)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_vision_tokens(self) -> int:
+        """N: how many vision tokens stand for one image."""
+        return self.mm_projector_grid**2
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers writes it, plus the old names of the rotary fields that the original code reads."""
+        fields = super().to_dict()
+        if isinstance(self.vision_config, CLIPVisionConfig):
+            fields["mm_hidden_size"] = self.vision_config.hidden_size
+        rope = self.rope_parameters or {}
+        fields["rope_theta"] = rope.get("rope_theta", 10000.0)
+        fields["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else dict(rope)
+        return fields
+
+
+def _resolve_vision_config(given: dict | CLIPVisionConfig | None, tower: str | None) -> CLIPVisionConfig:
+    """The tower's geometry: as given, else a local CLIP folder's, else that of a tower known by name."""
+    if isinstance(given, CLIPVisionConfig):
+        return given
+    if given is None and tower and (config_file := Path(tower) / "config.json").is_file():
+        given = json.loads(config_file.read_text())
+        given = given.get("vision_config", given)
+    if given is None:
+        given = KNOWN_TOWERS.get(tower or "")
+    if given is None:
+        raise ValueError(
+            f"the config describes no vision tower: mm_vision_tower is {tower!r}, known names are "
+            f"{sorted(KNOWN_TOWERS)}; add the tower's geometry as `vision_config`"
+        )
+    return CLIPVisionConfig(
+        **{k: v for k, v in given.items() if k not in ("model_type", "transformers_version")}
+    )
+
+
+class MobileVLMPreTrainedModel(LlamaPreTrainedModel):
+    """What both classes below share: the config class, and weights and buffers of the tower when it is new."""
+
+    config_class = MobileVLMConfig
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CLIPVisionEmbeddings):
+            init.normal_(module.class_embedding, std=module.embed_dim**-0.5)
+            init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
+
+
+class MobileVLMModel(MobileVLMPreTrainedModel, LlamaModel):
+    """The LLaMA body, with the tower and the projector beside it under the checkpoint's names."""
+
+    def __init__(self, config: MobileVLMConfig):
+        super().__init__(config)
+        vision = config.vision_config = _resolve_vision_config(config.vision_config, config.mm_vision_tower)
+        vision._attn_implementation = vision._attn_implementation or "sdpa"
+        self.vision_tower = VisionTower(
+            vision, select_layer=config.mm_vision_select_layer, select_feature=config.mm_vision_select_feature
+        )
+        self.mm_projector = LDPNetV2(
+            vision.hidden_size, config.hidden_size, grid_size=config.mm_projector_grid
+        )
+        self.post_init()
+
+
+class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
+    """MobileVLM V2 with a language-model head. Token id -200 in `input_ids` stands for one image."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]
+    # Buffers that older transformers releases wrote into checkpoints; they are recomputed here.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"embeddings\.position_ids"]
+
+    def __init__(self, config: MobileVLMConfig):
+        super().__init__(config)
+        self.model = MobileVLMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model.vision_tower.requires_grad_(False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a checkpoint folder or hub id, sharded or not, `.bin` or safetensors.
+
+        The tower comes from the checkpoint; where the checkpoint has none, from `mm_vision_tower`.
+        Raises `ValueError` naming the tensors if any other tensor is missing: nothing stays random.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        missing = set(info["missing_keys"])
+        tower_keys = {key for key in model.state_dict() if key.startswith(TOWER_PREFIX)}
+        if tower_keys <= missing:
+            _load_tower(model)
+            missing -= tower_keys
+        if missing:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: the checkpoint lacks {len(missing)} tensors of the model, "
+                f"first {min(missing)!r}; use a complete MobileVLM V2 checkpoint"
+            )
+        return (model, info) if want_info else model
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write the published layout; `architectures` keeps the original code's class name."""
+        super().save_pretrained(save_directory, **kwargs)
+        config_file = Path(save_directory) / "config.json"
+        if config_file.is_file():
+            fields = json.loads(config_file.read_text()) | {"architectures": ["MobileLlamaForCausalLM"]}
+            config_file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+    def patch_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features of the frozen tower's selected layer, before the projector: 'I C Y X' -> 'I M W'."""
+        return self.model.vision_tower(pixel_values)
+
+    def encode_images(
+        self, pixel_values: torch.Tensor | None = None, *, patch_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Vision tokens, the language model's input for each image: 'I C Y X' (or 'I M W') -> 'I N D'."""
+        if patch_features is None:
+            patch_features = self.patch_features(pixel_values)
+        projector_dtype = self.model.mm_projector.mlp.mlp[0].weight.dtype
+        return self.model.mm_projector(patch_features.to(projector_dtype))
+
+    def merge_inputs(
+        self,
+        input_ids: torch.Tensor,
+        image_features: torch.Tensor | None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> MergedInputs:
+        """Embed 'B S' token ids and put the vision tokens 'I N D' at their placeholders."""
+        expect_shape("input_ids", input_ids, "B S")
+        text_ids = input_ids.masked_fill(input_ids == IMAGE_TOKEN_INDEX, 0)
+        return merge_vision_tokens(
+            input_ids,
+            self.model.embed_tokens(text_ids),
+            image_features,
+            attention_mask=attention_mask,
+            labels=labels,
+            num_vision_tokens=self.config.num_vision_tokens,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        *,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits 'B S V' over the merged sequence and, with `labels`, the mean cross entropy per valid token.
+
+        `pixel_values` 'I C Y X' holds all images of the batch in order, one for each -200 in `input_ids`.
+        `inputs_embeds` and `past_key_values` serve `generate`, which merges before the first step.
+        """
+        if inputs_embeds is None and past_key_values is None:
+            features = None if pixel_values is None else self.encode_images(pixel_values)
+            merged = self.merge_inputs(input_ids, features, attention_mask=attention_mask, labels=labels)
+            inputs_embeds, attention_mask = merged.inputs_embeds, merged.attention_mask.long()
+            labels, input_ids = (None if labels is None else merged.labels), None
+        if labels is not None:
+            kwargs.setdefault("use_cache", False)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),
+        )
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids=None, *, pixel_values=None, patch_features=None, attention_mask=None, **kwargs
+    ):
+        """Greedy or sampled continuation with a KV cache: new token ids only, 'B S'.
+
+        Prompts of different lengths may be padded on either side; the merged batch is padded on the left.
+        """
+        has_image = pixel_values is not None or patch_features is not None
+        features = self.encode_images(pixel_values, patch_features=patch_features) if has_image else None
+        merged = self.merge_inputs(input_ids, features, attention_mask=attention_mask)
+        embeds, mask = _pad_on_the_left(merged.inputs_embeds, merged.attention_mask)
+        return super().generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
+
+
+def _pad_on_the_left(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move padding before the sequence, keeping order: generation continues from the last column."""
+    longest = int(mask.sum(dim=1).max())
+    order = torch.argsort(mask.long(), dim=1, stable=True)[:, -longest:]
+    return embeds.gather(1, order[:, :, None].expand(-1, -1, embeds.shape[-1])), mask.gather(1, order)
+
+
+def _load_tower(model: MobileVLMForCausalLM) -> None:
+    """Fill the tower from the CLIP checkpoint that the config names (local folder or hub id)."""
+    name = model.config.mm_vision_tower
+    clip = CLIPVisionModel.from_pretrained(name, dtype=model.dtype)
+    weights = {key.removeprefix("vision_model."): value for key, value in clip.state_dict().items()}
+    model.model.vision_tower.vision_tower.vision_model.load_state_dict(weights)
+
+
+AutoConfig.register("mobilevlm", MobileVLMConfig)
+AutoModelForCausalLM.register(MobileVLMConfig, MobileVLMForCausalLM)

@@ -1,0 +1,52 @@
+"""The axis legend, and the check that a tensor has the axes its name promises.
+
+    A  batch of answer positions (all samples of a batch together)
+    B  samples of a batch
+    C  colour channels
+    D  width of the language model (hidden size)
+    H  attention heads
+    I  images of a batch, in order
+    K  top-k entries of a distribution
+    L  layers
+    M  patches of an image, as the vision tower makes them
+    N  vision tokens of an image (144 in MobileVLM V2); `J` vision tokens of a whole sample (images x N)
+    P  answer positions of a sample
+    R  rows of a ragged array, all samples of a part together
+    S  positions of a sequence
+    T  text-query rows: unpadded text positions after the first vision token
+    V  vocabulary
+    W  width of the vision tower
+    X  pixels across
+    Y  pixels down
+
+One letter has one meaning; two letters with equal sizes need not be the same axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+
+class ShapeError(ValueError):
+    """A tensor does not have the axes that its border promises."""
+
+
+def expect_shape(name: str, tensor: torch.Tensor, axes: str, sizes: Mapping[str, int] | None = None) -> None:
+    """Check a tensor's axes at a border of the program.
+
+    `axes` are legend letters or literal sizes ("B S", "I 3 Y X"); `sizes` fixes some letters.
+    A letter that occurs twice must have the same size twice. Raises `ShapeError`.
+    """
+    expected = axes.split()
+    known = dict(sizes or {})
+    agrees = tensor.ndim == len(expected)
+    if agrees:
+        for axis, size in zip(expected, tensor.shape, strict=True):
+            agrees &= size == (int(axis) if axis.isdigit() else known.setdefault(axis, size))
+    if not agrees:
+        fixed = ", ".join(f"{axis}={size}" for axis, size in (sizes or {}).items())
+        raise ShapeError(
+            f"{name}: expected axes '{axes}'{f' with {fixed}' if fixed else ''}, found shape {tuple(tensor.shape)}"
+        )

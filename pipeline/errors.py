@@ -19,7 +19,7 @@ class PackError(PipelineError):
     """Annotations cannot be packed into shards."""
 
 
-class BadSample(PipelineError):
+class BadSample(PipelineError):  # noqa: N818 - it names the thing that is rejected
     """One sample cannot be used. It is listed with its reason and counted; the run goes on.
 
     `kind` is a fixed phrase to count by ("missing image file"), `detail` what was found in this sample.

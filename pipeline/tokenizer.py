@@ -1,0 +1,138 @@
+"""The original's tokenizer (slow LlamaTokenizer, legacy behaviour) on today's fast backend.
+
+transformers 5 reads `tokenizer.model` too, but its conversion swallows a leading space and orders merges by
+id instead of by score, which changes the ids of ordinary text. So the sentencepiece file is converted here,
+and what comes out is compared with sentencepiece itself before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from blake3 import blake3
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from pipeline.errors import ConfigError
+
+FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+SPACE = "\u2581"  # sentencepiece writes a space so
+PROBES = (
+    "A chat between a curious user and an artificial intelligence assistant.",
+    " grabbed  two   spaces ",
+    "\nWhat colour is it?\tWhy 1,200.50?",
+    "Gr\u00f6\u00dfe \u4fa1\u683c\u306f \U0001f642 \ufb01 \uff11",
+    "ASSISTANT: ",
+)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint (local folder or hub id), as MobileVLM was trained with.
+
+    Adds BOS and no EOS, pads on the right with <unk>, starts every text between special tokens with a space.
+    `tokenizer.model` is preferred over `tokenizer.json`, as in the original. Raises `ConfigError` otherwise.
+    """
+    folder = _folder(path)
+    if (folder / "tokenizer.model").is_file():
+        tokenizer = _from_sentencepiece(folder / "tokenizer.model")
+    elif (folder / "tokenizer.json").is_file():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    else:
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise ConfigError(
+            f"No tokenizer in {path}: it needs tokenizer.model or tokenizer.json, found {found}; "
+            "name a folder that holds one."
+        )
+    if complaint := _unlike_llama(tokenizer):
+        raise ConfigError(
+            f"The tokenizer of {path} {complaint}, so prompts and labels would differ from MobileVLM's; "
+            "use the checkpoint's own tokenizer.model."
+        )
+    tokenizer.padding_side = "right"
+    tokenizer.pad_token = tokenizer.unk_token
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """blake3 of what the tokenizer does: its vocabulary, its special ids, and its ids for fixed texts."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id]
+    probes = [tokenizer(text).input_ids for text in (*PROBES, "Yes.</s>USER: No.")]
+    return blake3(json.dumps([vocabulary, special, probes]).encode()).hexdigest()
+
+
+def _folder(path: str | Path) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(FILES)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"No tokenizer at {path}: it is no local folder, and the hub answered {type(error).__name__}; "
+            "check the path, or the name and the network."
+        ) from error
+
+
+def _from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+    from tokenizers.models import BPE
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    try:
+        model = SentencePieceProcessor(model_file=str(file))
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"{file} is not a sentencepiece model ({error}); copy it again.") from error
+    pieces = [model.id_to_piece(number) for number in range(len(model))]
+    ids = {piece: number for number, piece in enumerate(pieces)}
+    reserved = {
+        n for n in range(len(model)) if model.is_control(n) or model.is_unknown(n) or model.is_byte(n)
+    }
+    merged = {piece: number for piece, number in ids.items() if number not in reserved}
+    if model.bos_id() < 0 or model.eos_id() < 0 or model.unk_id() < 0:
+        raise ConfigError(
+            f"{file} lacks <s>, </s> or <unk>; a LLaMA tokenizer has all three: use the checkpoint's."
+        )
+    bos, eos, unknown = (pieces[n] for n in (model.bos_id(), model.eos_id(), model.unk_id()))
+    # By score: sentencepiece merges the best piece first, and id order is not always score order.
+    merges = generate_merges(merged, {piece: model.get_score(number) for piece, number in merged.items()})
+    backend = Tokenizer(BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (unknown, bos, eos)])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, ids[bos])]
+    )
+    for text in PROBES:
+        if backend.encode(text, add_special_tokens=False).ids != model.encode(text):
+            raise ConfigError(
+                f"{file} is not a LLaMA-like sentencepiece model (BPE with byte fallback, no normalisation): "
+                f"it reads {text!r} in another way; use the checkpoint's own file."
+            )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token=unknown)
+
+
+def _unlike_llama(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What the tokenizer does otherwise than the label masking of `v1` relies on, or None."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text).input_ids
+
+    special = {"<s>": tokenizer.bos_token_id, "</s>": tokenizer.eos_token_id, "<unk>": tokenizer.unk_token_id}
+    if missing := [name for name, number in special.items() if number is None]:
+        return f"has no {' and no '.join(missing)} token"
+    if ids("Yes")[:1] != [tokenizer.bos_token_id] or ids("Yes")[-1] == tokenizer.eos_token_id:
+        return "does not begin texts with <s>, or ends them with </s>"
+    eos = tokenizer.eos_token
+    if ids(f"Yes.{eos}USER: No.") != [*ids("Yes."), tokenizer.eos_token_id, *ids("USER: No.")[1:]]:
+        return "reads text after </s> in another way than at the start (legacy=False)"
+    if ids(" Yes") == ids("Yes"):
+        return "drops a leading space"
+    if ids("ASSISTANT: ")[:-1] != ids("ASSISTANT:"):
+        return "does not make one token of a trailing space"
+    return None

@@ -48,5 +48,6 @@ def expect_shape(name: str, tensor: torch.Tensor, axes: str, sizes: Mapping[str,
     if not agrees:
         fixed = ", ".join(f"{axis}={size}" for axis, size in (sizes or {}).items())
         raise ShapeError(
-            f"{name}: expected axes '{axes}'{f' with {fixed}' if fixed else ''}, found shape {tuple(tensor.shape)}"
+            f"{name}: expected axes '{axes}'{f' with {fixed}' if fixed else ''}, "
+            f"found shape {tuple(tensor.shape)}"
         )

@@ -1,4 +1,4 @@
-"""MobileVLM V2 (arXiv 2402.03766): CLIP tower, LDPNetV2 projector and LLaMA, in the published checkpoint's layout.
+"""MobileVLM V2 (arXiv 2402.03766): CLIP tower, LDPNetV2 projector and LLaMA, in the published layout.
 
 Written for transformers 5, matched to the original code's outputs by `tests/test_mobilevlm.py`.
 """
@@ -70,7 +70,8 @@ class MobileVLMConfig(LlamaConfig):
     def __post_init__(self, **kwargs):
         if self.mm_projector_type != "ldpnetv2":
             raise ValueError(
-                f"mm_projector_type: only 'ldpnetv2' (MobileVLM V2) is supported, found {self.mm_projector_type!r}"
+                "mm_projector_type: only 'ldpnetv2' (MobileVLM V2) is supported, "
+                f"found {self.mm_projector_type!r}"
             )
         self.vision_config = _resolve_vision_config(self.vision_config, self.mm_vision_tower)
         super().__post_init__(**kwargs)
@@ -111,7 +112,7 @@ def _resolve_vision_config(given: dict | CLIPVisionConfig | None, tower: str | N
 
 
 class MobileVLMPreTrainedModel(LlamaPreTrainedModel):
-    """What both classes below share: the config class, and weights and buffers of the tower when it is new."""
+    """What both classes below share: the config class, and how a new tower is initialised."""
 
     config_class = MobileVLMConfig
 

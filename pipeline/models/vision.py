@@ -14,7 +14,7 @@ from pipeline.shapes import expect_shape
 
 
 class CLIPVisionLayers(nn.Module):
-    """The tensors of a CLIP vision model under the names of its checkpoints (`embeddings`, `pre_layrnorm`, ...).
+    """The tensors of a CLIP vision model under the names of its checkpoints (`pre_layrnorm`, ...).
 
     Not `CLIPVisionModel` itself: transformers 5 dropped the `vision_model.` prefix there and renames keys on
     load, whereas this checkpoint holds them nested inside another model.

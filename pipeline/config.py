@@ -1,0 +1,250 @@
+"""One YAML drives both stages: its fields, its defaults, `key=value` overrides and errors that say what was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, create_model, field_validator, model_validator
+
+from pipeline.errors import ConfigError
+from pipeline.losses import LOSSES
+from pipeline.settings import Section
+from pipeline.targets import TARGETS
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class TeacherConfig(Section):
+    """The model whose knowledge is cached: a checkpoint folder or a hub id, in MobileVLM V2's layout."""
+
+    model: str
+    dtype: DType = "auto"
+    device: str = "auto"
+    batch_size: int = Field(default=8, ge=1)
+
+
+class StudentConfig(Section):
+    """The model to be trained: where its first weights and its tokenizer come from."""
+
+    model: str
+    dtype: DType = "float32"
+    gradient_checkpointing: bool = False
+
+
+class DataConfig(Section):
+    """WebDataset shards (brace pattern, glob, folder, or a list of them) and how samples become tokens."""
+
+    shards: str | list[str]
+    template: Literal["plain", "v1"] = "v1"
+    max_length: int = Field(default=2048, ge=1)
+    max_image_pixels: int = Field(default=64_000_000, ge=1)
+    on_bad_sample: Literal["reject", "fail"] = "reject"
+
+
+class TargetsConfig(
+    create_model(
+        "Targets",
+        __base__=Section,
+        **{name: (target.settings | None, None) for name, target in TARGETS.items()},
+    )
+):
+    """What is kept of the teacher. A target left out (null) is not captured."""
+
+
+class CacheConfig(Section):
+    """Where the store is, and what a training step must find in it."""
+
+    path: str
+    min_coverage: float = Field(default=1.0, ge=0, le=1)
+
+
+class LossesConfig(
+    create_model(
+        "Losses",
+        __base__=Section,
+        **{
+            name: (loss.settings | None, loss.settings() if name == "supervised" else None)
+            for name, loss in LOSSES.items()
+        },
+    )
+):
+    """How the student is held to labels and teacher. A loss left out (null) is not computed."""
+
+    def active(self) -> dict[str, Any]:
+        """The settings of the losses that are computed, by name."""
+        return {name: getattr(self, name) for name in LOSSES if getattr(self, name)}
+
+
+class EvaluateConfig(Section):
+    """Held-out conversations, answered greedily and compared word for word."""
+
+    shards: str | list[str]
+    max_new_tokens: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+
+
+class Config(Section):
+    """An experiment: both stages and the evaluation. `train` takes TrainingArguments by their own names."""
+
+    output_dir: str
+    teacher: TeacherConfig
+    student: StudentConfig
+    data: DataConfig
+    cache: CacheConfig
+    targets: TargetsConfig = TargetsConfig()
+    losses: LossesConfig = LossesConfig()
+    train: dict[str, Any] = {}
+    evaluate: EvaluateConfig | None = None
+    baseline: bool = False
+
+    @field_validator("train")
+    @classmethod
+    def _known_training_arguments(cls, train: dict[str, Any]) -> dict[str, Any]:
+        from dataclasses import fields
+
+        from transformers import TrainingArguments
+
+        known = {field.name for field in fields(TrainingArguments) if field.init}
+        for name in train:
+            if name in OURS:
+                raise ValueError(f"train.{name}: {OURS[name]}")
+            if name not in known:
+                raise ValueError(
+                    f"train.{name}: TrainingArguments has no {name!r}{_did_you_mean(name, known)}"
+                )
+        return train
+
+    @model_validator(mode="after")
+    def _losses_find_their_targets(self) -> Config:
+        for name, loss in self.losses.active().items():
+            for target in LOSSES[name].targets:
+                if getattr(self.targets, target) is None:
+                    raise ValueError(
+                        f"losses.{name} needs the target {target!r}, which the config does not capture; "
+                        f"add `targets.{target}: {{}}` or remove the loss"
+                    )
+            if hasattr(loss, "teacher_layers"):
+                self._check_layers(name, loss.teacher_layers())
+        self._check_head_mixing()
+        return self
+
+    def _check_layers(self, name: str, asked: list[int]) -> None:
+        captured = self.targets.attention.layers
+        for layer in asked:
+            if layer not in captured:
+                raise ValueError(
+                    f"losses.{name} reads the teacher's layer {layer}, but targets.attention.layers is "
+                    f"{captured}; add the layer there"
+                )
+
+    def _check_head_mixing(self) -> None:
+        loss = self.losses.attention
+        if loss and loss.heads == "mix" and self.targets.attention.heads != "each":
+            raise ValueError(
+                "losses.attention.heads: mix needs every teacher head; set targets.attention.heads: each"
+            )
+
+
+# TrainingArguments that the config sets elsewhere, or that transformers 5 renamed, with what to write instead.
+OURS: dict[str, str] = {
+    "output_dir": "set the config's own `output_dir`; the student is written below it",
+    "remove_unused_columns": "it must be false for the join, and is",
+    "gradient_checkpointing": "set `student.gradient_checkpointing`",
+    "warmup_ratio": "transformers 5 takes `warmup_steps`; a value below 1 is a share of all steps",
+    "evaluation_strategy": "transformers 5 calls it `eval_strategy`",
+    "group_by_length": "transformers 5 calls it `train_sampling_strategy: group_by_length`",
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config, apply `key.sub=value` overrides (values are YAML), and check all of it.
+
+    Raises `ConfigError` with one sentence for each problem.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"config {file}: no such file; give --config a YAML file such as configs/demo.yaml")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {file}: not readable as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {file}: expected a mapping of sections, found {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(_sentence(detail) for detail in error.errors())
+        raise ConfigError(f"config {file}:\n{problems}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key of the nested mapping, in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key=value, such as train.learning_rate=1e-3")
+    *sections, last = key.split(".")
+    place = values
+    for section in sections:
+        if place.get(section) is None:
+            place[section] = {}
+        place = place[section]
+        if not isinstance(place, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+    try:
+        place[last] = parse_value(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not readable as YAML: {error}") from error
+
+
+def parse_value(text: str) -> Any:
+    """A YAML value; and 1e-3 is a number, as people mean it, although YAML 1.1 reads a string."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _sentence(detail: Mapping[str, Any]) -> str:
+    """One problem as one line: the key, what is wrong, and the known name that was perhaps meant."""
+    where = [str(part) for part in detail["loc"]]
+    key = ".".join(where)
+    if detail["type"] == "extra_forbidden":
+        known = _known_fields(where[:-1])
+        return f"  {key}: unknown key{_did_you_mean(where[-1], known)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "missing":
+        return f"  {key}: missing; the config must set it"
+    shown = "" if detail["type"] == "value_error" else f", found {detail['input']!r}"
+    return f"  {key + ': ' if key and not message.startswith(key + '.') else ''}{message}{shown}"
+
+
+def _known_fields(where: Sequence[str]) -> list[str]:
+    """Field names of the section at a path, through optional sections."""
+    section: type[BaseModel] = Config
+    for part in where:
+        annotation = section.model_fields[part].annotation
+        choices = getattr(annotation, "__args__", (annotation,))
+        section = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)
+
+
+def _did_you_mean(name: str, known: Sequence[str] | set[str]) -> str:
+    """The nearest known name as a question, else all known names if they are few."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(sorted(known))}" if len(known) <= 20 else ""
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that loads back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,28 @@
+"""The trained heads between teacher and student: in the optimizer and in checkpoints, dropped at export."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class HeadMixer(nn.Module):
+    """Trained convex mixtures of teacher heads, one for each student head: a mixture stays a distribution."""
+
+    def __init__(self, num_pairs: int, num_teacher_heads: int, num_student_heads: int):
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros(num_pairs, num_student_heads, num_teacher_heads))
+
+    def forward(self, attention: Tensor, pair: int) -> Tensor:
+        """'B H T J' of the teacher's heads -> 'B H T J' of the student's, for one pair of layers."""
+        return torch.einsum("sh,bhtj->bstj", self.scores[pair].softmax(dim=-1), attention)
+
+
+class VisionMap(nn.Linear):
+    """The trained linear map of the teacher's vision features; the identity to begin with at equal widths."""
+
+    def __init__(self, teacher_width: int, student_width: int):
+        super().__init__(teacher_width, student_width)
+        if teacher_width == student_width:
+            nn.init.eye_(self.weight)
+        nn.init.zeros_(self.bias)

@@ -1,0 +1,100 @@
+"""Single tensors of a checkpoint, read without loading the rest: safetensors or `.bin`, sharded or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from safetensors import safe_open
+
+from pipeline.errors import ConfigError
+
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def checkpoint_folder(name: str) -> Path:
+    """A local folder as it is, a hub id as its downloaded snapshot. Raises `ConfigError` with the remedy."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"model {name!r}: no such local folder, and the hub answered {type(error).__name__}; "
+            "check the path, or the name and the network"
+        ) from error
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder by name; `.bin` files are mapped, so only the pages used are read."""
+
+    def __init__(self, name: str):
+        self.folder = checkpoint_folder(name)
+        self._files = self._locate()
+
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of the names asked for, file by file. Raises `ConfigError` if one is missing."""
+        wanted: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self._files:
+                raise ConfigError(
+                    f"{self.folder}: the checkpoint has no tensor {name!r}; use a complete MobileVLM V2 checkpoint"
+                )
+            wanted.setdefault(self._files[name], []).append(name)
+        for file, inside in wanted.items():
+            yield from _read(file, inside)
+
+    def digest(self, names: Iterable[str]) -> str:
+        """blake3 over name, dtype, shape and bytes of tensors: equal for `.bin` and safetensors of one model."""
+        parts = {name: _tensor_digest(tensor) for name, tensor in self.tensors(names)}
+        return blake3("".join(f"{name} {parts[name]}\n" for name in sorted(parts)).encode()).hexdigest()
+
+    def _locate(self) -> dict[str, Path]:
+        for index in INDEX:
+            if (file := self.folder / index).is_file():
+                weight_map = json.loads(file.read_text())["weight_map"]
+                return {name: self.folder / Path(part).name for name, part in weight_map.items()}
+        for single in SINGLE:
+            if (file := self.folder / single).is_file():
+                return dict.fromkeys(_names_in(file), file)
+        raise ConfigError(
+            f"{self.folder}: no weights; expected one of {', '.join(SINGLE + INDEX)}; "
+            "name a folder that holds a MobileVLM V2 checkpoint"
+        )
+
+
+def _names_in(file: Path) -> list[str]:
+    if file.suffix == ".bin":
+        return list(_mapped(file))
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def _read(file: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    if file.suffix == ".bin":
+        mapped = _mapped(file)
+        yield from ((name, mapped[name]) for name in names)
+        return
+    with safe_open(file, framework="pt") as tensors:
+        yield from ((name, tensors.get_tensor(name)) for name in names)
+
+
+def _mapped(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _tensor_digest(tensor: torch.Tensor) -> str:
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    header = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} "
+    return blake3(header.encode()).update(memoryview(content)).hexdigest()

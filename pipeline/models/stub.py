@@ -1,0 +1,183 @@
+"""The teacher, cut to what the targets need: whole for logits, else a stub that loads a few percent of it.
+
+Attention of layer n needs the embeddings, layers 0 to n-1, and norm, q and k of layer n; projected vision
+features need the tower up to the selected layer and the projector. Nothing else of a stub is ever read from disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.merge import IGNORE_INDEX, MergedInputs
+from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMConfig, MobileVLMForCausalLM
+from pipeline.models.tap import record_layer_inputs, text_to_vision_attention
+from pipeline.targets import TeacherFacts, TeacherForward, deepest_layer
+
+TAPPED = ("input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight")
+TOWER_LAYER = re.compile(r"model\.vision_tower\..*\.encoder\.layers\.(\d+)\.")
+DECODER_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
+
+
+@dataclass
+class Teacher:
+    """A loaded teacher, whole or stub, and what it was asked for. `tensors` names all that it uses."""
+
+    model: MobileVLMForCausalLM
+    facts: TeacherFacts
+    targets: Mapping[str, Any]
+    tensors: tuple[str, ...]
+    digest: str
+    is_stub: bool
+
+    @property
+    def attention_layers(self) -> Sequence[int]:
+        attention = self.targets.get("attention")
+        return attention.layers if attention else ()
+
+    @torch.inference_mode()
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Projected vision features: 'I C Y X' -> 'I N D'."""
+        return self.model.encode_images(pixel_values.to(self.model.device))
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        vision: torch.Tensor | None,
+    ) -> TeacherForward:
+        """One batch: ids, mask and labels 'B S', vision tokens 'I N D' of its images in order."""
+        device = self.model.device
+        merged = self.model.merge_inputs(
+            input_ids.to(device),
+            None if vision is None else vision.to(device),
+            attention_mask=attention_mask.to(device),
+            labels=labels.to(device),
+        )
+        with record_layer_inputs(self.model.model.layers, self._hooked_layers()) as inputs:
+            last = self._run(merged)
+        if self.is_stub and self.attention_layers:
+            inputs[self.attention_layers[-1]] = last
+        return self._forward_results(merged, inputs, last)
+
+    def _hooked_layers(self) -> list[int]:
+        """Layers whose input a hook records; a stub's deepest layer never runs, its input is the output."""
+        return [layer for layer in self.attention_layers if layer < self.model.config.num_hidden_layers]
+
+    def _run(self, merged: MergedInputs) -> torch.Tensor:
+        """Hidden states 'B S D' after the layers that are there (a stub has no final norm)."""
+        return self.model.model(
+            inputs_embeds=merged.inputs_embeds, attention_mask=merged.attention_mask.long(), use_cache=False
+        ).last_hidden_state
+
+    def _forward_results(
+        self, merged, inputs: Mapping[int, torch.Tensor], last: torch.Tensor
+    ) -> TeacherForward:
+        positions = torch.arange(last.shape[1], device=last.device)[None]
+        position_embeddings = self.model.model.rotary_emb(last, positions)
+        attention = {
+            layer: text_to_vision_attention(
+                self.model.model.layers[layer],
+                inputs[layer],
+                position_embeddings=position_embeddings,
+                attention_mask=merged.attention_mask,
+                slots=merged.slots,
+            )
+            for layer in self.attention_layers
+        }
+        predicts = merged.labels[:, 1:] != IGNORE_INDEX
+        answer_logits = None if self.is_stub else self.model.lm_head(last[:, :-1][predicts])
+        return TeacherForward(
+            slots=merged.slots,
+            attention=attention,
+            answer_logits=answer_logits,
+            num_answers=predicts.sum(dim=1).tolist(),
+            num_vision_tokens=self.facts.num_vision_tokens,
+        )
+
+
+def teacher_facts(name: str, config: MobileVLMConfig) -> TeacherFacts:
+    """What stage 2 needs to know, from the teacher's config."""
+    return TeacherFacts(
+        name=name,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        hidden_size=config.hidden_size,
+        num_vision_tokens=config.num_vision_tokens,
+        vocab_size=config.vocab_size,
+    )
+
+
+def load_teacher(
+    name: str, *, targets: Mapping[str, Any], dtype: torch.dtype, device: torch.device
+) -> Teacher:
+    """Load the tensors that the targets need, and no others, in evaluation mode.
+
+    `digest` is of exactly these tensors as the checkpoint holds them, so a stub and the whole model of one
+    checkpoint have different digests, and a `.bin` and a safetensors copy the same.
+    """
+    checkpoint = Checkpoint(name)
+    config = MobileVLMConfig.from_pretrained(checkpoint.folder)
+    facts = teacher_facts(name, config)
+    deepest = deepest_layer(targets)
+    needed = needed_tensors(checkpoint.names(), config, deepest=deepest)
+    with torch.device("meta"):
+        model = MobileVLMForCausalLM(config)
+    # What is not needed stays on the meta device: a mistake in the list above fails loudly, it cannot go unseen.
+    weights = {key: tensor.to(dtype=dtype, device=device) for key, tensor in checkpoint.tensors(needed)}
+    model.load_state_dict(weights, strict=False, assign=True)
+    _materialise_buffers(model, device)
+    if deepest is not None:
+        _cut(model, deepest)
+    return Teacher(
+        model=model.eval().requires_grad_(False),
+        facts=facts,
+        targets=targets,
+        tensors=tuple(sorted(needed)),
+        digest=checkpoint.digest(needed),
+        is_stub=deepest is not None,
+    )
+
+
+def needed_tensors(names: Sequence[str], config: MobileVLMConfig, *, deepest: int | None) -> list[str]:
+    """Of a checkpoint's tensors, those that a teacher asked for layers up to `deepest` reads (None: all)."""
+    tower_layers = range(config.vision_config.num_hidden_layers + 1)[config.mm_vision_select_layer]
+    return [name for name in names if _is_needed(name, tower_layers, deepest)]
+
+
+def _is_needed(name: str, tower_layers: int, deepest: int | None) -> bool:
+    if name.startswith(TOWER_PREFIX):
+        layer = TOWER_LAYER.match(name)
+        after_selected = layer is not None and int(layer[1]) >= tower_layers
+        return not (after_selected or "post_layernorm" in name or "position_ids" in name)
+    if "rotary_emb" in name:
+        return False
+    if deepest is None or name.startswith("model.mm_projector."):
+        return True
+    if name == "model.embed_tokens.weight":
+        return deepest >= 0
+    layer = DECODER_LAYER.match(name)
+    return layer is not None and (
+        int(layer[1]) < deepest or (int(layer[1]) == deepest and layer[2] in TAPPED)
+    )
+
+
+def _cut(model: MobileVLMForCausalLM, deepest: int) -> None:
+    """Run only the layers below the deepest one asked for; its input is then what the model returns."""
+    model.model.config.num_hidden_layers = max(deepest, 0)
+    model.model.norm = nn.Identity()
+
+
+def _materialise_buffers(model: nn.Module, device: torch.device) -> None:
+    """Non-persistent buffers (rotary frequencies, tower positions) are in no checkpoint: compute them."""
+    embeddings = model.model.vision_tower.vision_tower.vision_model.embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config, device=device)

@@ -1,0 +1,223 @@
+"""TARGETS: what is kept of a teacher. A row says which arrays a target fills, from what, and how they come back.
+
+Stage 1 calls `arrays` once and `capture` on every batch; stage 2 calls `collate` on what the store returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from cache import ArraySpec
+from pipeline.losses import SMALLEST_LOG_PROBABILITY
+from pipeline.models.merge import Slots
+from pipeline.settings import Section
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What stage 2 must know of a teacher whose weights it never opens; the manifest carries it."""
+
+    name: str
+    num_layers: int
+    num_heads: int
+    hidden_size: int
+    num_vision_tokens: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class TeacherForward:
+    """What one batch through the teacher leaves, as far as the targets asked for it.
+
+    `attention` layer -> float32 'B H T J'; `answer_logits` 'A V', all samples in order; `num_answers` P of
+    every sample; `slots`; `num_vision_tokens` N of an image.
+    """
+
+    slots: Slots
+    attention: Mapping[int, Tensor]
+    answer_logits: Tensor | None
+    num_answers: Sequence[int]
+    num_vision_tokens: int
+
+
+class AttentionTarget(Section):
+    """Text-to-vision attention of the teacher's layers: `heads: each`, or their `mean`."""
+
+    layers: list[int] = Field(default=[0], min_length=1)
+    heads: Literal["each", "mean"] = "mean"
+    codec: Literal["sqrt_uint8", "float16", "float32"] = "sqrt_uint8"
+
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, layers: list[int]) -> list[int]:
+        if layers != sorted(set(layers)) or layers[0] < 0:
+            raise ValueError(f"layers must ascend from 0 on, without repeats; found {layers}")
+        return layers
+
+
+def _attention_arrays(settings: AttentionTarget, facts: TeacherFacts) -> list[ArraySpec]:
+    if settings.layers[-1] >= facts.num_layers:
+        raise ValueError(
+            f"targets.attention.layers asks for layer {settings.layers[-1]}, "
+            f"but the teacher has layers 0 to {facts.num_layers - 1}"
+        )
+    heads = 1 if settings.heads == "mean" else facts.num_heads
+    return [
+        ArraySpec(_layer_name(layer), "R H N", (heads, facts.num_vision_tokens), "sample", settings.codec, {})
+        for layer in settings.layers
+    ]
+
+
+def _layer_name(layer: int) -> str:
+    return f"attention/layer_{layer}"
+
+
+def _capture_attention(settings: AttentionTarget, forward: TeacherForward) -> list[Arrays]:
+    """Per sample and layer float32 'R H N', R = images x text rows, image after image."""
+    rows, columns = ((slots >= 0).sum(dim=1).tolist() for slots in (forward.slots.text, forward.slots.vision))
+    samples: list[Arrays] = [{} for _ in rows]
+    for layer in settings.layers:
+        attention = forward.attention[layer]
+        if settings.heads == "mean":
+            attention = attention.mean(dim=1, keepdim=True)
+        num_vision_tokens = forward.num_vision_tokens
+        for sample, block, num_rows, num_columns in zip(samples, attention, rows, columns, strict=True):
+            by_image = block[:, :num_rows, :num_columns].unflatten(2, (-1, num_vision_tokens))
+            ordered = by_image.permute(2, 1, 0, 3).flatten(0, 1)
+            sample[_layer_name(layer)] = ordered.float().cpu().numpy()
+    return samples
+
+
+def _collate_attention(settings: AttentionTarget, samples: Sequence[Arrays]) -> dict[str, Any]:
+    """Layer -> float32 'B H T J', padded with zeros; `num_images` of each sample orders its columns."""
+    return {
+        "attention": {
+            layer: _pad_blocks([_by_row(s[_layer_name(layer)], int(s["num_images"])) for s in samples])
+            for layer in settings.layers
+        }
+    }
+
+
+def _by_row(stored: np.ndarray, num_images: int) -> Tensor:
+    """Stored 'R H N' of one sample -> 'H T J'."""
+    _, num_heads, num_vision_tokens = stored.shape
+    if num_images == 0:
+        return torch.zeros(num_heads, 0, 0)
+    by_image = torch.from_numpy(stored).view(num_images, -1, num_heads, num_vision_tokens)
+    return by_image.permute(2, 1, 0, 3).flatten(2)
+
+
+def _pad_blocks(blocks: Sequence[Tensor]) -> Tensor:
+    """'H T J' of each sample -> 'B H T J', zeros where a sample has fewer rows or columns."""
+    rows, columns = (max(block.shape[axis] for block in blocks) for axis in (1, 2))
+    padded = torch.zeros(len(blocks), blocks[0].shape[0], rows, columns)
+    for index, block in enumerate(blocks):
+        padded[index, :, : block.shape[1], : block.shape[2]] = block
+    return padded
+
+
+class VisionTarget(Section):
+    """Projected vision features, once for each distinct image of a shard; `step` belongs to `fixed_point`."""
+
+    codec: Literal["fixed_point", "float16", "float32"] = "fixed_point"
+    step: float = Field(default=2**-7, gt=0)
+
+
+def _vision_arrays(settings: VisionTarget, facts: TeacherFacts) -> list[ArraySpec]:
+    options = {"step": settings.step} if settings.codec == "fixed_point" else {}
+    # Channel-major: neighbouring tokens of one channel are alike, neighbouring channels of one token are not.
+    shape = (facts.hidden_size, facts.num_vision_tokens)
+    return [ArraySpec("vision", "I D N", shape, "image", settings.codec, options)]
+
+
+def vision_array(features: Tensor) -> Arrays:
+    """One image's projected features 'N D' as the store keeps them: float32 '1 D N'."""
+    return {"vision": features.T[None].float().cpu().numpy()}
+
+
+def _collate_vision(settings: VisionTarget, samples: Sequence[Arrays]) -> dict[str, Any]:
+    """float32 'I N D', all images of the batch in order."""
+    images = np.concatenate([sample["vision"] for sample in samples])
+    return {"vision": torch.from_numpy(images).transpose(1, 2).contiguous()}
+
+
+class LogitsTarget(Section):
+    """The teacher's `top_k` log probabilities at answer positions, and the mass of the rest."""
+
+    top_k: int = Field(default=32, ge=1)
+
+
+def _logits_arrays(settings: LogitsTarget, facts: TeacherFacts) -> list[ArraySpec]:
+    top_k = min(settings.top_k, facts.vocab_size)
+    id_type = "uint16" if facts.vocab_size <= 2**16 else "int32"
+    return [
+        ArraySpec("logits/ids", "P K", (top_k,), "sample", "integer", {"dtype": id_type}),
+        ArraySpec("logits/log_probs", "P K", (top_k,), "sample", "float16", {}),
+        ArraySpec("logits/tail", "P", (), "sample", "float16", {}),
+    ]
+
+
+def _capture_logits(settings: LogitsTarget, forward: TeacherForward) -> list[Arrays]:
+    """Per sample: ids 'P K', log probabilities 'P K' (descending) and the log of the remaining mass 'P'."""
+    assert forward.answer_logits is not None
+    top_k = min(settings.top_k, forward.answer_logits.shape[1])
+    log_probs = forward.answer_logits.float().log_softmax(dim=-1)
+    top, ids = log_probs.topk(top_k, dim=-1)
+    tail = log_probs.scatter(1, ids, float("-inf")).logsumexp(dim=-1)
+    kept = {
+        "logits/ids": ids,
+        # A probability below e^-30 is no information; -inf would only make the store's checks fail.
+        "logits/log_probs": top.clamp(min=SMALLEST_LOG_PROBABILITY),
+        "logits/tail": tail.clamp(min=SMALLEST_LOG_PROBABILITY),
+    }
+    parts = {name: values.cpu().split(list(forward.num_answers)) for name, values in kept.items()}
+    return [{name: parts[name][i].numpy() for name in kept} for i in range(len(forward.num_answers))]
+
+
+def _collate_logits(settings: LogitsTarget, samples: Sequence[Arrays]) -> dict[str, Any]:
+    ids, log_probs, tail = (
+        torch.from_numpy(np.concatenate([sample[name] for sample in samples]))
+        for name in ("logits/ids", "logits/log_probs", "logits/tail")
+    )
+    return {"top_ids": ids.long(), "top_log_probs": log_probs, "tail_log_prob": tail}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row of TARGETS.
+
+    `arrays`   what the store will hold, from settings and facts of the teacher
+    `capture`  per-sample arrays of a batch; None for arrays that belong to images (see `vision_array`)
+    `collate`  fields of `TeacherTargets` from what the store returned for each sample of a batch
+    `deepest`  the deepest decoder layer whose input it reads (-1: none); None if it needs the whole model
+    """
+
+    settings: type[Section]
+    arrays: Callable[[Any, TeacherFacts], list[ArraySpec]]
+    capture: Callable[[Any, TeacherForward], list[Arrays]] | None
+    collate: Callable[[Any, Sequence[Arrays]], dict[str, Any]]
+    deepest: Callable[[Any], int | None]
+
+
+TARGETS: dict[str, Target] = {
+    "attention": Target(
+        AttentionTarget, _attention_arrays, _capture_attention, _collate_attention, lambda s: s.layers[-1]
+    ),
+    "vision": Target(VisionTarget, _vision_arrays, None, _collate_vision, lambda s: -1),
+    "logits": Target(LogitsTarget, _logits_arrays, _capture_logits, _collate_logits, lambda s: None),
+}
+
+
+def deepest_layer(targets: Mapping[str, Any]) -> int | None:
+    """The deepest decoder layer that the targets read; -1 if none, None if one needs the whole model."""
+    depths = [TARGETS[name].deepest(settings) for name, settings in targets.items()]
+    return None if None in depths else max(depths, default=-1)  # pyright: ignore[reportArgumentType]

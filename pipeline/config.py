@@ -28,11 +28,18 @@ class TeacherConfig(Section):
 
 
 class StudentConfig(Section):
-    """The model to be trained: where its first weights and its tokenizer come from."""
+    """The model to be trained: where its first weights and its tokenizer come from.
+
+    Learning rates of the projector and of the trained heads default to `train.learning_rate`. With a frozen
+    tower, `patch_feature_cache_bytes` of memory keep its output for each distinct image.
+    """
 
     model: str
     dtype: DType = "float32"
     gradient_checkpointing: bool = False
+    projector_learning_rate: float | None = Field(default=None, gt=0)
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    patch_feature_cache_bytes: int = Field(default=0, ge=0)
 
 
 class DataConfig(Section):
@@ -42,6 +49,7 @@ class DataConfig(Section):
     template: Literal["plain", "v1"] = "v1"
     max_length: int = Field(default=2048, ge=1)
     max_image_pixels: int = Field(default=64_000_000, ge=1)
+    image_aspect_ratio: Literal["pad", "square"] = "pad"
     on_bad_sample: Literal["reject", "fail"] = "reject"
 
 
@@ -54,12 +62,15 @@ class TargetsConfig(
 ):
     """What is kept of the teacher. A target left out (null) is not captured."""
 
+    def active(self) -> dict[str, Any]:
+        """The settings of the targets that are captured, by name."""
+        return {name: getattr(self, name) for name in TARGETS if getattr(self, name)}
+
 
 class CacheConfig(Section):
-    """Where the store is, and what a training step must find in it."""
+    """Where the store is."""
 
     path: str
-    min_coverage: float = Field(default=1.0, ge=0, le=1)
 
 
 class LossesConfig(

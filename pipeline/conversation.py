@@ -112,6 +112,8 @@ def _template(name: str) -> Template:
 
 def _turns(conversations: Any) -> list[Turn]:
     """The turns, checked, without a leading gpt turn: the original drops it too, for it answers nothing."""
+    if conversations is None:
+        raise BadSample("no conversations")
     if not isinstance(conversations, list | tuple):
         raise BadSample("conversations is not a list", type(conversations).__name__)
     for number, turn in enumerate(conversations, start=1):

@@ -19,6 +19,10 @@ class PackError(PipelineError):
     """Annotations cannot be packed into shards."""
 
 
+class JoinError(PipelineError):
+    """A sample and what the store holds for it do not belong together."""
+
+
 class BadSample(PipelineError):  # noqa: N818 - it names the thing that is rejected
     """One sample cannot be used. It is listed with its reason and counted; the run goes on.
 

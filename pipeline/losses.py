@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.merge import Slots
+from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots
 from pipeline.settings import Section
 
 # Probabilities below this count as this; teacher and student alike, so that equal stays equal.
@@ -231,22 +231,64 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def answers_in(batch: Mapping[str, Tensor]) -> int:
+    """Answer positions of a batch of ids and labels 'B S', before any forward."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def text_rows_in(batch: Mapping[str, Tensor]) -> int:
+    """Text-query rows: unpadded text tokens after the first image of their sample."""
+    is_image = batch["input_ids"] == IMAGE_TOKEN_INDEX
+    after_image = is_image.long().cumsum(dim=1) > 0
+    return int((after_image & ~is_image & batch["attention_mask"].bool()).sum())
+
+
+def images_in(batch: Mapping[str, Tensor]) -> int:
+    """Images of a batch."""
+    return int((batch["input_ids"] == IMAGE_TOKEN_INDEX).sum())
+
+
 @dataclass(frozen=True)
 class Loss:
-    """A row of LOSSES: the function, its settings, the targets it reads, the kind of trained head it shares."""
+    """A row of LOSSES: the function, its settings, the targets it reads, the kind of trained head it shares.
+
+    `count` is what `compute` will count in a batch, from ids and labels alone: the trainer needs it for all
+    batches of an optimizer step before the first backward.
+    """
 
     compute: Callable[[StudentOutputs, TeacherTargets, Head, Any], Result]
     settings: type[Section]
+    count: Callable[[Any, Mapping[str, Tensor]], int]
     targets: tuple[str, ...] = ()
     head: Literal["head_mixer", "vision_map"] | None = None
 
 
 LOSSES: dict[str, Loss] = {
-    "supervised": Loss(supervised, SupervisedLoss),
-    "attention": Loss(attention, AttentionLoss, targets=("attention",), head="head_mixer"),
-    "vision_all": Loss(vision_all, VisionAllLoss, targets=("vision",), head="vision_map"),
-    "vision_focus": Loss(vision_focus, VisionFocusLoss, targets=("vision", "attention"), head="vision_map"),
-    "logits": Loss(logits, LogitsLoss, targets=("logits",)),
+    "supervised": Loss(supervised, SupervisedLoss, count=lambda settings, batch: answers_in(batch)),
+    "attention": Loss(
+        attention,
+        AttentionLoss,
+        count=lambda settings, batch: len(settings.layers) * text_rows_in(batch),
+        targets=("attention",),
+        head="head_mixer",
+    ),
+    "vision_all": Loss(
+        vision_all,
+        VisionAllLoss,
+        count=lambda settings, batch: images_in(batch),
+        targets=("vision",),
+        head="vision_map",
+    ),
+    "vision_focus": Loss(
+        vision_focus,
+        VisionFocusLoss,
+        count=lambda settings, batch: images_in(batch),
+        targets=("vision", "attention"),
+        head="vision_map",
+    ),
+    "logits": Loss(
+        logits, LogitsLoss, count=lambda settings, batch: answers_in(batch), targets=("logits",)
+    ),
 }
 
 

@@ -198,6 +198,7 @@ class Target:
     `arrays`   what the store will hold, from settings and facts of the teacher
     `capture`  per-sample arrays of a batch; None for arrays that belong to images (see `vision_array`)
     `collate`  fields of `TeacherTargets` from what the store returned for each sample of a batch
+    `rows`     how many rows of its first array a sample must bring, from images, text rows and answers, all 'B'
     `deepest`  the deepest decoder layer whose input it reads (-1: none); None if it needs the whole model
     """
 
@@ -205,15 +206,39 @@ class Target:
     arrays: Callable[[Any, TeacherFacts], list[ArraySpec]]
     capture: Callable[[Any, TeacherForward], list[Arrays]] | None
     collate: Callable[[Any, Sequence[Arrays]], dict[str, Any]]
+    rows: Callable[[Tensor, Tensor, Tensor], Tensor]
     deepest: Callable[[Any], int | None]
+    first_array: Callable[[Any], str]
 
 
 TARGETS: dict[str, Target] = {
     "attention": Target(
-        AttentionTarget, _attention_arrays, _capture_attention, _collate_attention, lambda s: s.layers[-1]
+        AttentionTarget,
+        arrays=_attention_arrays,
+        capture=_capture_attention,
+        collate=_collate_attention,
+        rows=lambda images, text, answers: images * text,
+        deepest=lambda settings: settings.layers[-1],
+        first_array=lambda settings: _layer_name(settings.layers[0]),
     ),
-    "vision": Target(VisionTarget, _vision_arrays, None, _collate_vision, lambda s: -1),
-    "logits": Target(LogitsTarget, _logits_arrays, _capture_logits, _collate_logits, lambda s: None),
+    "vision": Target(
+        VisionTarget,
+        arrays=_vision_arrays,
+        capture=None,
+        collate=_collate_vision,
+        rows=lambda images, text, answers: images,
+        deepest=lambda settings: -1,
+        first_array=lambda settings: "vision",
+    ),
+    "logits": Target(
+        LogitsTarget,
+        arrays=_logits_arrays,
+        capture=_capture_logits,
+        collate=_collate_logits,
+        rows=lambda images, text, answers: answers,
+        deepest=lambda settings: None,
+        first_array=lambda settings: "logits/ids",
+    ),
 }
 
 

@@ -25,20 +25,38 @@ TOWER_LAYER = re.compile(r"model\.vision_tower\..*\.encoder\.layers\.(\d+)\.")
 DECODER_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 
 
-@dataclass
-class Teacher:
-    """A loaded teacher, whole or stub, and what it was asked for. `tensors` names all that it uses."""
+@dataclass(frozen=True)
+class TeacherPlan:
+    """Which tensors of a checkpoint the targets need, before any is loaded.
 
-    model: MobileVLMForCausalLM
+    `deepest` is the deepest decoder layer read (-1: none; None: the whole model). `digest` is of exactly these
+    tensors as the checkpoint holds them: a stub and the whole model of one checkpoint have different digests,
+    a `.bin` and a safetensors copy the same.
+    """
+
+    checkpoint: Checkpoint
+    config: MobileVLMConfig
     facts: TeacherFacts
     targets: Mapping[str, Any]
+    deepest: int | None
     tensors: tuple[str, ...]
     digest: str
-    is_stub: bool
+
+    @property
+    def is_stub(self) -> bool:
+        return self.deepest is not None
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A loaded teacher, whole or stub."""
+
+    model: MobileVLMForCausalLM
+    plan: TeacherPlan
 
     @property
     def attention_layers(self) -> Sequence[int]:
-        attention = self.targets.get("attention")
+        attention = self.plan.targets.get("attention")
         return attention.layers if attention else ()
 
     @torch.inference_mode()
@@ -64,7 +82,7 @@ class Teacher:
         )
         with record_layer_inputs(self.model.model.layers, self._hooked_layers()) as inputs:
             last = self._run(merged)
-        if self.is_stub and self.attention_layers:
+        if self.plan.is_stub and self.attention_layers:
             inputs[self.attention_layers[-1]] = last
         return self._forward_results(merged, inputs, last)
 
@@ -94,13 +112,13 @@ class Teacher:
             for layer in self.attention_layers
         }
         predicts = merged.labels[:, 1:] != IGNORE_INDEX
-        answer_logits = None if self.is_stub else self.model.lm_head(last[:, :-1][predicts])
+        answer_logits = None if self.plan.is_stub else self.model.lm_head(last[:, :-1][predicts])
         return TeacherForward(
             slots=merged.slots,
             attention=attention,
             answer_logits=answer_logits,
             num_answers=predicts.sum(dim=1).tolist(),
-            num_vision_tokens=self.facts.num_vision_tokens,
+            num_vision_tokens=self.plan.facts.num_vision_tokens,
         )
 
 
@@ -116,41 +134,42 @@ def teacher_facts(name: str, config: MobileVLMConfig) -> TeacherFacts:
     )
 
 
-def load_teacher(
-    name: str, *, targets: Mapping[str, Any], dtype: torch.dtype, device: torch.device
-) -> Teacher:
-    """Load the tensors that the targets need, and no others, in evaluation mode.
-
-    `digest` is of exactly these tensors as the checkpoint holds them, so a stub and the whole model of one
-    checkpoint have different digests, and a `.bin` and a safetensors copy the same.
-    """
+def plan_teacher(name: str, *, targets: Mapping[str, Any]) -> TeacherPlan:
+    """Find and hash the tensors that the targets need, in a checkpoint folder or hub id."""
     checkpoint = Checkpoint(name)
     config = MobileVLMConfig.from_pretrained(checkpoint.folder)
-    facts = teacher_facts(name, config)
     deepest = deepest_layer(targets)
-    needed = needed_tensors(checkpoint.names(), config, deepest=deepest)
+    tensors = needed_tensors(checkpoint.names(), config, deepest=deepest)
+    return TeacherPlan(
+        checkpoint=checkpoint,
+        config=config,
+        facts=teacher_facts(name, config),
+        targets=targets,
+        deepest=deepest,
+        tensors=tuple(tensors),
+        digest=checkpoint.digest(tensors),
+    )
+
+
+def load_teacher(plan: TeacherPlan, *, dtype: torch.dtype, device: torch.device) -> Teacher:
+    """Load the planned tensors, and no others, in evaluation mode."""
     with torch.device("meta"):
-        model = MobileVLMForCausalLM(config)
-    # What is not needed stays on the meta device: a mistake in the list above fails loudly, it cannot go unseen.
-    weights = {key: tensor.to(dtype=dtype, device=device) for key, tensor in checkpoint.tensors(needed)}
+        model = MobileVLMForCausalLM(plan.config)
+    # What is not needed stays on the meta device: a mistake in the plan fails loudly, it cannot go unseen.
+    weights = {
+        name: tensor.to(dtype=dtype, device=device) for name, tensor in plan.checkpoint.tensors(plan.tensors)
+    }
     model.load_state_dict(weights, strict=False, assign=True)
     _materialise_buffers(model, device)
-    if deepest is not None:
-        _cut(model, deepest)
-    return Teacher(
-        model=model.eval().requires_grad_(False),
-        facts=facts,
-        targets=targets,
-        tensors=tuple(sorted(needed)),
-        digest=checkpoint.digest(needed),
-        is_stub=deepest is not None,
-    )
+    if plan.deepest is not None:
+        _cut(model, plan.deepest)
+    return Teacher(model.eval().requires_grad_(False), plan)
 
 
 def needed_tensors(names: Sequence[str], config: MobileVLMConfig, *, deepest: int | None) -> list[str]:
     """Of a checkpoint's tensors, those that a teacher asked for layers up to `deepest` reads (None: all)."""
     tower_layers = range(config.vision_config.num_hidden_layers + 1)[config.mm_vision_select_layer]
-    return [name for name in names if _is_needed(name, tower_layers, deepest)]
+    return [name for name in sorted(names) if _is_needed(name, tower_layers, deepest)]
 
 
 def _is_needed(name: str, tower_layers: int, deepest: int | None) -> bool:

@@ -1,0 +1,138 @@
+"""The join: a sample's image and text from its shard, its targets from the store, matched by key and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch.utils.data import Dataset
+
+from cache import SampleEntry, Store
+from pipeline.conversation import TokenizedSample
+from pipeline.errors import ConfigError, JoinError
+from pipeline.memory import TensorCache
+from pipeline.inputs import Preparation, pad_tokens
+from pipeline.shards import expand_shards, read_span
+from pipeline.targets import TARGETS, TeacherFacts
+
+PIXEL_CACHE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class JoinedSample:
+    """A training sample: tokens, pixels of its images (in order, by digest) and the stored target arrays."""
+
+    key: str
+    tokens: TokenizedSample
+    pixels: dict[str, torch.Tensor]
+    image_digests: tuple[str, ...]
+    arrays: dict[str, np.ndarray]
+
+
+class JoinedDataset(Dataset[JoinedSample]):
+    """Map-style: every sample that the store cached from the given shards, in the store's order.
+
+    The first time a sample is read, its text is tokenised and compared with the ids and labels that the teacher
+    saw, and its image bytes with their digest; later epochs trust that. Raises `JoinError` on any difference.
+    """
+
+    def __init__(self, store: Store, shards: str | Sequence[str], preparation: Preparation, *, targets: Mapping[str, Any]):
+        self.store = store
+        self.preparation = preparation
+        self.targets = targets
+        self.shards = {Path(shard).name.removesuffix(".tar"): shard for shard in expand_shards(shards)}
+        if missing := sorted(self.shards.keys() - set(store.parts)):
+            raise ConfigError(
+                f"{store.path} has no finished part for {len(missing)} of {len(self.shards)} shards, "
+                f"first {missing[0]!r}; run `alignkd teacher-cache` with this config"
+            )
+        self.rows = [(part, entry) for part in sorted(self.shards) for entry in store.entries(part)]
+        if not self.rows:
+            raise ConfigError(f"{store.path} holds no sample of data.shards; see its rejects with `alignkd info`")
+        facts = teacher_facts(store)
+        self.names = [spec.name for name, t in targets.items() for spec in TARGETS[name].arrays(t, facts)]
+        self.verified: set[str] = set()
+        self.pixels = TensorCache(PIXEL_CACHE_BYTES)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> JoinedSample:
+        part, entry = self.rows[index]
+        arrays = self.store.read(entry.key, ["input_ids", "labels", *self.names])
+        tokens = TokenizedSample(tuple(arrays.pop("input_ids").tolist()), tuple(arrays.pop("labels").tolist()))
+        if entry.key not in self.verified:
+            self._compare_tokens(part, entry, tokens)
+            self.verified.add(entry.key)
+        arrays["num_images"] = np.array(len(entry.images))
+        pixels = {digest: self._pixels(part, entry, n) for n, digest in enumerate(entry.images)}
+        return JoinedSample(entry.key, tokens, pixels, entry.images, arrays)
+
+    def _compare_tokens(self, part: str, entry: SampleEntry, stored: TokenizedSample) -> None:
+        conversations = json.loads(read_span(self.shards[part], entry.json_span))["conversations"]
+        mine = self.preparation.tokenize(conversations)
+        for what, theirs, ours in (
+            ("token ids", stored.input_ids, mine.input_ids),
+            ("labels", stored.labels, mine.labels),
+        ):
+            if theirs != ours:
+                raise JoinError(
+                    f"sample {entry.key!r} of {self.shards[part]}: its {what} are not those that the teacher saw "
+                    f"({_first_difference(theirs, ours)}); the shard changed after it was cached: restore it, or "
+                    "cache it again into a new store"
+                )
+
+    def _pixels(self, part: str, entry: SampleEntry, number: int) -> torch.Tensor:
+        digest = entry.images[number]
+        if (known := self.pixels.get(digest)) is not None:
+            return known
+        data = read_span(self.shards[part], entry.image_spans[number])
+        if (found := blake3(data).hexdigest()) != digest:
+            raise JoinError(
+                f"sample {entry.key!r} of {self.shards[part]}: image {entry.image_spans[number].file!r} has digest "
+                f"{found[:16]}, the teacher saw {digest[:16]}; the shard changed after it was cached: restore it, or "
+                "cache it again into a new store"
+            )
+        return self.pixels.put(digest, self.preparation.preprocess(data))
+
+
+def teacher_facts(store: Store) -> TeacherFacts:
+    """The facts of the teacher whose knowledge the store holds."""
+    known = {field.name for field in fields(TeacherFacts)}
+    return TeacherFacts(**{name: value for name, value in store.manifest.teacher.items() if name in known})
+
+
+def _first_difference(theirs: Sequence[int], ours: Sequence[int]) -> str:
+    for position, (a, b) in enumerate(zip(theirs, ours, strict=False)):
+        if a != b:
+            return f"at position {position}: store {a}, mine {b}"
+    return f"store has {len(theirs)}, mine {len(ours)}"
+
+
+@dataclass(frozen=True)
+class JoinCollator:
+    """Joined samples -> the batch that `Distiller.forward` takes."""
+
+    targets: Mapping[str, Any]
+
+    def __call__(self, samples: Sequence[JoinedSample]) -> dict[str, Any]:
+        """`input_ids`, `attention_mask`, `labels` 'B S'; `pixel_values` 'I C Y X' or None; `image_digests`;
+        `targets` fields of `TeacherTargets`; `received` target -> rows that each sample brought, int64 'B'.
+        """
+        pixels = [sample.pixels[digest] for sample in samples for digest in sample.image_digests]
+        batch: dict[str, Any] = pad_tokens([sample.tokens for sample in samples])
+        batch["pixel_values"] = torch.stack(pixels) if pixels else None
+        batch["image_digests"] = [digest for sample in samples for digest in sample.image_digests]
+        batch["targets"], batch["received"] = {}, {}
+        for name, settings in self.targets.items():
+            arrays = [sample.arrays for sample in samples]
+            batch["targets"] |= TARGETS[name].collate(settings, arrays)
+            first = TARGETS[name].first_array(settings)
+            batch["received"][name] = torch.tensor([len(sample[first]) for sample in arrays])
+        return batch

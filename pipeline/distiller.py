@@ -1,0 +1,138 @@
+"""The Distiller: the student and its trained heads as one module, whose forward returns every loss term."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError, JoinError
+from pipeline.heads import HeadMixer, VisionMap
+from pipeline.losses import LOSSES, StudentOutputs, TeacherTargets
+from pipeline.memory import TensorCache
+from pipeline.models.merge import IGNORE_INDEX, MergedInputs
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.tap import record_layer_inputs, text_to_vision_attention
+from pipeline.shapes import expect_shape
+from pipeline.targets import TARGETS, TeacherFacts
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Loss term -> (float32 sum, count) of a batch, and the share of its samples that received every target."""
+
+    terms: dict[str, tuple[Tensor, Tensor]]
+    coverage: Tensor
+
+
+class Distiller(nn.Module):
+    """A student held to labels and teacher. Heads are parameters of this module, never of the student."""
+
+    def __init__(
+        self,
+        student: MobileVLMForCausalLM,
+        losses: Mapping[str, Any],
+        *,
+        facts: TeacherFacts | None,
+        patch_feature_cache_bytes: int = 0,
+    ):
+        super().__init__()
+        self.student = student
+        self.losses = dict(losses)
+        self.heads = build_heads(self.losses, student, facts)
+        self.patch_features = TensorCache(patch_feature_cache_bytes)
+
+    def forward(self, batch: Mapping[str, Any]) -> Terms:
+        """One batch of `JoinCollator`. Raises `JoinError` if a sample did not receive a target it must have."""
+        outputs, coverage = self._student_outputs(batch)
+        teacher = TeacherTargets(**batch["targets"])
+        for layer, attention in teacher.attention.items():
+            rows, columns = outputs.slots.text.shape[1], outputs.slots.vision.shape[1]
+            expect_shape(f"stored attention of layer {layer}", attention, "B H T J", {"T": rows, "J": columns})
+        terms = {}
+        for name, settings in self.losses.items():
+            row = LOSSES[name]
+            terms[name] = row.compute(outputs, teacher, self.heads[row.head] if row.head in self.heads else None, settings)
+        return Terms(terms, coverage)
+
+    def _student_outputs(self, batch: Mapping[str, Any]) -> tuple[StudentOutputs, Tensor]:
+        vision = self._encode(batch)
+        merged = self.student.merge_inputs(
+            batch["input_ids"], vision, attention_mask=batch["attention_mask"], labels=batch["labels"]
+        )
+        coverage = self._check_coverage(batch, merged)
+        layers = self._tapped_layers()
+        with record_layer_inputs(self.student.model.layers, layers) as inputs:
+            hidden = self.student.model(
+                inputs_embeds=merged.inputs_embeds, attention_mask=merged.attention_mask.long(), use_cache=False
+            ).last_hidden_state
+        predicts = merged.labels[:, 1:] != IGNORE_INDEX
+        outputs = StudentOutputs(
+            # The head runs where labels are: an answer is a few positions of a sequence, a vocabulary is wide.
+            answer_logits=self.student.lm_head(hidden[:, :-1][predicts]),
+            answer_labels=merged.labels[:, 1:][predicts],
+            slots=merged.slots,
+            vision=vision,
+            attention={layer: self._attention(layer, inputs[layer], merged) for layer in layers},
+        )
+        return outputs, coverage
+
+    def _attention(self, layer: int, hidden_states: Tensor, merged: MergedInputs) -> Tensor:
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        return text_to_vision_attention(
+            self.student.model.layers[layer],
+            hidden_states,
+            position_embeddings=self.student.model.rotary_emb(hidden_states, positions),
+            attention_mask=merged.attention_mask,
+            slots=merged.slots,
+        )
+
+    def _tapped_layers(self) -> list[int]:
+        attention = self.losses.get("attention")
+        return sorted({student_layer for _, student_layer in attention.layers}) if attention else []
+
+    def _encode(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """Vision tokens 'I N D' of the batch's images; the frozen tower's part from memory where it is held."""
+        if batch["pixel_values"] is None:
+            return None
+        held = [self.patch_features.get(digest) for digest in batch["image_digests"]]
+        if any(features is None for features in held):
+            features = self.student.patch_features(batch["pixel_values"])
+            held = [self.patch_features.put(*item) for item in zip(batch["image_digests"], features, strict=True)]
+        return self.student.encode_images(patch_features=torch.stack(held))
+
+    def _check_coverage(self, batch: Mapping[str, Any], merged: MergedInputs) -> Tensor:
+        """Share of samples that brought as many rows of every target as their own tokens ask for."""
+        num_vision_tokens = self.student.config.num_vision_tokens
+        images = (merged.slots.vision >= 0).sum(dim=1) // num_vision_tokens
+        text = (merged.slots.text >= 0).sum(dim=1)
+        answers = (merged.labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
+        covered = torch.ones_like(images, dtype=torch.bool)
+        for target, received in batch["received"].items():
+            expected = TARGETS[target].rows(images, text, answers)
+            covered &= received == expected
+            if not bool(covered.all()):
+                at = int((~covered).nonzero()[0, 0])
+                raise JoinError(
+                    f"kd/coverage is {covered.float().mean():.3f}, must be 1: sample {at} of the batch needs "
+                    f"{int(expected[at])} rows of the target {target!r} and received {int(received[at])}; "
+                    "run `alignkd verify` on the store"
+                )
+        return covered.float().mean()
+
+
+def build_heads(losses: Mapping[str, Any], student: MobileVLMForCausalLM, facts: TeacherFacts | None) -> nn.ModuleDict:
+    """The heads that the losses share, by kind: at most one vision map and one head mixer."""
+    heads = nn.ModuleDict()
+    kinds = {LOSSES[name].head for name in losses} - {None}
+    if kinds and facts is None:
+        raise ConfigError("losses with a teacher need the facts of one; give a store")
+    if "vision_map" in kinds:
+        heads["vision_map"] = VisionMap(facts.hidden_size, student.config.hidden_size)
+    attention = losses.get("attention")
+    if attention is not None and attention.heads == "mix":
+        heads["head_mixer"] = HeadMixer(len(attention.layers), facts.num_heads, student.config.num_attention_heads)
+    return heads

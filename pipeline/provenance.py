@@ -1,0 +1,58 @@
+"""Where an output comes from: resolved config, versions and git commit, saved beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, to_yaml
+
+PACKAGES = ("accelerate", "numcodecs", "numpy", "pillow", "tokenizers", "torch", "transformers", "webdataset", "zarr")
+
+
+def provenance(config: Config) -> dict[str, Any]:
+    """JSON-ready: config, versions of Python and of the packages that decide numbers, commit, command, time."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "git_commit": git_commit(),
+        "command": " ".join(Path(part).name if n == 0 else part for n, part in enumerate(sys.argv)),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def save_provenance(folder: Path, config: Config) -> None:
+    """Write `config.yaml` (usable as --config) and `provenance.json` into a run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "provenance.json").write_text(json.dumps(provenance(config), indent=1) + "\n")
+
+
+def git_commit() -> str:
+    """The checkout's commit, with '+changes' if the working tree differs from it; '' outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

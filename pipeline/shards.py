@@ -1,0 +1,209 @@
+"""WebDataset tars to samples, each with the place of its bytes in the tar.
+
+A sample is the run of members with one key: KEY.json, and KEY.jpg or KEY.0.jpg, KEY.1.jpg, ... where it has
+images.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from blake3 import blake3
+from braceexpand import braceexpand
+
+from cache import Span
+from pipeline.conversation import check_conversations
+from pipeline.errors import BadSample, ShardError
+from pipeline.images import FORMATS, MAX_IMAGE_PIXELS, read_header
+from pipeline.tars import Group, open_tar, read_groups, read_member
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation with its image files' bytes, in the order of their "<image>".
+
+    `image_digests` are blake3 of those bytes; `metadata` is the rest of the JSON.
+    """
+
+    key: str
+    conversations: list[dict[str, str]]
+    images: tuple[bytes, ...]
+    image_digests: tuple[str, ...]
+    image_spans: tuple[Span, ...]
+    json_span: Span
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A sample that cannot be used, and why."""
+
+    key: str
+    reason: str
+
+
+def expand_shards(patterns: str | Sequence[str]) -> list[str]:
+    """The tar files that folders, globs and brace patterns name, sorted; each stem occurs once.
+
+    Raises `ShardError` if a pattern names nothing, or a brace pattern a file that is missing.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise ShardError("No shards are named; name a folder, a glob, or shard-{000000..000009}.tar.")
+    paths = sorted({path for pattern in patterns for path in _expand(str(pattern))})
+    by_stem: dict[str, str] = {}
+    for path in paths:
+        first = by_stem.setdefault(Path(path).stem, path)
+        if first != path:
+            raise ShardError(
+                f"Two shards have one name, {Path(path).stem}: {first} and {path}; rename one, "
+                "for a shard's name is its part's name in the store."
+            )
+    return paths
+
+
+def read_shard(path: str | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Sample | Rejected]:
+    """Every sample of a shard in its order, the unusable ones as `Rejected`; one sample in memory at a time.
+
+    Raises `ShardError` if the tar itself is compressed, truncated or damaged, at the latest after the last
+    sample: what was read until then is no whole shard.
+    """
+    seen: set[str] = set()
+    with open_tar(path) as tar:
+        for group in read_groups(tar, path):
+            if group.key in seen:
+                group.problem = BadSample(
+                    "key occurs twice in this shard", "its members must be side by side"
+                )
+            seen.add(group.key)
+            yield _sample_or_rejected(group, tar, max_pixels=max_pixels)
+
+
+def read_span(path: str | Path, span: Span) -> bytes:
+    """A member's bytes by their place in the tar, without reading the rest."""
+    with open(path, "rb") as file:
+        file.seek(span.offset)
+        data = file.read(span.size)
+    if len(data) != span.size:
+        raise ShardError(
+            f"{path}: {span.file} should be {span.size} bytes at {span.offset}, found {len(data)}; "
+            "the shard has changed since it was read: restore it."
+        )
+    return data
+
+
+def _expand(pattern: str) -> list[str]:
+    if "://" in pattern:
+        raise ShardError(f"{pattern}: shards are read from local files only; copy them or mount the store.")
+    if Path(pattern).is_dir():
+        found = [str(path) for path in Path(pattern).glob("*.tar")]
+        return found or _refuse(pattern, Path(pattern))
+    if Path(pattern).is_file():
+        return [pattern]
+    try:
+        names = list(braceexpand(pattern))
+    except ValueError as error:  # unbalanced braces
+        raise ShardError(f"{pattern}: {error}; write ranges as {{000000..000009}}.") from error
+    paths: list[str] = []
+    missing: list[str] = []
+    for name in names:
+        if glob.has_magic(name):
+            paths += glob.glob(name, recursive=True) or _refuse(name, Path(name).parent)
+        elif Path(name).is_file():
+            paths.append(name)
+        else:
+            missing.append(name)
+    if missing and len(names) == 1:
+        _refuse(pattern, Path(pattern).parent)
+    if missing:
+        raise ShardError(
+            f"{pattern} names {len(names)} shards, {len(missing)} of them missing, first {missing[0]}; "
+            "correct the range or restore the files."
+        )
+    return paths
+
+
+def _refuse(pattern: str, folder: Path) -> NoReturn:
+    if not folder.is_dir():
+        raise ShardError(f"No shard at {pattern}: there is no folder {folder}; correct the path.")
+    names = sorted(entry.name for entry in folder.iterdir())
+    found = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    raise ShardError(
+        f"No shard at {pattern}: {folder} holds {found or 'nothing'}; correct the path, or make shards with "
+        "`alignkd pack`."
+    )
+
+
+# Groups to samples
+
+
+def _sample_or_rejected(group: Group, tar: tarfile.TarFile, *, max_pixels: int) -> Sample | Rejected:
+    try:
+        return _sample(group, tar, max_pixels=max_pixels)
+    except BadSample as error:
+        return Rejected(group.key, error.reason)
+
+
+def _sample(group: Group, tar: tarfile.TarFile, *, max_pixels: int) -> Sample:
+    if group.problem is not None:
+        raise group.problem
+    if "json" not in group.members:
+        raise BadSample("no JSON file", f"found {', '.join(sorted(group.members))}")
+    record = parse_record(read_member(tar, group.members["json"]))
+    members = _image_members(group)
+    check_conversations(record.get("conversations"), num_images=len(members))
+    images = tuple(read_member(tar, member) for member in members)
+    for image in images:
+        read_header(image, max_pixels=max_pixels)
+    return Sample(
+        key=group.key,
+        conversations=record["conversations"],
+        images=images,
+        image_digests=tuple(blake3(image).hexdigest() for image in images),
+        image_spans=tuple(_span(member) for member in members),
+        json_span=_span(group.members["json"]),
+        metadata={name: value for name, value in record.items() if name != "conversations"},
+    )
+
+
+def parse_record(data: bytes) -> dict[str, Any]:
+    """A sample's JSON object; raises `BadSample` for anything else."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("broken JSON", str(error)) from error
+    if not isinstance(record, dict):
+        raise BadSample("JSON is no object", type(record).__name__)
+    return record
+
+
+def _image_members(group: Group) -> list[tarfile.TarInfo]:
+    """KEY.jpg alone, or KEY.0.jpg, KEY.1.png, ... in the order of their numbers; KEY.mask.png is none."""
+    numbered: dict[int, tarfile.TarInfo] = {}
+    single: list[tarfile.TarInfo] = []
+    for ending, member in group.members.items():
+        number, _, kind = ending.rpartition(".")
+        if kind not in FORMATS:
+            continue
+        if number == "":
+            single.append(member)
+        elif re.fullmatch("[0-9]{1,6}", number):
+            if int(number) in numbered:
+                raise BadSample("two images have one number", member.name)
+            numbered[int(number)] = member
+    if len(single) > 1 or (single and numbered):
+        raise BadSample("several images without an order", "name them KEY.0.jpg, KEY.1.jpg, ...")
+    if sorted(numbered) != list(range(len(numbered))):
+        raise BadSample("images not numbered 0, 1, ...", f"found {', '.join(map(str, sorted(numbered)))}")
+    return single or [numbered[number] for number in sorted(numbered)]
+
+
+def _span(member: tarfile.TarInfo) -> Span:
+    return Span(file=member.name, offset=member.offset_data, size=member.size)

@@ -1,0 +1,238 @@
+"""Stage 1: shards -> teacher -> store. One tar shard in, one immutable part out; every sample cached or rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from cache import (
+    FORMAT_VERSION,
+    ArraySpec,
+    Fingerprint,
+    Manifest,
+    PartSummary,
+    PartWriter,
+    RefusedValue,
+    SampleEntry,
+    StoreWriter,
+    digest_of,
+)
+from pipeline.config import Config
+from pipeline.conversation import TokenizedSample
+from pipeline.errors import BadSample
+from pipeline.inputs import Preparation, pad_tokens
+from pipeline.models.stub import Teacher, TeacherPlan, load_teacher, plan_teacher
+from pipeline.progress import Progress
+from pipeline.provenance import provenance
+from pipeline.shards import Rejected, Sample, expand_shards, read_shard
+from pipeline.targets import TARGETS, vision_array
+
+TOKEN_ARRAYS = (
+    ArraySpec("input_ids", "S", (), "sample", "integer", {"dtype": "int32"}),
+    ArraySpec("labels", "S", (), "sample", "integer", {"dtype": "int32"}),
+)
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What a run of stage 1 did: parts written now and found done, and the samples of those written now."""
+
+    path: str
+    parts_written: int
+    parts_found: int
+    seen: int
+    cached: int
+    rejected: int
+    bytes_written: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample ready for the teacher."""
+
+    sample: Sample
+    tokens: TokenizedSample
+
+
+def cache_teacher(config: Config) -> CacheSummary:
+    """Write every part of the store that is not there yet; the teacher is loaded only if one is missing.
+
+    Raises `FingerprintMismatch` if the store holds something else, before anything is written.
+    """
+    shards = expand_shards(config.data.shards)
+    preparation = Preparation.of(config.teacher.model, config.data)
+    plan = plan_teacher(config.teacher.model, targets=config.targets.active())
+    dtype = _compute_dtype(config)
+    manifest = build_manifest(config, plan, preparation, dtype=dtype, parts=[_part_name(s) for s in shards])
+    store = StoreWriter.open(config.cache.path, manifest)
+    todo = [shard for shard in shards if not store.is_done(_part_name(shard))]
+    summaries = []
+    if todo:
+        teacher = load_teacher(plan, dtype=dtype, device=_device(config.teacher.device))
+        with Progress(todo, description="teacher-cache") as progress:
+            for shard in todo:
+                capture = ShardCapture(config, teacher, preparation, progress)
+                summaries.append(capture.run(store, shard))
+    return _summary(config, summaries, parts_found=len(shards) - len(todo))
+
+
+def build_manifest(
+    config: Config, plan: TeacherPlan, preparation: Preparation, *, dtype: torch.dtype, parts: Sequence[str]
+) -> Manifest:
+    """What the store will say of itself, before anything is captured."""
+    capture = capture_settings(config, dtype=str(dtype).removeprefix("torch."))
+    arrays = [
+        array
+        for name, settings in config.targets.active().items()
+        for array in TARGETS[name].arrays(settings, plan.facts)
+    ]
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        fingerprint=Fingerprint(teacher=plan.digest, capture=digest_of(capture), **preparation.digests()),
+        arrays=(*TOKEN_ARRAYS, *arrays),
+        teacher=asdict(plan.facts) | {"num_tensors_used": len(plan.tensors), "is_stub": plan.is_stub},
+        capture=capture,
+        provenance=provenance(config),
+        planned_parts=tuple(parts),
+    )
+
+
+def capture_settings(config: Config, *, dtype: str) -> dict[str, Any]:
+    """Everything else that a cached value depends on; stage 2 compares it too."""
+    targets = {name: settings.model_dump(mode="json") for name, settings in config.targets.active().items()}
+    return {"targets": targets, "max_length": config.data.max_length, "dtype": dtype}
+
+
+class ShardCapture:
+    """One shard through the teacher, batch by batch, into one part."""
+
+    def __init__(self, config: Config, teacher: Teacher, preparation: Preparation, progress: Progress):
+        self.config = config
+        self.teacher = teacher
+        self.preparation = preparation
+        self.progress = progress
+        # Vision tokens of the images of the batch at hand and of the one before: samples of one image are neighbours.
+        self.vision: dict[str, torch.Tensor] = {}
+        self.pixels: dict[str, torch.Tensor] = {}
+
+    def run(self, store: StoreWriter, shard: str) -> PartSummary:
+        """Commit the shard's part; on any exception nothing of it is published."""
+        self.progress.begin_shard(shard)
+        source = {"shard": Path(shard).name, "bytes": Path(shard).stat().st_size}
+        with store.part(_part_name(shard), source=source) as part:
+            for batch in _batches(self._prepared(shard, part), self.config.teacher.batch_size):
+                self._capture(batch, part)
+            summary = part.commit()
+        self.progress.end_shard(summary)
+        return summary
+
+    def _prepared(self, shard: str, part: PartWriter) -> Iterator[Prepared]:
+        """The shard's usable samples; the others are rejected here."""
+        for item in read_shard(shard, max_pixels=self.config.data.max_image_pixels):
+            try:
+                if isinstance(item, Rejected):
+                    raise BadSample(item.reason)
+                yield self._prepare(item)
+            except BadSample as error:
+                self._reject(part, item.key, error)
+            self.progress.advance(item)
+
+    def _prepare(self, sample: Sample) -> Prepared:
+        tokens = self.preparation.tokenize(sample.conversations)
+        for digest, data in zip(sample.image_digests, sample.images, strict=True):
+            if digest not in self.vision and digest not in self.pixels:
+                self.pixels[digest] = self.preparation.preprocess(data)
+        return Prepared(sample, tokens)
+
+    def _capture(self, batch: list[Prepared], part: PartWriter) -> None:
+        """Forward a batch and add each sample's rows; a sample whose values a codec refuses is rejected."""
+        vision = self._encode(batch)
+        forward = self.teacher.forward(**pad_tokens([item.tokens for item in batch]), vision=vision)
+        captured = [
+            capture(settings, forward)
+            for name, settings in self.config.targets.active().items()
+            if (capture := TARGETS[name].capture) is not None
+        ]
+        for index, item in enumerate(batch):
+            arrays = {"input_ids": np.array(item.tokens.input_ids), "labels": np.array(item.tokens.labels)}
+            for samples in captured:
+                arrays |= samples[index]
+            self._add(item, arrays, part)
+
+    def _add(self, item: Prepared, arrays: dict[str, np.ndarray], part: PartWriter) -> None:
+        sample = item.sample
+        try:
+            for digest in sample.image_digests:
+                if not part.has_image(digest):
+                    part.add_image(digest, self._image_arrays(digest))
+            part.add(
+                SampleEntry(sample.key, sample.image_digests, sample.image_spans, sample.json_span), arrays
+            )
+        except RefusedValue as error:
+            self._reject(part, sample.key, BadSample("value that cannot be stored", str(error)))
+
+    def _image_arrays(self, digest: str) -> dict[str, np.ndarray]:
+        return vision_array(self.vision[digest]) if self.config.targets.vision else {}
+
+    def _encode(self, batch: list[Prepared]) -> torch.Tensor | None:
+        """Vision tokens 'I N D' of the batch's images in order, each distinct image encoded once."""
+        digests = [digest for item in batch for digest in item.sample.image_digests]
+        kept = {digest: self.vision[digest] for digest in digests if digest in self.vision}
+        fresh = [digest for digest in dict.fromkeys(digests) if digest not in kept]
+        if fresh:
+            encoded = self.teacher.encode_images(torch.stack([self.pixels[digest] for digest in fresh]))
+            kept |= dict(zip(fresh, encoded, strict=True))
+        self.vision, self.pixels = kept, {}
+        return torch.stack([kept[digest] for digest in digests]) if digests else None
+
+    def _reject(self, part: PartWriter, key: str, error: BadSample) -> None:
+        if self.config.data.on_bad_sample == "fail":
+            raise BadSample("a bad sample, and data.on_bad_sample is fail", f"sample {key!r}: {error.reason}") from error
+        part.reject(key, error.reason)
+        self.progress.reject()
+
+
+def _batches(items: Iterator[Prepared], size: int) -> Iterator[list[Prepared]]:
+    batch: list[Prepared] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _part_name(shard: str) -> str:
+    return Path(shard).name.removesuffix(".tar")
+
+
+def _device(name: str) -> torch.device:
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _compute_dtype(config: Config) -> torch.dtype:
+    """The dtype asked for; `auto` is the checkpoint's own on a GPU and float32 on a CPU, which has no other speed."""
+    if config.teacher.dtype != "auto":
+        return getattr(torch, config.teacher.dtype)
+    if _device(config.teacher.device).type == "cpu":
+        return torch.float32
+    return AutoConfig.from_pretrained(config.teacher.model).dtype or torch.float32
+
+
+def _summary(config: Config, summaries: Sequence[PartSummary], *, parts_found: int) -> CacheSummary:
+    return CacheSummary(
+        path=config.cache.path,
+        parts_written=len(summaries),
+        parts_found=parts_found,
+        seen=sum(s.seen for s in summaries),
+        cached=sum(s.cached for s in summaries),
+        rejected=sum(s.rejected for s in summaries),
+        bytes_written=sum(s.total_bytes for s in summaries),
+    )

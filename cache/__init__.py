@@ -1,0 +1,79 @@
+"""The store: what a teacher computed, on the disk, by sample key. Knows arrays and files, never a model."""
+
+from __future__ import annotations
+
+from cache.codecs import CODECS, Codec
+from cache.errors import (
+    ArrayMismatch,
+    CacheError,
+    CorruptFile,
+    CorruptPart,
+    CountMismatch,
+    DuplicateImage,
+    DuplicateKey,
+    FingerprintMismatch,
+    KeyNotInStore,
+    NonFiniteValue,
+    PartClosed,
+    RefusedValue,
+    SchemaError,
+    StoreNotFound,
+    UnknownArray,
+    UnknownImage,
+    UnknownPart,
+    UnplannedPart,
+    UnsafeName,
+    UnsupportedFormat,
+    ValueOutOfRange,
+)
+from cache.layout import FORMAT_VERSION
+from cache.part_writer import PartSummary, PartWriter
+from cache.reader import Store
+from cache.schema import ArraySpec, Difference, Fingerprint, Manifest, SampleEntry, Span
+from cache.summary import ArraySummary, Summary, summarise
+from cache.verify import Report, verify
+from cache.verify_part import Problem
+from cache.writer import StoreWriter
+
+__all__ = [
+    "CODECS",
+    "FORMAT_VERSION",
+    "ArrayMismatch",
+    "ArraySpec",
+    "ArraySummary",
+    "CacheError",
+    "Codec",
+    "CorruptFile",
+    "CorruptPart",
+    "CountMismatch",
+    "Difference",
+    "DuplicateImage",
+    "DuplicateKey",
+    "Fingerprint",
+    "FingerprintMismatch",
+    "KeyNotInStore",
+    "Manifest",
+    "NonFiniteValue",
+    "PartClosed",
+    "PartSummary",
+    "PartWriter",
+    "Problem",
+    "RefusedValue",
+    "Report",
+    "SampleEntry",
+    "SchemaError",
+    "Span",
+    "Store",
+    "StoreNotFound",
+    "StoreWriter",
+    "Summary",
+    "UnknownArray",
+    "UnknownImage",
+    "UnknownPart",
+    "UnplannedPart",
+    "UnsafeName",
+    "UnsupportedFormat",
+    "ValueOutOfRange",
+    "summarise",
+    "verify",
+]

@@ -1,0 +1,50 @@
+"""The store's JSON files: canonical bytes that carry their checksum, so that any changed byte is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cache.durable import hash_bytes
+from cache.errors import CorruptFile
+
+CHECKSUM = "checksum"
+
+
+def canonical_json(value: object) -> bytes:
+    """The one spelling of `value`: sorted keys, no spaces, ASCII, a newline at the end."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.encode("ascii") + b"\n"
+
+
+def digest_of(value: object) -> str:
+    return hash_bytes(canonical_json(value))
+
+
+def document_bytes(content: dict[str, Any]) -> bytes:
+    """`content` as the bytes of a file, with the checksum of all of it added."""
+    return canonical_json({**content, CHECKSUM: digest_of(content)})
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The content that `document_bytes` was given; CorruptFile if one byte of the file differs."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorruptFile(path, f"it cannot be read ({error.strerror})") from error
+    try:
+        document = json.loads(data)
+        canonical = canonical_json(document)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(path, f"it is not JSON ({error})") from error
+    return _checked_content(path, document, same_bytes=data == canonical)
+
+
+def _checked_content(path: Path, document: object, *, same_bytes: bool) -> dict[str, Any]:
+    if not isinstance(document, dict) or not same_bytes:
+        raise CorruptFile(path, "its bytes are not the canonical JSON object this format writes")
+    stored = document.pop(CHECKSUM, None)
+    if stored != digest_of(document):
+        raise CorruptFile(path, f"its checksum is {digest_of(document)}, but it says {stored!r}")
+    return document

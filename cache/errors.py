@@ -1,0 +1,200 @@
+"""What can go wrong with a store; every message says what was asked, what was found and what to do.
+
+CacheError
+├── StoreNotFound           there is no store where one was asked for
+├── UnsupportedFormat       the store was written in a format version this code does not read
+├── FingerprintMismatch     the store holds something else than what is asked of it
+├── SchemaError             a record does not say what it must
+├── UnsafeName              a part or array name that could leave the store's directory
+├── UnplannedPart           a part that the manifest does not plan
+├── PartClosed              a part writer used after it was committed or left
+├── ArrayMismatch           arrays handed to a writer that do not fit their specs
+├── CountMismatch           samples that were seen but neither cached nor rejected
+├── DuplicateKey            one sample key twice
+├── DuplicateImage          one image twice in a part
+├── UnknownImage            a sample that points at an image its part does not hold
+├── UnknownArray            an array name the store does not have
+├── UnknownPart             a part name the store does not have
+├── KeyNotInStore           a sample key the store does not have
+├── RefusedValue            a value that its codec cannot keep; the sample can be rejected and the part go on
+│   ├── NonFiniteValue
+│   └── ValueOutOfRange
+└── CorruptFile             a file of the store is damaged
+    └── CorruptPart         ... and it belongs to a part, which can be removed and written again
+"""
+
+# ruff: noqa: N818 - these names say what happened; "...Error" would add nothing.
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cache.schema import Difference
+
+
+class CacheError(Exception):
+    """The root of the tree: catches everything this package raises on purpose."""
+
+
+class StoreNotFound(CacheError):
+    def __init__(self, path: Path, found: str) -> None:
+        super().__init__(
+            f"No teacher store at {path}: asked for a directory with a manifest.json, found {found}; "
+            "write one with `alignkd teacher-cache`, or correct the path."
+        )
+
+
+class UnsupportedFormat(CacheError):
+    def __init__(self, file: object, *, found: object, readable: int) -> None:
+        self.found = found
+        super().__init__(
+            f"{file} is of store format {found!r}, this version reads format {readable}; "
+            "use the alignkd version that wrote the store, or write the store again."
+        )
+
+
+class FingerprintMismatch(CacheError):
+    """Carries `differences`, so that a caller can print them its own way."""
+
+    def __init__(self, path: Path, differences: Iterable[Difference], *, remedy: str) -> None:
+        self.differences = tuple(differences)
+        listed = "; ".join(f"{d.field}: stored {d.stored}, mine {d.mine}" for d in self.differences)
+        super().__init__(f"The store at {path} holds something else than what was asked: {listed}. {remedy}")
+
+
+class SchemaError(CacheError):
+    def __init__(self, field: str, *, expected: str, found: object) -> None:
+        self.field = field
+        super().__init__(f"{field}: expected {expected}, found {_short(found)}; correct this value.")
+
+
+class UnsafeName(CacheError):
+    def __init__(self, kind: str, name: object) -> None:
+        super().__init__(
+            f"{_short(name)} cannot be a {kind} name: use up to 150 letters, digits, '.', '_' and '-', "
+            "without a leading dot and without a name that the format keeps for itself; rename it."
+        )
+
+
+class UnplannedPart(CacheError):
+    def __init__(self, part: str, *, num_planned: int) -> None:
+        super().__init__(
+            f"Part {part!r} is not among the {num_planned} planned parts of the store; "
+            "open the writer with a manifest whose planned_parts lists it."
+        )
+
+
+class PartClosed(CacheError):
+    def __init__(self, part: str) -> None:
+        super().__init__(
+            f"Part {part!r} is committed or left and takes nothing more; open a new part writer."
+        )
+
+
+class ArrayMismatch(CacheError):
+    def __init__(self, array: str, *, expected: str, found: str) -> None:
+        super().__init__(
+            f"Array {array!r}: expected {expected}, found {found}; hand over what its spec says."
+        )
+
+
+class CountMismatch(CacheError):
+    def __init__(self, part: str, *, seen: int, cached: int, rejected: int) -> None:
+        super().__init__(
+            f"Part {part!r}: {seen} samples were seen, but {cached} cached + {rejected} rejected = "
+            f"{cached + rejected}; add or reject every sample before commit."
+        )
+
+
+class DuplicateKey(CacheError):
+    def __init__(self, key: str, *, parts: tuple[str, str]) -> None:
+        where = (
+            f"twice in part {parts[0]!r}"
+            if parts[0] == parts[1]
+            else f"in parts {parts[0]!r} and {parts[1]!r}"
+        )
+        super().__init__(f"Sample key {key!r} appears {where}; give every sample of all shards its own key.")
+
+
+class DuplicateImage(CacheError):
+    def __init__(self, digest: str, *, part: str) -> None:
+        super().__init__(
+            f"Image {digest} was already added to part {part!r}; ask has_image first: one is stored once."
+        )
+
+
+class UnknownImage(CacheError):
+    def __init__(self, digest: str, *, key: str, part: str) -> None:
+        super().__init__(
+            f"Sample {key!r} points at image {digest}, which part {part!r} does not hold; "
+            "call add_image before add."
+        )
+
+
+class UnknownArray(CacheError):
+    def __init__(self, name: str, *, known: Iterable[str], path: Path) -> None:
+        super().__init__(f"The store at {path} has no array {name!r}; it has {', '.join(sorted(known))}.")
+
+
+class UnknownPart(CacheError):
+    def __init__(self, part: str, *, path: Path, num_parts: int) -> None:
+        super().__init__(
+            f"The store at {path} has no finished part {part!r} among its {num_parts}; "
+            "see `alignkd info`, or finish it with `alignkd teacher-cache`."
+        )
+
+
+class KeyNotInStore(CacheError):
+    def __init__(self, key: str, *, path: Path, num_samples: int, num_missing_parts: int) -> None:
+        super().__init__(
+            f"Sample key {key!r} is not among the {num_samples} samples of the store at {path} "
+            f"({num_missing_parts} planned parts are not finished); see the parts' rejects.jsonl, "
+            "or finish the store with `alignkd teacher-cache`."
+        )
+
+
+class RefusedValue(CacheError):
+    """A codec raises it without knowing the array; `named` gives the same error with the array's name."""
+
+    def __init__(self, problem: str, *, array: str = "") -> None:
+        self.problem, self.array = problem, array
+        super().__init__(f"Array {array!r}: {problem}" if array else problem)
+
+    def named(self, array: str) -> RefusedValue:
+        return type(self)(self.problem, array=array)
+
+
+class NonFiniteValue(RefusedValue):
+    pass
+
+
+class ValueOutOfRange(RefusedValue):
+    pass
+
+
+class CorruptFile(CacheError):
+    remedy = (
+        "run `alignkd verify` on the store to see what else is damaged, and restore the file from a copy."
+    )
+
+    def __init__(self, file: Path, detail: str, *, key: str = "") -> None:
+        self.file, self.detail, self.key = file, detail, key
+        asked = f" (reading sample {key!r})" if key else ""
+        super().__init__(f"{file} is damaged{asked}: {detail}; {self.remedy}")
+
+    def for_key(self, key: str) -> CorruptFile:
+        return type(self)(self.file, self.detail, key=key)
+
+
+class CorruptPart(CorruptFile):
+    remedy = (
+        "run `alignkd verify --deep` on the store to see what else is damaged, remove the part's directory, "
+        "and run `alignkd teacher-cache` to write it again."
+    )
+
+
+def _short(value: object, *, limit: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,65 @@
+"""Unfinished work in tmp/: who is writing it, and sweeping what a dead process of this host left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.layout import scratch_path
+
+
+@dataclass(frozen=True)
+class ScratchOwner:
+    host: str
+    process: int
+
+    @property
+    def is_dead(self) -> bool:
+        """True only when that is certain: another host's processes cannot be asked."""
+        return self.host == this_host() and not _is_running(self.process)
+
+
+def new_scratch(store: Path, stem: str) -> Path:
+    """A path in tmp/ that no other writer uses, carrying this host and process id; nothing is created."""
+    return scratch_path(store) / f"{stem}.{this_host()}.{os.getpid()}.{secrets.token_hex(4)}"
+
+
+def scratch_owner(name: str) -> ScratchOwner | None:
+    match = re.fullmatch(r".+\.([A-Za-z0-9-]+)\.([0-9]+)\.[0-9a-f]{8}", name)
+    return ScratchOwner(match[1], int(match[2])) if match else None
+
+
+def sweep(store: Path) -> list[str]:
+    """Remove what processes of this host that no longer run left in tmp/; returns the names removed."""
+    entries = sorted(scratch_path(store).iterdir())
+    dead = [entry for entry in entries if (owner := scratch_owner(entry.name)) and owner.is_dead]
+    for entry in dead:
+        remove(entry)
+    return [entry.name for entry in dead]
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory; another sweeper may be doing the same, so one already gone is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def this_host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40] or "host"
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,97 @@
+"""Tells what a store holds: teacher, arrays and their sizes, samples, rejects, parts, provenance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.codecs import CODECS
+from cache.durable import files_below
+from cache.part_reader import FinishedPart
+from cache.reader import Store
+from cache.schema import ArraySpec
+
+
+@dataclass(frozen=True)
+class ArraySummary:
+    name: str
+    axes: str
+    row_shape: tuple[int, ...]
+    owner: str
+    codec: str
+    options: dict[str, Any]
+    stated_error: str
+    rows: int
+    bytes: int  # on the disk
+    bytes_per_sample: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    path: str
+    teacher: dict[str, Any]
+    capture: dict[str, Any]
+    fingerprint: dict[str, str]
+    arrays: tuple[ArraySummary, ...]
+    samples: int
+    rejected: int
+    rejects_by_reason: dict[str, int]  # the most frequent first
+    parts_done: int
+    parts_planned: int
+    distinct_images: int  # stored rows: an image that two parts share counts twice
+    image_references: int
+    dedupe_factor: float  # image references for each stored image; 1 where there are none
+    bytes: int
+    bytes_per_sample: float
+    provenance: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarise(path: str | Path) -> Summary:
+    """Read from the records of the finished parts; no array is opened."""
+    store = Store(path)
+    parts = [FinishedPart(store.path, name, manifest=store.manifest) for name in store.parts]
+    counts = [part.record.counts for part in parts]
+    samples = sum(count.cached for count in counts)
+    images = sum(count.images for count in counts)
+    references = sum(count.image_references for count in counts)
+    total_bytes = sum(files_below(store.path).values())
+    reasons = Counter(reason for part in store.parts for _, reason in store.rejects(part))
+    return Summary(
+        path=str(store.path),
+        teacher=store.manifest.teacher,
+        capture=store.manifest.capture,
+        fingerprint=store.manifest.fingerprint.to_json(),
+        arrays=tuple(_array(spec, parts, samples=samples) for spec in store.manifest.arrays),
+        samples=samples,
+        rejected=sum(count.rejected for count in counts),
+        rejects_by_reason=dict(reasons.most_common()),
+        parts_done=len(parts),
+        parts_planned=len(store.manifest.planned_parts),
+        distinct_images=images,
+        image_references=references,
+        dedupe_factor=references / images if images else 1.0,
+        bytes=total_bytes,
+        bytes_per_sample=total_bytes / max(1, samples),
+        provenance=store.manifest.provenance,
+    )
+
+
+def _array(spec: ArraySpec, parts: list[FinishedPart], *, samples: int) -> ArraySummary:
+    stored_bytes = sum(part.record.array_bytes(spec) for part in parts)
+    return ArraySummary(
+        name=spec.name,
+        axes=spec.axes,
+        row_shape=spec.row_shape,
+        owner=spec.owner,
+        codec=spec.codec,
+        options=dict(spec.options),
+        stated_error=CODECS[spec.codec].stated_error(spec.options),
+        rows=sum(part.index.num_rows(spec) for part in parts),
+        bytes=stored_bytes,
+        bytes_per_sample=stored_bytes / max(1, samples),
+    )

@@ -1,0 +1,190 @@
+"""Looks at one part for damage: its files against part.json, its counts, and every stored value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from cache.arrays import FileRecord, OpenArray
+from cache.codecs import StoredArray, holds_fill, stored_arrays
+from cache.durable import files_below, hash_file
+from cache.errors import CorruptFile, CorruptPart, UnsafeName, UnsupportedFormat
+from cache.index import PartIndex
+from cache.layout import INDEX, PART_RECORD, PARTS, REJECTS, ZARR_METADATA
+from cache.part_reader import FinishedPart
+from cache.records import PartRecord, read_part_record, read_rejects
+from cache.schema import ArraySpec, Manifest
+
+T = TypeVar("T")
+Kind = Literal[
+    "missing part",
+    "unfinished part",
+    "missing file",
+    "unexpected file",
+    "size",
+    "checksum",
+    "count",
+    "non-finite",
+    "metadata",
+]
+_SMALL_FILES = (ZARR_METADATA, INDEX, REJECTS)  # hashed also when not deep
+
+
+@dataclass(frozen=True)
+class Problem:
+    kind: Kind
+    file: str  # relative to the store
+    detail: str
+
+
+@dataclass
+class PartAudit:
+    """What was found of one part; `record` and `index` are None where they could not be read."""
+
+    store: Path
+    name: str
+    deep: bool
+    problems: list[Problem] = field(default_factory=list)
+    record: PartRecord | None = None
+    index: PartIndex | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.store / PARTS / self.name
+
+    def found(self, kind: Kind, file: Path, detail: str) -> None:
+        self.problems.append(Problem(kind, file.relative_to(self.store).as_posix(), detail))
+
+    def attempt(self, read: Callable[[], T], *, kind: Kind) -> T | None:
+        """What `read` gives; None after its error became a problem of `kind`, or of the file's bytes."""
+        try:
+            return read()
+        except CorruptPart as error:
+            self.found(
+                "checksum" if isinstance(error.__cause__, CorruptFile) else kind, error.file, error.detail
+            )
+        except (UnsupportedFormat, UnsafeName) as error:
+            self.found("metadata", self.path, str(error))
+        return None
+
+
+def audit_part(store: Path, name: str, *, manifest: Manifest | None, deep: bool) -> PartAudit:
+    """Everything wrong with the part; without a manifest, what can be told without knowing its arrays."""
+    audit = PartAudit(store, name, deep)
+    if not (audit.path / PART_RECORD).exists():
+        audit.found("unfinished part", audit.path, f"it has no {PART_RECORD}")
+        return audit
+    contents = manifest.contents_digest() if manifest else None
+    record = audit.attempt(lambda: read_part_record(audit.path, contents=contents), kind="metadata")
+    if record is None:
+        return audit
+    audit.record = record
+    damaged = set(_check_files(audit, record))
+    _check_rejects(audit, record, damaged)
+    _check_sum(audit, record)
+    part = manifest and audit.attempt(lambda: FinishedPart(store, name, manifest=manifest), kind="metadata")
+    if manifest and part and INDEX not in damaged:
+        _check_contents(audit, part, manifest=manifest, damaged=damaged)
+    return audit
+
+
+def _check_files(audit: PartAudit, record: PartRecord) -> Iterator[str]:
+    """Relative names of the files that are not what part.json says; each becomes a problem."""
+    found = files_below(audit.path)
+    for name in sorted(found.keys() - record.files.keys() - {PART_RECORD}):
+        audit.found("unexpected file", audit.path / name, "part.json does not list it")
+    for name, recorded in sorted(record.files.items()):
+        if problem := _file_problem(audit, name, recorded=recorded, found_bytes=found.get(name)):
+            audit.found(problem[0], audit.path / name, problem[1])
+            yield name
+
+
+def _file_problem(
+    audit: PartAudit, name: str, *, recorded: FileRecord, found_bytes: int | None
+) -> tuple[Kind, str] | None:
+    if found_bytes is None:
+        return "missing file", "part.json lists it"
+    if found_bytes != recorded.bytes:
+        return "size", f"it has {found_bytes} bytes, part.json says {recorded.bytes}"
+    if audit.deep or name.rsplit("/", 1)[-1] in _SMALL_FILES:
+        try:
+            digest = hash_file(audit.path / name)
+        except OSError as error:
+            return "checksum", f"it cannot be read ({error.strerror})"
+        if digest != recorded.blake3:
+            return "checksum", f"its blake3 is {digest}, part.json says {recorded.blake3}"
+    return None
+
+
+def _check_rejects(audit: PartAudit, record: PartRecord, damaged: set[str]) -> None:
+    if REJECTS in damaged:
+        return
+    rejects = audit.attempt(lambda: read_rejects(audit.path, record), kind="metadata")
+    if rejects is not None and len(rejects) != record.counts.rejected:
+        detail = f"it has {len(rejects)} lines, part.json counts {record.counts.rejected} rejected samples"
+        audit.found("count", audit.path / REJECTS, detail)
+
+
+def _check_sum(audit: PartAudit, record: PartRecord) -> None:
+    counts = record.counts
+    if counts.cached + counts.rejected != counts.seen:
+        detail = f"{counts.cached} cached + {counts.rejected} rejected are not the {counts.seen} samples seen"
+        audit.found("count", audit.path / PART_RECORD, detail)
+
+
+def _check_contents(audit: PartAudit, part: FinishedPart, *, manifest: Manifest, damaged: set[str]) -> None:
+    """Index and arrays; an array with a damaged file is not opened: that file is a problem already."""
+    index = audit.attempt(lambda: part.index, kind="count")
+    if index is None:
+        return
+    audit.index = index
+    _check_index(audit, part.record, index)
+    for spec in manifest.arrays:
+        for stored in stored_arrays(spec):
+            if not any(name.startswith(stored.name(spec) + "/") for name in damaged):
+                _check_array(audit, part, spec=spec, stored=stored)
+
+
+def _check_index(audit: PartAudit, record: PartRecord, index: PartIndex) -> None:
+    counts = record.counts
+    columns = {
+        "samples": (len(index.keys), counts.cached),
+        "distinct samples": (len(set(index.keys)), counts.cached),
+        "images": (len(index.digests), counts.images),
+        "image references": (len(index.image_numbers), counts.image_references),
+    }
+    for name, (found, counted) in columns.items():
+        if found != counted:
+            audit.found("count", audit.path / INDEX, f"it lists {found} {name}, part.json counts {counted}")
+
+
+def _check_array(audit: PartAudit, part: FinishedPart, *, spec: ArraySpec, stored: StoredArray) -> None:
+    array = audit.attempt(lambda: part.array(spec, stored), kind="count")
+    if array is None or not audit.deep:
+        return
+    for number in range(array.num_chunks):
+        rows = audit.attempt(lambda number=number: array.decode_chunk(number), kind="checksum")
+        if rows is None:
+            return
+        if holds_fill(stored, rows):
+            per_row = rows.reshape(len(rows), -1)
+            row = next(i for i, values in enumerate(per_row) if holds_fill(stored, values))
+            detail = (
+                f"row {number * array.chunk_rows + row}, of {_owner_of(part, spec, array, number, row)}, "
+            )
+            detail += f"holds {stored.fill_value} or another value that is not finite"
+            audit.found("non-finite", array.shard, detail)
+            return
+
+
+def _owner_of(part: FinishedPart, spec: ArraySpec, array: OpenArray, number: int, row: int) -> str:
+    """The image or sample that a row of a chunk belongs to."""
+    row += number * array.chunk_rows
+    if spec.owner == "image":
+        return f"image {part.index.digests[row]}"
+    sample = int(np.searchsorted(part.index.row_offsets[spec.name], row, side="right")) - 1
+    return f"sample {part.index.keys[sample]!r}"

@@ -1,0 +1,130 @@
+"""Opens a store to write: its manifest, what is done already, and a writer for each part."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cache.codecs import check_specs
+from cache.documents import canonical_json, document_bytes, read_document
+from cache.durable import replace_file, sync_directory
+from cache.errors import CacheError, FingerprintMismatch, StoreNotFound, UnplannedPart
+from cache.layout import (
+    GROUP_METADATA,
+    MANIFEST,
+    PARTS,
+    SCRATCH,
+    ZARR_METADATA,
+    part_path,
+    parts_path,
+    scratch_path,
+)
+from cache.part_writer import PartWriter
+from cache.records import read_part_record
+from cache.schema import Manifest, check_format
+from cache.scratch import new_scratch, sweep
+
+_REMEDY = "Restore the settings that the store was written with, or write to another directory."
+
+
+class StoreWriter:
+    """A store open for writing; any number of processes may each write parts of one store."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._contents = manifest.contents_digest()
+
+    @classmethod
+    def open(cls, path: str | Path, manifest: Manifest) -> StoreWriter:
+        """Create the store, or open it if it holds the same; planned parts are united.
+
+        FingerprintMismatch, and nothing written, if fingerprint or arrays differ.
+        """
+        path = Path(path)
+        check_format(manifest.to_json(), "the manifest handed to StoreWriter.open")
+        check_specs(manifest.arrays)
+        canonical_json(manifest.to_json())  # so that what is no JSON is found before a directory is made
+        _check_free_or_store(path)
+        path.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            stored = _united(path, manifest)
+            _prepare_directories(path)
+            sweep(path)
+            _write_manifest(path, stored)
+        return cls(path, stored)
+
+    def is_done(self, part: str) -> bool:
+        """True if the part is finished: its done-mark is there, whole, and of this store."""
+        directory = part_path(self.path, part)
+        with suppress(CacheError):
+            return bool(read_part_record(directory, contents=self._contents))
+        return False
+
+    def part(self, name: str, *, source: Mapping[str, Any]) -> PartWriter:
+        """A writer of one planned part; `source` says which shard it is made of (name, bytes ...)."""
+        if name not in self.manifest.planned_parts:
+            part_path(self.path, name)  # an unsafe name is told as such first
+            raise UnplannedPart(name, num_planned=len(self.manifest.planned_parts))
+        return PartWriter(self.path, self.manifest, name=name, source=source)
+
+
+def _check_free_or_store(path: Path) -> None:
+    """Refuse a directory with other things in it: a mistyped path must not be written to."""
+    if path.exists() and not path.is_dir():
+        raise StoreNotFound(path, "a file")
+    ours = {MANIFEST, ZARR_METADATA, PARTS, SCRATCH}
+    foreign = (
+        sorted(entry.name for entry in path.iterdir() if entry.name not in ours) if path.is_dir() else []
+    )
+    if foreign and not (path / MANIFEST).exists():
+        raise StoreNotFound(path, f"a directory with other things in it, such as {foreign[0]!r}")
+
+
+def _united(path: Path, manifest: Manifest) -> Manifest:
+    """The stored manifest with the parts of both; mine where there is none yet."""
+    planned = set(manifest.planned_parts)
+    if not (path / MANIFEST).exists():
+        return replace(manifest, planned_parts=tuple(sorted(planned)))
+    stored = Manifest.from_json(read_document(path / MANIFEST))
+    differences = stored.differences(manifest)
+    if differences:
+        raise FingerprintMismatch(path, differences, remedy=_REMEDY)
+    return replace(stored, planned_parts=tuple(sorted(planned | set(stored.planned_parts))))
+
+
+def _prepare_directories(path: Path) -> None:
+    parts_path(path).mkdir(exist_ok=True)
+    scratch_path(path).mkdir(exist_ok=True)
+    for group in (path, parts_path(path)):
+        _write_if_changed(path, group / ZARR_METADATA, canonical_json(GROUP_METADATA))
+    sync_directory(path)
+
+
+def _write_manifest(path: Path, manifest: Manifest) -> None:
+    _write_if_changed(path, path / MANIFEST, document_bytes(manifest.to_json()))
+
+
+def _write_if_changed(store: Path, file: Path, data: bytes) -> None:
+    if not file.exists() or file.read_bytes() != data:
+        replace_file(file, data, scratch=new_scratch(store, file.name))
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold off other writers that would unite their planned parts at the same moment.
+
+    A file system that cannot lock a directory goes without: all that is at stake is a planned name, which
+    the writer that lost it adds again when it is next opened.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

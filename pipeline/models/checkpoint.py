@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from blake3 import blake3
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import ConfigError
 
-SINGLE = ("model.safetensors", "pytorch_model.bin")
-INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# In the order in which transformers looks for them, so that teacher and student read the same files.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def checkpoint_folder(name: str) -> Path:
@@ -49,11 +56,13 @@ class Checkpoint:
         for name in names:
             if name not in self._files:
                 raise ConfigError(
-                    f"{self.folder}: the checkpoint has no tensor {name!r}; use a complete MobileVLM V2 checkpoint"
+                    f"{self.folder}: the checkpoint has no tensor {name!r}; use a complete MobileVLM V2 checkpoint "
+                    "and the config.json that belongs to it"
                 )
             wanted.setdefault(self._files[name], []).append(name)
         for file, inside in wanted.items():
-            yield from _read(file, inside)
+            with _named_if_broken(file):
+                yield from _read(file, inside)
 
     def digest(self, names: Iterable[str]) -> str:
         """blake3 over name, dtype, shape and bytes of tensors: equal for `.bin` and safetensors of one model."""
@@ -61,17 +70,28 @@ class Checkpoint:
         return blake3("".join(f"{name} {parts[name]}\n" for name in sorted(parts)).encode()).hexdigest()
 
     def _locate(self) -> dict[str, Path]:
-        for index in INDEX:
-            if (file := self.folder / index).is_file():
+        file = next((file for name in WEIGHT_FILES if (file := self.folder / name).is_file()), None)
+        if file is None:
+            raise ConfigError(
+                f"{self.folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}; "
+                "name a folder that holds a MobileVLM V2 checkpoint"
+            )
+        with _named_if_broken(file):
+            if file.suffix == ".json":
                 weight_map = json.loads(file.read_text())["weight_map"]
                 return {name: self.folder / Path(part).name for name, part in weight_map.items()}
-        for single in SINGLE:
-            if (file := self.folder / single).is_file():
-                return dict.fromkeys(_names_in(file), file)
+            return dict.fromkeys(_names_in(file), file)
+
+
+@contextmanager
+def _named_if_broken(file: Path) -> Iterator[None]:
+    """Whatever a reader says of a missing, cut or foreign file becomes one sentence that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise ConfigError(
-            f"{self.folder}: no weights; expected one of {', '.join(SINGLE + INDEX)}; "
-            "name a folder that holds a MobileVLM V2 checkpoint"
-        )
+            f"{file}: not readable as weights ({type(error).__name__}); copy or download the checkpoint again"
+        ) from error
 
 
 def _names_in(file: Path) -> list[str]:

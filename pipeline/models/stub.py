@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.merge import IGNORE_INDEX, MergedInputs
+from pipeline.models.merge import IGNORE_INDEX, MergedInputs, merge_vision_tokens
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.tap import record_layer_inputs, text_to_vision_attention
 from pipeline.targets import TeacherFacts, TeacherForward, deepest_layer
@@ -55,6 +55,11 @@ class Teacher:
     plan: TeacherPlan
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs: the projector is in every stub, the first parameter may be on the meta device."""
+        return self.model.model.mm_projector.mlp.mlp[0].weight.device
+
+    @property
     def attention_layers(self) -> Sequence[int]:
         attention = self.plan.targets.get("attention")
         return attention.layers if attention else ()
@@ -62,7 +67,7 @@ class Teacher:
     @torch.inference_mode()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Projected vision features: 'I C Y X' -> 'I N D'."""
-        return self.model.encode_images(pixel_values.to(self.model.device))
+        return self.model.encode_images(pixel_values.to(self.device))
 
     @torch.inference_mode()
     def forward(
@@ -73,18 +78,28 @@ class Teacher:
         vision: torch.Tensor | None,
     ) -> TeacherForward:
         """One batch: ids, mask and labels 'B S', vision tokens 'I N D' of its images in order."""
-        device = self.model.device
-        merged = self.model.merge_inputs(
-            input_ids.to(device),
-            None if vision is None else vision.to(device),
-            attention_mask=attention_mask.to(device),
-            labels=labels.to(device),
+        merged = self._merge(
+            input_ids.to(self.device),
+            None if vision is None else vision.to(self.device),
+            attention_mask=attention_mask.to(self.device),
+            labels=labels.to(self.device),
         )
         with record_layer_inputs(self.model.model.layers, self._hooked_layers()) as inputs:
             last = self._run(merged)
         if self.plan.is_stub and self.attention_layers:
             inputs[self.attention_layers[-1]] = last
         return self._forward_results(merged, inputs, last)
+
+    def _merge(
+        self, input_ids: torch.Tensor, vision: torch.Tensor | None, **masks: torch.Tensor
+    ) -> MergedInputs:
+        if self.plan.deepest != -1:
+            return self.model.merge_inputs(input_ids, vision, **masks)
+        # No layer is asked for, so the embeddings were not loaded: positions are all that is left to find.
+        text_embeds = torch.zeros(*input_ids.shape, self.plan.facts.hidden_size, device=self.device)
+        return merge_vision_tokens(
+            input_ids, text_embeds, vision, **masks, num_vision_tokens=self.plan.facts.num_vision_tokens
+        )
 
     def _hooked_layers(self) -> list[int]:
         """Layers whose input a hook records; a stub's deepest layer never runs, its input is the output."""
@@ -135,11 +150,14 @@ def teacher_facts(name: str, config: MobileVLMConfig) -> TeacherFacts:
 
 
 def plan_teacher(name: str, *, targets: Mapping[str, Any]) -> TeacherPlan:
-    """Find and hash the tensors that the targets need, in a checkpoint folder or hub id."""
+    """Find and hash the tensors that the targets need, in a checkpoint folder or hub id.
+
+    Raises `ConfigError` if the checkpoint lacks one of them.
+    """
     checkpoint = Checkpoint(name)
     config = MobileVLMConfig.from_pretrained(checkpoint.folder)
     deepest = deepest_layer(targets)
-    tensors = needed_tensors(checkpoint.names(), config, deepest=deepest)
+    tensors = needed_tensors(_model_tensors(config), config, deepest=deepest)
     return TeacherPlan(
         checkpoint=checkpoint,
         config=config,
@@ -153,21 +171,22 @@ def plan_teacher(name: str, *, targets: Mapping[str, Any]) -> TeacherPlan:
 
 def load_teacher(plan: TeacherPlan, *, dtype: torch.dtype, device: torch.device) -> Teacher:
     """Load the planned tensors, and no others, in evaluation mode."""
-    with torch.device("meta"):
-        model = MobileVLMForCausalLM(plan.config)
+    model = _empty_model(plan.config)
     # What is not needed stays on the meta device: a mistake in the plan fails loudly, it cannot go unseen.
     weights = {
         name: tensor.to(dtype=dtype, device=device) for name, tensor in plan.checkpoint.tensors(plan.tensors)
     }
     model.load_state_dict(weights, strict=False, assign=True)
     _materialise_buffers(model, device)
-    if plan.deepest is not None:
+    if plan.deepest is None:
+        model.tie_weights()
+    else:
         _cut(model, plan.deepest)
     return Teacher(model.eval().requires_grad_(False), plan)
 
 
 def needed_tensors(names: Sequence[str], config: MobileVLMConfig, *, deepest: int | None) -> list[str]:
-    """Of a checkpoint's tensors, those that a teacher asked for layers up to `deepest` reads (None: all)."""
+    """Of a model's tensors, those that a teacher asked for layers up to `deepest` reads (None: all)."""
     tower_layers = range(config.vision_config.num_hidden_layers + 1)[config.mm_vision_select_layer]
     return [name for name in sorted(names) if _is_needed(name, tower_layers, deepest)]
 
@@ -187,6 +206,17 @@ def _is_needed(name: str, tower_layers: int, deepest: int | None) -> bool:
     return layer is not None and (
         int(layer[1]) < deepest or (int(layer[1]) == deepest and layer[2] in TAPPED)
     )
+
+
+def _empty_model(config: MobileVLMConfig) -> MobileVLMForCausalLM:
+    with torch.device("meta"):
+        return MobileVLMForCausalLM(config)
+
+
+def _model_tensors(config: MobileVLMConfig) -> list[str]:
+    """Names of all tensors that a complete checkpoint of this config holds."""
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return [name for name in _empty_model(config).state_dict() if name not in tied]
 
 
 def _cut(model: MobileVLMForCausalLM, deepest: int) -> None:

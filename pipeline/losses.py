@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots
+from pipeline.models.merge import Slots, answers_in, attended_images_in, images_in, text_rows_in
 from pipeline.settings import Section
 
 # Probabilities below this count as this; teacher and student alike, so that equal stays equal.
@@ -153,16 +153,20 @@ class VisionFocusLoss(Section):
 
 
 def vision_focus(student: StudentOutputs, teacher: TeacherTargets, head: Head, settings: Any) -> Result:
-    """The same over the k vision tokens of each image that the text attends most (L_V-focus); counts images.
+    """The same over the k vision tokens of each image that the text attends most (L_V-focus).
 
-    A token's score is the teacher's attention to it: mean over heads, sum over the T text rows.
+    A token's score is the teacher's attention to it: mean over heads, sum over the T text rows. Counts images
+    that text follows; one at the very end of a sample is attended by none, and has no focus.
     """
     if teacher.vision is None or not len(teacher.vision):
         return _nothing(student)
     assert head is not None and student.vision is not None
     per_token = _vision_distance(student.vision, head(teacher.vision))
-    focus = focus_tokens(teacher.attention[settings.layer], student.slots, per_token.shape[1], settings.k)
-    return per_token.gather(1, focus).mean(dim=1).sum(), _count(len(focus), per_token)
+    num_vision_tokens = per_token.shape[1]
+    focus = focus_tokens(teacher.attention[settings.layer], student.slots, num_vision_tokens, settings.k)
+    attended = _attended_images(student.slots, num_vision_tokens)
+    total = (per_token.gather(1, focus).mean(dim=1) * attended).sum()
+    return total, _count(int(attended.sum()), per_token)
 
 
 def focus_tokens(attention: Tensor, slots: Slots, num_vision_tokens: int, k: int) -> Tensor:
@@ -170,6 +174,13 @@ def focus_tokens(attention: Tensor, slots: Slots, num_vision_tokens: int, k: int
     mass = attention.float().mean(dim=1).sum(dim=1)
     per_image = mass[slots.vision >= 0].view(-1, num_vision_tokens)
     return per_image.topk(min(k, num_vision_tokens), dim=1).indices
+
+
+def _attended_images(slots: Slots, num_vision_tokens: int) -> Tensor:
+    """Whether any text follows an image, for every image of the batch in order: bool 'I'."""
+    no_text = slots.text.new_full((len(slots.text), 1), -1)
+    last_text = torch.cat([slots.text, no_text], dim=1).amax(dim=1, keepdim=True)
+    return (slots.vision < last_text)[slots.vision >= 0].view(-1, num_vision_tokens)[:, 0]
 
 
 def _vision_distance(student: Tensor, target: Tensor) -> Tensor:
@@ -231,23 +242,6 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def answers_in(batch: Mapping[str, Tensor]) -> int:
-    """Answer positions of a batch of ids and labels 'B S', before any forward."""
-    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-
-
-def text_rows_in(batch: Mapping[str, Tensor]) -> int:
-    """Text-query rows: unpadded text tokens after the first image of their sample."""
-    is_image = batch["input_ids"] == IMAGE_TOKEN_INDEX
-    after_image = is_image.long().cumsum(dim=1) > 0
-    return int((after_image & ~is_image & batch["attention_mask"].bool()).sum())
-
-
-def images_in(batch: Mapping[str, Tensor]) -> int:
-    """Images of a batch."""
-    return int((batch["input_ids"] == IMAGE_TOKEN_INDEX).sum())
-
-
 @dataclass(frozen=True)
 class Loss:
     """A row of LOSSES: the function, its settings, the targets it reads, the kind of trained head it shares.
@@ -282,7 +276,7 @@ LOSSES: dict[str, Loss] = {
     "vision_focus": Loss(
         vision_focus,
         VisionFocusLoss,
-        count=lambda settings, batch: images_in(batch),
+        count=lambda settings, batch: attended_images_in(batch),
         targets=("vision", "attention"),
         head="vision_map",
     ),

@@ -5,6 +5,7 @@ One placeholder (-200) in `input_ids` stands for the N vision tokens of one imag
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -112,3 +113,28 @@ def _padded_positions(chosen: torch.Tensor) -> torch.Tensor:
     counts = chosen.sum(dim=1)
     order = torch.argsort(~chosen, dim=1, stable=True)[:, : int(counts.max())]
     return torch.where(torch.arange(order.shape[1], device=chosen.device) < counts[:, None], order, -1)
+
+
+def answers_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """Answer positions of a batch of ids and labels 'B S', before any forward."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def text_rows_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """Text-query rows: unpadded text tokens after the first image of their sample."""
+    is_image = batch["input_ids"] == IMAGE_TOKEN_INDEX
+    after_image = is_image.long().cumsum(dim=1) > 0
+    return int((after_image & ~is_image & batch["attention_mask"].bool()).sum())
+
+
+def images_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """Images of a batch."""
+    return int((batch["input_ids"] == IMAGE_TOKEN_INDEX).sum())
+
+
+def attended_images_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """Images that some text of their sample follows."""
+    is_image = batch["input_ids"] == IMAGE_TOKEN_INDEX
+    is_text = ~is_image & batch["attention_mask"].bool()
+    before_text = is_text.flip(1).long().cumsum(dim=1).flip(1) > 0
+    return int((is_image & before_text).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -180,7 +181,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not file.is_file():
         raise ConfigError(f"config {file}: no such file; give --config a YAML file such as configs/demo.yaml")
     try:
-        values = yaml.safe_load(file.read_text())
+        values = read_yaml(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {file}: not readable as YAML: {error}") from error
     if not isinstance(values, dict):
@@ -208,20 +209,30 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
     try:
-        place[last] = parse_value(text)
+        place[last] = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not readable as YAML: {error}") from error
 
 
-def parse_value(text: str) -> Any:
-    """A YAML value; and 1e-3 is a number, as people mean it, although YAML 1.1 reads a string."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as people mean it, where YAML 1.1 reads a string."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: a string that looks like 1e-3 in quotes."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def read_yaml(text: str) -> Any:
+    """The values of a YAML text, 1e-3 a number among them."""
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 def _sentence(detail: Mapping[str, Any]) -> str:
@@ -258,4 +269,4 @@ def _did_you_mean(name: str, known: Sequence[str] | set[str]) -> str:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that loads back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)

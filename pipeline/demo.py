@@ -119,6 +119,12 @@ def data(num_train_images: int | None = None) -> None:
         print(f"{DATA / split}.json: {len(records)} conversations")
 
 
+@app.command()
+def images() -> None:
+    """Print the folder that the conversations' image paths start from."""
+    print(easy_vqa_folder())
+
+
 def train_tokenizer(texts: Iterable[str]) -> bytes:
     """A LLaMA-style sentencepiece model (BPE with byte fallback, so any text has ids) of 512 pieces."""
     import sentencepiece

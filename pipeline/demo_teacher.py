@@ -206,10 +206,10 @@ def train_language(
     model: MobileVLMForCausalLM, asked: list[ImageQuestions], features: torch.Tensor, *, epochs: int
 ) -> None:
     """Step 2: projector and language model learn the answers; `features` 'variant I M W'."""
-    batch_size = 32
+    batch_size = 8
     steps_an_epoch = len(asked) // batch_size
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, schedule = one_cycle(trained, learning_rate=2e-3, num_steps=epochs * steps_an_epoch)
+    optimizer, schedule = one_cycle(trained, learning_rate=1e-3, num_steps=epochs * steps_an_epoch)
     generator = torch.Generator().manual_seed(3)
     for epoch in range(epochs):
         total, started = 0.0, time.monotonic()

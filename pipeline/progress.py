@@ -48,7 +48,7 @@ class Progress:
         """A part was committed."""
         self._read_to(self.shard_bytes)
         self.parts += 1
-        self.bytes_written += summary.total_bytes
+        self.bytes_written += sum(summary.array_bytes.values())
         self._show()
 
     def _read_to(self, position: int) -> None:

@@ -234,5 +234,5 @@ def _summary(config: Config, summaries: Sequence[PartSummary], *, parts_found: i
         seen=sum(s.seen for s in summaries),
         cached=sum(s.cached for s in summaries),
         rejected=sum(s.rejected for s in summaries),
-        bytes_written=sum(s.total_bytes for s in summaries),
+        bytes_written=sum(sum(s.array_bytes.values()) for s in summaries),
     )

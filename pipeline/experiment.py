@@ -1,0 +1,87 @@
+"""One experiment: train the student (and, with `baseline`, the same student without a teacher), evaluate, compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.compare import accuracy_table, paired_gain
+from pipeline.config import Config, LossesConfig
+from pipeline.evaluate import Prediction, accuracy_by_type, evaluate_model, read_predictions
+from pipeline.errors import ConfigError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.provenance import provenance
+from pipeline.student import train_student
+
+DISTILLED = "student, Align-KD"
+BASELINE = "student, labels only"
+TEACHER = "teacher"
+
+
+def run_experiment(config: Config, *, say: Callable[[str], None]) -> str:
+    """Do what is not done yet below `output_dir` and return the table of results (also in `results.json`)."""
+    output = Path(config.output_dir)
+    runs = {DISTILLED: (output / "align_kd", config)}
+    if config.baseline:
+        runs[BASELINE] = (output / "supervised", config.model_copy(update={"losses": LossesConfig()}))
+    models: dict[str, list[Prediction]] = {}
+    if config.evaluate is not None and (teacher := _teacher_predictions(config)) is not None:
+        models[TEACHER] = teacher
+    for name, (folder, settings) in runs.items():
+        say(f"{name}: {', '.join(settings.losses.active())} -> {folder}")
+        model = train_student(settings, folder)
+        if config.evaluate is not None:
+            models[name] = evaluate_checkpoint(settings, str(model), output=folder / "predictions.jsonl")
+    if not models:
+        return f"student trained: {output / 'align_kd' / 'model'}; no `evaluate` section, so no accuracy was measured"
+    return _report(config, models, output)
+
+
+def evaluate_checkpoint(config: Config, model: str, *, output: Path | None = None) -> list[Prediction]:
+    """Predictions of a checkpoint on the held-out questions; kept, and not made again for the same weights."""
+    if config.evaluate is None:
+        raise ConfigError("the config has no `evaluate` section; name held-out shards as evaluate.shards")
+    output = output or _predictions_file(config, model)
+    stamp = output.with_suffix(".stamp.json")
+    identity = json.dumps(_evaluation_identity(config, model))
+    if not (output.is_file() and stamp.is_file() and stamp.read_text() == identity):
+        evaluate_model(model, config.data, config.evaluate, output=output, description=f"evaluate {model}")
+        stamp.write_text(identity)
+    return read_predictions(output)
+
+
+def _evaluation_identity(config: Config, model: str) -> list[Any]:
+    """What predictions depend on: the weights' digest, and how and on what they are asked."""
+    checkpoint = Checkpoint(model)
+    data = config.data.model_dump(mode="json", include={"template", "image_aspect_ratio", "max_image_pixels"})
+    return [checkpoint.digest(checkpoint.names()), data, config.evaluate.model_dump(mode="json")]
+
+
+def _predictions_file(config: Config, model: str) -> Path:
+    """The teacher's below `teacher/`, where stage 2 looks for them; another model's below its own name."""
+    name = "teacher" if model == config.teacher.model else model.strip("/").replace("/", "_")
+    return Path(config.output_dir) / name / "predictions.jsonl"
+
+
+def _teacher_predictions(config: Config) -> list[Prediction] | None:
+    """Measured before, by `alignkd evaluate`: stage 2 itself opens no teacher."""
+    file = _predictions_file(config, config.teacher.model)
+    return read_predictions(file) if file.is_file() else None
+
+
+def _report(config: Config, models: dict[str, list[Prediction]], output: Path) -> str:
+    lines = [accuracy_table(models)]
+    results = {"accuracy": {name: accuracy_by_type(p) for name, p in models.items()}}
+    if BASELINE in models:
+        gain = paired_gain(models[DISTILLED], models[BASELINE])
+        lines.append(
+            f"\nAlign-KD against labels only: {gain}\n"
+            f"paired bootstrap over {gain.num_images:,} test images with {gain.num_questions:,} questions; "
+            "same first weights, same data order"
+        )
+        results["gain"] = asdict(gain)
+    (output / "results.json").write_text(json.dumps(results | {"provenance": provenance(config)}, indent=1) + "\n")
+    return "\n".join(lines)

@@ -1,0 +1,175 @@
+"""What the tests share: paths of the fixtures, and small random models of the real classes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
+
+IMAGE = IMAGE_TOKEN_INDEX
+
+# Any of these can be changed by name; four patches a side pooled to N = 4 vision tokens.
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
+    "projection_dim": 16,
+}
+LANGUAGE_MODEL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "mm_projector_grid": 2,
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded samples on the right, as the collator makes them: ids, mask and labels 'B S', all images in order."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    pixel_values: torch.Tensor | None
+
+    def inputs(self) -> dict[str, torch.Tensor | None]:
+        """Keyword arguments of the model's forward."""
+        return vars(self).copy()
+
+
+@pytest.fixture(scope="session")
+def fixture_folder() -> Path:
+    """A checkpoint written by the original code, with its inputs and outputs."""
+    return Path(__file__).parent / "fixtures" / "mobilevlm_v2_tiny"
+
+
+@pytest.fixture(scope="session")
+def described_checkpoint(fixture_folder, tmp_path_factory) -> Path:
+    """The same checkpoint, whose config also describes its tower: that one has another size than the CLIP it names."""
+    folder = tmp_path_factory.mktemp("original") / "mobilevlm"
+    shutil.copytree(fixture_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] = json.loads((folder / "vision_tower_config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def original(described_checkpoint) -> MobileVLMForCausalLM:
+    """The original code's checkpoint in our model. Tests that change it must copy it."""
+    return MobileVLMForCausalLM.from_pretrained(described_checkpoint, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def expected(fixture_folder) -> dict[str, torch.Tensor]:
+    """Inputs of the original code and what it computed from them."""
+    return load_file(fixture_folder / "expected.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    """A folder with the sentencepiece `tokenizer.model` of LLaMA's kind that mistral-common ships."""
+    spec = importlib.util.find_spec("mistral_common")
+    assert spec is not None and spec.origin is not None
+    folder = tmp_path_factory.mktemp("tokenizer")
+    shutil.copy(Path(spec.origin).parent / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., MobileVLMConfig]:
+    """Builds a small config; keyword arguments change fields, `tower={...}` those of the tower."""
+
+    def build(*, tower: dict[str, Any] | None = None, **changes: Any) -> MobileVLMConfig:
+        return MobileVLMConfig(**{**LANGUAGE_MODEL, "vision_config": TOWER | (tower or {})} | changes)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config) -> Callable[..., MobileVLMForCausalLM]:
+    """Builds a small random model in evaluation mode; weights large enough that attention is not uniform."""
+
+    def build(*, seed: int = 0, **changes: Any) -> MobileVLMForCausalLM:
+        model = MobileVLMForCausalLM(tiny_config(**changes))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(std=0.25, generator=generator)
+                if "norm.weight" in name or "layernorm.weight" in name:
+                    parameter.add_(1)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., Batch]:
+    """Builds a batch of random prompts from layouts such as [3, IMAGE, 5]: three tokens, an image, five tokens.
+
+    The last `answers` tokens of every sample are labels.
+    """
+
+    def build(
+        *layouts: list[int], seed: int = 0, answers: int = 2, vocab_size: int = 96, image_size: int = 56
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        samples = [_sample(layout, generator, vocab_size) for layout in layouts]
+        length = max(len(ids) for ids in samples)
+        input_ids = torch.zeros(len(samples), length, dtype=torch.long)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        for row, ids in enumerate(samples):
+            input_ids[row, : len(ids)] = ids
+            mask[row, : len(ids)] = True
+            labels[row, len(ids) - answers : len(ids)] = ids[len(ids) - answers :]
+        num_images = int((input_ids == IMAGE).sum())
+        pixels = (
+            torch.randn(num_images, 3, image_size, image_size, generator=generator) if num_images else None
+        )
+        return Batch(input_ids, mask, labels, pixels)
+
+    return build
+
+
+def _sample(layout: list[int], generator: torch.Generator, vocab_size: int) -> torch.Tensor:
+    parts = [
+        torch.tensor([IMAGE]) if part == IMAGE else torch.randint(3, vocab_size, (part,), generator=generator)
+        for part in layout
+    ]
+    return torch.cat(parts)
+
+
+@pytest.fixture(scope="session")
+def split_batch() -> Callable[[Batch], list[Batch]]:
+    """Cuts a batch into its samples, without padding."""
+
+    def split(batch: Batch) -> list[Batch]:
+        alone, first_image = [], 0
+        for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
+            num_images = int((ids == IMAGE).sum())
+            images = batch.pixel_values[first_image : first_image + num_images] if num_images else None
+            alone.append(Batch(ids[mask][None], mask[mask][None], labels[mask][None], images))
+            first_image += num_images
+        return alone
+
+    return split

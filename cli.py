@@ -22,7 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Distil a vision-language model in two offline stages: teacher-cache, then distill.\n\n" + EXIT_CODES,
+    help="Distil a vision-language model in two offline stages: teacher-cache, then distill.\n\n"
+    + EXIT_CODES,
 )
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML config, such as configs/demo.yaml.")]
@@ -82,7 +83,9 @@ def teacher_cache(config: ConfigFile, overrides: Overrides = None, print_config:
         f"{run.seen:,} samples seen = {run.cached:,} cached + {run.rejected:,} rejected"
     )
     store = summarise(run.path)
-    print(f"the store holds {store.samples:,} samples in {_bytes(store.bytes)}, {_bytes(store.bytes_per_sample)} each")
+    print(
+        f"the store holds {store.samples:,} samples in {_bytes(store.bytes)}, {_bytes(store.bytes_per_sample)} each"
+    )
     _print_reasons(store.rejects_by_reason, where="alignkd info")
 
 
@@ -139,7 +142,9 @@ def info(store: StorePath, as_json: AsJson = False) -> None:
 @app.command()
 def verify(
     store: StorePath,
-    deep: Annotated[bool, typer.Option("--deep", help="Also hash every file and decode every value.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also hash every file and decode every value.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Look for damage: missing or unfinished parts, flipped bytes, wrong counts; exit code 1 if there is any."""

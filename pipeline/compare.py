@@ -49,5 +49,8 @@ def accuracy_table(models: Mapping[str, Sequence[Prediction]]) -> str:
     rows = [["accuracy, %", *types], ["questions", *(str(first[t][1]) for t in types)]]
     rows += [[name, *(f"{100 * score[t][0]:.2f}" for t in types)] for name, score in scores.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(types) + 1)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
     return "\n".join([*lines[:2], "-" * len(lines[0]), *lines[2:]])

@@ -42,7 +42,14 @@ class JoinedDataset(Dataset[JoinedSample]):
     saw, and its image bytes with their digest; later epochs trust that. Raises `JoinError` on any difference.
     """
 
-    def __init__(self, store: Store, shards: str | Sequence[str], preparation: Preparation, *, targets: Mapping[str, Any]):
+    def __init__(
+        self,
+        store: Store,
+        shards: str | Sequence[str],
+        preparation: Preparation,
+        *,
+        targets: Mapping[str, Any],
+    ):
         self.store = store
         self.preparation = preparation
         self.targets = targets
@@ -54,7 +61,9 @@ class JoinedDataset(Dataset[JoinedSample]):
             )
         self.rows = [(part, entry) for part in sorted(self.shards) for entry in store.entries(part)]
         if not self.rows:
-            raise ConfigError(f"{store.path} holds no sample of data.shards; see its rejects with `alignkd info`")
+            raise ConfigError(
+                f"{store.path} holds no sample of data.shards; see its rejects with `alignkd info`"
+            )
         facts = teacher_facts(store)
         self.names = [spec.name for name, t in targets.items() for spec in TARGETS[name].arrays(t, facts)]
         self.verified: set[str] = set()
@@ -66,7 +75,9 @@ class JoinedDataset(Dataset[JoinedSample]):
     def __getitem__(self, index: int) -> JoinedSample:
         part, entry = self.rows[index]
         arrays = self.store.read(entry.key, ["input_ids", "labels", *self.names])
-        tokens = TokenizedSample(tuple(arrays.pop("input_ids").tolist()), tuple(arrays.pop("labels").tolist()))
+        tokens = TokenizedSample(
+            tuple(arrays.pop("input_ids").tolist()), tuple(arrays.pop("labels").tolist())
+        )
         if entry.key not in self.verified:
             self._compare_tokens(part, entry, tokens)
             self.verified.add(entry.key)

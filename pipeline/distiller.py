@@ -51,11 +51,15 @@ class Distiller(nn.Module):
         teacher = TeacherTargets(**batch["targets"])
         for layer, attention in teacher.attention.items():
             rows, columns = outputs.slots.text.shape[1], outputs.slots.vision.shape[1]
-            expect_shape(f"stored attention of layer {layer}", attention, "B H T J", {"T": rows, "J": columns})
+            expect_shape(
+                f"stored attention of layer {layer}", attention, "B H T J", {"T": rows, "J": columns}
+            )
         terms = {}
         for name, settings in self.losses.items():
             row = LOSSES[name]
-            terms[name] = row.compute(outputs, teacher, self.heads[row.head] if row.head in self.heads else None, settings)
+            terms[name] = row.compute(
+                outputs, teacher, self.heads[row.head] if row.head in self.heads else None, settings
+            )
         return Terms(terms, coverage)
 
     def _student_outputs(self, batch: Mapping[str, Any]) -> tuple[StudentOutputs, Tensor]:
@@ -67,7 +71,9 @@ class Distiller(nn.Module):
         layers = self._tapped_layers()
         with record_layer_inputs(self.student.model.layers, layers) as inputs:
             hidden = self.student.model(
-                inputs_embeds=merged.inputs_embeds, attention_mask=merged.attention_mask.long(), use_cache=False
+                inputs_embeds=merged.inputs_embeds,
+                attention_mask=merged.attention_mask.long(),
+                use_cache=False,
             ).last_hidden_state
         predicts = merged.labels[:, 1:] != IGNORE_INDEX
         outputs = StudentOutputs(
@@ -101,7 +107,9 @@ class Distiller(nn.Module):
         held = [self.patch_features.get(digest) for digest in batch["image_digests"]]
         if any(features is None for features in held):
             features = self.student.patch_features(batch["pixel_values"])
-            held = [self.patch_features.put(*item) for item in zip(batch["image_digests"], features, strict=True)]
+            held = [
+                self.patch_features.put(*item) for item in zip(batch["image_digests"], features, strict=True)
+            ]
         return self.student.encode_images(patch_features=torch.stack(held))
 
     def _check_coverage(self, batch: Mapping[str, Any], merged: MergedInputs) -> Tensor:
@@ -124,7 +132,9 @@ class Distiller(nn.Module):
         return covered.float().mean()
 
 
-def build_heads(losses: Mapping[str, Any], student: MobileVLMForCausalLM, facts: TeacherFacts | None) -> nn.ModuleDict:
+def build_heads(
+    losses: Mapping[str, Any], student: MobileVLMForCausalLM, facts: TeacherFacts | None
+) -> nn.ModuleDict:
     """The heads that the losses share, by kind: at most one vision map and one head mixer."""
     heads = nn.ModuleDict()
     kinds = {LOSSES[name].head for name in losses} - {None}
@@ -134,5 +144,7 @@ def build_heads(losses: Mapping[str, Any], student: MobileVLMForCausalLM, facts:
         heads["vision_map"] = VisionMap(facts.hidden_size, student.config.hidden_size)
     attention = losses.get("attention")
     if attention is not None and attention.heads == "mix":
-        heads["head_mixer"] = HeadMixer(len(attention.layers), facts.num_heads, student.config.num_attention_heads)
+        heads["head_mixer"] = HeadMixer(
+            len(attention.layers), facts.num_heads, student.config.num_attention_heads
+        )
     return heads

@@ -105,7 +105,9 @@ def _answer(
 ) -> list[Prediction]:
     """Greedy answers to a batch, prompts padded on the right (the model moves the padding to the left)."""
     length = max(len(question.prompt) for question in questions)
-    ids = torch.tensor([[*q.prompt, *[0] * (length - len(q.prompt))] for q in questions], device=network.device)
+    ids = torch.tensor(
+        [[*q.prompt, *[0] * (length - len(q.prompt))] for q in questions], device=network.device
+    )
     mask = torch.tensor([[1] * len(q.prompt) + [0] * (length - len(q.prompt)) for q in questions])
     generated = network.generate(
         ids,
@@ -137,7 +139,9 @@ def _patch_features(
     features: TensorCache,
 ) -> torch.Tensor | None:
     """The frozen tower's features 'I M W' of all images of the batch, each distinct image computed once."""
-    images = {d: data for q in questions for d, data in zip(q.sample.image_digests, q.sample.images, strict=True)}
+    images = {
+        d: data for q in questions for d, data in zip(q.sample.image_digests, q.sample.images, strict=True)
+    }
     if not images:
         return None
     fresh = [digest for digest in images if features.get(digest) is None]

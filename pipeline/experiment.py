@@ -83,5 +83,7 @@ def _report(config: Config, models: dict[str, list[Prediction]], output: Path) -
             "same first weights, same data order"
         )
         results["gain"] = asdict(gain)
-    (output / "results.json").write_text(json.dumps(results | {"provenance": provenance(config)}, indent=1) + "\n")
+    (output / "results.json").write_text(
+        json.dumps(results | {"provenance": provenance(config)}, indent=1) + "\n"
+    )
     return "\n".join(lines)

@@ -60,7 +60,9 @@ class Preparation:
         sample = tokenize(conversations, self.tokenizer, template=self.template)
         length = self.merged_length(sample.input_ids)
         if length > self.max_length:
-            raise BadSample("too long", f"{length} positions with vision tokens, data.max_length is {self.max_length}")
+            raise BadSample(
+                "too long", f"{length} positions with vision tokens, data.max_length is {self.max_length}"
+            )
         return sample
 
     def merged_length(self, input_ids: Sequence[int]) -> int:

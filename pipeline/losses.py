@@ -280,9 +280,7 @@ LOSSES: dict[str, Loss] = {
         targets=("vision", "attention"),
         head="vision_map",
     ),
-    "logits": Loss(
-        logits, LogitsLoss, count=lambda settings, batch: answers_in(batch), targets=("logits",)
-    ),
+    "logits": Loss(logits, LogitsLoss, count=lambda settings, batch: answers_in(batch), targets=("logits",)),
 }
 
 

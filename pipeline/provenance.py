@@ -13,7 +13,17 @@ from typing import Any
 
 from pipeline.config import Config, to_yaml
 
-PACKAGES = ("accelerate", "numcodecs", "numpy", "pillow", "tokenizers", "torch", "transformers", "webdataset", "zarr")
+PACKAGES = (
+    "accelerate",
+    "numcodecs",
+    "numpy",
+    "pillow",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "webdataset",
+    "zarr",
+)
 
 
 def provenance(config: Config) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def train_student(config: Config, folder: Path) -> Path:
 
 def run_identity(config: Config) -> str:
     """What a finished run must agree with to be kept: everything that its weights depend on."""
-    settings = config.model_dump(mode="json", include={"student", "data", "cache", "targets", "losses", "train"})
+    settings = config.model_dump(
+        mode="json", include={"student", "data", "cache", "targets", "losses", "train"}
+    )
     return digest_of(settings)
 
 
@@ -93,7 +95,7 @@ def needed_targets(config: Config) -> dict[str, Any]:
 
 def build_trainer(config: Config, folder: Path, store: Store, dataset: JoinedDataset) -> DistillTrainer:
     """Student, heads, optimizer and data, seeded: runs that differ in losses alone see the same data order."""
-    arguments = TrainingArguments(output_dir=str(folder), remove_unused_columns=False, **_train_options(config))
+    arguments = TrainingArguments(output_dir=str(folder), **_train_options(config))
     set_seed(arguments.seed)
     student = load_student(config, store)
     distiller = Distiller(
@@ -131,7 +133,8 @@ def load_student(config: Config, store: Store) -> MobileVLMForCausalLM:
 
 
 def _train_options(config: Config) -> dict[str, Any]:
-    return {name: value for name, value in config.train.items() if name != "resume_from_checkpoint"}
+    given = {name: value for name, value in config.train.items() if name != "resume_from_checkpoint"}
+    return {"remove_unused_columns": False, "dataloader_pin_memory": torch.cuda.is_available()} | given
 
 
 @dataclass
@@ -145,7 +148,7 @@ class TermLog:
 
     def add(self, terms: Terms) -> None:
         for name, (total, count) in terms.terms.items():
-            self.totals[name] = self.totals.get(name, 0.0) + float(total)
+            self.totals[name] = self.totals.get(name, 0.0) + float(total.detach())
             self.counts[name] = self.counts.get(name, 0.0) + float(count)
         self.coverage += float(terms.coverage)
         self.batches += 1
@@ -200,7 +203,9 @@ class DistillTrainer(Trainer):
             options_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = options_class(self._parameter_groups(), **options)
         grouped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        left_out = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in grouped]
+        left_out = [
+            name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in grouped
+        ]
         assert not left_out, f"parameters in no optimizer group: {left_out}"
         return self.optimizer
 

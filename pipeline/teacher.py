@@ -193,7 +193,9 @@ class ShardCapture:
 
     def _reject(self, part: PartWriter, key: str, error: BadSample) -> None:
         if self.config.data.on_bad_sample == "fail":
-            raise BadSample("a bad sample, and data.on_bad_sample is fail", f"sample {key!r}: {error.reason}") from error
+            raise BadSample(
+                "a bad sample, and data.on_bad_sample is fail", f"sample {key!r}: {error.reason}"
+            ) from error
         part.reject(key, error.reason)
         self.progress.reject()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cache.codecs import CODECS, Codec
+from cache.documents import digest_of
 from cache.errors import (
     ArrayMismatch,
     CacheError,
@@ -74,6 +75,7 @@ __all__ = [
     "UnsafeName",
     "UnsupportedFormat",
     "ValueOutOfRange",
+    "digest_of",
     "summarise",
     "verify",
 ]

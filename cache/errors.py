@@ -38,6 +38,15 @@ class CacheError(Exception):
     """The root of the tree: catches everything this package raises on purpose."""
 
 
+class _Nothing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+NOTHING = _Nothing()
+"""What a SchemaError found where a field is absent."""
+
+
 class StoreNotFound(CacheError):
     def __init__(self, path: Path, found: str) -> None:
         super().__init__(
@@ -73,7 +82,7 @@ class SchemaError(CacheError):
 class UnsafeName(CacheError):
     def __init__(self, kind: str, name: object) -> None:
         super().__init__(
-            f"{_short(name)} cannot be a {kind} name: use up to 150 letters, digits, '.', '_' and '-', "
+            f"{_short(name)} cannot name {kind}: use up to 150 letters, digits, '.', '_' and '-', "
             "without a leading dot and without a name that the format keeps for itself; rename it."
         )
 

@@ -44,21 +44,21 @@ def shard_file(array: Path, num_axes: int) -> Path:
 def check_part_name(name: str) -> str:
     """`name`, if it is one harmless path segment."""
     if not _is_safe(name):
-        raise UnsafeName("part", name)
+        raise UnsafeName("a part", name)
     return name
 
 
 def check_array_name(name: str) -> str:
     """`name`, if it is harmless path segments joined by '/'."""
     if not isinstance(name, str) or not all(_is_safe(segment) for segment in name.split("/")):
-        raise UnsafeName("array", name)
+        raise UnsafeName("an array", name)
     return name
 
 
 def check_file_name(name: str) -> str:
     """`name`, if it is a relative path that stays inside a part."""
     if not all(_SEGMENT.fullmatch(segment) for segment in name.split("/")):
-        raise UnsafeName("file", name)
+        raise UnsafeName("a file", name)
     return name
 
 

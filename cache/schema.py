@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 from cache.documents import canonical_json, digest_of
-from cache.errors import SchemaError, UnsupportedFormat
+from cache.errors import NOTHING, SchemaError, UnsupportedFormat
 from cache.layout import FORMAT_VERSION, MANIFEST, check_array_name, check_part_name
 
 Owner = Literal["sample", "image"]
@@ -20,7 +20,7 @@ def take(record: Mapping[str, Any], name: str, kind: type, *, where: str = "") -
     """`record[name]`, which must be there and of the JSON kind asked for."""
     field = f"{where}.{name}" if where else name
     if name not in record:
-        raise SchemaError(field, expected=_KINDS[kind], found="nothing")
+        raise SchemaError(field, expected=_KINDS[kind], found=NOTHING)
     return expect(record[name], kind, field=field)
 
 

@@ -1,0 +1,163 @@
+"""What a store says of itself survives JSON, and says which field is wrong when it does not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_store import ARRAYS, FINGERPRINT, manifest
+
+from cache import (
+    ArraySpec,
+    CorruptFile,
+    Fingerprint,
+    Manifest,
+    SampleEntry,
+    SchemaError,
+    Span,
+    UnsafeName,
+    UnsupportedFormat,
+)
+from cache.documents import canonical_json, document_bytes, read_document
+from cache.layout import check_array_name, check_file_name, check_part_name
+
+
+def test_a_manifest_survives_json() -> None:
+    made = manifest()
+    assert Manifest.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_a_fingerprint_names_every_field_that_differs() -> None:
+    mine = replace(FINGERPRINT, tokenizer="99", template="")
+    found = [(d.field, d.stored, d.mine) for d in FINGERPRINT.differences(mine)]
+    assert found == [("tokenizer", "70", "99"), ("template", "7a", "")]
+
+
+def test_the_contents_digest_does_not_know_provenance_or_order() -> None:
+    digest = manifest().contents_digest()
+    assert digest == manifest(provenance={"command": "other"}, arrays=ARRAYS[::-1]).contents_digest()
+    assert digest != manifest(arrays=ARRAYS[1:]).contents_digest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"owner": "batch"},
+            "arrays[hidden].owner: expected 'sample' or 'image', found 'batch'; correct this",
+        ),
+        ({"row_shape": [0]}, "arrays[hidden].row_shape: expected positive integers, found (0,)"),
+        (
+            {"axes": "R"},
+            "arrays[hidden].axes: expected 2 letters, for the rows and row_shape (4,), found 'R'",
+        ),
+        ({"row_shape": ["4"]}, "arrays[hidden].row_shape[0]: expected an integer, found '4'"),
+        ({"row_shape": 4}, "arrays[hidden].row_shape: expected a list, found 4"),
+        ({"options": {"step": [1]}}, "arrays[hidden].options.step: expected a number or a string, found [1]"),
+        (
+            {"options": {"step": True}},
+            "arrays[hidden].options.step: expected a number or a string, found True",
+        ),
+        ({"codec": None}, "arrays[hidden].codec: expected a string, found None"),
+        ({"name": 3}, "arrays.name: expected a string, found 3"),
+    ],
+)
+def test_a_wrong_field_of_an_array_is_named(changes: dict[str, Any], expected: str) -> None:
+    record = next(spec for spec in ARRAYS if spec.name == "hidden").to_json() | changes
+    with pytest.raises(SchemaError) as caught:
+        ArraySpec.from_json(record)
+    assert expected in str(caught.value)
+
+
+def test_a_missing_field_is_named() -> None:
+    record = manifest().to_json()
+    del record["teacher"]
+    with pytest.raises(SchemaError, match=r"^teacher: expected an object, found nothing; correct this value"):
+        Manifest.from_json(record)
+    with pytest.raises(SchemaError, match=r"^fingerprint\.tokenizer: expected a string, found nothing"):
+        Fingerprint.from_json({"teacher": "7e"})
+
+
+def test_an_array_twice_is_refused() -> None:
+    with pytest.raises(SchemaError, match="arrays: expected each name once"):
+        manifest(arrays=ARRAYS[:1] * 2)
+
+
+def test_a_store_of_another_format_is_told_as_such() -> None:
+    expected = r"manifest.json is of store format 2, this version reads format 1; use the alignkd version"
+    with pytest.raises(UnsupportedFormat, match=expected):
+        Manifest.from_json(manifest().to_json() | {"format_version": 2})
+
+
+def test_an_entry_needs_a_span_for_every_image() -> None:
+    with pytest.raises(
+        SchemaError, match=r"entry 'k'.image_spans: expected one span for each of the 1 images"
+    ):
+        SampleEntry("k", ("aa",), (), Span("k.json", 0, 1))
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "a/b", "a b", "zarr.json", "a\n", "é", "x" * 151, None]
+)
+def test_a_part_name_that_could_leave_the_store_is_refused(name: Any) -> None:
+    with pytest.raises(UnsafeName, match="cannot name a part: use up to 150 letters, digits"):
+        check_part_name(name)
+
+
+@pytest.mark.parametrize("name", ["", "/etc", "a//b", "a/../b", "a/", "part.json", "a/zarr.json", None])
+def test_an_array_name_that_could_leave_its_part_is_refused(name: Any) -> None:
+    with pytest.raises(UnsafeName, match="cannot name an array: use up to 150"):
+        check_array_name(name)
+
+
+def test_a_file_name_that_could_leave_its_part_is_refused() -> None:
+    assert check_file_name("attention/layer_0/c/0/0/0") == "attention/layer_0/c/0/0/0"
+    with pytest.raises(UnsafeName, match=r"'\.\./\.\./secret' cannot name a file"):
+        check_file_name("../../secret")
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(JSON_VALUES)
+def test_canonical_json_has_one_spelling(value: Any) -> None:
+    assert canonical_json(json.loads(canonical_json(value))) == canonical_json(value)
+
+
+def test_a_flipped_bit_in_any_byte_of_a_document_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "it.json"
+    data = document_bytes({"a": [1, 2.5, "é"], "b": {"c": None}})
+    file.write_bytes(data)
+    assert read_document(file) == {"a": [1, 2.5, "é"], "b": {"c": None}}
+    for position in range(len(data)):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << position % 8
+        file.write_bytes(flipped)
+        with pytest.raises(CorruptFile, match=r"it\.json is damaged: .*; run `alignkd verify` on the store"):
+            read_document(file)
+
+
+def test_a_document_says_what_is_wrong_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "it.json"
+    for data, expected in [
+        (None, r"it cannot be read \(No such file or directory\)"),
+        (b"{", "it is not JSON"),
+        (b"[" * 100_000, "it is not JSON"),
+        (b'{"a": NaN}', "it is not JSON"),
+        (b"[1]\n", "its bytes are not the canonical JSON object"),
+        (b'{"a": 1}\n', "its bytes are not the canonical JSON object"),
+        (b'{"a":1}\n', "its checksum is [0-9a-f]{64}, but it says None"),
+    ]:
+        if data is not None:
+            file.write_bytes(data)
+        with pytest.raises(CorruptFile, match=expected):
+            read_document(file)

@@ -1,0 +1,321 @@
+"""A part is published wholly or not at all, once, by whoever is first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_store import (
+    ARRAYS,
+    DIGEST_A,
+    FINGERPRINT,
+    entry,
+    fill_part,
+    image_arrays,
+    manifest,
+    sample_arrays,
+    snapshot,
+    write_store,
+)
+
+from cache import (
+    ArrayMismatch,
+    CountMismatch,
+    DuplicateImage,
+    DuplicateKey,
+    FingerprintMismatch,
+    NonFiniteValue,
+    PartClosed,
+    RefusedValue,
+    SchemaError,
+    Store,
+    StoreNotFound,
+    StoreWriter,
+    UnknownImage,
+    UnplannedPart,
+    UnsafeName,
+    ValueOutOfRange,
+    verify,
+)
+from cache.scratch import new_scratch
+
+PART = "shard-000000"
+
+
+def finish(writer: StoreWriter, name: str = PART, prefix: str = "a") -> Any:
+    with writer.part(name, source={"name": f"{name}.tar", "bytes": 1}) as part:
+        fill_part(part, prefix)
+        return part.commit(seen=4)
+
+
+def test_a_committed_part_is_counted_and_done(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path / "s", manifest())
+    assert not writer.is_done(PART)
+    summary = finish(writer)
+    assert (summary.seen, summary.cached, summary.rejected, summary.images) == (4, 3, 1, 2)
+    assert set(summary.array_bytes) == {spec.name for spec in ARRAYS} and not summary.already_done
+    attention = tmp_path / "s/parts" / PART / "attention"
+    on_disk = sum(file.stat().st_size for file in attention.rglob("layer_0*/**/*") if file.is_file())
+    assert summary.array_bytes["attention/layer_0"] == on_disk
+    assert writer.is_done(PART) and not writer.is_done("shard-000001")
+    assert list((tmp_path / "s/tmp").iterdir()) == []
+
+
+def test_the_same_samples_make_the_same_bytes(tmp_path: Path) -> None:
+    assert snapshot(write_store(tmp_path / "one")) == snapshot(write_store(tmp_path / "two"))
+
+
+def test_a_part_without_samples_is_a_part(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path / "s", manifest(PART))
+    with writer.part(PART, source={}) as part:
+        assert part.commit().seen == 0
+    assert verify(tmp_path / "s", deep=True).problems == ()
+    assert len(Store(tmp_path / "s")) == 0
+
+
+def test_leaving_on_an_exception_or_without_commit_publishes_nothing(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path / "s", manifest())
+    before = snapshot(tmp_path / "s")
+    with pytest.raises(ZeroDivisionError), writer.part(PART, source={}) as part:
+        fill_part(part, "a")
+        _ = 1 / 0
+    with writer.part(PART, source={}) as part:
+        fill_part(part, "a")
+    assert snapshot(tmp_path / "s") == before and not list((tmp_path / "s/tmp").iterdir())
+    assert not writer.is_done(PART)
+
+
+def test_reopening_unites_the_plan_and_keeps_the_rest(tmp_path: Path) -> None:
+    StoreWriter.open(tmp_path / "s", manifest("b", provenance={"command": "first"}))
+    before = (tmp_path / "s/manifest.json").stat().st_mtime_ns
+    again = StoreWriter.open(tmp_path / "s", manifest("b", provenance={"command": "second"}))
+    assert (tmp_path / "s/manifest.json").stat().st_mtime_ns == before
+    assert again.manifest.provenance == {"command": "first"}
+    assert StoreWriter.open(tmp_path / "s", manifest("a", "c")).manifest.planned_parts == ("a", "b", "c")
+    assert Store(tmp_path / "s").missing_parts == ("a", "b", "c")
+
+
+def test_a_store_of_another_fingerprint_is_refused_and_untouched(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "s")
+    before = snapshot(path)
+    wider = replace(ARRAYS[4], row_shape=(8,))
+    mine = manifest(
+        "new", fingerprint=replace(FINGERPRINT, template="other"), arrays=(*ARRAYS[:4], wider, ARRAYS[5])
+    )
+    with pytest.raises(FingerprintMismatch) as caught:
+        StoreWriter.open(path, mine)
+    assert [difference.field for difference in caught.value.differences] == ["template", "arrays[hidden]"]
+    text = str(caught.value)
+    assert f"The store at {path} holds something else" in text and "template: stored 7a, mine other" in text
+    assert '"row_shape":[8]' in text and "write to another directory" in text
+    assert snapshot(path) == before
+
+
+def test_an_array_more_or_less_is_a_difference(tmp_path: Path) -> None:
+    StoreWriter.open(tmp_path / "s", manifest(arrays=ARRAYS[:2]))
+    with pytest.raises(FingerprintMismatch, match=r"arrays\[vision\]: stored \{.*\}, mine absent"):
+        StoreWriter.open(tmp_path / "s", manifest(arrays=ARRAYS[:1]))
+
+
+def test_a_directory_with_other_things_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"mine")
+    with pytest.raises(
+        StoreNotFound, match=r"found a directory with other things in it, such as 'photo\.jpg'"
+    ):
+        StoreWriter.open(tmp_path, manifest())
+    with pytest.raises(StoreNotFound, match="found a file"):
+        StoreWriter.open(tmp_path / "photo.jpg", manifest())
+    assert snapshot(tmp_path) == {"photo.jpg": b"mine"}
+
+
+def test_a_manifest_that_is_no_json_makes_no_directory(tmp_path: Path) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        StoreWriter.open(tmp_path / "s", manifest(teacher={"name": object()}))
+    with pytest.raises(SchemaError):
+        StoreWriter.open(tmp_path / "s", manifest(arrays=(replace(ARRAYS[0], codec="zip"),)))
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_part_that_is_not_planned_is_refused(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path / "s", manifest())
+    with pytest.raises(
+        UnplannedPart, match="Part 'other' is not among the 2 planned parts of the store; open"
+    ):
+        writer.part("other", source={})
+    with pytest.raises(UnsafeName, match=r"'\.\./other' cannot name a part"):
+        writer.part("../other", source={})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("hidden", np.nan, NonFiniteValue),
+        ("logits/values", np.inf, NonFiniteValue),
+        ("vision", 300, ValueOutOfRange),
+    ],
+)
+def test_a_refused_value_changes_nothing_and_the_part_goes_on(
+    tmp_path: Path, name: str, value: float, error: type[RefusedValue]
+) -> None:
+    StoreWriter.open(tmp_path / "clean", manifest(PART))
+    bad = (image_arrays if name == "vision" else sample_arrays)(1)
+    bad[name].flat[3] = value
+    writer = StoreWriter.open(tmp_path / "s", manifest(PART))
+    with writer.part(PART, source={}) as part:
+        part.add_image(DIGEST_A, image_arrays(1))
+        with pytest.raises(error, match=f"^Array '{name}': "):
+            if name == "vision":
+                part.add_image("c" * 64, bad)
+            else:
+                part.add(entry("k0", DIGEST_A), bad)
+        part.reject("k0", "not finite")
+        part.add(entry("k1", DIGEST_A), sample_arrays(2))
+        summary = part.commit(seen=2)
+    assert (summary.cached, summary.rejected, summary.images) == (1, 1, 1)
+    store = Store(tmp_path / "s")
+    assert store.rejects(PART) == [("k0", "not finite")]
+    assert (store.read("k1", ["hidden"])["hidden"] == sample_arrays(2)["hidden"]).all()
+    assert verify(tmp_path / "s", deep=True).problems == ()
+
+
+def test_what_does_not_belong_into_a_part_is_told(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path / "s", manifest())
+    with writer.part(PART, source={}) as part:
+        part.add_image(DIGEST_A, image_arrays(1))
+        assert part.has_image(DIGEST_A) and not part.has_image("c" * 64)
+        with pytest.raises(
+            DuplicateImage, match=f"Image {DIGEST_A} was already added to part '{PART}'; ask has_"
+        ):
+            part.add_image(DIGEST_A, image_arrays(1))
+        with pytest.raises(
+            UnknownImage, match=f"Sample 'k' points at image cc.* which part '{PART}' does not hold"
+        ):
+            part.add(entry("k", "c" * 64), sample_arrays(1))
+        part.add(entry("k"), sample_arrays(1))
+        with pytest.raises(
+            DuplicateKey, match=f"Sample key 'k' appears twice in part '{PART}'; give every sample"
+        ):
+            part.add(entry("k"), sample_arrays(1))
+        with pytest.raises(
+            ArrayMismatch, match="Array 'labels': expected the arrays of one sample: attention"
+        ):
+            part.add(entry("m"), sample_arrays(1) | {"labels": np.zeros(3, np.int32)})
+        with pytest.raises(
+            ArrayMismatch, match="Array 'vision': expected the arrays of one image: vision, found none"
+        ):
+            part.add_image("c" * 64, {})
+        with pytest.raises(
+            ArrayMismatch, match="Array 'vision': expected one row for one image, found 2 rows"
+        ):
+            part.add_image("c" * 64, {"vision": np.zeros((2, 4, 6), np.float32)})
+        with pytest.raises(
+            CountMismatch, match=r"5 samples were seen, but 1 cached \+ 0 rejected = 1; add or reject"
+        ):
+            part.commit(seen=5)
+        part.commit(seen=1)
+        with pytest.raises(
+            PartClosed, match=f"Part '{PART}' is committed or left and takes nothing more; open a new"
+        ):
+            part.reject("z", "late")
+    assert list(Store(tmp_path / "s").keys()) == ["k"]
+
+
+def test_what_the_caller_does_to_its_arrays_later_does_not_matter(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path / "s", manifest())
+    arrays = sample_arrays(3)
+    with writer.part(PART, source={}) as part:
+        part.add(entry("k"), arrays)
+        for array in arrays.values():
+            array[...] = 1
+        part.commit()
+    assert (Store(tmp_path / "s").read("k", ["hidden"])["hidden"] == sample_arrays(3)["hidden"]).all()
+
+
+def test_the_first_of_two_writers_wins(tmp_path: Path) -> None:
+    one, two = (StoreWriter.open(tmp_path / "s", manifest()) for _ in range(2))
+    with one.part(PART, source={}) as first, two.part(PART, source={}) as second:
+        fill_part(first, "a")
+        second.reject("only", "one reject")
+        assert not first.commit().already_done
+        before = snapshot(tmp_path / "s/parts")
+        summary = second.commit()
+    assert summary.already_done and summary.cached == 3  # what the store holds, not what was thrown away
+    assert snapshot(tmp_path / "s/parts") == before and not list((tmp_path / "s/tmp").iterdir())
+
+
+def test_a_part_whose_done_mark_is_damaged_is_done_again(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "s")
+    sound = snapshot(path)
+    for damage in (lambda file: file.unlink(), lambda file: file.write_bytes(b"{}\n")):
+        damage(path / "parts" / PART / "part.json")
+        writer = StoreWriter.open(path, manifest())
+        assert not writer.is_done(PART) and writer.is_done("shard-000001")
+        with writer.part(PART, source={"name": f"{PART}.tar", "bytes": 10240}) as part:
+            fill_part(part, "a")
+            assert not part.commit().already_done
+        assert snapshot(path) == sound
+
+
+def test_another_writer_is_opened_only_by_its_own_store(tmp_path: Path) -> None:
+    """A part copied from a store of another fingerprint is not done here."""
+    path = write_store(tmp_path / "s")
+    other = StoreWriter.open(tmp_path / "o", manifest(fingerprint=replace(FINGERPRINT, teacher="00")))
+    os.rename(path / "parts" / PART, tmp_path / "o/parts" / PART)
+    assert not other.is_done(PART)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import cache.durable, cache.part_writer
+from small_store import fill_part, manifest
+from cache import StoreWriter
+moment = sys.argv[2]
+def kill(*arguments, **named):
+    os.kill(os.getpid(), signal.SIGKILL)
+with StoreWriter.open(sys.argv[1], manifest()).part("shard-000000", source={}) as part:
+    fill_part(part, "a")
+    if moment == "before commit":
+        kill()
+    setattr(cache.part_writer, moment, kill)
+    part.commit()
+"""
+
+
+@pytest.mark.parametrize("moment", ["before commit", "write_array", "describe_files", "publish"])
+def test_a_killed_commit_leaves_the_part_to_do_and_the_rest_unchanged(tmp_path: Path, moment: str) -> None:
+    path = tmp_path / "s"
+    finish(StoreWriter.open(path, manifest()), "shard-000001", "b")
+    before = snapshot(path)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests", "."])}
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path), moment], env=environment)
+    assert process.wait() == -signal.SIGKILL
+    left = list((path / "tmp").iterdir())
+    assert len(left) == 1 and f".{process.pid}." in left[0].name
+    kinds = {problem.kind for problem in verify(path, deep=True).problems}
+    assert kinds == {"unfinished part", "missing part"}
+
+    writer = StoreWriter.open(path, manifest())
+    assert snapshot(path) == before and not list((path / "tmp").iterdir())
+    assert not writer.is_done(PART) and writer.is_done("shard-000001")
+    finish(writer)
+    assert verify(path, deep=True).problems == ()
+
+
+def test_only_what_a_dead_process_of_this_host_left_is_swept(tmp_path: Path) -> None:
+    StoreWriter.open(tmp_path, manifest())
+    mine = new_scratch(tmp_path, "part.with.dots")
+    dead = mine.with_name(mine.name.replace(f".{os.getpid()}.", ".4194305."))  # above the largest process id
+    elsewhere = dead.with_name("part.another-host.4194305.01234567")
+    for path in (mine, dead, elsewhere):
+        (path / "inner").mkdir(parents=True)
+    dead.with_name("manifest.json" + dead.name.removeprefix("part.with.dots")).write_bytes(b"half")
+    StoreWriter.open(tmp_path, manifest())
+    assert {path.name for path in (tmp_path / "tmp").iterdir()} == {mine.name, elsewhere.name}

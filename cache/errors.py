@@ -56,8 +56,8 @@ class StoreNotFound(CacheError):
 
 
 class UnsupportedFormat(CacheError):
-    def __init__(self, file: object, *, found: object, readable: int) -> None:
-        self.found = found
+    def __init__(self, file: str | Path, *, found: object, readable: int) -> None:
+        self.file, self.found = file, found
         super().__init__(
             f"{file} is of store format {found!r}, this version reads format {readable}; "
             "use the alignkd version that wrote the store, or write the store again."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from cache.documents import canonical_json, digest_of
@@ -183,7 +184,7 @@ class Manifest:
         )
 
 
-def check_format(record: Mapping[str, Any], file: object) -> None:
+def check_format(record: Mapping[str, Any], file: str | Path) -> None:
     found = take(record, "format_version", int)
     if found != FORMAT_VERSION:
         raise UnsupportedFormat(file, found=found, readable=FORMAT_VERSION)

@@ -85,7 +85,7 @@ def _folder_problems(store: Path) -> Iterator[Problem]:
     for name in (ZARR_METADATA, f"{PARTS}/{ZARR_METADATA}"):
         if not (store / name).is_file():
             yield Problem("missing file", name, "the metadata of a Zarr group is gone")
-        elif (store / name).read_bytes() != canonical_json(GROUP_METADATA):
+        elif not _is_group_metadata(store / name):
             yield Problem("metadata", name, "it is not the metadata of a Zarr group as this format writes it")
     for entry in _entries(store):
         if entry.name not in {MANIFEST, ZARR_METADATA, PARTS, SCRATCH}:
@@ -95,6 +95,13 @@ def _folder_problems(store: Path) -> Iterator[Problem]:
             yield Problem("unexpected file", f"{PARTS}/{entry.name}", "parts/ holds directories only")
     for entry in _entries(store / SCRATCH):
         yield Problem("unfinished part", f"{SCRATCH}/{entry.name}", _origin(entry.name))
+
+
+def _is_group_metadata(file: Path) -> bool:
+    try:
+        return file.read_bytes() == canonical_json(GROUP_METADATA)
+    except OSError:
+        return False
 
 
 def _plan_problems(store: Path, manifest: Manifest | None) -> Iterator[Problem]:

@@ -64,12 +64,18 @@ class PartAudit:
         try:
             return read()
         except CorruptPart as error:
-            self.found(
-                "checksum" if isinstance(error.__cause__, CorruptFile) else kind, error.file, error.detail
-            )
-        except (UnsupportedFormat, UnsafeName) as error:
+            self.found(_kind_of(error, otherwise=kind), error.file, error.detail)
+        except UnsupportedFormat as error:
+            self.found("metadata", Path(error.file), str(error))
+        except UnsafeName as error:
             self.found("metadata", self.path, str(error))
         return None
+
+
+def _kind_of(error: CorruptPart, *, otherwise: Kind) -> Kind:
+    if not error.file.exists():
+        return "missing file"
+    return "checksum" if isinstance(error.__cause__, CorruptFile) else otherwise
 
 
 def audit_part(store: Path, name: str, *, manifest: Manifest | None, deep: bool) -> PartAudit:

@@ -83,12 +83,12 @@ def write_store(path: Path) -> Path:
     return path
 
 
-def rewrite_record(part: Path, **changes: Any) -> None:
+def rewrite_record(directory: Path, **changes: Any) -> None:
     """Make part.json say other things, with a right checksum; the files are described as they now are."""
-    record: PartRecord = read_part_record(part)
-    (part / PART_RECORD).unlink()
-    record = replace(record, files=describe_files(part))
-    (part / PART_RECORD).write_bytes(document_bytes(replace(record, **changes).to_json()))
+    record: PartRecord = read_part_record(directory)
+    (directory / PART_RECORD).unlink()
+    record = replace(record, files=describe_files(directory))
+    (directory / PART_RECORD).write_bytes(document_bytes(replace(record, **changes).to_json()))
 
 
 def snapshot(path: Path) -> dict[str, bytes]:

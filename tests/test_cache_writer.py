@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +41,6 @@ from cache import (
     ValueOutOfRange,
     verify,
 )
-from cache.scratch import new_scratch
 
 PART = "shard-000000"
 
@@ -269,53 +265,3 @@ def test_another_writer_is_opened_only_by_its_own_store(tmp_path: Path) -> None:
     other = StoreWriter.open(tmp_path / "o", manifest(fingerprint=replace(FINGERPRINT, teacher="00")))
     os.rename(path / "parts" / PART, tmp_path / "o/parts" / PART)
     assert not other.is_done(PART)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import cache.durable, cache.part_writer
-from small_store import fill_part, manifest
-from cache import StoreWriter
-moment = sys.argv[2]
-def kill(*arguments, **named):
-    os.kill(os.getpid(), signal.SIGKILL)
-with StoreWriter.open(sys.argv[1], manifest()).part("shard-000000", source={}) as part:
-    fill_part(part, "a")
-    if moment == "before commit":
-        kill()
-    setattr(cache.part_writer, moment, kill)
-    part.commit()
-"""
-
-
-@pytest.mark.parametrize("moment", ["before commit", "write_array", "describe_files", "publish"])
-def test_a_killed_commit_leaves_the_part_to_do_and_the_rest_unchanged(tmp_path: Path, moment: str) -> None:
-    path = tmp_path / "s"
-    finish(StoreWriter.open(path, manifest()), "shard-000001", "b")
-    before = snapshot(path)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests", "."])}
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path), moment], env=environment)
-    assert process.wait() == -signal.SIGKILL
-    left = list((path / "tmp").iterdir())
-    assert len(left) == 1 and f".{process.pid}." in left[0].name
-    kinds = {problem.kind for problem in verify(path, deep=True).problems}
-    assert kinds == {"unfinished part", "missing part"}
-
-    writer = StoreWriter.open(path, manifest())
-    assert snapshot(path) == before and not list((path / "tmp").iterdir())
-    assert not writer.is_done(PART) and writer.is_done("shard-000001")
-    finish(writer)
-    assert verify(path, deep=True).problems == ()
-
-
-def test_only_what_a_dead_process_of_this_host_left_is_swept(tmp_path: Path) -> None:
-    StoreWriter.open(tmp_path, manifest())
-    mine = new_scratch(tmp_path, "part.with.dots")
-    dead = mine.with_name(mine.name.replace(f".{os.getpid()}.", ".4194305."))  # above the largest process id
-    elsewhere = dead.with_name("part.another-host.4194305.01234567")
-    for path in (mine, dead, elsewhere):
-        (path / "inner").mkdir(parents=True)
-    dead.with_name("manifest.json" + dead.name.removeprefix("part.with.dots")).write_bytes(b"half")
-    StoreWriter.open(tmp_path, manifest())
-    assert {path.name for path in (tmp_path / "tmp").iterdir()} == {mine.name, elsewhere.name}

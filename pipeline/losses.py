@@ -171,7 +171,8 @@ def vision_focus(student: StudentOutputs, teacher: TeacherTargets, head: Head, s
 
 def focus_tokens(attention: Tensor, slots: Slots, num_vision_tokens: int, k: int) -> Tensor:
     """The k most attended vision tokens of every image: 'B H T J' -> int64 'I k', images in batch order."""
-    mass = attention.float().mean(dim=1).sum(dim=1)
+    real_rows = slots.text >= 0
+    mass = (attention.float().mean(dim=1) * real_rows[:, :, None]).sum(dim=1)
     per_image = mass[slots.vision >= 0].view(-1, num_vision_tokens)
     return per_image.topk(min(k, num_vision_tokens), dim=1).indices
 
@@ -211,16 +212,19 @@ def logits(student: StudentOutputs, teacher: TeacherTargets, head: Head, setting
 
 
 def _buckets(answer_logits: Tensor, teacher: TeacherTargets, temperature: float) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's tempered log probabilities over the same K + 1 buckets, both 'A K+1'."""
+    """Student's and teacher's tempered log probabilities over the same buckets: 'A K+1', or 'A V' if K is V."""
     assert (
         teacher.top_ids is not None
         and teacher.top_log_probs is not None
         and teacher.tail_log_prob is not None
     )
     log_probs = answer_logits.float().log_softmax(dim=-1)
-    tail = log_probs.scatter(1, teacher.top_ids, float("-inf")).logsumexp(dim=-1, keepdim=True)
-    ours = torch.cat([log_probs.gather(1, teacher.top_ids), tail], dim=1)
-    theirs = torch.cat([teacher.top_log_probs, teacher.tail_log_prob[:, None]], dim=1).float()
+    ours, theirs = log_probs.gather(1, teacher.top_ids), teacher.top_log_probs.float()
+    # Where the top K is the whole vocabulary there is no tail: a bucket of nothing would gain mass when tempered.
+    if teacher.top_ids.shape[1] < answer_logits.shape[1]:
+        tail = log_probs.scatter(1, teacher.top_ids, float("-inf")).logsumexp(dim=-1, keepdim=True)
+        ours = torch.cat([ours, tail], dim=1)
+        theirs = torch.cat([theirs, teacher.tail_log_prob[:, None].float()], dim=1)
     ours, theirs = (x.clamp(min=SMALLEST_LOG_PROBABILITY) / temperature for x in (ours, theirs))
     return ours.log_softmax(dim=-1), theirs.log_softmax(dim=-1)
 

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from cache import ArraySpec
+from pipeline.errors import ConfigError
 from pipeline.losses import SMALLEST_LOG_PROBABILITY
 from pipeline.models.merge import Slots
 from pipeline.settings import Section
@@ -66,9 +67,9 @@ class AttentionTarget(Section):
 
 def _attention_arrays(settings: AttentionTarget, facts: TeacherFacts) -> list[ArraySpec]:
     if settings.layers[-1] >= facts.num_layers:
-        raise ValueError(
+        raise ConfigError(
             f"targets.attention.layers asks for layer {settings.layers[-1]}, "
-            f"but the teacher has layers 0 to {facts.num_layers - 1}"
+            f"but the teacher has layers 0 to {facts.num_layers - 1}; ask for one of these"
         )
     heads = 1 if settings.heads == "mean" else facts.num_heads
     return [

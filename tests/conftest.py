@@ -64,7 +64,7 @@ def fixture_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def described_checkpoint(fixture_folder, tmp_path_factory) -> Path:
-    """The same checkpoint, whose config also describes its tower: that one has another size than the CLIP it names."""
+    """The same checkpoint, whose config also describes its tower: it is smaller than the CLIP it names."""
     folder = tmp_path_factory.mktemp("original") / "mobilevlm"
     shutil.copytree(fixture_folder, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -123,6 +123,14 @@ def tiny_model(tiny_config) -> Callable[..., MobileVLMForCausalLM]:
 
 
 @pytest.fixture(scope="session")
+def teacher_folder(tiny_model, tmp_path_factory) -> Path:
+    """A saved small model with fewer key heads than query heads and four layers. Tests must not write into it."""
+    folder = tmp_path_factory.mktemp("teacher")
+    tiny_model(seed=1, num_hidden_layers=4, num_key_value_heads=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def make_batch() -> Callable[..., Batch]:
     """Builds a batch of random prompts from layouts such as [3, IMAGE, 5]: three tokens, an image, five tokens.
 
@@ -142,6 +150,7 @@ def make_batch() -> Callable[..., Batch]:
             input_ids[row, : len(ids)] = ids
             mask[row, : len(ids)] = True
             labels[row, len(ids) - answers : len(ids)] = ids[len(ids) - answers :]
+        labels[input_ids == IMAGE] = IGNORE_INDEX
         num_images = int((input_ids == IMAGE).sum())
         pixels = (
             torch.randn(num_images, 3, image_size, image_size, generator=generator) if num_images else None

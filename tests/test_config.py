@@ -1,0 +1,228 @@
+"""The config: what it accepts, and what it says when it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import OURS, Config, load_config, read_yaml, to_yaml
+from pipeline.errors import ConfigError
+from pipeline.losses import LOSSES
+from pipeline.targets import TARGETS
+
+SMALLEST = {
+    "output_dir": "runs/x",
+    "teacher": {"model": "t"},
+    "student": {"model": "s"},
+    "data": {"shards": "shards/*.tar"},
+    "cache": {"path": "teacher.zarr"},
+}
+WHOLE = """
+output_dir: runs/x
+teacher: {model: t}
+student: {model: s, projector_learning_rate: 1e-3}
+data: {shards: [a.tar, b.tar], template: plain}
+cache: {path: teacher.zarr}
+targets:
+  attention: {layers: [0, 2], heads: each}
+  vision: {}
+  logits: {top_k: 8}
+losses:
+  attention: {heads: mix, layers: [[0, 0], [2, 1]]}
+  vision_all: {weight: 0.5}
+  vision_focus: {k: 4, layer: 2}
+  logits: {direction: jsd}
+train: {learning_rate: 1e-3, num_train_epochs: 2, bf16: true, lr_scheduler_type: cosine}
+evaluate: {shards: held_out.tar}
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads a config from a mapping or YAML text, with overrides."""
+
+    def from_values(values: dict | str, *overrides: str) -> Config:
+        text = values if isinstance(values, str) else yaml.safe_dump(values)
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        return load_config(file, overrides)
+
+    return from_values
+
+
+@pytest.fixture
+def complaint(load):
+    """The error of a config, without the file's name."""
+
+    def of(values: dict | str, *overrides: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(values, *overrides)
+        return str(caught.value).partition("config.yaml")[2] or str(caught.value)
+
+    return of
+
+
+def test_the_smallest_config_has_defaults_for_all_else(load):
+    config = load(SMALLEST)
+    assert list(config.losses.active()) == ["supervised"] and config.targets.active() == {}
+    assert (config.data.template, config.data.max_length, config.train) == ("v1", 2048, {})
+
+
+def test_a_whole_config_is_read_as_it_is_meant(load):
+    config = load(WHOLE)
+    assert list(config.losses.active()) == list(LOSSES) and list(config.targets.active()) == list(TARGETS)
+    assert config.losses.attention.layers == [(0, 0), (2, 1)]
+    assert config.losses.attention.teacher_layers() == [0, 2]
+    assert config.student.projector_learning_rate == config.train["learning_rate"] == 1e-3
+    assert config.data.shards == ["a.tar", "b.tar"]
+
+
+@pytest.mark.parametrize("values", [SMALLEST, WHOLE], ids=["smallest", "whole"])
+def test_a_resolved_config_loads_back_to_itself(values, load):
+    config = load(values)
+    assert load(to_yaml(config)) == config
+
+
+def test_a_string_that_looks_like_a_number_survives_the_round_trip(load):
+    config = load(SMALLEST, "output_dir='1e-3'", "cache.path='2024'")
+    assert config.output_dir == "1e-3" and load(to_yaml(config)) == config
+
+
+def test_a_removed_loss_is_not_computed(load):
+    config = load(WHOLE, "losses.supervised=null", "losses.logits=null")
+    assert list(config.losses.active()) == ["attention", "vision_all", "vision_focus"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3), ("4E+2", 400.0), (".5e1", 5.0), ("-2.e-1", -0.2), ("0.1", 0.1), ("7", 7),
+        ("true", True), ("null", None), ("nan", "nan"), ("1e", "1e"), ("e3", "e3"), ("'1e-3'", "1e-3"),
+        ("runs/1e-3", "runs/1e-3"), ("[1e-3, x]", [1e-3, "x"]), ("{a: 1e2}", {"a": 100.0}),
+    ],
+)  # fmt: skip
+def test_values_are_yaml_and_numbers_with_exponents_are_numbers(text, value):
+    assert read_yaml(text) == value and type(read_yaml(text)) is type(value)
+
+
+def test_overrides_are_applied_in_order_and_make_sections(load):
+    config = load(
+        SMALLEST,
+        "train.learning_rate=1e-3",
+        "targets.attention.heads=each",
+        "targets.vision={}",
+        "losses.vision_all.weight=2",
+        "data.shards=[a.tar, b.tar]",
+        "student.model=first",
+        "student.model=path/with=sign",
+    )
+    assert config.train == {"learning_rate": 1e-3} and config.targets.attention.heads == "each"
+    assert config.losses.vision_all.weight == 2.0 and config.data.shards == ["a.tar", "b.tar"]
+    assert config.student.model == "path/with=sign"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.learning_rate", "expected key=value, such as train.learning_rate=1e-3"),
+        ("=3", "expected key=value"),
+        ("output_dir.sub=3", "'output_dir' is a value, not a section"),
+        ("train.max_steps=[1", "the value is not readable as YAML"),
+    ],
+)
+def test_an_override_that_cannot_be_applied_is_named(override, said, complaint):
+    assert complaint(SMALLEST, override).startswith(f"override {override!r}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("studnet.model=x", "studnet: unknown key; did you mean 'student'?"),
+        ("student.modle=x", "student.modle: unknown key; did you mean 'model'?"),
+        ("losses.atention={}", "losses.atention: unknown key; did you mean 'attention'?"),
+        ("losses.attention.wieght=2", "losses.attention.wieght: unknown key; did you mean 'weight'?"),
+        ("targets.logits.topk=2", "targets.logits.topk: unknown key; did you mean 'top_k'?"),
+        ("cache.zzz=1", "cache.zzz: unknown key; known: path"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_known_one(override, line, complaint):
+    assert f"\n  {line}" in complaint(SMALLEST, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("student.model=null", "student.model: Input should be a valid string, found None"),
+        ("data.template=v2", "data.template: Input should be 'plain' or 'v1', found 'v2'"),
+        ("teacher.batch_size=0", "teacher.batch_size: Input should be greater than or equal to 1, found 0"),
+        ("losses.supervised.weight=-1", "losses.supervised.weight: Input should be greater than or equal"),
+        ("losses.supervised.weight=.nan", "losses.supervised.weight: Input should be greater than or equal"),
+        ("losses.logits.temperature=0", "losses.logits.temperature: Input should be greater than 0"),
+        ("targets.attention.layers=[]", "targets.attention.layers: List should have at least 1 item"),
+        ("targets.attention.layers=[1, 0]", "targets.attention.layers: layers must ascend from 0 on"),
+    ],
+)
+def test_a_value_out_of_range_is_shown_with_its_key(override, line, complaint):
+    assert f"\n  {line}" in complaint(SMALLEST, override)
+
+
+def test_a_missing_key_is_named_and_all_problems_are_told_at_once(complaint):
+    said = complaint({key: value for key, value in SMALLEST.items() if key != "cache"} | {"nonsense": 1})
+    assert said.splitlines()[1:] == [
+        "  cache: missing; the config must set it",
+        "  nonsense: unknown key; known: baseline, cache, data, evaluate, losses, output_dir, student, "
+        "targets, teacher, train",
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name, row in LOSSES.items() if row.targets])
+def test_a_loss_without_its_target_is_refused_with_the_remedy(name, complaint):
+    first = LOSSES[name].targets[0]
+    said = complaint(SMALLEST, f"losses.{name}={{}}")
+    assert f"losses.{name} needs the target {first!r}, which the config does not capture; " in said
+    assert f"add `targets.{first}: {{}}` or remove the loss" in said
+
+
+@pytest.mark.parametrize(
+    "override", ["losses.attention.layers=[[0, 0], [1, 1]]", "losses.vision_focus.layer=1"]
+)
+def test_a_loss_that_reads_a_layer_that_is_not_captured_is_refused(override, complaint):
+    said = complaint(SMALLEST, "targets={attention: {layers: [0, 2]}, vision: {}}", override)
+    assert "reads the teacher's layer 1, but targets.attention.layers is [0, 2]; add the layer there" in said
+
+
+def test_mixing_heads_needs_every_head(complaint):
+    said = complaint(SMALLEST, "targets.attention={}", "losses.attention.heads=mix")
+    assert "heads: mix needs every teacher head; set targets.attention.heads: each" in said
+
+
+def test_an_unknown_training_argument_is_answered_with_the_nearest(complaint):
+    said = complaint(SMALLEST, "train.learning_rat=1")
+    assert (
+        "\n  train.learning_rat: TrainingArguments has no 'learning_rat'; did you mean 'learning_rate'?"
+        in said
+    )
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_training_argument_set_elsewhere_or_renamed_says_where(name, complaint):
+    assert f"\n  train.{name}: {OURS[name]}" in complaint(SMALLEST, f"train.{name}=1")
+
+
+def test_a_file_that_is_not_there_or_not_a_config_is_named(tmp_path, complaint):
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: no such file; give --config a YAML file"):
+        load_config(tmp_path / "nowhere.yaml")
+    assert complaint("a: [1").startswith(": not readable as YAML")
+    assert complaint("- 1").startswith(": expected a mapping of sections, found list")
+    assert complaint("").startswith(": expected a mapping of sections, found NoneType")
+    binary = Path(tmp_path / "config.yaml")
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        load_config(binary)
+
+
+def test_a_config_cannot_be_changed_after_it_was_checked(load):
+    with pytest.raises(ValueError, match="frozen"):
+        load(SMALLEST).student.model = "other"

@@ -1,0 +1,213 @@
+"""What is kept of a teacher comes back as it was: capture, then collate, for every row of TARGETS."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from cache import CODECS
+from pipeline.errors import ConfigError
+from pipeline.losses import LOSSES
+from pipeline.models.merge import IMAGE_TOKEN_INDEX
+from pipeline.models.stub import load_teacher, plan_teacher, teacher_facts
+from pipeline.targets import (
+    TARGETS,
+    AttentionTarget,
+    LogitsTarget,
+    TeacherFacts,
+    VisionTarget,
+    deepest_layer,
+    vision_array,
+)
+
+IMAGE = IMAGE_TOKEN_INDEX
+LAYOUTS = ([3, IMAGE, 5], [6], [IMAGE, 1, IMAGE, 4], [2, IMAGE, IMAGE, 3], [4, IMAGE])
+ASKED = {
+    "attention": AttentionTarget(layers=[0, 2], heads="each"),
+    "vision": VisionTarget(),
+    "logits": LogitsTarget(top_k=8),
+}
+VALUES = [
+    pytest.param(name, settings, id=f"{name}-{settings}")
+    for name, row in TARGETS.items()
+    for settings in {str(s): s for s in (row.settings(), ASKED.get(name, row.settings()))}.values()
+]
+FACTS = TeacherFacts("some/teacher", 4, 4, 32, 4, 96)
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_folder):
+    plan = plan_teacher(str(teacher_folder), targets=ASKED)
+    return load_teacher(plan, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def run(teacher, batch):
+    vision = None if batch.pixel_values is None else teacher.encode_images(batch.pixel_values)
+    return vision, teacher.forward(batch.input_ids, batch.attention_mask, batch.labels, vision)
+
+
+def captured(name, settings, teacher, batch) -> list[dict[str, np.ndarray]]:
+    """Per sample what the store would return for it, `num_images` included."""
+    vision, forward = run(teacher, batch)
+    num_images = (batch.input_ids == IMAGE).sum(dim=1).tolist()
+    if TARGETS[name].capture is not None:
+        samples = TARGETS[name].capture(settings, forward)
+    else:
+        images = iter([] if vision is None else [vision_array(features)["vision"] for features in vision])
+        nothing = np.zeros((0, 32, 4), dtype=np.float32)
+        samples = [
+            {"vision": np.concatenate([nothing, *(next(images) for _ in range(n))])} for n in num_images
+        ]
+    return [s | {"num_images": np.array(n)} for s, n in zip(samples, num_images, strict=True)]
+
+
+@pytest.fixture
+def batch(make_batch):
+    return make_batch(*LAYOUTS)
+
+
+def test_every_loss_finds_its_targets_here():
+    assert {target for row in LOSSES.values() for target in row.targets} <= set(TARGETS)
+
+
+@pytest.mark.parametrize(("name", "settings"), VALUES)
+def test_captured_arrays_are_as_specified(name, settings, teacher, batch):
+    row, samples = TARGETS[name], captured(name, settings, teacher, batch)
+    specs = row.arrays(settings, FACTS)
+    assert row.first_array(settings) in {spec.name for spec in specs}
+    for spec in specs:
+        assert spec.codec in CODECS and spec.row_shape == samples[0][spec.name].shape[1:]
+        assert all(sample[spec.name].shape[1:] == spec.row_shape for sample in samples)
+        assert all(np.isfinite(sample[spec.name]).all() for sample in samples)
+
+
+@pytest.mark.parametrize(("name", "settings"), VALUES)
+def test_the_number_of_rows_is_known_from_images_text_and_answers(name, settings, teacher, batch):
+    _, forward = run(teacher, batch)
+    images = (forward.slots.vision >= 0).sum(dim=1) // 4
+    text = (forward.slots.text >= 0).sum(dim=1)
+    expected = TARGETS[name].rows(images, text, torch.tensor(forward.num_answers))
+    samples = captured(name, settings, teacher, batch)
+    assert [len(sample[TARGETS[name].first_array(settings)]) for sample in samples] == expected.tolist()
+
+
+@pytest.mark.parametrize(("name", "settings"), VALUES)
+def test_a_sample_is_captured_the_same_alone_and_in_a_padded_batch(
+    name, settings, teacher, batch, split_batch
+):
+    together = captured(name, settings, teacher, batch)
+    for sample, alone in zip(together, split_batch(batch), strict=True):
+        [single] = captured(name, settings, teacher, alone)
+        for array, values in single.items():
+            np.testing.assert_allclose(sample[array], values, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", ["each", "mean"])
+@pytest.mark.parametrize("layouts", [LAYOUTS, ([4], [7])], ids=["images", "text alone"])
+def test_attention_comes_back_as_the_tap_gave_it(heads, layouts, teacher, make_batch):
+    batch, settings = make_batch(*layouts), AttentionTarget(layers=[0, 2], heads=heads)
+    _, forward = run(teacher, batch)
+    back = TARGETS["attention"].collate(settings, captured("attention", settings, teacher, batch))
+    assert list(back["attention"]) == [0, 2]
+    for layer, attention in back["attention"].items():
+        tapped = forward.attention[layer]
+        tapped = tapped if heads == "each" else tapped.mean(dim=1, keepdim=True)
+        assert torch.equal(attention, tapped)
+
+
+def test_attention_rows_are_stored_image_after_image(teacher, make_batch):
+    batch, settings = make_batch([1, IMAGE, 2, IMAGE, 3]), AttentionTarget(heads="each")
+    _, forward = run(teacher, batch)
+    [sample] = captured("attention", settings, teacher, batch)
+    stored = sample["attention/layer_0"]
+    assert stored.shape == (2 * 5, 4, 4)
+    for image, text in ((0, 0), (0, 4), (1, 3)):
+        block = forward.attention[0][0, :, text, 4 * image : 4 * image + 4]
+        assert np.array_equal(stored[5 * image + text], block.numpy())
+    assert not stored[5:7].any() and stored[7:].all()
+
+
+def test_vision_features_come_back_in_the_order_of_images(teacher, batch):
+    vision, _ = run(teacher, batch)
+    back = TARGETS["vision"].collate(VisionTarget(), captured("vision", VisionTarget(), teacher, batch))
+    assert torch.equal(back["vision"], vision) and back["vision"].is_contiguous()
+
+
+def test_vision_features_of_text_alone_are_none_at_all(teacher, make_batch):
+    samples = captured("vision", VisionTarget(), teacher, make_batch([4], [7]))
+    assert TARGETS["vision"].collate(VisionTarget(), samples)["vision"].shape == (0, 4, 32)
+
+
+@pytest.mark.parametrize("top_k", [1, 8, 96, 500])
+def test_logits_come_back_as_the_top_k_and_the_mass_of_the_rest(top_k, teacher, batch):
+    settings = LogitsTarget(top_k=top_k)
+    _, forward = run(teacher, batch)
+    back = TARGETS["logits"].collate(settings, captured("logits", settings, teacher, batch))
+    log_probs = forward.answer_logits.double().log_softmax(dim=-1)
+    kept = min(top_k, 96)
+    assert back["top_ids"].dtype == torch.int64 and back["top_ids"].shape == (9, kept)
+    ordered = log_probs.sort(dim=-1, descending=True)
+    assert torch.equal(back["top_ids"][:, 0], ordered.indices[:, 0])
+    wanted = ordered.values[:, :kept].clamp(min=-30).float()
+    torch.testing.assert_close(back["top_log_probs"], wanted, atol=1e-5, rtol=1e-5)
+    rest = ordered.values[:, kept:].exp().sum(dim=-1).log().clamp(min=-30)
+    torch.testing.assert_close(back["tail_log_prob"], rest.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_probabilities_too_small_to_matter_are_stored_finite(teacher, batch):
+    _, forward = run(teacher, batch)
+    certain = torch.full_like(forward.answer_logits, -1e4)
+    certain[:, 7] = 1e4
+    samples = TARGETS["logits"].capture(LogitsTarget(top_k=2), replace(forward, answer_logits=certain))
+    back = TARGETS["logits"].collate(LogitsTarget(top_k=2), samples)
+    assert back["top_log_probs"].tolist() == [[0.0, -30.0]] * 9
+    assert back["tail_log_prob"].tolist() == [-30.0] * 9
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "top_k", "id_type"),
+    [(96, 32, "uint16"), (2**16, 32, "uint16"), (2**16 + 1, 32, "int32"), (5, 5, "uint16")],
+)
+def test_token_ids_are_as_narrow_as_the_vocabulary_allows(vocab_size, top_k, id_type):
+    facts = TeacherFacts("some/teacher", 4, 4, 32, 4, vocab_size)
+    ids, log_probs, tail = TARGETS["logits"].arrays(LogitsTarget(top_k=32), facts)
+    assert ids.options == {"dtype": id_type} and ids.row_shape == log_probs.row_shape == (top_k,)
+    assert tail.row_shape == ()
+
+
+def test_only_a_fixed_point_has_a_step():
+    [fixed] = TARGETS["vision"].arrays(VisionTarget(step=0.5), FACTS)
+    [half] = TARGETS["vision"].arrays(VisionTarget(codec="float16"), FACTS)
+    assert (fixed.options, half.options) == ({"step": 0.5}, {})
+
+
+def test_a_layer_that_the_teacher_lacks_is_refused():
+    with pytest.raises(ConfigError, match="asks for layer 4, but the teacher has layers 0 to 3; ask for one"):
+        TARGETS["attention"].arrays(AttentionTarget(layers=[0, 4]), FACTS)
+
+
+@pytest.mark.parametrize("layers", [[1, 0], [0, 0], [-1, 0]])
+def test_layers_out_of_order_are_refused(layers):
+    with pytest.raises(ValidationError, match="layers must ascend from 0 on, without repeats; found"):
+        AttentionTarget(layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("targets", "deepest"),
+    [
+        ({}, -1),
+        ({"vision": VisionTarget()}, -1),
+        ({"attention": AttentionTarget(layers=[0, 3]), "vision": VisionTarget()}, 3),
+        ({"attention": AttentionTarget(), "logits": LogitsTarget()}, None),
+    ],
+)
+def test_the_deepest_layer_is_that_of_the_most_demanding_target(targets, deepest):
+    assert deepest_layer(targets) == deepest
+
+
+def test_facts_are_those_of_the_config(tiny_config):
+    assert teacher_facts("some/teacher", tiny_config(num_hidden_layers=4)) == FACTS

@@ -62,6 +62,8 @@ def model_config(language: dict[str, int]) -> MobileVLMConfig:
         **language,
         vocab_size=VOCABULARY_SIZE,
         max_position_embeddings=512,
+        # LLaMA's 0.02 is for thousands of channels; at these widths it leaves attention flat for an epoch.
+        initializer_range=0.07,
         pad_token_id=0,
         mm_vision_tower=None,
         mm_vision_select_layer=-1,

@@ -300,7 +300,7 @@ def write_card(output: Path, model: MobileVLMForCausalLM, **facts: object) -> No
 
 
 def main(
-    output: Path = demo.TEACHER, tower_epochs: int = 60, language_epochs: int = 12, seed: int = 0
+    output: Path = demo.TEACHER, tower_epochs: int = 60, language_epochs: int = 6, seed: int = 0
 ) -> None:
     """Train the demo's teacher on easy-VQA's training split, write it as a checkpoint, and measure it."""
     started = time.monotonic()

@@ -219,6 +219,21 @@ def test_where_nothing_is_selected_the_loss_is_a_zero_that_can_be_differentiated
     assert norm(gradients(student, total)) == 0
 
 
+@pytest.mark.parametrize("name", ["attention", "vision_focus"])
+def test_an_image_that_no_text_follows_is_not_selected(name, student, teacher, make_batch):
+    settings = LOSSES[name].settings()
+    batch = make_batch([4, IMAGE], [6])
+    total, count = compute(name, settings, outputs_of(student, batch), targets_of(teacher, batch))
+    assert total.item() == count.item() == 0 and norm(gradients(student, total)) == 0
+    batch = make_batch([3, IMAGE, 2, IMAGE])
+    outputs = outputs_of(student, batch)
+    vision = outputs.vision.detach().requires_grad_()
+    total, _ = compute(name, settings, replace(outputs, vision=vision), targets_of(teacher, batch))
+    if name == "vision_focus":
+        total.backward()
+        assert vision.grad[0].any() and not vision.grad[1].any()
+
+
 TEN = {
     "model.embed_tokens.weight",
     "model.layers.0.input_layernorm.weight",

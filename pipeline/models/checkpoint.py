@@ -117,4 +117,4 @@ def _mapped(file: Path) -> dict[str, torch.Tensor]:
 def _tensor_digest(tensor: torch.Tensor) -> str:
     content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     header = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} "
-    return blake3(header.encode()).update(memoryview(content)).hexdigest()
+    return blake3(header.encode()).update(content.data).hexdigest()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import CLIPVisionConfig
 
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.merge import IGNORE_INDEX, MergedInputs, merge_vision_tokens
@@ -57,7 +58,7 @@ class Teacher:
     @property
     def device(self) -> torch.device:
         """Where it runs: the projector is in every stub, the first parameter may be on the meta device."""
-        return self.model.model.mm_projector.mlp.mlp[0].weight.device
+        return self.model.get_parameter("model.mm_projector.mlp.mlp.0.weight").device
 
     @property
     def attention_layers(self) -> Sequence[int]:
@@ -187,6 +188,7 @@ def load_teacher(plan: TeacherPlan, *, dtype: torch.dtype, device: torch.device)
 
 def needed_tensors(names: Sequence[str], config: MobileVLMConfig, *, deepest: int | None) -> list[str]:
     """Of a model's tensors, those that a teacher asked for layers up to `deepest` reads (None: all)."""
+    assert isinstance(config.vision_config, CLIPVisionConfig)
     tower_layers = range(config.vision_config.num_hidden_layers + 1)[config.mm_vision_select_layer]
     return [name for name in sorted(names) if _is_needed(name, tower_layers, deepest)]
 
@@ -222,11 +224,11 @@ def _model_tensors(config: MobileVLMConfig) -> list[str]:
 def _cut(model: MobileVLMForCausalLM, deepest: int) -> None:
     """Run only the layers below the deepest one asked for; its input is then what the model returns."""
     model.model.config.num_hidden_layers = max(deepest, 0)
-    model.model.norm = nn.Identity()
+    model.model.norm = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _materialise_buffers(model: nn.Module, device: torch.device) -> None:
+def _materialise_buffers(model: MobileVLMForCausalLM, device: torch.device) -> None:
     """Non-persistent buffers (rotary frequencies, tower positions) are in no checkpoint: compute them."""
-    embeddings = model.model.vision_tower.vision_tower.vision_model.embeddings
+    embeddings: Any = model.get_submodule(f"{TOWER_PREFIX}vision_tower.vision_model.embeddings")
     embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)

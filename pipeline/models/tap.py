@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,9 +52,10 @@ def text_to_vision_attention(
     are padding (-1 in `slots`) are zero. `hidden_states` 'B S D' is the layer's input, before its norm;
     `position_embeddings` are rotary cos and sin 'B|1 S D/H'; `attention_mask` bool 'B S'.
     """
+    self_attention: Any = layer.self_attn
     query_rows = slots.text.clamp(min=0)
     query, key = _rotated_query_and_key(layer, hidden_states, position_embeddings, query_rows)
-    scores = torch.matmul(query, key.transpose(2, 3)) * layer.self_attn.scaling
+    scores = torch.matmul(query, key.transpose(2, 3)) * self_attention.scaling
     positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
     visible = (positions <= query_rows[:, :, None]) & attention_mask[:, None, :]
     scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)

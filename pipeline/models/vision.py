@@ -5,6 +5,8 @@ Module names repeat the published checkpoint's, so no key is ever renamed on loa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig
@@ -24,7 +26,7 @@ class CLIPVisionLayers(nn.Module):
         super().__init__()
         self.embeddings = CLIPVisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = nn.Module()
+        self.encoder: Any = nn.Module()
         self.encoder.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
         # Never run: MobileVLM takes hidden states before it. Kept because the checkpoint holds it.
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -50,7 +52,7 @@ class VisionTower(nn.Module):
         self.config = config
         self.num_layers = range(config.num_hidden_layers + 1)[select_layer]
         self.first_token = 1 if select_feature == "patch" else 0
-        self.vision_tower = nn.Module()
+        self.vision_tower: Any = nn.Module()
         self.vision_tower.vision_model = CLIPVisionLayers(config)
 
     @torch.no_grad()

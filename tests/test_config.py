@@ -206,6 +206,12 @@ def test_an_unknown_training_argument_is_answered_with_the_nearest(complaint):
     )
 
 
+def test_a_training_argument_that_must_be_a_number_is_one(complaint):
+    assert "\n  train.max_steps: expected a number, found 'many'" in complaint(
+        SMALLEST, "train.max_steps=many"
+    )
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_a_training_argument_set_elsewhere_or_renamed_says_where(name, complaint):
     assert f"\n  train.{name}: {OURS[name]}" in complaint(SMALLEST, f"train.{name}=1")

@@ -1,0 +1,129 @@
+"""Every shipped config loads, says how it is run, and holds the numbers of the recipe that it names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from command_lines import ROOT, check_line
+
+from pipeline.config import Config, load_config
+from pipeline.losses import LOSSES
+from pipeline.targets import TARGETS
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+NUM_GPUS = 8
+
+
+def _recipe(name: str) -> Config:
+    return load_config(ROOT / "configs" / "mobilevlm_v2" / f"{name}.yaml")
+
+
+def _header(file: Path) -> list[str]:
+    lines = file.read_text().splitlines()
+    return [line.removeprefix("#") for line in lines[: next(i for i, s in enumerate(lines) if s[:1] != "#")]]
+
+
+def test_there_are_a_demo_and_both_steps_of_the_recipe():
+    names = {str(file.relative_to(ROOT / "configs")) for file in CONFIGS}
+    assert {"demo.yaml", "mobilevlm_v2/pretrain.yaml", "mobilevlm_v2/finetune.yaml"} <= names
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_shipped_config_loads(file: Path):
+    load_config(file)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_shipped_config_is_headed_by_what_it_is_and_a_command_that_works(file: Path):
+    header = _header(file)
+    commands = [
+        line.strip() for line in header if line.startswith("   ") and re.match(r" +(make|alignkd) ", line)
+    ]
+    assert header[0].strip() and commands
+    for command in commands:
+        check_line(command)
+        assert file.name == "demo.yaml" or str(file.relative_to(ROOT)) in command
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_header_says_what_it_costs(file: Path):
+    assert re.search(r"\b(minutes|hours)\b", " ".join(_header(file)))
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_the_recipe_labels_what_it_did_not_measure(name: str):
+    header = " ".join(_header(ROOT / "configs" / "mobilevlm_v2" / f"{name}.yaml"))
+    assert "ESTIMATES" in header and "none of them measured" in header
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_every_path_to_fill_in_is_marked(name: str):
+    text = (ROOT / "configs" / "mobilevlm_v2" / f"{name}.yaml").read_text()
+    settings = [line for line in text.splitlines() if "FILL" in line and not line.startswith("#")]
+    assert settings and all("FILL_IN/" in line and "# FILL IN" in line for line in settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "aspect_ratio", "batch", "rate", "projector_rate"),
+    [("pretrain", "plain", "square", 256, 2e-5, 1e-3), ("finetune", "v1", "pad", 128, 4e-5, 4e-5)],
+)
+def test_the_recipe_has_the_published_numbers(name, template, aspect_ratio, batch, rate, projector_rate):
+    config = _recipe(name)
+    train = config.train
+    assert (config.data.template, config.data.image_aspect_ratio) == (template, aspect_ratio)
+    assert config.data.max_length == 2048
+    steps = train["per_device_train_batch_size"] * train["gradient_accumulation_steps"]
+    assert NUM_GPUS * steps == batch
+    assert (train["learning_rate"], config.student.projector_learning_rate) == (rate, projector_rate)
+    assert (train["lr_scheduler_type"], train["warmup_steps"]) == ("cosine", 0.03)
+    assert (train["num_train_epochs"], train["weight_decay"], train["bf16"]) == (1, 0.0, True)
+    assert config.student.gradient_checkpointing
+    assert config.teacher.model == "mtgv/MobileVLM_V2-7B"
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_the_recipe_uses_all_losses_of_align_kd_with_weight_1(name: str):
+    losses = _recipe(name).losses.active()
+    expected = {"supervised", "attention", "vision_all", "vision_focus", "logits"}
+    assert {loss: settings.weight for loss, settings in losses.items()} == dict.fromkeys(expected, 1.0)
+    assert losses["vision_focus"].k == 16
+
+
+def test_finetuning_starts_where_pretraining_ends():
+    assert _recipe("finetune").student.model == f"{_recipe('pretrain').output_dir}/align_kd/model"
+
+
+def test_the_two_steps_keep_stores_and_outputs_of_their_own():
+    first, second = _recipe("pretrain"), _recipe("finetune")
+    assert first.cache.path != second.cache.path
+    assert first.output_dir != second.output_dir
+
+
+def test_the_docs_name_every_loss_and_every_target():
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    text = " ".join(page.read_text() for page in pages)
+    for name in [*LOSSES, *TARGETS]:
+        assert re.search(rf"`[^`\n]*\b{name}\b[^`\n]*`", text), f"no page names `{name}`"
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_shipped_config_sets_no_key_twice(file: Path):
+    assert _keys_set_twice(yaml.compose(file.read_text())) == []
+
+
+def test_the_look_for_keys_set_twice_sees_one():
+    assert _keys_set_twice(yaml.compose("a: {b: 1, c: 2, b: 3}")) == ["b"]
+
+
+def _keys_set_twice(node: yaml.Node | None) -> list[str]:
+    """YAML keeps the last of two equal keys and says nothing."""
+    if isinstance(node, yaml.SequenceNode):
+        return [key for item in node.value for key in _keys_set_twice(item)]
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    keys = [key.value for key, _ in node.value]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    return twice + [key for _, value in node.value for key in _keys_set_twice(value)]

@@ -75,6 +75,7 @@ def teacher_cache(config: ConfigFile, overrides: Overrides = None, print_config:
     """
     settings = _load(config, overrides, print_config)
     from cache import summarise
+    from pipeline.describe import reasons_by_kind
     from pipeline.teacher import cache_teacher
 
     run = cache_teacher(settings)
@@ -86,7 +87,11 @@ def teacher_cache(config: ConfigFile, overrides: Overrides = None, print_config:
     print(
         f"the store holds {store.samples:,} samples in {_bytes(store.bytes)}, {_bytes(store.bytes_per_sample)} each"
     )
-    _print_reasons(store.rejects_by_reason, where="alignkd info")
+    _print_reasons(reasons_by_kind(store.rejects_by_reason), where="the parts' rejects.jsonl")
+    if run.broken:
+        shards = "1 shard has" if len(run.broken) == 1 else f"{len(run.broken)} shards have"
+        print("\n".join([f"alignkd: {shards} no part:", *run.broken]), file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

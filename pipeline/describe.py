@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 from cache import Summary
 
 
@@ -14,9 +17,17 @@ def readable_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def reasons_by_kind(reasons: Mapping[str, int]) -> dict[str, int]:
+    """Rejects counted by what stands before the first colon; after it comes what was found in one sample."""
+    kinds: Counter[str] = Counter()
+    for reason, count in reasons.items():
+        kinds[reason.partition(": ")[0]] += count
+    return dict(kinds.most_common())
+
+
 def describe_store(store: Summary) -> str:
     """A page: teacher, samples, targets, rejects, provenance, fingerprint."""
-    teacher, made = store.teacher, store.provenance
+    teacher, made, rejects = store.teacher, store.provenance, reasons_by_kind(store.rejects_by_reason)
     lines = [
         store.path,
         f"  teacher     {teacher['name']}: {teacher['num_layers']} layers, {teacher['num_heads']} heads, "
@@ -30,7 +41,7 @@ def describe_store(store: Summary) -> str:
         "",
         *_target_table(store),
         "",
-        *(f"  {count:,} rejected: {reason}" for reason, count in store.rejects_by_reason.items()),
+        *(f"  {count:,} rejected: {reason}" for reason, count in rejects.items()),
         f"  made        {made.get('created', '?')} by `{made.get('command', '?')}`",
         f"  commit      {made.get('git_commit') or 'not in a checkout'}",
         f"  versions    {', '.join(f'{n} {v}' for n, v in made.get('versions', {}).items())}",

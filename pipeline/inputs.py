@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config import DataConfig
+from pipeline.config import Config, DataConfig
 from pipeline.conversation import TokenizedSample, load_tokenizer, template_digest, tokenize, tokenizer_digest
 from pipeline.errors import BadSample
 from pipeline.images import ImagePreprocessor
@@ -68,6 +68,12 @@ class Preparation:
     def merged_length(self, input_ids: Sequence[int]) -> int:
         """Positions of a sample once its placeholders are vision tokens."""
         return len(input_ids) + input_ids.count(IMAGE_TOKEN_INDEX) * (self.num_vision_tokens - 1)
+
+
+def capture_settings(config: Config, *, dtype: str) -> dict[str, Any]:
+    """Everything else that a cached value depends on: stage 1 writes it, stage 2 compares it."""
+    targets = {name: settings.model_dump(mode="json") for name, settings in config.targets.active().items()}
+    return {"targets": targets, "max_length": config.data.max_length, "dtype": dtype}
 
 
 def pad_tokens(samples: Sequence[TokenizedSample]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Stage 1's progress on stderr: bytes of shards read (hence the time left), samples a second, rejects, bytes written."""
+"""Stage 1's progress on stderr: bytes of shards read (hence the time left), samples a second, bytes written."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +24,8 @@ from cache import (
 )
 from pipeline.config import Config
 from pipeline.conversation import TokenizedSample
-from pipeline.errors import BadSample
-from pipeline.inputs import Preparation, pad_tokens
+from pipeline.errors import BadSample, ConfigError, ShardError
+from pipeline.inputs import Preparation, capture_settings, pad_tokens
 from pipeline.models.stub import Teacher, TeacherPlan, load_teacher, plan_teacher
 from pipeline.progress import Progress
 from pipeline.provenance import provenance
@@ -41,7 +40,10 @@ TOKEN_ARRAYS = (
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What a run of stage 1 did: parts written now and found done, and the samples of those written now."""
+    """What a run of stage 1 did: parts written now and found done, and the samples of those written now.
+
+    `broken` says of each shard that could not be read what is wrong with it; it has no part.
+    """
 
     path: str
     parts_written: int
@@ -50,6 +52,7 @@ class CacheSummary:
     cached: int
     rejected: int
     bytes_written: int
+    broken: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -63,23 +66,29 @@ class Prepared:
 def cache_teacher(config: Config) -> CacheSummary:
     """Write every part of the store that is not there yet; the teacher is loaded only if one is missing.
 
+    A shard that cannot be read is left out and told in the summary; the others are cached all the same.
     Raises `FingerprintMismatch` if the store holds something else, before anything is written.
     """
     shards = expand_shards(config.data.shards)
     preparation = Preparation.of(config.teacher.model, config.data)
     plan = plan_teacher(config.teacher.model, targets=config.targets.active())
-    dtype = _compute_dtype(config)
+    dtype, device = _compute_dtype(config), _device(config.teacher.device)
     manifest = build_manifest(config, plan, preparation, dtype=dtype, parts=[_part_name(s) for s in shards])
     store = StoreWriter.open(config.cache.path, manifest)
     todo = [shard for shard in shards if not store.is_done(_part_name(shard))]
-    summaries = []
+    summaries: list[PartSummary] = []
+    broken: list[str] = []
     if todo:
-        teacher = load_teacher(plan, dtype=dtype, device=_device(config.teacher.device))
+        teacher = load_teacher(plan, dtype=dtype, device=_usable(device))
         with Progress(todo, description="teacher-cache") as progress:
             for shard in todo:
-                capture = ShardCapture(config, teacher, preparation, progress)
-                summaries.append(capture.run(store, shard))
-    return _summary(config, summaries, parts_found=len(shards) - len(todo))
+                try:
+                    summaries.append(ShardCapture(config, teacher, preparation, progress).run(store, shard))
+                except ShardError as error:
+                    if config.data.on_bad_sample == "fail":
+                        raise
+                    broken.append(str(error))
+    return _summary(config, summaries, parts_found=len(shards) - len(todo), broken=broken)
 
 
 def build_manifest(
@@ -103,12 +112,6 @@ def build_manifest(
     )
 
 
-def capture_settings(config: Config, *, dtype: str) -> dict[str, Any]:
-    """Everything else that a cached value depends on; stage 2 compares it too."""
-    targets = {name: settings.model_dump(mode="json") for name, settings in config.targets.active().items()}
-    return {"targets": targets, "max_length": config.data.max_length, "dtype": dtype}
-
-
 class ShardCapture:
     """One shard through the teacher, batch by batch, into one part."""
 
@@ -117,12 +120,14 @@ class ShardCapture:
         self.teacher = teacher
         self.preparation = preparation
         self.progress = progress
+        self.shard = ""
         # Vision tokens of the images of the batch at hand and of the one before: samples of one image are neighbours.
         self.vision: dict[str, torch.Tensor] = {}
         self.pixels: dict[str, torch.Tensor] = {}
 
     def run(self, store: StoreWriter, shard: str) -> PartSummary:
         """Commit the shard's part; on any exception nothing of it is published."""
+        self.shard = shard
         self.progress.begin_shard(shard)
         source = {"shard": Path(shard).name, "bytes": Path(shard).stat().st_size}
         with store.part(_part_name(shard), source=source) as part:
@@ -194,7 +199,8 @@ class ShardCapture:
     def _reject(self, part: PartWriter, key: str, error: BadSample) -> None:
         if self.config.data.on_bad_sample == "fail":
             raise BadSample(
-                "a bad sample, and data.on_bad_sample is fail", f"sample {key!r}: {error.reason}"
+                "a bad sample, and data.on_bad_sample is fail",
+                f"sample {key!r} of {self.shard}: {error.reason}",
             ) from error
         part.reject(key, error.reason)
         self.progress.reject()
@@ -216,7 +222,19 @@ def _part_name(shard: str) -> str:
 
 
 def _device(name: str) -> torch.device:
-    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise ConfigError(f"teacher.device: {name!r} is no device; use auto, cpu, cuda or cuda:1") from error
+
+
+def _usable(device: torch.device) -> torch.device:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts, CUDA without a GPU raises
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"teacher.device: {device} cannot be used here ({reason}); use auto") from error
+    return device
 
 
 def _compute_dtype(config: Config) -> torch.dtype:
@@ -228,7 +246,9 @@ def _compute_dtype(config: Config) -> torch.dtype:
     return AutoConfig.from_pretrained(config.teacher.model).dtype or torch.float32
 
 
-def _summary(config: Config, summaries: Sequence[PartSummary], *, parts_found: int) -> CacheSummary:
+def _summary(
+    config: Config, summaries: Sequence[PartSummary], *, parts_found: int, broken: Sequence[str]
+) -> CacheSummary:
     return CacheSummary(
         path=config.cache.path,
         parts_written=len(summaries),
@@ -237,4 +257,5 @@ def _summary(config: Config, summaries: Sequence[PartSummary], *, parts_found: i
         cached=sum(s.cached for s in summaries),
         rejected=sum(s.rejected for s in summaries),
         bytes_written=sum(sum(s.array_bytes.values()) for s in summaries),
+        broken=tuple(broken),
     )

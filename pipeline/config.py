@@ -120,14 +120,16 @@ class Config(Section):
 
         from transformers import TrainingArguments
 
-        known = {field.name for field in fields(TrainingArguments) if field.init}
-        for name in train:
+        known = {field.name: field.default for field in fields(TrainingArguments) if field.init}
+        for name, value in train.items():
             if name in OURS:
                 raise ValueError(f"train.{name}: {OURS[name]}")
             if name not in known:
                 raise ValueError(
-                    f"train.{name}: TrainingArguments has no {name!r}{_did_you_mean(name, known)}"
+                    f"train.{name}: TrainingArguments has no {name!r}{_did_you_mean(name, set(known))}"
                 )
+            if type(known[name]) in (int, float) and not isinstance(value, int | float | None):
+                raise ValueError(f"train.{name}: expected a number, found {value!r}")
         return train
 
     @model_validator(mode="after")

@@ -57,9 +57,8 @@ class Distiller(nn.Module):
         terms = {}
         for name, settings in self.losses.items():
             row = LOSSES[name]
-            terms[name] = row.compute(
-                outputs, teacher, self.heads[row.head] if row.head in self.heads else None, settings
-            )
+            head = self.heads[row.head] if row.head is not None and row.head in self.heads else None
+            terms[name] = row.compute(outputs, teacher, head, settings)
         return Terms(terms, coverage)
 
     def _student_outputs(self, batch: Mapping[str, Any]) -> tuple[StudentOutputs, Tensor]:

@@ -28,6 +28,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.inputs",
         "pipeline.progress",
         "pipeline.provenance",
+        "pipeline.trainer",
     },
     "config": {"pipeline.config"},
     "distillation": {

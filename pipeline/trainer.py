@@ -1,0 +1,154 @@
+"""The Trainer of stage 2: sums of loss terms divided once a step, heads in the optimizer and in checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer
+
+from pipeline.config import Config
+from pipeline.distiller import Distiller, Terms
+from pipeline.errors import PipelineError
+from pipeline.losses import LOSSES
+from pipeline.models.checkpoint import checkpoint_folder
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+
+HEADS_FILE = "heads.safetensors"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "preprocessor_config.json")  # fmt: skip
+
+
+class NonFiniteLossError(PipelineError):
+    """A loss term became NaN or infinite; training stops before the optimizer sees it."""
+
+
+@dataclass
+class TermLog:
+    """Sums and counts of every loss term since the last log line."""
+
+    totals: dict[str, float]
+    counts: dict[str, float]
+    coverage: float = 0.0
+    batches: int = 0
+
+    def add(self, terms: Terms) -> None:
+        for name, (total, count) in terms.terms.items():
+            self.totals[name] = self.totals.get(name, 0.0) + float(total.detach())
+            self.counts[name] = self.counts.get(name, 0.0) + float(count)
+        self.coverage += float(terms.coverage)
+        self.batches += 1
+
+    def means(self, losses: Mapping[str, Any]) -> dict[str, float]:
+        """Per term the mean (`loss/x`) and its part of the whole (`loss/x_weighted`), and `kd/coverage`."""
+        entries = {}
+        for name, settings in losses.items():
+            mean = self.totals[name] / max(self.counts[name], 1.0)
+            entries |= {f"loss/{name}": mean, f"loss/{name}_weighted": settings.weight * mean}
+        return entries | {"kd/coverage": self.coverage / self.batches}
+
+
+class DistillTrainer(Trainer):
+    """transformers.Trainer whose loss is the weighted sum of terms, each divided by its count over the whole step."""
+
+    def __init__(self, *, settings: Config, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.settings = settings
+        self.losses = settings.losses.active()
+        self.term_log = TermLog({}, {})
+        # `get_batch_samples` returns counts over the whole optimizer step, so no further division is due.
+        self.model_accepts_loss_kwargs = True
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, and each loss term's count over all of them and all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.tensor([count_terms(batch, self.losses) for batch in batches], dtype=torch.float32)
+        summed = self.accelerator.reduce(counts.sum(dim=0).to(device), reduction="sum")
+        return batches, dict(zip(self.losses, summed, strict=True))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Weighted sum of the terms; every term's total is divided by its count over the whole step."""
+        result: Terms = model(inputs)
+        loss = torch.zeros((), dtype=torch.float32, device=self.args.device)
+        for name, (total, count) in result.terms.items():
+            if not torch.isfinite(total):
+                raise NonFiniteLossError(
+                    f"losses.{name} became {float(total)} at step {self.state.global_step}; the weights of the last "
+                    "checkpoint are sound: lower train.learning_rate, or check the store with `alignkd verify --deep`"
+                )
+            divisor = count if num_items_in_batch is None else num_items_in_batch[name]
+            loss = loss + self.losses[name].weight * total / divisor.clamp(min=1)
+        self.term_log.add(result)
+        # Ranks average their gradients; the sum over ranks is what the step's counts divide.
+        loss = loss * self.accelerator.num_processes
+        return (loss, result) if return_outputs else loss
+
+    def create_optimizer(self, model=None):
+        """AdamW groups by learning rate and decay; every trained parameter is in one, the heads included."""
+        if self.optimizer is None:
+            options_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = options_class(self._parameter_groups(), **options)
+        grouped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        left_out = [
+            name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in grouped
+        ]
+        assert not left_out, f"parameters in no optimizer group: {left_out}"
+        return self.optimizer
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        student = self.settings.student
+        rates = {
+            "student.model.mm_projector.": student.projector_learning_rate,
+            "heads.": student.head_learning_rate,
+        }
+        decayed = set(self.get_decay_parameter_names(self.model))
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                rate = next((r for prefix, r in rates.items() if name.startswith(prefix) and r), None)
+                decay = self.args.weight_decay if name in decayed else 0.0
+                groups.setdefault((rate or self.args.learning_rate, decay), []).append(parameter)
+        return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add every term, raw and weighted, and the coverage, to the Trainer's own line."""
+        if "loss" in logs and self.term_log.batches:
+            logs |= self.term_log.means(self.losses)
+            self.term_log = TermLog({}, {})
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """A checkpoint is the student as Hugging Face users know it, and the heads beside it."""
+        folder = Path(output_dir or self.args.output_dir)
+        self.save_student(folder)
+        heads = {name: value.contiguous() for name, value in self.distiller.heads.state_dict().items()}
+        save_file(heads, str(folder / HEADS_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        student = MobileVLMForCausalLM.from_pretrained(folder, dtype=self.settings.student.dtype)
+        self.distiller.student.load_state_dict(student.state_dict())
+        self.distiller.heads.load_state_dict(load_file(str(folder / HEADS_FILE)))
+
+    def save_student(self, folder: Path) -> None:
+        """The student alone, in MobileVLM's layout, with its tokenizer: what `from_pretrained` reads."""
+        self.distiller.student.save_pretrained(folder)
+        source = checkpoint_folder(self.settings.student.model)
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copy(source / name, folder)
+
+    @property
+    def distiller(self) -> Distiller:
+        return self.accelerator.unwrap_model(self.model)
+
+
+def count_terms(batch: Mapping[str, Any], losses: Mapping[str, Any]) -> list[int]:
+    """What each loss will count in a batch, known before the forward: see `Loss.count`."""
+    return [LOSSES[name].count(settings, batch) for name, settings in losses.items()]

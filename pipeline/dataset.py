@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,13 +14,14 @@ from torch.utils.data import Dataset
 
 from cache import SampleEntry, Store
 from pipeline.conversation import TokenizedSample
-from pipeline.errors import ConfigError, JoinError
-from pipeline.memory import TensorCache
+from pipeline.errors import BadSample, ConfigError, JoinError
 from pipeline.inputs import Preparation, pad_tokens
-from pipeline.shards import expand_shards, read_span
+from pipeline.memory import TensorCache
+from pipeline.shards import expand_shards, parse_record, read_span
 from pipeline.targets import TARGETS, TeacherFacts
 
 PIXEL_CACHE_BYTES = 256 * 2**20
+CHANGED = "the shard changed after it was cached: restore it, or cache it again into a new store"
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ class JoinedDataset(Dataset[JoinedSample]):
         return JoinedSample(entry.key, tokens, pixels, entry.images, arrays)
 
     def _compare_tokens(self, part: str, entry: SampleEntry, stored: TokenizedSample) -> None:
-        conversations = json.loads(read_span(self.shards[part], entry.json_span))["conversations"]
-        mine = self.preparation.tokenize(conversations)
+        mine = self._tokens_of_shard(part, entry)
         for what, theirs, ours in (
             ("token ids", stored.input_ids, mine.input_ids),
             ("labels", stored.labels, mine.labels),
@@ -95,9 +94,18 @@ class JoinedDataset(Dataset[JoinedSample]):
             if theirs != ours:
                 raise JoinError(
                     f"sample {entry.key!r} of {self.shards[part]}: its {what} are not those that the teacher saw "
-                    f"({_first_difference(theirs, ours)}); the shard changed after it was cached: restore it, or "
-                    "cache it again into a new store"
+                    f"({_first_difference(theirs, ours)}); {CHANGED}"
                 )
+
+    def _tokens_of_shard(self, part: str, entry: SampleEntry) -> TokenizedSample:
+        try:
+            record = parse_record(read_span(self.shards[part], entry.json_span))
+            return self.preparation.tokenize(record.get("conversations"))  # pyright: ignore[reportArgumentType]
+        except BadSample as error:
+            raise JoinError(
+                f"sample {entry.key!r} of {self.shards[part]}: {entry.json_span.file!r} holds no usable text "
+                f"({error.reason}), the teacher saw some; {CHANGED}"
+            ) from error
 
     def _pixels(self, part: str, entry: SampleEntry, number: int) -> torch.Tensor:
         digest = entry.images[number]
@@ -107,8 +115,7 @@ class JoinedDataset(Dataset[JoinedSample]):
         if (found := blake3(data).hexdigest()) != digest:
             raise JoinError(
                 f"sample {entry.key!r} of {self.shards[part]}: image {entry.image_spans[number].file!r} has digest "
-                f"{found[:16]}, the teacher saw {digest[:16]}; the shard changed after it was cached: restore it, or "
-                "cache it again into a new store"
+                f"{found[:16]}, the teacher saw {digest[:16]}; {CHANGED}"
             )
         return self.pixels.put(digest, self.preparation.preprocess(data))
 

@@ -35,10 +35,15 @@ def paired_gain(ours: Sequence[Prediction], theirs: Sequence[Prediction], *, see
     gains = np.array([p.correct - q.correct for p, q in zip(ours, theirs, strict=True)], dtype=np.float64)
     sums = np.bincount(of_question, weights=gains)
     sizes = np.bincount(of_question)
-    draws = np.random.default_rng(seed).integers(len(groups), size=(NUM_RESAMPLES, len(groups)))
-    means = sums[draws].sum(axis=1) / sizes[draws].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(_resampled_means(sums, sizes, seed=seed), [0.025, 0.975])
     return Gain(float(gains.mean()), float(low), float(high), len(gains), len(groups))
+
+
+def _resampled_means(sums: np.ndarray, sizes: np.ndarray, *, seed: int) -> np.ndarray:
+    """The mean gain of every resample of the images, one resample in memory at a time."""
+    generator = np.random.default_rng(seed)
+    draws = (generator.integers(len(sums), size=len(sums)) for _ in range(NUM_RESAMPLES))
+    return np.array([sums[draw].sum() / sizes[draw].sum() for draw in draws])
 
 
 def accuracy_table(models: Mapping[str, Sequence[Prediction]]) -> str:

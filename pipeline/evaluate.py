@@ -11,9 +11,9 @@ import torch
 from tqdm import tqdm
 
 from pipeline.config import DataConfig, EvaluateConfig
+from pipeline.conversation import tokenize_prompt
 from pipeline.errors import BadSample
 from pipeline.inputs import Preparation
-from pipeline.conversation import tokenize_prompt
 from pipeline.memory import TensorCache
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.shards import Rejected, Sample, expand_shards, read_shard

@@ -8,12 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from pipeline.compare import accuracy_table, paired_gain
 from pipeline.config import Config, LossesConfig
-from pipeline.evaluate import Prediction, accuracy_by_type, evaluate_model, read_predictions
 from pipeline.errors import ConfigError
+from pipeline.evaluate import Prediction, accuracy_by_type, evaluate_model, read_predictions
+from pipeline.inputs import Preparation
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.provenance import provenance
+from pipeline.shards import expand_shards
 from pipeline.student import train_student
 
 DISTILLED = "student, Align-KD"
@@ -48,16 +52,20 @@ def evaluate_checkpoint(config: Config, model: str, *, output: Path | None = Non
     stamp = output.with_suffix(".stamp.json")
     identity = json.dumps(_evaluation_identity(config, model))
     if not (output.is_file() and stamp.is_file() and stamp.read_text() == identity):
+        stamp.unlink(missing_ok=True)
         evaluate_model(model, config.data, config.evaluate, output=output, description=f"evaluate {model}")
         stamp.write_text(identity)
     return read_predictions(output)
 
 
 def _evaluation_identity(config: Config, model: str) -> list[Any]:
-    """What predictions depend on: the weights' digest, and how and on what they are asked."""
+    """What predictions depend on: the weights, how they are asked, and the bytes of what they are asked."""
+    assert config.evaluate is not None
     checkpoint = Checkpoint(model)
-    data = config.data.model_dump(mode="json", include={"template", "image_aspect_ratio", "max_image_pixels"})
-    return [checkpoint.digest(checkpoint.names()), data, config.evaluate.model_dump(mode="json")]
+    shards = [blake3().update_mmap(shard).hexdigest() for shard in expand_shards(config.evaluate.shards)]
+    preparation = Preparation.of(model, config.data).digests()
+    settings = config.evaluate.model_dump(mode="json", exclude={"shards", "batch_size"})
+    return [checkpoint.digest(checkpoint.names()), preparation, shards, settings]
 
 
 def _predictions_file(config: Config, model: str) -> Path:
@@ -73,7 +81,14 @@ def _teacher_predictions(config: Config) -> list[Prediction] | None:
 
 
 def _report(config: Config, models: dict[str, list[Prediction]], output: Path) -> str:
-    lines = [accuracy_table(models)]
+    lines = []
+    if TEACHER in models and [p.key for p in models[TEACHER]] != [p.key for p in models[DISTILLED]]:
+        del models[TEACHER]
+        lines.append(
+            f"{_predictions_file(config, config.teacher.model)} answers other questions than the students: "
+            "the teacher is left out; run `alignkd evaluate` with this config\n"
+        )
+    lines.append(accuracy_table(models))
     results = {"accuracy": {name: accuracy_by_type(p) for name, p in models.items()}}
     if BASELINE in models:
         gain = paired_gain(models[DISTILLED], models[BASELINE])

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
+from pipeline.errors import ConfigError
 from pipeline.models.merge import IMAGE_TOKEN_INDEX, MergedInputs, merge_vision_tokens
 from pipeline.models.vision import LDPNetV2, VisionTower
 from pipeline.shapes import expect_shape
@@ -69,7 +70,7 @@ class MobileVLMConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs):
         if self.mm_projector_type != "ldpnetv2":
-            raise ValueError(
+            raise ConfigError(
                 "mm_projector_type: only 'ldpnetv2' (MobileVLM V2) is supported, "
                 f"found {self.mm_projector_type!r}"
             )
@@ -102,7 +103,7 @@ def _resolve_vision_config(given: dict | CLIPVisionConfig | None, tower: str | N
     if given is None:
         given = KNOWN_TOWERS.get(tower or "")
     if given is None:
-        raise ValueError(
+        raise ConfigError(
             f"the config describes no vision tower: mm_vision_tower is {tower!r}, known names are "
             f"{sorted(KNOWN_TOWERS)}; add the tower's geometry as `vision_config`"
         )
@@ -161,7 +162,7 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
         """Load a checkpoint folder or hub id, sharded or not, `.bin` or safetensors.
 
         The tower comes from the checkpoint; where the checkpoint has none, from `mm_vision_tower`.
-        Raises `ValueError` naming the tensors if any other tensor is missing: nothing stays random.
+        Raises `ConfigError` naming the tensors if any other tensor is missing: nothing stays random.
         """
         want_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
@@ -173,7 +174,7 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
             _load_tower(model)
             missing -= tower_keys
         if missing:
-            raise ValueError(
+            raise ConfigError(
                 f"{pretrained_model_name_or_path}: the checkpoint lacks {len(missing)} tensors of the model, "
                 f"first {min(missing)!r}; use a complete MobileVLM V2 checkpoint"
             )

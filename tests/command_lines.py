@@ -26,6 +26,8 @@ def check_line(line: str) -> None:
     words = shlex.split(line, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         del words[0]
+    if "cli.py" in words:  # by way of a launcher
+        words = ["alignkd", *words[words.index("cli.py") + 1 :]]
     if words[:1] == ["alignkd"]:
         _check_alignkd(words[1:])
     elif words[:1] == ["make"]:

@@ -62,6 +62,7 @@ def test_every_command_in_a_page_would_be_understood(page: Path):
         "make distill ARGZ=1",
         "make distill ARGS='losses.logit.weight=1'",
         "python -m pipeline.demo dater",
+        "torchrun --nproc-per-node 8 cli.py distil",
     ],
 )
 def test_the_look_at_commands_sees_a_wrong_one(line: str):

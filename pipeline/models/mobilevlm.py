@@ -178,6 +178,8 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
                 f"{pretrained_model_name_or_path}: the checkpoint lacks {len(missing)} tensors of the model, "
                 f"first {min(missing)!r}; use a complete MobileVLM V2 checkpoint"
             )
+        # Loading replaces the parameters, and with them that they are frozen.
+        model.model.vision_tower.requires_grad_(False)
         return (model, info) if want_info else model
 
     def save_pretrained(self, save_directory, **kwargs):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_experiment import Experiment, build_experiment
 
 from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
@@ -182,3 +183,13 @@ def split_batch() -> Callable[[Batch], list[Batch]]:
         return alone
 
     return split
+
+
+@pytest.fixture(scope="session")
+def experiment(tiny_model, tmp_path_factory) -> Experiment:
+    """Shards, teacher, student and config of a whole experiment, and its store. Tests must not write into it."""
+    from pipeline.teacher import cache_teacher
+
+    small = build_experiment(tmp_path_factory.mktemp("experiment"), tiny_model)
+    cache_teacher(small.config(small.file.parent))
+    return small

@@ -1,0 +1,184 @@
+"""The Distiller: terms, counts known in advance, coverage, and nothing to learn from oneself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_experiment import stored_arrays
+from torch import nn
+
+from cache import Store
+from pipeline.dataset import JoinCollator, JoinedDataset, teacher_facts
+from pipeline.distiller import Distiller, build_heads
+from pipeline.errors import ConfigError, JoinError
+from pipeline.inputs import Preparation
+from pipeline.losses import LOSSES
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.shapes import ShapeError
+from pipeline.teacher import cache_teacher
+from pipeline.trainer import count_terms
+
+BATCHES = {
+    "ragged": ["two", "t0", "a0", "late", "apart"],
+    "text alone": ["t0", "t1"],
+    "one image each": ["b0", "a2"],
+    "one sample": ["apart"],
+}
+
+
+@pytest.fixture(scope="module")
+def config(experiment):
+    return experiment.config(experiment.file.parent)
+
+
+@pytest.fixture(scope="module")
+def joined(config):
+    """Makes a batch of the samples of given keys."""
+    preparation = Preparation.of(config.student.model, config.data)
+    store = Store(config.cache.path)
+    dataset = JoinedDataset(store, config.data.shards, preparation, targets=config.targets.active())
+    samples = {sample.key: sample for sample in (dataset[index] for index in range(len(dataset)))}
+    return lambda keys: JoinCollator(dataset.targets)([samples[key] for key in keys])
+
+
+@pytest.fixture
+def distiller(config):
+    return make_distiller(config, config.student.model)
+
+
+def make_distiller(config, model: str, **options) -> Distiller:
+    student = MobileVLMForCausalLM.from_pretrained(model, dtype=torch.float32)
+    facts = teacher_facts(Store(config.cache.path))
+    return Distiller(student, config.losses.active(), facts=facts, **options)
+
+
+@pytest.mark.parametrize("keys", BATCHES.values(), ids=BATCHES)
+def test_counts_known_before_the_forward_are_those_that_the_losses_return(keys, joined, distiller, config):
+    batch = joined(keys)
+    result = distiller(batch)
+    assert list(result.terms) == list(LOSSES)
+    counts = [int(count) for _, count in result.terms.values()]
+    assert count_terms(batch, config.losses.active()) == counts
+    assert all(bool(torch.isfinite(total)) for total, _ in result.terms.values())
+    assert float(result.coverage) == 1.0
+
+
+def test_a_batch_is_the_sum_of_its_samples(joined, distiller):
+    keys = BATCHES["ragged"]
+    together = distiller(joined(keys)).terms
+    alone = [distiller(joined([key])).terms for key in keys]
+    for name, (total, count) in together.items():
+        assert float(count) == sum(float(terms[name][1]) for terms in alone)
+        expected = sum(terms[name][0].item() for terms in alone)
+        assert total.item() == pytest.approx(expected, rel=1e-5, abs=1e-5), name
+
+
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(config, joined):
+    same = make_distiller(config, config.teacher.model)
+    batch = joined(BATCHES["ragged"])
+    # Unmixed: an even mixture of heads is no single head.
+    same.losses["attention"] = same.losses["attention"].model_copy(update={"heads": "mean"})
+    terms = same(batch).terms
+    for name in ("attention", "vision_all", "vision_focus"):
+        assert float(terms[name][0]) == pytest.approx(0, abs=1e-6), name
+    # float16 log probabilities: an error of 2^-11 of each, squared in the divergence.
+    assert 0 <= float(terms["logits"][0] / terms["logits"][1]) < 1e-4
+    assert float(terms["supervised"][0]) > 0
+
+
+def test_under_lossy_codecs_the_same_student_is_within_their_stated_errors(config, experiment, tmp_path):
+    overrides = ["targets.attention.codec=sqrt_uint8", "targets.vision={}", "losses.attention={}"]
+    lossy = experiment.config(tmp_path, *overrides, f"cache.path={tmp_path}/store")
+    cache_teacher(lossy)
+    exact = stored_arrays(experiment.store)
+    step = lossy.targets.vision.step
+    for key, arrays in stored_arrays(tmp_path / "store").items():
+        assert abs(arrays["vision"] - exact[key]["vision"]).max(initial=0) <= step / 2 + 1e-6
+    preparation = Preparation.of(lossy.student.model, lossy.data)
+    targets = lossy.targets.active()
+    dataset = JoinedDataset(Store(lossy.cache.path), lossy.data.shards, preparation, targets=targets)
+    batch = JoinCollator(targets)([dataset[index] for index in range(5)])
+    terms = make_distiller(lossy, lossy.teacher.model)(batch).terms
+    for name in ("vision_all", "vision_focus"):
+        assert float(terms[name][0] / terms[name][1]) <= (step / 2) ** 2
+    assert float(terms["attention"][0] / terms["attention"][1]) < 1e-4
+
+
+def test_patch_features_from_memory_give_the_same_terms(config, joined):
+    remembering = make_distiller(config, config.student.model, patch_feature_cache_bytes=2**20)
+    forgetting = make_distiller(config, config.student.model)
+    forgetting.load_state_dict(remembering.state_dict())
+    for keys in (["a0", "two"], ["apart", "a0"], ["two", "late", "a1"]):
+        mine, theirs = remembering(joined(keys)).terms, forgetting(joined(keys)).terms
+        for name in mine:
+            assert float(mine[name][0]) == pytest.approx(float(theirs[name][0]), rel=1e-5), name
+    assert len(remembering.patch_features.held) == 5 and not forgetting.patch_features.held
+    tower = remembering.student.model.vision_tower
+    tower.forward = lambda pixels: pytest.fail("the tower ran for images whose features are held")
+    remembering(joined(["a0", "late"]))
+
+
+def test_features_of_a_tower_in_memory_carry_no_gradient_but_the_projector_has_one(config, joined):
+    remembering = make_distiller(config, config.student.model, patch_feature_cache_bytes=2**20)
+    for _ in range(2):
+        remembering.zero_grad()
+        remembering(joined(["a0"])).terms["vision_all"][0].backward()
+        assert remembering.student.model.mm_projector.mlp.mlp[0].weight.grad.any()
+
+
+# Coverage
+
+
+@pytest.mark.parametrize(
+    ("target", "sample", "expected"),
+    [
+        ("attention", 1, "needs .* rows of the target 'attention' and received 3"),
+        ("vision", 0, "needs 2 rows of the target 'vision' and received 3"),
+        ("logits", 2, "needs .* rows of the target 'logits' and received 3"),
+    ],
+)
+def test_a_sample_without_all_rows_of_a_target_stops_the_run(target, sample, expected, joined, distiller):
+    batch = joined(["two", "b0", "a1"])
+    batch["received"][target][sample] = 3
+    with pytest.raises(
+        JoinError, match=rf"kd/coverage is 0.667, must be 1: sample {sample} of the batch {expected}"
+    ):
+        distiller(batch)
+
+
+def test_attention_of_other_columns_is_refused_at_the_border(joined, distiller):
+    batch = joined(["two", "b0"])
+    attention = batch["targets"]["attention"]
+    attention[0] = attention[0][..., :-1]
+    with pytest.raises(
+        ShapeError, match=r"stored attention of layer 0: expected axes 'B H T J' with T=\d+, J=8"
+    ):
+        distiller(batch)
+
+
+# Heads
+
+
+def test_the_vision_losses_share_one_map_and_mixing_has_a_head_for_each_pair_of_layers(distiller):
+    assert sorted(distiller.heads) == ["head_mixer", "vision_map"]
+    assert distiller.heads["vision_map"].weight.shape == (24, 32)
+    assert distiller.heads["head_mixer"].scores.shape == (2, 4, 4)
+    assert not any("heads" in name for name in distiller.student.state_dict())
+
+
+def test_losses_without_a_teacher_need_no_heads_and_no_facts(config):
+    student = MobileVLMForCausalLM.from_pretrained(config.student.model)
+    supervised = {"supervised": config.losses.supervised}
+    assert len(build_heads(supervised, student, None)) == 0
+    with pytest.raises(ConfigError, match="losses with a teacher need the facts of one; give a store"):
+        build_heads(config.losses.active(), student, None)
+
+
+def test_every_head_and_every_trained_part_of_the_student_gets_a_gradient(joined, distiller):
+    terms = distiller(joined(BATCHES["ragged"])).terms
+    sum(total for total, _ in terms.values()).backward()
+    without = [n for n, p in distiller.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    frozen = [n for n, p in distiller.named_parameters() if not p.requires_grad]
+    assert all(name.startswith("student.model.vision_tower.") for name in frozen) and frozen
+    assert isinstance(distiller.heads, nn.ModuleDict)

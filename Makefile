@@ -68,5 +68,8 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/basedpyright
 
+docs: $(READY) ## write docs/cli.md from the command line
+	$(BIN)/python -m docs.generate
+
 clean: ## remove the demo's outputs (the environment stays)
 	rm -rf $(DEMO)

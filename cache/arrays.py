@@ -31,6 +31,7 @@ class FileRecord:
 
 
 def write_group(directory: Path) -> None:
+    """Make the directory a Zarr group."""
     directory.mkdir(parents=True, exist_ok=True)
     write_file(directory / ZARR_METADATA, canonical_json(GROUP_METADATA))
 

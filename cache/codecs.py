@@ -229,6 +229,7 @@ def check_specs(specs: Iterable[ArraySpec]) -> None:
 
 
 def stored_arrays(spec: ArraySpec) -> tuple[StoredArray, ...]:
+    """The Zarr arrays that an array of the manifest is kept in."""
     return CODECS[spec.codec].stored(spec)
 
 

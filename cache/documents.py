@@ -19,6 +19,7 @@ def canonical_json(value: object) -> bytes:
 
 
 def digest_of(value: object) -> str:
+    """blake3 of a JSON value, whatever the order of its keys."""
     return hash_bytes(canonical_json(value))
 
 

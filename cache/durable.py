@@ -35,6 +35,7 @@ def sync_tree(directory: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
+    """Bring the names in a directory to the disk."""
     _sync(directory, os.O_RDONLY | os.O_DIRECTORY)
 
 
@@ -60,6 +61,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_bytes(data: bytes) -> str:
+    """blake3, in hex."""
     return blake3(data).hexdigest()
 
 

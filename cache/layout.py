@@ -25,14 +25,17 @@ _RESERVED = frozenset({ZARR_METADATA, PART_RECORD, INDEX, REJECTS})
 
 
 def parts_path(store: Path) -> Path:
+    """The directory of all parts."""
     return store / PARTS
 
 
 def part_path(store: Path, part: str) -> Path:
+    """A part's directory; UnsafeName if the name could leave the store."""
     return store / PARTS / check_part_name(part)
 
 
 def scratch_path(store: Path) -> Path:
+    """The directory of unfinished work."""
     return store / SCRATCH
 
 

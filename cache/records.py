@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Counts:
+    """What became of the samples of a part, and how many images they share."""
+
     seen: int
     cached: int
     rejected: int
@@ -92,6 +94,7 @@ def read_part_file(file: Path, from_json: Callable[[dict[str, Any]], T]) -> T:
 
 
 def rejects_bytes(rejects: Sequence[tuple[str, str]]) -> bytes:
+    """The content of rejects.jsonl."""
     return b"".join(canonical_json({"key": key, "reason": reason}) for key, reason in rejects)
 
 

@@ -185,6 +185,7 @@ class Manifest:
 
 
 def check_format(record: Mapping[str, Any], file: str | Path) -> None:
+    """UnsupportedFormat unless the record is of the version that this code reads."""
     found = take(record, "format_version", int)
     if found != FORMAT_VERSION:
         raise UnsupportedFormat(file, found=found, readable=FORMAT_VERSION)

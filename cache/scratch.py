@@ -15,6 +15,8 @@ from cache.layout import scratch_path
 
 @dataclass(frozen=True)
 class ScratchOwner:
+    """The process that an unfinished part belongs to."""
+
     host: str
     process: int
 
@@ -30,6 +32,7 @@ def new_scratch(store: Path, stem: str) -> Path:
 
 
 def scratch_owner(name: str) -> ScratchOwner | None:
+    """Whose a directory in tmp/ is, by its name; None if no writer gave it."""
     match = re.fullmatch(r".+\.([A-Za-z0-9-]+)\.([0-9]+)\.[0-9a-f]{8}", name)
     return ScratchOwner(match[1], int(match[2])) if match else None
 
@@ -52,6 +55,7 @@ def remove(path: Path) -> None:
 
 
 def this_host() -> str:
+    """The host's name, as it can stand in a file name."""
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40] or "host"
 
 

@@ -16,6 +16,8 @@ from cache.schema import ArraySpec
 
 @dataclass(frozen=True)
 class ArraySummary:
+    """One array of the manifest over all finished parts."""
+
     name: str
     axes: str
     row_shape: tuple[int, ...]
@@ -30,6 +32,8 @@ class ArraySummary:
 
 @dataclass(frozen=True)
 class Summary:
+    """What a store holds, over all finished parts."""
+
     path: str
     teacher: dict[str, Any]
     capture: dict[str, Any]

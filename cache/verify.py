@@ -19,6 +19,8 @@ from cache.verify_part import PartAudit, Problem, audit_part
 
 @dataclass(frozen=True)
 class Report:
+    """What `verify` looked at, and every problem that it found."""
+
     path: str
     deep: bool
     problems: tuple[Problem, ...]

@@ -36,6 +36,8 @@ _SMALL_FILES = (ZARR_METADATA, INDEX, REJECTS)  # hashed also when not deep
 
 @dataclass(frozen=True)
 class Problem:
+    """One damage: its kind, the file below the store, and what is wrong."""
+
     kind: Kind
     file: str  # relative to the store
     detail: str

@@ -71,6 +71,7 @@ def read_groups(tar: tarfile.TarFile, path: str | Path) -> Iterator[Group]:
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """A member's bytes."""
     file = tar.extractfile(member)
     assert file is not None  # groups hold regular files only
     return file.read()

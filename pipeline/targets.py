@@ -109,11 +109,12 @@ def _collate_attention(settings: AttentionTarget, samples: Sequence[Arrays]) -> 
 
 
 def _by_row(stored: np.ndarray, num_images: int) -> Tensor:
-    """Stored 'R H N' of one sample -> 'H T J'."""
-    _, num_heads, num_vision_tokens = stored.shape
+    """Stored 'R H N' of one sample -> 'H T J'; rows that do not go round all images are left to coverage."""
+    num_rows, num_heads, num_vision_tokens = stored.shape
     if num_images == 0:
         return torch.zeros(num_heads, 0, 0)
-    by_image = torch.from_numpy(stored).view(num_images, -1, num_heads, num_vision_tokens)
+    whole = stored[: num_rows // num_images * num_images]
+    by_image = torch.from_numpy(whole).view(num_images, -1, num_heads, num_vision_tokens)
     return by_image.permute(2, 1, 0, 3).flatten(2)
 
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -72,14 +72,14 @@ class DistillTrainer(Trainer):
         summed = self.accelerator.reduce(counts.sum(dim=0).to(device), reduction="sum")
         return batches, dict(zip(self.losses, summed, strict=True))
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: Any = None):
         """Weighted sum of the terms; every term's total is divided by its count over the whole step."""
         result: Terms = model(inputs)
         loss = torch.zeros((), dtype=torch.float32, device=self.args.device)
         for name, (total, count) in result.terms.items():
             if not torch.isfinite(total):
                 raise NonFiniteLossError(
-                    f"losses.{name} became {float(total)} at step {self.state.global_step}; the weights of the last "
+                    f"losses.{name} became {total.item()} at step {self.state.global_step}; the weights of the last "
                     "checkpoint are sound: lower train.learning_rate, or check the store with `alignkd verify --deep`"
                 )
             divisor = count if num_items_in_batch is None else num_items_in_batch[name]
@@ -92,11 +92,11 @@ class DistillTrainer(Trainer):
     def create_optimizer(self, model=None):
         """AdamW groups by learning rate and decay; every trained parameter is in one, the heads included."""
         if self.optimizer is None:
-            options_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options_class, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
             self.optimizer = options_class(self._parameter_groups(), **options)
         grouped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         left_out = [
-            name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in grouped
+            name for name, p in self.distiller.named_parameters() if p.requires_grad and id(p) not in grouped
         ]
         assert not left_out, f"parameters in no optimizer group: {left_out}"
         return self.optimizer
@@ -107,9 +107,9 @@ class DistillTrainer(Trainer):
             "student.model.mm_projector.": student.projector_learning_rate,
             "heads.": student.head_learning_rate,
         }
-        decayed = set(self.get_decay_parameter_names(self.model))
+        decayed = set(self.get_decay_parameter_names(self.distiller))
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.distiller.named_parameters():
             if parameter.requires_grad:
                 rate = next((r for prefix, r in rates.items() if name.startswith(prefix) and r), None)
                 decay = self.args.weight_decay if name in decayed else 0.0
@@ -125,7 +125,7 @@ class DistillTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint is the student as Hugging Face users know it, and the heads beside it."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         self.save_student(folder)
         heads = {name: value.contiguous() for name, value in self.distiller.heads.state_dict().items()}
         save_file(heads, str(folder / HEADS_FILE))

@@ -146,7 +146,7 @@ def test_a_rerun_writes_nothing_and_loads_no_teacher(experiment, tmp_path):
 
 
 def test_a_device_that_torch_does_not_know_is_a_sentence(experiment, tmp_path):
-    with pytest.raises(ConfigError, match="teacher.device: 'gpu' is no device; use auto, cpu, cuda"):
+    with pytest.raises(ConfigError, match=r"teacher.device: 'gpu' is no device; use auto, cpu, cuda"):
         cache_teacher(experiment.config(tmp_path, "teacher.device=gpu", f"cache.path={tmp_path}/store"))
 
 

@@ -1,0 +1,87 @@
+"""Two models side by side: the bootstrap against arithmetic, and a table of accuracies."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from pipeline.compare import accuracy_table, paired_gain
+from pipeline.errors import PipelineError
+from pipeline.evaluate import Prediction
+
+
+def predictions(correct: list[bool], groups: list[str] | None = None) -> list[Prediction]:
+    groups = groups or [str(number) for number in range(len(correct))]
+    return [
+        Prediction(f"{number:05d}", group, "yes/no", "yes", "yes" if right else "no")
+        for number, (right, group) in enumerate(zip(correct, groups, strict=True))
+    ]
+
+
+def test_the_interval_of_three_images_is_that_of_all_27_resamples():
+    # Image a has two questions, one gained; b one, lost; c one, equal.
+    ours = predictions([True, True, False, True], ["a", "a", "b", "c"])
+    theirs = predictions([False, True, True, True], ["a", "a", "b", "c"])
+    gain = paired_gain(ours, theirs)
+    sums, sizes = {"a": 1, "b": -1, "c": 0}, {"a": 2, "b": 1, "c": 1}
+    resamples = [
+        sum(sums[image] for image in draw) / sum(sizes[image] for image in draw)
+        for draw in product("abc", repeat=3)
+    ]
+    assert gain.difference == 0.0
+    # 1/27 of the resamples are b alone, 1/27 a alone: both beyond 2.5%, so the ends are their means.
+    assert (gain.low, gain.high) == (min(resamples), max(resamples)) == (-1.0, 0.5)
+    assert (gain.num_questions, gain.num_images) == (4, 3)
+
+
+def test_the_interval_of_many_single_questions_is_that_of_the_normal_distribution():
+    random = np.random.default_rng(5)
+    ours, theirs = random.random(4000) < 0.8, random.random(4000) < 0.75
+    gain = paired_gain(predictions(ours.tolist()), predictions(theirs.tolist()))
+    differences = ours.astype(float) - theirs
+    error = differences.std() / np.sqrt(len(differences))
+    assert gain.difference == pytest.approx(differences.mean())
+    assert gain.low == pytest.approx(gain.difference - 1.96 * error, abs=0.06 * error)
+    assert gain.high == pytest.approx(gain.difference + 1.96 * error, abs=0.06 * error)
+
+
+def test_questions_of_one_image_count_as_one_observation():
+    random = np.random.default_rng(6)
+    per_image = random.random(300) < 0.5
+    alone = paired_gain(predictions(per_image.tolist()), predictions([False] * 300))
+    groups = [str(image) for image in range(300) for _ in range(10)]
+    tenfold = paired_gain(
+        predictions(np.repeat(per_image, 10).tolist(), groups), predictions([False] * 3000, groups)
+    )
+    assert (tenfold.low, tenfold.high) == pytest.approx((alone.low, alone.high), abs=0.006)
+
+
+def test_a_model_against_itself_gains_nothing():
+    same = predictions([True, False, True])
+    assert str(paired_gain(same, same)) == "+0.00 points, 95% interval [+0.00, +0.00]"
+
+
+def test_the_same_seed_gives_the_same_interval():
+    ours, theirs = predictions([True, False, True, True] * 9), predictions([False, True, True, False] * 9)
+    assert paired_gain(ours, theirs) == paired_gain(ours, theirs)
+
+
+def test_answers_to_other_questions_are_not_compared():
+    with pytest.raises(
+        PipelineError, match=r"answered different questions; evaluate both on the same shards"
+    ):
+        paired_gain(predictions([True, True]), predictions([True]))
+
+
+def test_the_table_has_a_row_a_model_and_a_column_a_question_type():
+    ours = [*predictions([True, False]), Prediction("c", "c", "colour", "red", "red")]
+    theirs = [*predictions([True, True]), Prediction("c", "c", "colour", "red", "blue")]
+    assert accuracy_table({"student": ours, "other one": theirs}).splitlines() == [
+        "accuracy, %  colour  yes/no    all",
+        "questions         1       2      3",
+        "-" * 34,
+        "student      100.00   50.00  66.67",
+        "other one      0.00  100.00  66.67",
+    ]

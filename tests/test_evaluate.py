@@ -1,0 +1,110 @@
+"""Evaluation: greedy answers, whatever the batch, compared word for word."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from small_experiment import held_out_records, picture, write_shard
+
+from pipeline.errors import BadSample
+from pipeline.evaluate import Prediction, accuracy_by_type, evaluate_model, read_predictions
+from pipeline.inputs import Preparation
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.shards import read_shard
+
+
+def prediction(key: str, answer: str, said: str, kind: str = "all questions") -> Prediction:
+    return Prediction(key, "image", kind, answer, said)
+
+
+@pytest.fixture
+def answers(experiment, tmp_path):
+    """Predictions of the experiment's student, by batch size."""
+
+    def predict(batch_size: int = 4, model=experiment.student, **changes) -> list[Prediction]:
+        config = experiment.config(tmp_path, f"evaluate.batch_size={batch_size}")
+        settings = config.evaluate.model_copy(update=changes)
+        return evaluate_model(
+            str(model), config.data, settings, output=tmp_path / f"{batch_size}" / "p.jsonl"
+        )
+
+    return predict
+
+
+def test_an_answer_is_correct_word_for_word_but_for_space_around_it():
+    assert prediction("a", "yes", " yes\n").correct
+    assert not prediction("a", "yes", "yes.").correct
+    assert not prediction("a", "yes", "Yes").correct
+    assert not prediction("a", "a red circle", "red circle").correct
+
+
+def test_accuracy_is_told_by_question_type_and_for_all():
+    found = accuracy_by_type(
+        [
+            prediction("a", "yes", "yes", "yes/no"),
+            prediction("b", "no", "yes", "yes/no"),
+            prediction("c", "red", "red", "colour"),
+            prediction("d", "red", "", "colour"),
+            prediction("e", "blue", "teal", "colour"),
+        ]
+    )
+    assert found == {"colour": (1 / 3, 3), "yes/no": (1 / 2, 2), "all": (2 / 5, 5)}
+    assert list(found) == ["colour", "yes/no", "all"]
+
+
+def test_answers_are_those_of_plain_greedy_decoding(experiment, answers, tmp_path):
+    config = experiment.config(tmp_path)
+    preparation = Preparation.of(config.student.model, config.data)
+    model = MobileVLMForCausalLM.from_pretrained(experiment.student, dtype=torch.float32).eval()
+    prompts = {}
+    for sample in read_shard(experiment.held_out / "shard-000000.tar"):
+        turns = [*sample.conversations[:-1], {"from": "gpt", "value": "?"}]
+        ids = preparation.tokenize(turns).input_ids
+        # The prompt ends with the call to answer, whose last token is the colon before the answer.
+        length = next(n for n, label in enumerate(preparation.tokenize(turns).labels) if label != -100)
+        pixels = [preparation.preprocess(image) for image in sample.images]
+        prompts[sample.key] = (list(ids[:length]), torch.stack(pixels) if pixels else None)
+    found = {p.key: p for p in answers()}
+    for key, (ids, pixels) in prompts.items():
+        said = []
+        for _ in range(3):
+            with torch.no_grad():
+                token = int(model(torch.tensor([ids + said]), pixel_values=pixels).logits[0, -1].argmax())
+            if token == preparation.tokenizer.eos_token_id:
+                break
+            said.append(token)
+        assert found[key].prediction == preparation.tokenizer.decode(said, skip_special_tokens=True), key
+
+
+def test_answers_do_not_depend_on_the_batch(answers):
+    alone = answers(batch_size=1)
+    assert [p.key for p in alone] == ["h0", "h1", "h2", "h3", "h4", "h5"]
+    assert answers(batch_size=2) == answers(batch_size=6) == alone
+    assert len({p.prediction for p in alone}) > 1
+
+
+def test_every_question_has_its_type_its_answer_and_the_group_of_its_image(answers):
+    found = {p.key: p for p in answers()}
+    assert {key: p.question_type for key, p in found.items()} == {
+        record["id"]: record.get("question_type", "all questions") for record in held_out_records()
+    }
+    assert found["h1"].answer == "red"
+    assert found["h0"].group == found["h1"].group != found["h2"].group
+    assert found["h3"].group == "h3"
+
+
+def test_predictions_come_back_as_they_were_written(answers, tmp_path):
+    written = answers()
+    assert read_predictions(tmp_path / "4" / "p.jsonl") == written
+    first = json.loads((tmp_path / "4" / "p.jsonl").read_text().splitlines()[0])
+    assert first["key"] == "h0" and first["correct"] is written[0].correct
+
+
+def test_a_test_sample_that_cannot_be_asked_stops_the_evaluation(answers, tmp_path):
+    write_shard(tmp_path / "s" / "test.tar", [("odd.json", b"[]"), ("odd.png", picture(0))])
+    with pytest.raises(
+        BadSample, match=r"a test sample cannot be asked: 'odd' of .*test.tar: JSON is no object"
+    ):
+        answers(shards=str(tmp_path / "s"))

@@ -1,0 +1,146 @@
+"""The experiment: both students, one table, and only what is missing is done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from small_experiment import snapshot, weights
+
+from pipeline.errors import ConfigError
+from pipeline.experiment import evaluate_checkpoint, run_experiment
+
+
+@pytest.fixture(scope="module")
+def finished(experiment, tmp_path_factory):
+    """An experiment with a baseline, run once; its config, table and what was said."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = experiment.config(folder, "baseline=true")
+    evaluate_checkpoint(config, config.teacher.model)
+    said: list[str] = []
+    return config, run_experiment(config, say=said.append), said
+
+
+def test_the_table_sets_both_students_beside_the_teacher(finished):
+    _, table, said = finished
+    rows = [line.split("  ")[0] for line in table.splitlines()]
+    assert rows[3:6] == ["teacher", "student, Align-KD", "student, labels only"]
+    assert "Align-KD against labels only: " in table and "95% interval [" in table
+    assert "paired bootstrap over 5 test images with 6 questions" in table
+    assert [line.split(" -> ")[0] for line in said] == [
+        "student, Align-KD: supervised, attention, vision_all, vision_focus, logits",
+        "student, labels only: supervised",
+    ]
+
+
+def test_results_are_saved_with_where_they_come_from(finished):
+    config, _, _ = finished
+    results = json.loads((Path(config.output_dir) / "results.json").read_text())
+    assert sorted(results) == ["accuracy", "gain", "provenance"]
+    assert sorted(results["accuracy"]) == ["student, Align-KD", "student, labels only", "teacher"]
+    assert results["accuracy"]["teacher"]["all"][1] == results["gain"]["num_questions"] == 6
+    assert results["provenance"]["config"] == config.model_dump(mode="json")
+
+
+def test_running_it_again_trains_and_asks_nothing(finished):
+    config, table, _ = finished
+    output = Path(config.output_dir)
+    before = {n: v for n, v in snapshot(output).items() if n != "results.json"}
+    assert run_experiment(config, say=lambda line: None) == table
+    assert {n: v for n, v in snapshot(output).items() if n != "results.json"} == before
+
+
+def test_without_held_out_questions_the_student_is_only_trained(experiment, tmp_path):
+    said = run_experiment(experiment.config(tmp_path, "evaluate=null"), say=lambda line: None)
+    assert (
+        said
+        == f"student trained: {tmp_path}/align_kd/model; no `evaluate` section, so no accuracy was measured"
+    )
+    assert (tmp_path / "align_kd" / "model" / "model.safetensors").is_file()
+    with pytest.raises(ConfigError, match=r"no `evaluate` section; name held-out shards as evaluate.shards"):
+        evaluate_checkpoint(experiment.config(tmp_path, "evaluate=null"), "anything")
+
+
+def test_a_teacher_that_answered_other_questions_is_left_out_of_the_table(experiment, tmp_path):
+    held_out = tmp_path / "held_out"
+    shutil.copytree(experiment.held_out, held_out)
+    config = experiment.config(tmp_path, f"evaluate.shards={held_out}")
+    evaluate_checkpoint(config, config.teacher.model)
+    (held_out / "shard-000001.tar").unlink()
+    table = run_experiment(config, say=lambda line: None)
+    assert table.startswith(f"{tmp_path}/teacher/predictions.jsonl answers other questions than the students")
+    assert "run `alignkd evaluate` with this config" in table
+    assert not any(line.startswith("teacher ") for line in table.splitlines())
+
+
+# Predictions are kept for as long as they are those of the same weights and questions
+
+
+def model_copy(experiment, folder: Path) -> Path:
+    return Path(shutil.copytree(experiment.student, folder / "model"))
+
+
+@pytest.fixture
+def evaluated(experiment, tmp_path):
+    shutil.copytree(experiment.held_out, tmp_path / "held_out")
+    model = model_copy(experiment, tmp_path)
+    config = experiment.config(tmp_path, f"evaluate.shards={tmp_path}/held_out")
+    file = tmp_path / "predictions.jsonl"
+    evaluate_checkpoint(config, str(model), output=file)
+    return config, model, file
+
+
+def was_asked_again(config, model, file) -> bool:
+    before = file.stat().st_mtime_ns
+    evaluate_checkpoint(config, str(model), output=file)
+    return file.stat().st_mtime_ns != before
+
+
+def test_nothing_is_asked_again_while_nothing_changed(evaluated):
+    config, model, file = evaluated
+    assert not was_asked_again(config, model, file)
+    other_batches = config.model_copy(
+        update={"evaluate": config.evaluate.model_copy(update={"batch_size": 2})}
+    )
+    assert not was_asked_again(other_batches, model, file)
+
+
+def test_other_weights_are_asked_again(evaluated):
+    config, model, file = evaluated
+    tensors = weights(model)
+    tensors["lm_head.weight"] *= -1
+    before = file.read_text()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert was_asked_again(config, model, file)
+    assert file.read_text() != before
+
+
+def test_other_questions_are_asked_again(evaluated, tmp_path):
+    config, model, file = evaluated
+    (tmp_path / "held_out" / "shard-000001.tar").unlink()
+    assert was_asked_again(config, model, file)
+    assert len(file.read_text().splitlines()) == 5
+
+
+def test_another_length_of_answers_is_asked_again(evaluated):
+    config, model, file = evaluated
+    longer = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_new_tokens": 5})})
+    assert was_asked_again(longer, model, file)
+
+
+def test_predictions_without_their_stamp_are_not_trusted(evaluated):
+    config, model, file = evaluated
+    file.with_suffix(".stamp.json").unlink()
+    assert was_asked_again(config, model, file)
+
+
+def test_predictions_of_another_model_are_kept_under_its_name(experiment, tmp_path):
+    config = experiment.config(tmp_path)
+    model = model_copy(experiment, tmp_path / "some")
+    evaluate_checkpoint(config, str(model))
+    assert [str(f.parent.name) for f in tmp_path.glob("*/predictions.jsonl")] == [
+        str(model).strip("/").replace("/", "_")
+    ]

@@ -1,0 +1,202 @@
+"""Stage 2: no teacher is opened, another store is refused before any weight is, a finished run is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import save_file
+from small_experiment import rewrite_store, snapshot, weights
+
+from cache import FingerprintMismatch, StoreNotFound
+from pipeline.config import load_config
+from pipeline.errors import ConfigError
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.student import train_student
+from pipeline.teacher import cache_teacher
+
+
+def test_stage_2_opens_no_teacher(experiment, tmp_path):
+    teacher = shutil.copytree(experiment.teacher, tmp_path / "teacher")
+    overrides = [f"teacher.model={teacher}", f"cache.path={tmp_path}/store"]
+    config = experiment.config(tmp_path, *overrides)
+    cache_teacher(config)
+    shutil.rmtree(teacher)
+    model = train_student(config, tmp_path / "run")
+    assert model == tmp_path / "run" / "model"
+    trained, first = weights(model), weights(experiment.student)
+    assert trained.keys() == first.keys()
+    assert any(not (trained[name] == first[name]).all() for name in first)
+
+
+def test_what_a_run_was_made_of_is_saved_beside_it(experiment, tmp_path):
+    config = experiment.config(tmp_path, "train.seed=7")
+    train_student(config, tmp_path / "run")
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+    made = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert made["config"]["train"]["seed"] == 7 and made["versions"]["torch"]
+
+
+# The fingerprint
+
+
+def student_without_weights(experiment, folder: Path) -> Path:
+    shutil.copytree(experiment.student, folder)
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+CHANGES = {
+    "template": ["data.template=plain"],
+    "image_preprocessing": ["data.image_aspect_ratio=square"],
+    "capture": ["targets.logits.top_k=4", "data.max_length=100"],
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_store_made_otherwise_is_refused_before_any_weight_is_opened(field, experiment, tmp_path):
+    student = student_without_weights(experiment, tmp_path / "student")
+    config = experiment.config(tmp_path, *CHANGES[field], f"student.model={student}")
+    with pytest.raises(FingerprintMismatch) as raised:
+        train_student(config, tmp_path / "run")
+    message = str(raised.value)
+    assert [difference.field for difference in raised.value.differences] == [field]
+    assert f"{field}: stored " in message and ", mine " in message
+    assert "set the config to what the store was made with (`alignkd info` shows it)" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_is_refused_before_any_weight_is_opened(experiment, tokenizer_folder, tmp_path):
+    student = student_without_weights(experiment, tmp_path / "student")
+    shutil.copy(tokenizer_folder / "tokenizer.model", student)
+    with pytest.raises(FingerprintMismatch, match=r"tokenizer: stored [0-9a-f]{64}, mine [0-9a-f]{64}"):
+        train_student(experiment.config(tmp_path, f"student.model={student}"), tmp_path / "run")
+
+
+def test_capture_settings_are_shown_as_they_are_where_they_differ(experiment, tmp_path):
+    config = experiment.config(tmp_path, "data.max_length=100")
+    with pytest.raises(
+        FingerprintMismatch, match=r'stored \{"max_length": 200\}, mine \{"max_length": 100\}'
+    ):
+        train_student(config, tmp_path / "run")
+
+
+def test_a_missing_store_says_what_to_run(experiment, tmp_path):
+    config = experiment.config(tmp_path, f"cache.path={tmp_path}/nowhere")
+    with pytest.raises(StoreNotFound, match=r"No teacher store at .*nowhere.*`alignkd teacher-cache`"):
+        train_student(config, tmp_path / "run")
+
+
+# Students that cannot be
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 600}, r"vocab_size is 600, the teacher of .* has 512"),
+        ({"vocab_size": 512, "mm_projector_grid": 1}, r"num_vision_tokens is 1, the teacher of .* has 4"),
+    ],
+)
+def test_a_student_of_another_family_is_refused(changes, message, experiment, tiny_model, tmp_path):
+    tiny_model(**changes).save_pretrained(tmp_path / "student")
+    shutil.copy(experiment.student / "tokenizer.model", tmp_path / "student")
+    config = experiment.config(tmp_path, f"student.model={tmp_path}/student")
+    with pytest.raises(ConfigError, match=message):
+        train_student(config, tmp_path / "run")
+
+
+def test_a_student_without_weights_is_a_sentence(experiment, tmp_path):
+    student = student_without_weights(experiment, tmp_path / "student")
+    with pytest.raises(ConfigError, match=r"student: no weights; expected one of model.safetensors"):
+        train_student(experiment.config(tmp_path, f"student.model={student}"), tmp_path / "run")
+
+
+def test_a_student_that_lacks_a_tensor_is_a_sentence(experiment, tmp_path):
+    student = Path(shutil.copytree(experiment.student, tmp_path / "student"))
+    tensors = weights(student)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, student / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks 1 tensors of the model, first 'model.layers.1.mlp.up_proj"):
+        train_student(experiment.config(tmp_path, f"student.model={student}"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr_scheduler_type=cosinus", "train: transformers refuses these arguments: cosinus is not"),
+        ("train.optim=adamm", "train: transformers refuses these arguments: adamm is not"),
+    ],
+)
+def test_training_arguments_that_transformers_refuses_are_a_sentence(override, message, experiment, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        train_student(experiment.config(tmp_path, override), tmp_path / "run")
+
+
+def test_a_text_where_a_training_argument_is_a_number_is_refused_at_once(experiment, tmp_path):
+    with pytest.raises(ConfigError, match=r"train.learning_rate: expected a number, found 'small'"):
+        experiment.config(tmp_path, "train.learning_rate=small")
+
+
+# Finished runs
+
+
+def test_a_finished_run_is_left_as_it_is(experiment, tmp_path):
+    config = experiment.config(tmp_path)
+    train_student(config, tmp_path / "run")
+    before = snapshot(tmp_path / "run")
+    assert train_student(config, tmp_path / "run") == tmp_path / "run" / "model"
+    assert snapshot(tmp_path / "run") == before
+
+
+def other_setting(experiment, config, folder):
+    return config.model_copy(update={"train": {**config.train, "max_steps": 3}})
+
+
+def other_first_weights(experiment, config, folder):
+    student = shutil.copytree(experiment.student, folder / "student", dirs_exist_ok=True)
+    tensors = weights(Path(student))
+    tensors["model.norm.weight"] += 0.5
+    save_file(tensors, Path(student) / "model.safetensors", metadata={"format": "pt"})
+    return config
+
+
+def other_store(experiment, config, folder):
+    shutil.rmtree(folder / "store")
+    teacher = Path(shutil.copytree(experiment.teacher, folder / "teacher"))
+    tensors = weights(teacher)
+    tensors["model.norm.weight"] += 0.5
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    cache_teacher(
+        config.model_copy(update={"teacher": config.teacher.model_copy(update={"model": str(teacher)})})
+    )
+    return config
+
+
+@pytest.mark.parametrize("change", [other_setting, other_first_weights, other_store])
+def test_a_run_is_done_again_when_what_it_depends_on_changed(change, experiment, tmp_path):
+    shutil.copytree(experiment.student, tmp_path / "student")
+    rewrite_store(experiment.store, tmp_path / "store", lambda key, arrays: arrays)
+    overrides = [f"student.model={tmp_path}/student", f"cache.path={tmp_path}/store"]
+    config = experiment.config(tmp_path, *overrides)
+    train_student(config, tmp_path / "run")
+    before = weights(tmp_path / "run" / "model")
+    train_student(change(experiment, config, tmp_path), tmp_path / "run")
+    after = weights(tmp_path / "run" / "model")
+    assert any(not (before[name] == after[name]).all() for name in before)
+
+
+def test_the_result_is_in_mobilevlms_own_layout(experiment, tmp_path):
+    model = train_student(experiment.config(tmp_path), tmp_path / "run")
+    config = json.loads((model / "config.json").read_text())
+    assert config["model_type"] == "mobilevlm" and config["architectures"] == ["MobileLlamaForCausalLM"]
+    assert sorted(p.name for p in model.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.model",
+    ]
+    assert MobileVLMForCausalLM.from_pretrained(model).config.vocab_size == 512
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["student"]["model"]

@@ -54,13 +54,15 @@ class DataConfig(Section):
     on_bad_sample: Literal["reject", "fail"] = "reject"
 
 
-class TargetsConfig(
-    create_model(
-        "Targets",
-        __base__=Section,
-        **{name: (target.settings | None, None) for name, target in TARGETS.items()},
-    )
-):
+# One optional section for each row of a table: a new row needs no line here.
+_TARGETS: dict[str, Any] = {name: (target.settings | None, None) for name, target in TARGETS.items()}
+_LOSSES: dict[str, Any] = {
+    name: (loss.settings | None, loss.settings() if name == "supervised" else None)
+    for name, loss in LOSSES.items()
+}
+
+
+class TargetsConfig(create_model("Targets", __base__=Section, **_TARGETS)):
     """What is kept of the teacher. A target left out (null) is not captured."""
 
     def active(self) -> dict[str, Any]:
@@ -74,16 +76,7 @@ class CacheConfig(Section):
     path: str
 
 
-class LossesConfig(
-    create_model(
-        "Losses",
-        __base__=Section,
-        **{
-            name: (loss.settings | None, loss.settings() if name == "supervised" else None)
-            for name, loss in LOSSES.items()
-        },
-    )
-):
+class LossesConfig(create_model("Losses", __base__=Section, **_LOSSES)):
     """How the student is held to labels and teacher. A loss left out (null) is not computed."""
 
     def active(self) -> dict[str, Any]:
@@ -147,7 +140,7 @@ class Config(Section):
         return self
 
     def _check_layers(self, name: str, asked: list[int]) -> None:
-        captured = self.targets.attention.layers
+        captured = self.targets.active()["attention"].layers
         for layer in asked:
             if layer not in captured:
                 raise ValueError(
@@ -156,8 +149,8 @@ class Config(Section):
                 )
 
     def _check_head_mixing(self) -> None:
-        loss = self.losses.attention
-        if loss and loss.heads == "mix" and self.targets.attention.heads != "each":
+        loss, target = self.losses.active().get("attention"), self.targets.active().get("attention")
+        if loss and loss.heads == "mix" and target and target.heads != "each":
             raise ValueError(
                 "losses.attention.heads: mix needs every teacher head; set targets.attention.heads: each"
             )

@@ -30,7 +30,7 @@ IMAGE_SIZE = 64
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 
-TOWER = {
+TOWER: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 384,
     "num_hidden_layers": 4,
@@ -40,13 +40,13 @@ TOWER = {
     "projection_dim": 96,
 }
 VOCABULARY_SIZE = 512
-TEACHER_LANGUAGE = {
+TEACHER_LANGUAGE: dict[str, Any] = {
     "hidden_size": 192,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
     "num_attention_heads": 6,
 }
-STUDENT_LANGUAGE = {
+STUDENT_LANGUAGE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 176,
     "num_hidden_layers": 2,
@@ -56,7 +56,7 @@ STUDENT_LANGUAGE = {
 app = typer.Typer(add_completion=False, help=__doc__)
 
 
-def model_config(language: dict[str, int]) -> MobileVLMConfig:
+def model_config(language: dict[str, Any]) -> MobileVLMConfig:
     """MobileVLM V2's config at demo size: 64 patches of an image become 4 x 4 vision tokens."""
     return MobileVLMConfig(
         **language,

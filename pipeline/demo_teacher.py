@@ -113,7 +113,8 @@ def train_tower(
             pixels = shifted_and_mirrored(images[rows], generator)
             features = layers(pixels, num_layers=tower.num_layers)[:, tower.first_token :]
             scores = head(features)
-            loss = sum(nn.functional.cross_entropy(s, f) for s, f in zip(scores, facts[rows].T, strict=True))
+            colour_loss, shape_loss = map(nn.functional.cross_entropy, scores, facts[rows].T)
+            loss = colour_loss + shape_loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

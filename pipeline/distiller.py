@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import ConfigError, JoinError
+from pipeline.errors import JoinError
 from pipeline.heads import HeadMixer, VisionMap
 from pipeline.losses import LOSSES, StudentOutputs, TeacherTargets
 from pipeline.memory import TensorCache
@@ -36,7 +36,7 @@ class Distiller(nn.Module):
         student: MobileVLMForCausalLM,
         losses: Mapping[str, Any],
         *,
-        facts: TeacherFacts | None,
+        facts: TeacherFacts,
         patch_feature_cache_bytes: int = 0,
     ):
         super().__init__()
@@ -103,12 +103,11 @@ class Distiller(nn.Module):
         """Vision tokens 'I N D' of the batch's images; the frozen tower's part from memory where it is held."""
         if batch["pixel_values"] is None:
             return None
-        held = [self.patch_features.get(digest) for digest in batch["image_digests"]]
-        if any(features is None for features in held):
-            features = self.student.patch_features(batch["pixel_values"])
-            held = [
-                self.patch_features.put(*item) for item in zip(batch["image_digests"], features, strict=True)
-            ]
+        digests = batch["image_digests"]
+        held = [features for digest in digests if (features := self.patch_features.get(digest)) is not None]
+        if len(held) < len(digests):
+            computed = self.student.patch_features(batch["pixel_values"])
+            held = [self.patch_features.put(*item) for item in zip(digests, computed, strict=True)]
         return self.student.encode_images(patch_features=torch.stack(held))
 
     def _check_coverage(self, batch: Mapping[str, Any], merged: MergedInputs) -> Tensor:
@@ -132,14 +131,11 @@ class Distiller(nn.Module):
 
 
 def build_heads(
-    losses: Mapping[str, Any], student: MobileVLMForCausalLM, facts: TeacherFacts | None
+    losses: Mapping[str, Any], student: MobileVLMForCausalLM, facts: TeacherFacts
 ) -> nn.ModuleDict:
     """The heads that the losses share, by kind: at most one vision map and one head mixer."""
     heads = nn.ModuleDict()
-    kinds = {LOSSES[name].head for name in losses} - {None}
-    if kinds and facts is None:
-        raise ConfigError("losses with a teacher need the facts of one; give a store")
-    if "vision_map" in kinds:
+    if "vision_map" in {LOSSES[name].head for name in losses}:
         heads["vision_map"] = VisionMap(facts.hidden_size, student.config.hidden_size)
     attention = losses.get("attention")
     if attention is not None and attention.heads == "mix":

@@ -144,9 +144,8 @@ def _patch_features(
     }
     if not images:
         return None
-    fresh = [digest for digest in images if features.get(digest) is None]
-    held = {digest: features.get(digest) for digest in images}
-    if fresh:
+    held = {digest: known for digest in images if (known := features.get(digest)) is not None}
+    if fresh := [digest for digest in images if digest not in held]:
         pixels = torch.stack([preparation.preprocess(images[digest]) for digest in fresh])
         computed = network.patch_features(pixels.to(network.device))
         held |= {d: features.put(d, f) for d, f in zip(fresh, computed, strict=True)}

@@ -33,10 +33,12 @@ class Preparation:
         """For a checkpoint folder or hub id; opens its config and tokenizer, none of its weights."""
         folder = checkpoint_folder(model)
         config = MobileVLMConfig.from_pretrained(folder)
+        image_size = config.tower.image_size
+        assert isinstance(image_size, int)
         preprocess = ImagePreprocessor.from_pretrained(
             folder,
             aspect_ratio=data.image_aspect_ratio,
-            image_size=config.vision_config.image_size,
+            image_size=image_size,
             max_pixels=data.max_image_pixels,
         )
         return cls(

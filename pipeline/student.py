@@ -152,7 +152,10 @@ def load_student(config: Config, store: Store) -> MobileVLMForCausalLM:
 def training_arguments(config: Config, folder: Path) -> TrainingArguments:
     """`train:` as transformers takes it; what it refuses becomes a `ConfigError`."""
     given = {name: value for name, value in config.train.items() if name != "resume_from_checkpoint"}
-    ours = {"remove_unused_columns": False, "dataloader_pin_memory": torch.cuda.is_available()}
+    ours: dict[str, Any] = {
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
     try:
         return TrainingArguments(output_dir=str(folder), **ours | given)
     except (ValueError, TypeError, ImportError) as error:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 from cache import (
     FORMAT_VERSION,
@@ -72,7 +71,7 @@ def cache_teacher(config: Config) -> CacheSummary:
     shards = expand_shards(config.data.shards)
     preparation = Preparation.of(config.teacher.model, config.data)
     plan = plan_teacher(config.teacher.model, targets=config.targets.active())
-    dtype, device = _compute_dtype(config), _device(config.teacher.device)
+    dtype, device = _compute_dtype(config, plan), _device(config.teacher.device)
     manifest = build_manifest(config, plan, preparation, dtype=dtype, parts=[_part_name(s) for s in shards])
     store = StoreWriter.open(config.cache.path, manifest)
     todo = [shard for shard in shards if not store.is_done(_part_name(shard))]
@@ -183,7 +182,7 @@ class ShardCapture:
             self._reject(part, sample.key, BadSample("value that cannot be stored", str(error)))
 
     def _image_arrays(self, digest: str) -> dict[str, np.ndarray]:
-        return vision_array(self.vision[digest]) if self.config.targets.vision else {}
+        return vision_array(self.vision[digest]) if "vision" in self.config.targets.active() else {}
 
     def _encode(self, batch: list[Prepared]) -> torch.Tensor | None:
         """Vision tokens 'I N D' of the batch's images in order, each distinct image encoded once."""
@@ -237,13 +236,14 @@ def _usable(device: torch.device) -> torch.device:
     return device
 
 
-def _compute_dtype(config: Config) -> torch.dtype:
+def _compute_dtype(config: Config, plan: TeacherPlan) -> torch.dtype:
     """The dtype asked for; `auto` is the checkpoint's own on a GPU and float32 on a CPU, which has no other speed."""
     if config.teacher.dtype != "auto":
         return getattr(torch, config.teacher.dtype)
     if _device(config.teacher.device).type == "cpu":
         return torch.float32
-    return AutoConfig.from_pretrained(config.teacher.model).dtype or torch.float32
+    stored = plan.config.dtype
+    return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
 def _summary(

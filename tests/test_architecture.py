@@ -52,6 +52,7 @@ FLOORS: dict[str, set[str]] = {
     "models": {
         "pipeline.models.checkpoint",
         "pipeline.models.merge",
+        "pipeline.models.configuration",
         "pipeline.models.mobilevlm",
         "pipeline.models.tap",
         "pipeline.models.vision",

@@ -11,105 +11,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaModel,
-)
+from transformers import AutoModelForCausalLM, CLIPVisionModel, LlamaModel
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from pipeline.errors import ConfigError
+from pipeline.models.configuration import MobileVLMConfig, resolve_vision_config
 from pipeline.models.merge import IMAGE_TOKEN_INDEX, MergedInputs, merge_vision_tokens
 from pipeline.models.vision import LDPNetV2, VisionTower
 from pipeline.shapes import expect_shape
 
 TOWER_PREFIX = "model.vision_tower."
-
-# Public geometry of the towers that published configs name without describing them.
-KNOWN_TOWERS: dict[str, dict[str, Any]] = {
-    "openai/clip-vit-large-patch14-336": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-        "projection_dim": 768,
-    },
-}
-
-
-class MobileVLMConfig(LlamaConfig):
-    """A flat LLaMA config plus the `mm_*` fields of the published files and two optional ones.
-
-    `vision_config` is the tower's geometry (absent: that of the tower which `mm_vision_tower` names);
-    `mm_projector_grid` is the side of the vision-token grid (absent: 12, hence 144 vision tokens).
-    """
-
-    model_type = "mobilevlm"
-    sub_configs = {"vision_config": CLIPVisionConfig}
-
-    vision_config: dict | CLIPVisionConfig | None = None
-    mm_vision_tower: str | None = "openai/clip-vit-large-patch14-336"
-    vision_tower_type: str = "clip"
-    mm_hidden_size: int | None = None
-    mm_projector_type: str = "ldpnetv2"
-    mm_projector_grid: int = 12
-    mm_vision_select_layer: int = -2
-    mm_vision_select_feature: str = "patch"
-    mm_use_im_start_end: bool = False
-    mm_use_im_patch_token: bool = False
-    image_aspect_ratio: str | None = "pad"
-
-    def __post_init__(self, **kwargs):
-        if self.mm_projector_type != "ldpnetv2":
-            raise ConfigError(
-                "mm_projector_type: only 'ldpnetv2' (MobileVLM V2) is supported, "
-                f"found {self.mm_projector_type!r}"
-            )
-        self.vision_config = _resolve_vision_config(self.vision_config, self.mm_vision_tower)
-        super().__post_init__(**kwargs)
-
-    @property
-    def num_vision_tokens(self) -> int:
-        """N: how many vision tokens stand for one image."""
-        return self.mm_projector_grid**2
-
-    def to_dict(self) -> dict[str, Any]:
-        """As transformers writes it, plus the old names of the rotary fields that the original code reads."""
-        fields = super().to_dict()
-        if isinstance(self.vision_config, CLIPVisionConfig):
-            fields["mm_hidden_size"] = self.vision_config.hidden_size
-        rope = self.rope_parameters or {}
-        fields["rope_theta"] = rope.get("rope_theta", 10000.0)
-        fields["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else dict(rope)
-        return fields
-
-
-def _resolve_vision_config(given: dict | CLIPVisionConfig | None, tower: str | None) -> CLIPVisionConfig:
-    """The tower's geometry: as given, else a local CLIP folder's, else that of a tower known by name."""
-    if isinstance(given, CLIPVisionConfig):
-        return given
-    if given is None and tower and (config_file := Path(tower) / "config.json").is_file():
-        given = json.loads(config_file.read_text())
-        given = given.get("vision_config", given)
-    if given is None:
-        given = KNOWN_TOWERS.get(tower or "")
-    if given is None:
-        raise ConfigError(
-            f"the config describes no vision tower: mm_vision_tower is {tower!r}, known names are "
-            f"{sorted(KNOWN_TOWERS)}; add the tower's geometry as `vision_config`"
-        )
-    return CLIPVisionConfig(
-        **{k: v for k, v in given.items() if k not in ("model_type", "transformers_version")}
-    )
 
 
 class MobileVLMPreTrainedModel(LlamaPreTrainedModel):
@@ -130,7 +45,7 @@ class MobileVLMModel(MobileVLMPreTrainedModel, LlamaModel):
 
     def __init__(self, config: MobileVLMConfig):
         super().__init__(config)
-        vision = config.vision_config = _resolve_vision_config(config.vision_config, config.mm_vision_tower)
+        vision = config.vision_config = resolve_vision_config(config.vision_config, config.mm_vision_tower)
         vision._attn_implementation = vision._attn_implementation or "sdpa"
         self.vision_tower = VisionTower(
             vision, select_layer=config.mm_vision_select_layer, select_feature=config.mm_vision_select_feature
@@ -158,16 +73,17 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:
         """Load a checkpoint folder or hub id, sharded or not, `.bin` or safetensors.
 
         The tower comes from the checkpoint; where the checkpoint has none, from `mm_vision_tower`.
         Raises `ConfigError` naming the tensors if any other tensor is missing: nothing stays random.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
+        model, info = loaded
         missing = set(info["missing_keys"])
         tower_keys = {key for key in model.state_dict() if key.startswith(TOWER_PREFIX)}
         if tower_keys <= missing:
@@ -199,9 +115,10 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Vision tokens, the language model's input for each image: 'I C Y X' (or 'I M W') -> 'I N D'."""
         if patch_features is None:
+            assert pixel_values is not None
             patch_features = self.patch_features(pixel_values)
-        projector_dtype = self.model.mm_projector.mlp.mlp[0].weight.dtype
-        return self.model.mm_projector(patch_features.to(projector_dtype))
+        projector = self.model.mm_projector
+        return projector(patch_features.to(next(projector.parameters()).dtype))
 
     def merge_inputs(
         self,
@@ -241,6 +158,7 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
         `inputs_embeds` and `past_key_values` serve `generate`, which merges before the first step.
         """
         if inputs_embeds is None and past_key_values is None:
+            assert input_ids is not None
             features = None if pixel_values is None else self.encode_images(pixel_values)
             merged = self.merge_inputs(input_ids, features, attention_mask=attention_mask, labels=labels)
             inputs_embeds, attention_mask = merged.inputs_embeds, merged.attention_mask.long()
@@ -269,8 +187,14 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(
-        self, input_ids=None, *, pixel_values=None, patch_features=None, attention_mask=None, **kwargs
-    ):
+        self,
+        input_ids: torch.Tensor,
+        *,
+        pixel_values=None,
+        patch_features=None,
+        attention_mask=None,
+        **kwargs,
+    ) -> Any:
         """Greedy or sampled continuation with a KV cache: new token ids only, 'B S'.
 
         Prompts of different lengths may be padded on either side; the merged batch is padded on the left.
@@ -279,7 +203,8 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
         features = self.encode_images(pixel_values, patch_features=patch_features) if has_image else None
         merged = self.merge_inputs(input_ids, features, attention_mask=attention_mask)
         embeds, mask = _pad_on_the_left(merged.inputs_embeds, merged.attention_mask)
-        return super().generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
+        generate: Any = super().generate  # pyright: ignore[reportAttributeAccessIssue]
+        return generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
 
 
 def _pad_on_the_left(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,5 +222,4 @@ def _load_tower(model: MobileVLMForCausalLM) -> None:
     model.model.vision_tower.vision_tower.vision_model.load_state_dict(weights)
 
 
-AutoConfig.register("mobilevlm", MobileVLMConfig)
 AutoModelForCausalLM.register(MobileVLMConfig, MobileVLMForCausalLM)

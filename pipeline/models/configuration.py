@@ -1,0 +1,99 @@
+"""MobileVLM V2's config: the published flat file, and the geometry of the vision tower that it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
+
+from pipeline.errors import ConfigError
+
+# Public geometry of the towers that published configs name without describing them.
+KNOWN_TOWERS: dict[str, dict[str, Any]] = {
+    "openai/clip-vit-large-patch14-336": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+    },
+}
+
+
+class MobileVLMConfig(LlamaConfig):
+    """A flat LLaMA config plus the `mm_*` fields of the published files and two optional ones.
+
+    `vision_config` is the tower's geometry (absent: that of the tower which `mm_vision_tower` names);
+    `mm_projector_grid` is the side of the vision-token grid (absent: 12, hence 144 vision tokens).
+    """
+
+    model_type = "mobilevlm"
+    sub_configs = {"vision_config": CLIPVisionConfig}  # pyright: ignore[reportAssignmentType]
+
+    vision_config: dict | CLIPVisionConfig | None = None
+    mm_vision_tower: str | None = "openai/clip-vit-large-patch14-336"
+    vision_tower_type: str = "clip"
+    mm_hidden_size: int | None = None
+    mm_projector_type: str = "ldpnetv2"
+    mm_projector_grid: int = 12
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: str = "patch"
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = False
+    image_aspect_ratio: str | None = "pad"
+
+    def __post_init__(self, **kwargs):
+        if self.mm_projector_type != "ldpnetv2":
+            raise ConfigError(
+                "mm_projector_type: only 'ldpnetv2' (MobileVLM V2) is supported, "
+                f"found {self.mm_projector_type!r}"
+            )
+        self.vision_config = resolve_vision_config(self.vision_config, self.mm_vision_tower)
+        super().__post_init__(**kwargs)
+
+    @property
+    def tower(self) -> CLIPVisionConfig:
+        """The vision tower's geometry."""
+        assert isinstance(self.vision_config, CLIPVisionConfig)
+        return self.vision_config
+
+    @property
+    def num_vision_tokens(self) -> int:
+        """N: how many vision tokens stand for one image."""
+        return self.mm_projector_grid**2
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers writes it, plus the old names of the rotary fields that the original code reads."""
+        fields = super().to_dict()
+        if isinstance(self.vision_config, CLIPVisionConfig):
+            fields["mm_hidden_size"] = self.vision_config.hidden_size
+        rope = self.rope_parameters or {}
+        fields["rope_theta"] = rope.get("rope_theta", 10000.0)
+        fields["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else dict(rope)
+        return fields
+
+
+def resolve_vision_config(given: dict | CLIPVisionConfig | None, tower: str | None) -> CLIPVisionConfig:
+    """The tower's geometry: as given, else a local CLIP folder's, else that of a tower known by name."""
+    if isinstance(given, CLIPVisionConfig):
+        return given
+    if given is None and tower and (config_file := Path(tower) / "config.json").is_file():
+        described = json.loads(config_file.read_text())
+        given = described.get("vision_config", described)
+    if given is None:
+        given = KNOWN_TOWERS.get(tower or "")
+    if given is None:
+        raise ConfigError(
+            f"the config describes no vision tower: mm_vision_tower is {tower!r}, known names are "
+            f"{sorted(KNOWN_TOWERS)}; add the tower's geometry as `vision_config`"
+        )
+    return CLIPVisionConfig(
+        **{k: v for k, v in given.items() if k not in ("model_type", "transformers_version")}
+    )
+
+
+AutoConfig.register("mobilevlm", MobileVLMConfig)

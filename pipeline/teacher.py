@@ -120,6 +120,7 @@ class ShardCapture:
         self.preparation = preparation
         self.progress = progress
         self.shard = ""
+        self.num_seen = 0
         # Vision tokens of the images of the batch at hand and of the one before: samples of one image are neighbours.
         self.vision: dict[str, torch.Tensor] = {}
         self.pixels: dict[str, torch.Tensor] = {}
@@ -132,13 +133,14 @@ class ShardCapture:
         with store.part(_part_name(shard), source=source) as part:
             for batch in _batches(self._prepared(shard, part), self.config.teacher.batch_size):
                 self._capture(batch, part)
-            summary = part.commit()
+            summary = part.commit(seen=self.num_seen)
         self.progress.end_shard(summary)
         return summary
 
     def _prepared(self, shard: str, part: PartWriter) -> Iterator[Prepared]:
         """The shard's usable samples; the others are rejected here."""
         for item in read_shard(shard, max_pixels=self.config.data.max_image_pixels):
+            self.num_seen += 1
             try:
                 if isinstance(item, Rejected):
                     raise BadSample(item.reason)

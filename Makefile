@@ -10,11 +10,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
-# Nothing is fetched at run time: models and data are local or installed as packages.
-export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 ifeq ($(CONFIG),configs/demo.yaml)
+# The demo's model and data are in this repository and in installed packages: nothing is fetched at run time.
+export HF_HUB_OFFLINE ?= 1
 DATA := $(DEMO)/shards/train/pack.json $(DEMO)/shards/test/pack.json $(DEMO)/student/model.safetensors
 TEACHER_SCORE := $(DEMO)/teacher/predictions.jsonl
 endif
@@ -46,6 +46,7 @@ $(DEMO)/data/train.json $(DEMO)/data/test.json &: pipeline/demo.py | $(READY)
 $(DEMO)/shards/%/pack.json: $(DEMO)/data/%.json | $(READY)
 	$(BIN)/alignkd pack $< $(@D) --samples-per-shard 1000 \
 		--image-folder "$$($(BIN)/python -m pipeline.demo images)"
+	@touch $@
 
 $(DEMO)/student/model.safetensors: assets/demo_teacher/model.safetensors | $(READY)
 	$(BIN)/python -m pipeline.demo student

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -231,3 +232,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+def copy_of_teacher(experiment: Experiment, folder: Path) -> Path:
+    """A teacher that a test may change."""
+    return Path(shutil.copytree(experiment.teacher, folder))

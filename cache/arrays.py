@@ -41,7 +41,7 @@ def write_array(path: Path, stored: StoredArray, *, rows: Array, axes: list[str]
     num_rows = rows.shape[0]
     chunk_rows = _chunk_rows(stored, num_rows)
     shard_rows = chunk_rows * max(1, -(-num_rows // chunk_rows))
-    array = zarr.create_array(
+    array = zarr.create_array(  # pyright: ignore[reportUnknownMemberType]
         str(path),
         shape=rows.shape,
         dtype=stored.dtype,
@@ -119,7 +119,7 @@ def open_array(
     if rows:
         _check_shard(shard, files.get(shard.relative_to(part).as_posix()))
     try:
-        array = zarr.open_array(str(path), mode="r")
+        array = zarr.open_array(str(path), mode="r")  # pyright: ignore[reportUnknownMemberType]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CorruptPart(metadata, f"zarr cannot open the array ({error})") from error
     expected, found = (rows, *stored.row_shape), tuple(array.shape)

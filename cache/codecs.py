@@ -199,9 +199,8 @@ class SqrtUint8Codec:
         largest = rows.max(axis=-1).astype(np.float32)
         with np.errstate(over="ignore"):
             scale = largest.astype(np.float16)
-            return np.where(
-                scale.astype(np.float32) < largest, np.nextafter(scale, np.float16(np.inf)), scale
-            )
+            above: Array = np.nextafter(scale, np.float16(np.inf))
+            return np.where(scale.astype(np.float32) < largest, above, scale)
 
 
 CODECS: dict[str, Codec] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cache.durable import hash_bytes
 from cache.errors import CorruptFile
@@ -45,7 +45,8 @@ def read_document(path: Path) -> dict[str, Any]:
 def _checked_content(path: Path, document: object, *, same_bytes: bool) -> dict[str, Any]:
     if not isinstance(document, dict) or not same_bytes:
         raise CorruptFile(path, "its bytes are not the canonical JSON object this format writes")
-    stored = document.pop(CHECKSUM, None)
-    if stored != digest_of(document):
-        raise CorruptFile(path, f"its checksum is {digest_of(document)}, but it says {stored!r}")
-    return document
+    content = cast(dict[str, Any], document)
+    stored = content.pop(CHECKSUM, None)
+    if stored != digest_of(content):
+        raise CorruptFile(path, f"its checksum is {digest_of(content)}, but it says {stored!r}")
+    return content

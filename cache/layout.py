@@ -51,7 +51,7 @@ def check_part_name(name: str) -> str:
     return name
 
 
-def check_array_name(name: str) -> str:
+def check_array_name(name: object) -> str:
     """`name`, if it is harmless path segments joined by '/'."""
     if not isinstance(name, str) or not all(_is_safe(segment) for segment in name.split("/")):
         raise UnsafeName("an array", name)

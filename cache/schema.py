@@ -91,7 +91,7 @@ class ArraySpec:
         where = f"arrays[{self.name}]"
         if self.owner not in get_args(Owner):
             raise SchemaError(f"{where}.owner", expected="'sample' or 'image'", found=self.owner)
-        if any(not isinstance(size, int) or size < 1 for size in self.row_shape):
+        if any(size < 1 for size in self.row_shape):
             raise SchemaError(f"{where}.row_shape", expected="positive integers", found=self.row_shape)
         if len(self.axes.split()) != 1 + len(self.row_shape):
             expected = f"{1 + len(self.row_shape)} letters, for the rows and row_shape {self.row_shape}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -115,7 +115,7 @@ def _write_if_changed(store: Path, file: Path, data: bytes) -> None:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def _locked(directory: Path) -> Generator[None]:
     """Hold off other writers that would unite their planned parts at the same moment.
 
     A file system that cannot lock a directory goes without: all that is at stake is a planned name, which

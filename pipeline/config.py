@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, field_validator, model_validator
@@ -176,13 +176,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not file.is_file():
         raise ConfigError(f"config {file}: no such file; give --config a YAML file such as configs/demo.yaml")
     try:
-        values = read_yaml(file.read_text())
+        values: Any = read_yaml(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {file}: not readable as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {file}: expected a mapping of sections, found {type(values).__name__}")
     for override in overrides:
-        _apply_override(values, override)
+        _apply_override(cast(dict[str, Any], values), override)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -198,11 +198,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     place = values
     for section in sections:
-        if place.get(section) is None:
-            place[section] = {}
-        place = place[section]
-        if not isinstance(place, dict):
+        inner: Any = {} if place.get(section) is None else place[section]
+        if not isinstance(inner, dict):
             raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+        place[section] = place = cast(dict[str, Any], inner)
     try:
         place[last] = read_yaml(text)
     except yaml.YAMLError as error:
@@ -218,7 +217,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
+    _side.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
         "tag:yaml.org,2002:float",
         re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
         list("-+.0123456789"),

@@ -14,8 +14,8 @@ from pipeline.conversation import TokenizedSample, load_tokenizer, template_dige
 from pipeline.errors import BadSample
 from pipeline.images import ImagePreprocessor
 from pipeline.models.checkpoint import checkpoint_folder
+from pipeline.models.configuration import read_config
 from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from pipeline.models.mobilevlm import MobileVLMConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Preparation:
     def of(cls, model: str, data: DataConfig) -> Preparation:
         """For a checkpoint folder or hub id; opens its config and tokenizer, none of its weights."""
         folder = checkpoint_folder(model)
-        config = MobileVLMConfig.from_pretrained(folder)
+        config = read_config(folder)
         image_size = config.tower.image_size
         assert isinstance(image_size, int)
         preprocess = ImagePreprocessor.from_pretrained(

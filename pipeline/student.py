@@ -21,7 +21,8 @@ from pipeline.errors import ConfigError
 from pipeline.inputs import Preparation, capture_settings
 from pipeline.losses import LOSSES
 from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
-from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
+from pipeline.models.configuration import read_config
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.provenance import save_provenance
 from pipeline.trainer import HEADS_FILE, DistillTrainer
 
@@ -133,7 +134,7 @@ def build_trainer(config: Config, folder: Path, store: Store, dataset: JoinedDat
 def load_student(config: Config, store: Store) -> MobileVLMForCausalLM:
     """The student's first weights. Raises `ConfigError` if it cannot be held to this teacher."""
     facts = teacher_facts(store)
-    shape = MobileVLMConfig.from_pretrained(checkpoint_folder(config.student.model))
+    shape = read_config(checkpoint_folder(config.student.model))
     for field, theirs, mine in (
         ("num_vision_tokens", facts.num_vision_tokens, shape.num_vision_tokens),
         ("vocab_size", facts.vocab_size, shape.vocab_size),

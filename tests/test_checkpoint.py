@@ -13,7 +13,10 @@ from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
+from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMConfig, MobileVLMForCausalLM
+from pipeline.models.stub import load_teacher, plan_teacher
+from pipeline.targets import LogitsTarget
 
 KINDS = ("bin", "sharded bin", "safetensors", "sharded safetensors")
 
@@ -248,3 +251,46 @@ def test_a_broken_index_is_named(content, bare_folder):
     (bare_folder / "pytorch_model.bin.index.json").write_text(content)
     with pytest.raises(ConfigError, match=r"pytorch_model.bin.index.json: not readable as weights"):
         Checkpoint(str(bare_folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"config.json: no MobileVLM V2 config \(.*not a valid JSON"),
+        ("[1]", r"config.json: no MobileVLM V2 config \("),
+        ('{"hidden_size": "wide"}', r"config.json: no MobileVLM V2 config \(.*hidden_size"),
+        ('{"num_attention_heads": 0}', r"num_attention_heads: expected a number from 1 on, found 0"),
+        ('{"mm_projector_grid": 0}', r"mm_projector_grid: expected a number from 1 on, found 0"),
+        (
+            '{"mm_vision_select_layer": -26}',
+            r"mm_vision_select_layer: the vision tower has 24 layers, found -26",
+        ),
+        ('{"vision_config": "large"}', r"vision_config: expected the tower's geometry, found 'large'"),
+    ],
+)
+def test_a_config_that_is_none_is_named(content, message, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_config(tmp_path)
+
+
+def test_a_folder_without_a_config_is_no_model_of_defaults(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"config.json: no such file; name a folder that holds a MobileVLM V2"
+    ):
+        read_config(tmp_path)
+
+
+def test_a_config_of_another_model_is_told_by_the_first_tensor_that_differs(original, tmp_path):
+    original.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
+    message = r"tensor '(lm_head|model.embed_tokens).weight' has shape \(.*\), its config.json asks for \("
+    with pytest.raises(ConfigError, match=message):
+        MobileVLMForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        load_teacher(
+            plan_teacher(str(tmp_path), targets={"logits": LogitsTarget()}),
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )

@@ -243,6 +243,14 @@ def test_a_teacher_whose_head_is_its_embedding_works_whole(tiny_model, batch, tm
     torch.testing.assert_close(result.answer_logits, wanted, atol=2e-5, rtol=1e-4)
 
 
+def test_a_plan_can_be_loaded_again(teacher_folder, batch):
+    plan = plan_teacher(str(teacher_folder), targets=targets([0, 2]))
+    first, again = (load_teacher(plan, dtype=torch.float32, device=torch.device("cpu")) for _ in range(2))
+    _, expected = forward(first, batch)
+    _, found = forward(again, batch)
+    assert torch.equal(found.attention[2], expected.attention[2]) and plan.config.num_hidden_layers == 4
+
+
 def test_facts_are_read_from_the_config(teacher_folder):
     facts = plan_teacher(str(teacher_folder), targets=targets()).facts
     assert (facts.name, facts.num_layers, facts.num_heads) == (str(teacher_folder), 4, 4)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 
 from pipeline.errors import ConfigError
@@ -52,7 +53,16 @@ class MobileVLMConfig(LlamaConfig):
                 "mm_projector_type: only 'ldpnetv2' (MobileVLM V2) is supported, "
                 f"found {self.mm_projector_type!r}"
             )
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "mm_projector_grid"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected a number from 1 on, found {getattr(self, name)}")
         self.vision_config = resolve_vision_config(self.vision_config, self.mm_vision_tower)
+        num_states = self.tower.num_hidden_layers + 1
+        if not -num_states <= self.mm_vision_select_layer < num_states:
+            raise ConfigError(
+                f"mm_vision_select_layer: the vision tower has {num_states - 1} layers, "
+                f"found {self.mm_vision_select_layer}"
+            )
         super().__post_init__(**kwargs)
 
     @property
@@ -77,6 +87,23 @@ class MobileVLMConfig(LlamaConfig):
         return fields
 
 
+def read_config(folder: Path) -> MobileVLMConfig:
+    """The config of a checkpoint folder. Raises `ConfigError` naming the file.
+
+    transformers takes a folder without config.json for one of nothing but defaults: a model of 7B, all random.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file; name a folder that holds a MobileVLM V2 checkpoint")
+    try:
+        return MobileVLMConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{file}: no MobileVLM V2 config ({reason}); copy or download the checkpoint again"
+        ) from error
+
+
 def resolve_vision_config(given: dict | CLIPVisionConfig | None, tower: str | None) -> CLIPVisionConfig:
     """The tower's geometry: as given, else a local CLIP folder's, else that of a tower known by name."""
     if isinstance(given, CLIPVisionConfig):
@@ -91,6 +118,8 @@ def resolve_vision_config(given: dict | CLIPVisionConfig | None, tower: str | No
             f"the config describes no vision tower: mm_vision_tower is {tower!r}, known names are "
             f"{sorted(KNOWN_TOWERS)}; add the tower's geometry as `vision_config`"
         )
+    if not isinstance(given, dict):
+        raise ConfigError(f"vision_config: expected the tower's geometry, found {given!r}")
     return CLIPVisionConfig(
         **{k: v for k, v in given.items() if k not in ("model_type", "transformers_version")}
     )

@@ -77,13 +77,22 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
         """Load a checkpoint folder or hub id, sharded or not, `.bin` or safetensors.
 
         The tower comes from the checkpoint; where the checkpoint has none, from `mm_vision_tower`.
-        Raises `ConfigError` naming the tensors if any other tensor is missing: nothing stays random.
+        Raises `ConfigError` naming the tensor if any other is missing or of another shape: nothing stays random.
         """
         want_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path,
+            *args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, in one sentence
+            **kwargs,
         )
         model, info = loaded
+        for name, found, expected in sorted(info["mismatched_keys"]):
+            raise ConfigError(
+                f"{pretrained_model_name_or_path}: tensor {name!r} has shape {tuple(found)}, its config.json "
+                f"asks for {tuple(expected)}; use the config.json that belongs to the checkpoint"
+            )
         missing = set(info["missing_keys"])
         tower_keys = {key for key in model.state_dict() if key.startswith(TOWER_PREFIX)}
         if tower_keys <= missing:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig
 
+from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.configuration import read_config
 from pipeline.models.merge import IGNORE_INDEX, MergedInputs, merge_vision_tokens
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.tap import record_layer_inputs, text_to_vision_attention
@@ -156,7 +159,7 @@ def plan_teacher(name: str, *, targets: Mapping[str, Any]) -> TeacherPlan:
     Raises `ConfigError` if the checkpoint lacks one of them.
     """
     checkpoint = Checkpoint(name)
-    config = MobileVLMConfig.from_pretrained(checkpoint.folder)
+    config = read_config(checkpoint.folder)
     deepest = deepest_layer(targets)
     tensors = needed_tensors(_model_tensors(config), config, deepest=deepest)
     return TeacherPlan(
@@ -173,10 +176,16 @@ def plan_teacher(name: str, *, targets: Mapping[str, Any]) -> TeacherPlan:
 def load_teacher(plan: TeacherPlan, *, dtype: torch.dtype, device: torch.device) -> Teacher:
     """Load the planned tensors, and no others, in evaluation mode."""
     model = _empty_model(plan.config)
+    expected = model.state_dict()
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in plan.checkpoint.tensors(plan.tensors):
+        if tensor.shape != expected[name].shape:
+            raise ConfigError(
+                f"{plan.checkpoint.folder}: tensor {name!r} has shape {tuple(tensor.shape)}, its config.json "
+                f"asks for {tuple(expected[name].shape)}; use the config.json that belongs to the checkpoint"
+            )
+        weights[name] = tensor.to(dtype=dtype, device=device)
     # What is not needed stays on the meta device: a mistake in the plan fails loudly, it cannot go unseen.
-    weights = {
-        name: tensor.to(dtype=dtype, device=device) for name, tensor in plan.checkpoint.tensors(plan.tensors)
-    }
     model.load_state_dict(weights, strict=False, assign=True)
     _materialise_buffers(model, device)
     if plan.deepest is None:
@@ -212,7 +221,7 @@ def _is_needed(name: str, tower_layers: int, deepest: int | None) -> bool:
 
 def _empty_model(config: MobileVLMConfig) -> MobileVLMForCausalLM:
     with torch.device("meta"):
-        return MobileVLMForCausalLM(config)
+        return MobileVLMForCausalLM(deepcopy(config))  # a stub's own is cut to the layers that it runs
 
 
 def _model_tensors(config: MobileVLMConfig) -> list[str]:

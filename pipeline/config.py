@@ -121,6 +121,8 @@ class Config(Section):
                 raise ValueError(
                     f"train.{name}: TrainingArguments has no {name!r}{_did_you_mean(name, set(known))}"
                 )
+            if name in AT_LEAST_ONE and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"train.{name}: expected a number from 1 on, found {value!r}")
             if type(known[name]) in (int, float) and not isinstance(value, int | float | None):
                 raise ValueError(f"train.{name}: expected a number, found {value!r}")
         return train
@@ -162,9 +164,15 @@ OURS: dict[str, str] = {
     "remove_unused_columns": "it must be false for the join, and is",
     "gradient_checkpointing": "set `student.gradient_checkpointing`",
     "warmup_ratio": "transformers 5 takes `warmup_steps`; a value below 1 is a share of all steps",
-    "evaluation_strategy": "transformers 5 calls it `eval_strategy`",
-    "group_by_length": "transformers 5 calls it `train_sampling_strategy: group_by_length`",
+    "eval_strategy": "the `evaluate` section measures the finished student; nothing is evaluated on the way",
+    "evaluation_strategy": "the `evaluate` section measures the finished student; nothing is evaluated on the way",
+    "train_sampling_strategy": "samples are drawn at random, so that runs to be compared see the same order",
+    "group_by_length": "samples are drawn at random, so that runs to be compared see the same order",
+    "label_smoothing_factor": "the terms of the loss are those of the `losses` section",
+    "neftune_noise_alpha": "noise in the embeddings would be no part of what the teacher saw",
 }
+
+AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -58,6 +58,7 @@ class StudentOutputs:
 Result = tuple[Tensor, Tensor]
 Head = nn.Module | None
 Weight = Annotated[float, Field(ge=0)]
+Layer = Annotated[int, Field(ge=0)]
 
 
 class SupervisedLoss(Section):
@@ -78,7 +79,7 @@ class AttentionLoss(Section):
     weight: Weight = 1.0
     distance: Literal["kl", "mse"] = "kl"
     heads: Literal["mean", "mix"] = "mean"
-    layers: list[tuple[int, int]] = Field(default=[(0, 0)], min_length=1)
+    layers: list[tuple[Layer, Layer]] = Field(default=[(0, 0)], min_length=1)
 
     def teacher_layers(self) -> list[int]:
         return [teacher_layer for teacher_layer, _ in self.layers]
@@ -146,7 +147,7 @@ class VisionFocusLoss(Section):
 
     weight: Weight = 1.0
     k: int = Field(default=16, ge=1)
-    layer: int = 0
+    layer: Layer = 0
 
     def teacher_layers(self) -> list[int]:
         return [self.layer]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import OURS, Config, load_config, read_yaml, to_yaml
+from pipeline.config import AT_LEAST_ONE, OURS, Config, load_config, read_yaml, to_yaml
 from pipeline.errors import ConfigError
 from pipeline.losses import LOSSES
 from pipeline.targets import TARGETS
@@ -161,6 +161,10 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(override, line, c
         ("losses.supervised.weight=.nan", "losses.supervised.weight: Input should be greater than or equal"),
         ("losses.logits.temperature=0", "losses.logits.temperature: Input should be greater than 0"),
         ("targets.attention.layers=[]", "targets.attention.layers: List should have at least 1 item"),
+        (
+            "losses.attention.layers=[[0, -1]]",
+            "losses.attention.layers.0.1: Input should be greater than or equal",
+        ),
         ("targets.attention.layers=[1, 0]", "targets.attention.layers: layers must ascend from 0 on"),
     ],
 )
@@ -210,6 +214,9 @@ def test_a_training_argument_that_must_be_a_number_is_one(complaint):
     assert "\n  train.max_steps: expected a number, found 'many'" in complaint(
         SMALLEST, "train.max_steps=many"
     )
+    for name in AT_LEAST_ONE:
+        said = complaint(SMALLEST, f"train.{name}=0")
+        assert f"\n  train.{name}: expected a number from 1 on, found 0" in said
 
 
 @pytest.mark.parametrize("name", OURS)

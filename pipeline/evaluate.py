@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from pipeline.config import DataConfig, EvaluateConfig
 from pipeline.conversation import tokenize_prompt
-from pipeline.errors import BadSample
+from pipeline.errors import BadSample, PipelineError
 from pipeline.inputs import Preparation
 from pipeline.memory import TensorCache
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
@@ -69,14 +70,23 @@ def evaluate_model(
         predictions += _answer(network, preparation, batch, features, settings.max_new_tokens)
     predictions.sort(key=lambda prediction: prediction.key)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps(asdict(p) | {"correct": p.correct}) + "\n" for p in predictions))
+    unfinished = output.with_name(f"{output.name}.{os.getpid()}")
+    unfinished.write_text("".join(json.dumps(asdict(p) | {"correct": p.correct}) + "\n" for p in predictions))
+    unfinished.replace(
+        output
+    )  # all of them or none: who reads the file may not know how many there should be
     return predictions
 
 
 def read_predictions(file: Path) -> list[Prediction]:
-    """What `evaluate_model` wrote."""
-    rows = (json.loads(line) for line in file.read_text().splitlines())
-    return [Prediction(**{k: v for k, v in row.items() if k != "correct"}) for row in rows]
+    """What `evaluate_model` wrote. Raises `PipelineError` naming the file if it is anything else."""
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return [Prediction(**{k: v for k, v in row.items() if k != "correct"}) for row in rows]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise PipelineError(
+            f"{file} is damaged: not every line is a prediction; remove it and evaluate again"
+        ) from error
 
 
 def accuracy_by_type(predictions: Sequence[Prediction]) -> dict[str, tuple[float, int]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_experiment import held_out_records, picture, write_shard
 
-from pipeline.errors import BadSample
+from pipeline.errors import BadSample, PipelineError
 from pipeline.evaluate import Prediction, accuracy_by_type, evaluate_model, read_predictions
 from pipeline.inputs import Preparation
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
@@ -108,3 +108,10 @@ def test_a_test_sample_that_cannot_be_asked_stops_the_evaluation(answers, tmp_pa
         BadSample, match=r"a test sample cannot be asked: 'odd' of .*test.tar: JSON is no object"
     ):
         answers(shards=str(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("content", [b'{"key": "h0", "gro', b"[1]\n", b'{"other": 1}\n', b"\xff\xfe"])
+def test_predictions_that_are_none_are_named(content, tmp_path):
+    (tmp_path / "predictions.jsonl").write_bytes(content)
+    with pytest.raises(PipelineError, match=r"predictions.jsonl is damaged: .* remove it and evaluate again"):
+        read_predictions(tmp_path / "predictions.jsonl")

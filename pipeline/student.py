@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import get_reporting_integration_callbacks
 
 from cache import Difference, Fingerprint, FingerprintMismatch, Store, digest_of
 from pipeline.config import Config
@@ -40,17 +40,27 @@ def train_student(config: Config, folder: Path) -> Path:
     check_fingerprint(store, config, preparation)
     dataset = JoinedDataset(store, config.data.shards, preparation, targets=needed_targets(config))
     finished, identity = folder / "finished.json", run_identity(config, store, num_samples=len(dataset))
-    if finished.is_file() and json.loads(finished.read_text())["identity"] == identity:
+    if _identity_in(finished) == identity:
         return folder / MODEL_FOLDER
     finished.unlink(missing_ok=True)
     save_provenance(folder, config)
     trainer = build_trainer(config, folder, store, dataset)
     with redirect_stdout(sys.stderr):  # the Trainer prints its log; standard output is for results
         trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, folder))
-    trainer.save_student(folder / MODEL_FOLDER)
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    finished.write_text(json.dumps({"identity": identity, "steps": trainer.state.global_step}) + "\n")
+    if trainer.is_world_process_zero():
+        trainer.save_student(folder / MODEL_FOLDER)
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        finished.write_text(json.dumps({"identity": identity, "steps": trainer.state.global_step}) + "\n")
+    trainer.accelerator.wait_for_everyone()
     return folder / MODEL_FOLDER
+
+
+def _identity_in(finished: Path) -> str | None:
+    """What the mark of a finished run says; None if there is none, or a run was killed while writing it."""
+    try:
+        return json.loads(finished.read_text())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def run_identity(config: Config, store: Store, *, num_samples: int) -> str:
@@ -58,6 +68,7 @@ def run_identity(config: Config, store: Store, *, num_samples: int) -> str:
     settings = config.model_dump(
         mode="json", include={"student", "data", "cache", "targets", "losses", "train"}
     )
+    settings["train"].pop("resume_from_checkpoint", None)  # the way to the end does not change it
     student = Checkpoint(config.student.model)
     first_weights = student.digest(student.names())
     return digest_of([settings, store.manifest.fingerprint.to_json(), num_samples, first_weights])
@@ -69,13 +80,29 @@ def checkpoint_to_resume(config: Config, folder: Path) -> str | None:
     if asked in (None, False):
         return None
     if asked is True:
-        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        return _last_whole_checkpoint(folder)
     if Path(asked).resolve().parent != folder.resolve() or not (Path(asked) / HEADS_FILE).is_file():
         raise ConfigError(
             f"train.resume_from_checkpoint: {asked} is no checkpoint of the run in {folder}; give `true` to go on "
             "from the last checkpoint of each run"
         )
     return str(asked)
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint of a run that was written to its end, if there is one."""
+    found = {file.name.removeprefix("checkpoint-"): file for file in folder.glob("checkpoint-*")}
+    steps = sorted((int(step) for step in found if step.isdigit()), reverse=True)
+    return next((str(found[str(step)]) for step in steps if _is_whole(found[str(step)])), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the file is there, and whole, that transformers writes last; and the heads, which it does not know."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return (checkpoint / HEADS_FILE).is_file()
 
 
 def check_fingerprint(store: Store, config: Config, preparation: Preparation) -> None:
@@ -144,6 +171,13 @@ def load_student(config: Config, store: Store) -> MobileVLMForCausalLM:
                 f"student.model {config.student.model}: {field} is {mine}, the teacher of {store.path} has "
                 f"{theirs}; Align-KD needs them equal: use a student of the teacher's family"
             )
+    attention = config.losses.active().get("attention")
+    deepest = max((layer for _, layer in attention.layers), default=0) if attention else 0
+    if deepest >= shape.num_hidden_layers:
+        raise ConfigError(
+            f"losses.attention.layers asks for the student's layer {deepest}, but {config.student.model} has "
+            f"layers 0 to {shape.num_hidden_layers - 1}; pair the teacher's layers with these"
+        )
     student = MobileVLMForCausalLM.from_pretrained(config.student.model, dtype=config.student.dtype)
     if config.student.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -158,7 +192,20 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     try:
-        return TrainingArguments(output_dir=str(folder), **ours | given)
-    except (ValueError, TypeError, ImportError) as error:
+        arguments = TrainingArguments(output_dir=str(folder), **ours | given)
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()  # one that is not installed says so now, not after the weights are loaded
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"train: transformers refuses these arguments: {reason}") from error
+    return one_device_a_process(arguments)
+
+
+def one_device_a_process(arguments: TrainingArguments) -> TrainingArguments:
+    """Where a process sees several GPUs it takes the first; several are for several processes (torchrun).
+
+    Left alone, the Trainer would cut every batch into one piece a GPU, and the images do not lie sample by sample.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments

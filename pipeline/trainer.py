@@ -15,9 +15,10 @@ from transformers import Trainer
 
 from pipeline.config import Config
 from pipeline.distiller import Distiller, Terms
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.losses import LOSSES
-from pipeline.models.checkpoint import checkpoint_folder
+from pipeline.models.checkpoint import checkpoint_folder, named_if_broken
+from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
 HEADS_FILE = "heads.safetensors"
@@ -92,8 +93,11 @@ class DistillTrainer(Trainer):
     def create_optimizer(self, model=None):
         """AdamW groups by learning rate and decay; every trained parameter is in one, the heads included."""
         if self.optimizer is None:
-            options_class, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
-            self.optimizer = options_class(self._parameter_groups(), **options)
+            try:
+                options_class, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
+                self.optimizer = options_class(self._parameter_groups(), **options)
+            except (ValueError, ImportError) as error:
+                raise ConfigError(f"train: the optimizer cannot be made: {error}") from error
         grouped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         left_out = [
             name for name, p in self.distiller.named_parameters() if p.requires_grad and id(p) not in grouped
@@ -132,9 +136,11 @@ class DistillTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        student = MobileVLMForCausalLM.from_pretrained(folder, dtype=self.settings.student.dtype)
-        self.distiller.student.load_state_dict(student.state_dict())
-        self.distiller.heads.load_state_dict(load_file(str(folder / HEADS_FILE)))
+        read_config(folder)
+        with named_if_broken(folder):
+            student = MobileVLMForCausalLM.from_pretrained(folder, dtype=self.settings.student.dtype)
+            self.distiller.student.load_state_dict(student.state_dict())
+            self.distiller.heads.load_state_dict(load_file(str(folder / HEADS_FILE)))
 
     def save_student(self, folder: Path) -> None:
         """The student alone, in MobileVLM's layout, with its tokenizer: what `from_pretrained` reads."""

@@ -15,7 +15,7 @@ from cache import FingerprintMismatch, StoreNotFound
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.student import train_student
+from pipeline.student import one_device_a_process, train_student, training_arguments
 from pipeline.teacher import cache_teacher
 
 
@@ -128,11 +128,28 @@ def test_a_student_that_lacks_a_tensor_is_a_sentence(experiment, tmp_path):
     [
         ("train.lr_scheduler_type=cosinus", "train: transformers refuses these arguments: cosinus is not"),
         ("train.optim=adamm", "train: transformers refuses these arguments: adamm is not"),
+        ("train.report_to=paper", "train: transformers refuses these arguments: paper is not supported"),
+        ("train.learning_rate=-1", "train: the optimizer cannot be made: Invalid learning rate: -1"),
     ],
 )
 def test_training_arguments_that_transformers_refuses_are_a_sentence(override, message, experiment, tmp_path):
     with pytest.raises(ConfigError, match=message):
         train_student(experiment.config(tmp_path, override), tmp_path / "run")
+
+
+def test_a_layer_that_the_student_lacks_is_a_sentence(experiment, tmp_path):
+    config = experiment.config(tmp_path, "losses.attention.layers=[[0, 0], [1, 2]]")
+    with pytest.raises(
+        ConfigError, match=r"asks for the student's layer 2, but .*student has layers 0 to 1;"
+    ):
+        train_student(config, tmp_path / "run")
+
+
+def test_a_process_that_sees_several_devices_takes_one(experiment, tmp_path):
+    arguments = training_arguments(experiment.config(tmp_path), tmp_path)
+    arguments._n_gpu = 4
+    assert one_device_a_process(arguments).n_gpu == 1
+    assert arguments.train_batch_size == arguments.per_device_train_batch_size
 
 
 def test_a_text_where_a_training_argument_is_a_number_is_refused_at_once(experiment, tmp_path):
@@ -149,6 +166,23 @@ def test_a_finished_run_is_left_as_it_is(experiment, tmp_path):
     before = snapshot(tmp_path / "run")
     assert train_student(config, tmp_path / "run") == tmp_path / "run" / "model"
     assert snapshot(tmp_path / "run") == before
+
+
+def test_asking_to_resume_leaves_a_finished_run_as_it_is(experiment, tmp_path):
+    train_student(experiment.config(tmp_path), tmp_path / "run")
+    before = snapshot(tmp_path / "run")
+    train_student(experiment.config(tmp_path, "train.resume_from_checkpoint=true"), tmp_path / "run")
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_a_mark_cut_by_a_kill_is_no_finished_run(experiment, tmp_path):
+    config = experiment.config(tmp_path)
+    train_student(config, tmp_path / "run")
+    mark = tmp_path / "run" / "finished.json"
+    whole = mark.read_text()
+    mark.write_text(whole[:20])
+    train_student(config, tmp_path / "run")
+    assert mark.read_text() == whole
 
 
 def other_setting(experiment, config, folder):

@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, JoinError
 from pipeline.inputs import Preparation
 from pipeline.losses import LOSSES
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.student import build_trainer, needed_targets, train_student
+from pipeline.student import build_trainer, checkpoint_to_resume, needed_targets, train_student
 from pipeline.trainer import HEADS_FILE, DistillTrainer, NonFiniteLossError
 
 SGD = ["train.optim=sgd", "train.learning_rate=0.01"]
@@ -242,3 +242,24 @@ def test_only_a_checkpoint_of_the_run_itself_can_be_resumed(interrupted, experim
     own = {**config.train, "resume_from_checkpoint": str(stopped / "checkpoint-2")}
     train_student(config.model_copy(update={"train": own}), stopped)
     assert_equal_states(weights(stopped / "model"), weights(whole / "model"))
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", HEADS_FILE])
+def test_a_checkpoint_cut_by_a_kill_is_passed_over_for_the_one_before(name, interrupted):
+    config, whole, stopped = interrupted
+    shutil.copytree(whole / "checkpoint-4", stopped / "checkpoint-4")
+    file = stopped / "checkpoint-4" / name
+    if name == HEADS_FILE:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:20])
+    assert checkpoint_to_resume(config, stopped) == str(stopped / "checkpoint-2")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", HEADS_FILE])
+def test_a_checkpoint_whose_weights_are_broken_is_named(name, interrupted):
+    config, _, stopped = interrupted
+    file = stopped / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ConfigError, match=r"checkpoint-2: not readable as weights \(SafetensorError\)"):
+        train_student(config, stopped)

@@ -61,7 +61,7 @@ class Checkpoint:
                 )
             wanted.setdefault(self._files[name], []).append(name)
         for file, inside in wanted.items():
-            with _named_if_broken(file):
+            with named_if_broken(file):
                 yield from _read(file, inside)
 
     def digest(self, names: Iterable[str]) -> str:
@@ -76,7 +76,7 @@ class Checkpoint:
                 f"{self.folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}; "
                 "name a folder that holds a MobileVLM V2 checkpoint"
             )
-        with _named_if_broken(file):
+        with named_if_broken(file):
             if file.suffix == ".json":
                 weight_map = json.loads(file.read_text())["weight_map"]
                 return {name: self.folder / Path(part).name for name, part in weight_map.items()}
@@ -84,10 +84,12 @@ class Checkpoint:
 
 
 @contextmanager
-def _named_if_broken(file: Path) -> Iterator[None]:
+def named_if_broken(file: Path) -> Iterator[None]:
     """Whatever a reader says of a missing, cut or foreign file becomes one sentence that names it."""
     try:
         yield
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise ConfigError(
             f"{file}: not readable as weights ({type(error).__name__}); copy or download the checkpoint again"

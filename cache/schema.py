@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -156,7 +157,13 @@ class Manifest:
             for name in sorted(stored.keys() | mine.keys())
             if _spelled(stored.get(name)) != _spelled(mine.get(name))
         ]
-        return self.fingerprint.differences(other.fingerprint) + arrays
+        fingerprint = [
+            Difference("capture", *_unequal(self.capture, other.capture))
+            if difference.field == "capture" and self.capture != other.capture
+            else difference
+            for difference in self.fingerprint.differences(other.fingerprint)
+        ]
+        return fingerprint + arrays
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -193,6 +200,13 @@ def check_format(record: Mapping[str, Any], file: str | Path) -> None:
 
 def _sorted_json(specs: tuple[ArraySpec, ...]) -> list[dict[str, Any]]:
     return [spec.to_json() for spec in sorted(specs, key=lambda spec: spec.name)]
+
+
+def _unequal(stored: Mapping[str, Any], mine: Mapping[str, Any]) -> tuple[str, str]:
+    """Of two sections the settings in which they differ, as JSON: digests of them would tell a reader nothing."""
+    names = sorted(name for name in stored.keys() | mine.keys() if stored.get(name) != mine.get(name))
+    theirs, ours = (json.dumps({name: side.get(name) for name in names}) for side in (stored, mine))
+    return theirs, ours
 
 
 def _spelled(spec: ArraySpec | None) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
-from cache import Difference, Fingerprint, FingerprintMismatch, Store, digest_of
+from cache import Fingerprint, FingerprintMismatch, Store, digest_of
 from pipeline.config import Config
 from pipeline.dataset import JoinCollator, JoinedDataset, teacher_facts
 from pipeline.distiller import Distiller
@@ -107,23 +107,13 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def check_fingerprint(store: Store, config: Config, preparation: Preparation) -> None:
     """Compare, field by field, what the store holds with what this config asks; raises `FingerprintMismatch`."""
-    stored, theirs = store.manifest.fingerprint, store.manifest.capture
+    stored = store.manifest.fingerprint
     # Teacher and dtype are stage 1's business; the store knows them and stage 2 has no other.
-    capture = capture_settings(config, dtype=str(theirs.get("dtype")))
+    capture = capture_settings(config, dtype=str(store.manifest.capture.get("dtype")))
     mine = Fingerprint(teacher=stored.teacher, capture=digest_of(capture), **preparation.digests())
-    differences = [
-        Difference("capture", *_unequal(theirs, capture)) if difference.field == "capture" else difference
-        for difference in stored.differences(mine)
-    ]
+    differences = store.manifest.differences(replace(store.manifest, fingerprint=mine, capture=capture))
     if differences:
         raise FingerprintMismatch(store.path, differences, remedy=REMEDY)
-
-
-def _unequal(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> tuple[str, str]:
-    """The settings in which two sections differ, as JSON: theirs and mine."""
-    names = sorted(name for name in theirs.keys() | mine.keys() if theirs.get(name) != mine.get(name))
-    stored, asked = (json.dumps({name: side.get(name) for name in names}) for side in (theirs, mine))
-    return stored, asked
 
 
 REMEDY = (

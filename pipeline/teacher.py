@@ -133,6 +133,10 @@ class ShardCapture:
         with store.part(_part_name(shard), source=source) as part:
             for batch in _batches(self._prepared(shard, part), self.config.teacher.batch_size):
                 self._capture(batch, part)
+            if not self.num_seen:  # a file of nothing but zeros is a tar, too
+                raise ShardError(
+                    f"{shard} holds no sample; make or copy it again, or take it out of data.shards."
+                )
             summary = part.commit(seen=self.num_seen)
         self.progress.end_shard(summary)
         return summary

@@ -229,6 +229,13 @@ def test_another_teacher_or_setting_is_refused_before_anything_is_written(field,
     assert snapshot(experiment.store) == before
 
 
+def test_capture_settings_are_shown_as_they_are_where_they_differ(experiment, tmp_path):
+    with pytest.raises(
+        FingerprintMismatch, match=r'capture: stored {"max_length": 200}, mine {"max_length": 1'
+    ):
+        cache_teacher(experiment.config(tmp_path, "data.max_length=100"))
+
+
 def test_another_tokenizer_is_refused_before_anything_is_written(experiment, tokenizer_folder, tmp_path):
     teacher = copy_of_teacher(experiment, tmp_path / "teacher")
     shutil.copy(tokenizer_folder / "tokenizer.model", teacher)
@@ -238,3 +245,13 @@ def test_another_tokenizer_is_refused_before_anything_is_written(experiment, tok
     ):
         cache_teacher(experiment.config(tmp_path, f"teacher.model={teacher}"))
     assert snapshot(experiment.store) == before
+
+
+def test_a_shard_of_zeros_gets_no_part(experiment, tmp_path):
+    shard = tmp_path / "shards" / "shard-000000.tar"
+    shard.parent.mkdir()
+    shard.write_bytes(bytes(10240))
+    config = experiment.config(tmp_path, f"data.shards={shard}", f"cache.path={tmp_path}/store")
+    run = cache_teacher(config)
+    assert run.parts_written == 0 and Store(tmp_path / "store").parts == ()
+    assert run.broken == (f"{shard} holds no sample; make or copy it again, or take it out of data.shards.",)

@@ -55,10 +55,12 @@ class Distiller(nn.Module):
                 f"stored attention of layer {layer}", attention, "B H T J", {"T": rows, "J": columns}
             )
         terms = {}
-        for name, settings in self.losses.items():
-            row = LOSSES[name]
-            head = self.heads[row.head] if row.head is not None and row.head in self.heads else None
-            terms[name] = row.compute(outputs, teacher, head, settings)
+        # Heads and losses are float32 under `train.bf16` too: they are small, and KL is a difference of like numbers.
+        with torch.autocast(coverage.device.type, enabled=False):
+            for name, settings in self.losses.items():
+                row = LOSSES[name]
+                head = self.heads[row.head] if row.head is not None and row.head in self.heads else None
+                terms[name] = row.compute(outputs, teacher, head, settings)
         return Terms(terms, coverage)
 
     def _student_outputs(self, batch: Mapping[str, Any]) -> tuple[StudentOutputs, Tensor]:

@@ -189,3 +189,29 @@ def test_every_head_and_every_trained_part_of_the_student_gets_a_gradient(joined
     frozen = [n for n, p in distiller.named_parameters() if not p.requires_grad]
     assert all(name.startswith("student.model.vision_tower.") for name in frozen) and frozen
     assert isinstance(distiller.heads, nn.ModuleDict)
+
+
+def test_heads_and_losses_are_float32_where_the_student_computes_in_bfloat16(joined, distiller):
+    mapped = []
+    distiller.heads["vision_map"].register_forward_hook(
+        lambda module, given, result: mapped.append(result.dtype)
+    )
+    exact = distiller(joined(BATCHES["ragged"])).terms
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = distiller(joined(BATCHES["ragged"])).terms
+    assert set(mapped) == {torch.float32}
+    for name, (total, _) in terms.items():
+        assert total.dtype == torch.float32
+        torch.testing.assert_close(total, exact[name][0], rtol=0.02, atol=0)
+
+
+def test_a_student_in_bfloat16_has_heads_and_losses_in_float32(config, joined):
+    student = MobileVLMForCausalLM.from_pretrained(config.student.model, dtype=torch.bfloat16)
+    distiller = Distiller(student, config.losses.active(), facts=teacher_facts(Store(config.cache.path)))
+    terms = distiller(joined(BATCHES["ragged"])).terms
+    sum(total for total, _ in terms.values()).backward()
+    assert {total.dtype for total, _ in terms.values()} == {torch.float32}
+    assert {p.dtype for p in distiller.heads.parameters()} == {torch.float32}
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for p in distiller.parameters() if p.requires_grad
+    )

@@ -185,7 +185,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config {file}: no such file; give --config a YAML file such as configs/demo.yaml")
     try:
         values: Any = read_yaml(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"config {file}: not readable as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {file}: expected a mapping of sections, found {type(values).__name__}")
@@ -212,7 +212,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         place[section] = place = cast(dict[str, Any], inner)
     try:
         place[last] = read_yaml(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"override {override!r}: the value is not readable as YAML: {error}") from error
 
 

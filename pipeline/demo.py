@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import typer
+from transformers.utils import logging
 
 from pipeline.conversation import TEMPLATES
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
@@ -162,6 +163,7 @@ def write_tokenizer(folder: Path, records: list[dict[str, Any]]) -> None:
 @app.command()
 def student(seed: int = 0) -> None:
     """Write the demo's untrained student: the teacher's tower and tokenizer, a small random language model."""
+    logging.disable_progress_bar()
     teacher = MobileVLMForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     torch.manual_seed(seed)
     model = MobileVLMForCausalLM(model_config(STUDENT_LANGUAGE))

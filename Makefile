@@ -59,7 +59,7 @@ demo-teacher: $(READY) $(DEMO)/shards/test/pack.json ## train the demo's teacher
 	$(BIN)/python -m pipeline.demo_teacher
 
 test: $(READY) ## the whole test suite
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: lint types test ## lint, types, tests (docs are tested by the tests)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from cache import Fingerprint, FingerprintMismatch, Store, digest_of
 from pipeline.config import Config

@@ -13,6 +13,7 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small_experiment import write_shard
 
 from pipeline.errors import ShardError
 from pipeline.shards import Rejected, Sample, expand_shards, read_shard, read_span
@@ -31,24 +32,15 @@ def record(turns: list | None = None, **fields) -> bytes:
     return json.dumps({"conversations": TURNS if turns is None else turns, **fields}).encode()
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def read_members(tmp_path: Path, *members: tuple[str, bytes]) -> list[Sample | Rejected]:
-    return list(read_shard(write_tar(tmp_path / "a.tar", list(members))))
+    return list(read_shard(write_shard(tmp_path / "a.tar", list(members))))
 
 
 # Finding shards
 
 
 def test_folders_globs_braces_and_lists_name_shards(tmp_path):
-    paths = [str(write_tar(tmp_path / f"shard-{n:06d}.tar", [])) for n in range(4)]
+    paths = [str(write_shard(tmp_path / f"shard-{n:06d}.tar", [])) for n in range(4)]
     (tmp_path / "pack.json").write_text("{}")
     assert expand_shards(str(tmp_path)) == paths
     assert expand_shards(f"{tmp_path}/shard-*.tar") == paths
@@ -57,7 +49,7 @@ def test_folders_globs_braces_and_lists_name_shards(tmp_path):
 
 
 def test_a_missing_shard_of_a_range_is_named(tmp_path):
-    write_tar(tmp_path / "s-0.tar", [])
+    write_shard(tmp_path / "s-0.tar", [])
     with pytest.raises(
         ShardError, match=r"names 3 shards, 2 of them missing, first .*s-1.tar; correct the range"
     ):
@@ -79,7 +71,7 @@ def test_a_pattern_that_names_nothing_says_what_is_there(tmp_path):
 def test_two_shards_of_one_name_are_refused(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        write_tar(tmp_path / folder / "s.tar", [])
+        write_shard(tmp_path / folder / "s.tar", [])
     with pytest.raises(ShardError, match=r"Two shards have one name, s: .*a/s.tar and .*b/s.tar; rename one"):
         expand_shards(f"{tmp_path}/*/s.tar")
 
@@ -97,7 +89,7 @@ def test_other_unusable_patterns_are_named(tmp_path):
 
 
 def test_a_sample_has_its_images_digests_spans_and_metadata(tmp_path):
-    path = write_tar(
+    path = write_shard(
         tmp_path / "a.tar", [("k.jpg", picture(9, "JPEG")), ("k.json", record(id=7, source="x"))]
     )
     (sample,) = read_shard(path)
@@ -185,7 +177,7 @@ def test_a_bad_sample_is_rejected_with_its_reason_and_the_next_is_read(tmp_path,
 
 
 def test_a_bomb_is_rejected_by_its_header(tmp_path):
-    path = write_tar(tmp_path / "a.tar", [("k.json", record()), ("k.png", picture())])
+    path = write_shard(tmp_path / "a.tar", [("k.json", record()), ("k.png", picture())])
     (rejected,) = read_shard(path, max_pixels=23)
     assert rejected == Rejected("k", "too many pixels: 6 x 4; the limit is 23")
 
@@ -220,7 +212,7 @@ def test_a_huge_member_is_not_read(tmp_path, monkeypatch):
 
 def whole(tmp_path: Path) -> bytes:
     members = [member for n in range(3) for member in ((f"{n}.json", record()), (f"{n}.png", picture(n)))]
-    return write_tar(tmp_path / "whole.tar", members).read_bytes()
+    return write_shard(tmp_path / "whole.tar", members).read_bytes()
 
 
 @settings(max_examples=60, deadline=None)
@@ -252,7 +244,7 @@ def test_bytes_after_the_end_mark_are_refused(tmp_path):
 
 
 def test_an_empty_archive_holds_no_samples(tmp_path):
-    assert list(read_shard(write_tar(tmp_path / "a.tar", []))) == []
+    assert list(read_shard(write_shard(tmp_path / "a.tar", []))) == []
 
 
 def test_a_compressed_tar_is_refused_with_its_remedy(tmp_path):
@@ -267,7 +259,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def test_a_span_beyond_the_file_is_refused(tmp_path):
-    path = write_tar(tmp_path / "a.tar", [("k.json", record(TEXT_TURNS))])
+    path = write_shard(tmp_path / "a.tar", [("k.json", record(TEXT_TURNS))])
     (sample,) = read_shard(path)
     assert isinstance(sample, Sample)
     path.write_bytes(path.read_bytes()[:520])

@@ -97,7 +97,7 @@ def _report(config: Config, models: dict[str, list[Prediction]], output: Path) -
         lines.append(
             f"\nAlign-KD against labels only: {gain}\n"
             f"paired bootstrap over {gain.num_images:,} test images with {gain.num_questions:,} questions; "
-            "same first weights, same data order"
+            "same first weights, same data order, one training seed"
         )
         results["gain"] = asdict(gain)
     (output / "results.json").write_text(

@@ -18,6 +18,7 @@ from cache import (
     PartWriter,
     RefusedValue,
     SampleEntry,
+    Store,
     StoreWriter,
     digest_of,
 )
@@ -78,11 +79,13 @@ def cache_teacher(config: Config) -> CacheSummary:
     summaries: list[PartSummary] = []
     broken: list[str] = []
     if todo:
+        cached = _keys_of_finished_parts(config.cache.path)
         teacher = load_teacher(plan, dtype=dtype, device=_usable(device))
         with Progress(todo, description="teacher-cache") as progress:
             for shard in todo:
+                capture = ShardCapture(config, teacher, preparation, progress, cached)
                 try:
-                    summaries.append(ShardCapture(config, teacher, preparation, progress).run(store, shard))
+                    summaries.append(capture.run(store, shard))
                 except ShardError as error:
                     if config.data.on_bad_sample == "fail":
                         raise
@@ -112,13 +115,22 @@ def build_manifest(
 
 
 class ShardCapture:
-    """One shard through the teacher, batch by batch, into one part."""
+    """One shard through the teacher, batch by batch, into one part. `cached`: the parts' names by sample key."""
 
-    def __init__(self, config: Config, teacher: Teacher, preparation: Preparation, progress: Progress):
+    def __init__(
+        self,
+        config: Config,
+        teacher: Teacher,
+        preparation: Preparation,
+        progress: Progress,
+        cached: dict[str, str],
+    ):
         self.config = config
         self.teacher = teacher
         self.preparation = preparation
         self.progress = progress
+        self.cached = cached
+        self.keys: list[str] = []
         self.shard = ""
         self.num_seen = 0
         # Vision tokens of the images of the batch at hand and of the one before: samples of one image are neighbours.
@@ -138,6 +150,7 @@ class ShardCapture:
                     f"{shard} holds no sample; make or copy it again, or take it out of data.shards."
                 )
             summary = part.commit(seen=self.num_seen)
+        self.cached |= dict.fromkeys(self.keys, _part_name(shard))
         self.progress.end_shard(summary)
         return summary
 
@@ -154,6 +167,8 @@ class ShardCapture:
             self.progress.advance(item)
 
     def _prepare(self, sample: Sample) -> Prepared:
+        if (part := self.cached.get(sample.key)) is not None:
+            raise BadSample("key occurs in another shard", f"the part {part} holds it")
         tokens = self.preparation.tokenize(sample.conversations)
         for digest, data in zip(sample.image_digests, sample.images, strict=True):
             if digest not in self.vision and digest not in self.pixels:
@@ -184,6 +199,7 @@ class ShardCapture:
             part.add(
                 SampleEntry(sample.key, sample.image_digests, sample.image_spans, sample.json_span), arrays
             )
+            self.keys.append(sample.key)
         except RefusedValue as error:
             self._reject(part, sample.key, BadSample("value that cannot be stored", str(error)))
 
@@ -209,6 +225,12 @@ class ShardCapture:
             ) from error
         part.reject(key, error.reason)
         self.progress.reject()
+
+
+def _keys_of_finished_parts(path: str) -> dict[str, str]:
+    """Sample key -> part, of what earlier runs have cached: the join is by key, so a key occurs once in a store."""
+    store = Store(path)
+    return {entry.key: part for part in store.parts for entry in store.entries(part)}
 
 
 def _batches(items: Iterator[Prepared], size: int) -> Iterator[list[Prepared]]:

@@ -14,8 +14,8 @@ from blake3 import blake3
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError
+from pipeline.models.checkpoint import checkpoint_folder
 
-FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 SPACE = "\u2581"  # sentencepiece writes a space so
 PROBES = (
     "A chat between a curious user and an artificial intelligence assistant.",
@@ -32,7 +32,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Adds BOS and no EOS, pads on the right with <unk>, starts every text between special tokens with a space.
     `tokenizer.model` is preferred over `tokenizer.json`, as in the original. Raises `ConfigError` otherwise.
     """
-    folder = _folder(path)
+    folder = checkpoint_folder(str(path))
     if (folder / "tokenizer.model").is_file():
         tokenizer = _from_sentencepiece(folder / "tokenizer.model")
     elif (folder / "tokenizer.json").is_file():
@@ -59,21 +59,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id]
     probes = [tokenizer(text).input_ids for text in (*PROBES, "Yes.</s>USER: No.")]
     return blake3(json.dumps([vocabulary, special, probes]).encode()).hexdigest()
-
-
-def _folder(path: str | Path) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(FILES)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"No tokenizer at {path}: it is no local folder, and the hub answered {type(error).__name__}; "
-            "check the path, or the name and the network."
-        ) from error
 
 
 def _from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:

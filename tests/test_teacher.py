@@ -255,3 +255,24 @@ def test_a_shard_of_zeros_gets_no_part(experiment, tmp_path):
     run = cache_teacher(config)
     assert run.parts_written == 0 and Store(tmp_path / "store").parts == ()
     assert run.broken == (f"{shard} holds no sample; make or copy it again, or take it out of data.shards.",)
+
+
+@pytest.mark.parametrize("in_two_runs", [False, True])
+def test_a_key_of_another_shard_is_rejected_where_it_occurs_again(in_two_runs, experiment, tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name, keys in (("first", ["a", "b"]), ("second", ["b", "c"])):
+        members = [
+            (f"{key}.{kind}", data)
+            for key in keys
+            for kind, data in [("json", text_of()), ("png", picture(0))]
+        ]
+        write_shard(folder / f"{name}.tar", members)
+    store_path = f"cache.path={tmp_path}/store"
+    config = experiment.config(tmp_path, store_path, f"data.shards={folder}")
+    if in_two_runs:
+        cache_teacher(experiment.config(tmp_path, store_path, f"data.shards={folder}/first.tar"))
+    summary = cache_teacher(config)
+    store = Store(config.cache.path)
+    assert sorted(store.keys()) == ["a", "b", "c"] and summary.rejected == 1
+    assert store.rejects("second") == [("b", "key occurs in another shard: the part first holds it")]

@@ -161,5 +161,5 @@ def test_a_broken_sentencepiece_file_is_named(tmp_path):
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"no/such/folder: it is no local folder"):
+    with pytest.raises(ConfigError, match=r"no/such/folder': no such local folder"):
         load_tokenizer(tmp_path / "no/such/folder")

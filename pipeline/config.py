@@ -89,6 +89,7 @@ class EvaluateConfig(Section):
 
     shards: str | list[str]
     max_new_tokens: int = Field(default=16, ge=1)
+    dtype: DType = "float32"
     batch_size: int = Field(default=32, ge=1)
 
 

@@ -60,7 +60,7 @@ def evaluate_model(
     raises: an accuracy over an unknown part of the test set is no accuracy.
     """
     preparation = Preparation.of(model, data)
-    network = MobileVLMForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    network = MobileVLMForCausalLM.from_pretrained(model, dtype=settings.dtype).eval()
     network = network.to("cuda" if torch.cuda.is_available() else "cpu")
     questions = sorted(_questions(settings.shards, preparation, data), key=lambda q: len(q.prompt))
     features = TensorCache(FEATURE_CACHE_BYTES)

@@ -54,6 +54,10 @@ def test_accuracy_is_told_by_question_type_and_for_all():
     assert list(found) == ["colour", "yes/no", "all"]
 
 
+def test_a_model_can_answer_in_bfloat16(answers):
+    assert [p.key for p in answers(dtype="bfloat16")] == [p.key for p in answers()]
+
+
 def test_answers_are_those_of_plain_greedy_decoding(experiment, answers, tmp_path):
     config = experiment.config(tmp_path)
     preparation = Preparation.of(config.student.model, config.data)

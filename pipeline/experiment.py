@@ -10,13 +10,14 @@ from typing import Any
 
 from blake3 import blake3
 
+from cache import digest_of
 from pipeline.compare import accuracy_table, paired_gain
 from pipeline.config import Config, LossesConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluate import Prediction, accuracy_by_type, evaluate_model, read_predictions
 from pipeline.inputs import Preparation
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.provenance import provenance
+from pipeline.provenance import finished_identity, mark_finished, provenance
 from pipeline.shards import expand_shards
 from pipeline.student import train_student
 
@@ -52,11 +53,11 @@ def evaluate_checkpoint(config: Config, model: str, *, output: Path | None = Non
         raise ConfigError("the config has no `evaluate` section; name held-out shards as evaluate.shards")
     output = output or _predictions_file(config, model)
     stamp = output.with_suffix(".stamp.json")
-    identity = json.dumps(_evaluation_identity(config, model))
-    if not (output.is_file() and stamp.is_file() and stamp.read_text() == identity):
+    identity = digest_of(_evaluation_identity(config, model))
+    if not output.is_file() or finished_identity(stamp) != identity:
         stamp.unlink(missing_ok=True)
         evaluate_model(model, config.data, config.evaluate, output=output, description=f"evaluate {model}")
-        stamp.write_text(identity)
+        mark_finished(stamp, identity, config)
     return read_predictions(output)
 
 

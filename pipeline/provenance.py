@@ -44,6 +44,19 @@ def save_provenance(folder: Path, config: Config) -> None:
     (folder / "provenance.json").write_text(json.dumps(provenance(config), indent=1) + "\n")
 
 
+def finished_identity(mark: Path) -> str | None:
+    """What the mark of finished work was made from; None if there is none, or a kill cut it."""
+    try:
+        return json.loads(mark.read_text())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def mark_finished(mark: Path, identity: str, config: Config) -> None:
+    """Write the mark beside finished work, last: what it was made from, and where it comes from."""
+    mark.write_text(json.dumps({"identity": identity, "provenance": provenance(config)}, indent=1) + "\n")
+
+
 def git_commit() -> str:
     """The checkout's commit, with '+changes' if the working tree differs from it; '' outside a checkout."""
     root = Path(__file__).resolve().parent.parent

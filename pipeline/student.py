@@ -23,7 +23,7 @@ from pipeline.losses import LOSSES
 from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.provenance import save_provenance
+from pipeline.provenance import finished_identity, mark_finished, save_provenance
 from pipeline.trainer import HEADS_FILE, DistillTrainer
 
 MODEL_FOLDER = "model"
@@ -40,7 +40,7 @@ def train_student(config: Config, folder: Path) -> Path:
     check_fingerprint(store, config, preparation)
     dataset = JoinedDataset(store, config.data.shards, preparation, targets=needed_targets(config))
     finished, identity = folder / "finished.json", run_identity(config, store, num_samples=len(dataset))
-    if _identity_in(finished) == identity:
+    if finished_identity(finished) == identity:
         return folder / MODEL_FOLDER
     finished.unlink(missing_ok=True)
     save_provenance(folder, config)
@@ -50,17 +50,9 @@ def train_student(config: Config, folder: Path) -> Path:
     if trainer.is_world_process_zero():
         trainer.save_student(folder / MODEL_FOLDER)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        finished.write_text(json.dumps({"identity": identity, "steps": trainer.state.global_step}) + "\n")
+        mark_finished(finished, identity, config)
     trainer.accelerator.wait_for_everyone()
     return folder / MODEL_FOLDER
-
-
-def _identity_in(finished: Path) -> str | None:
-    """What the mark of a finished run says; None if there is none, or a run was killed while writing it."""
-    try:
-        return json.loads(finished.read_text())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def run_identity(config: Config, store: Store, *, num_samples: int) -> str:

@@ -98,7 +98,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ground",
         "store",
     },
-    "experiment": {"comparison", "stages", "stage parts", "config", "data", "models", "ground"},
+    "experiment": {"comparison", "stages", "stage parts", "config", "data", "models", "ground", "store"},
     "comparison": {"stages", "ground"},
     "stages": {"stage parts", "config", "distillation", "data", "models", "ground", "store"},
     "stage parts": {"stage parts", "config", "distillation", "data", "models", "ground", "store"},

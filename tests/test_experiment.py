@@ -144,6 +144,12 @@ def test_predictions_without_their_stamp_are_not_trusted(evaluated):
     assert was_asked_again(config, model, file)
 
 
+def test_predictions_say_where_they_come_from(evaluated):
+    config, _, file = evaluated
+    made = json.loads(file.with_suffix(".stamp.json").read_text())["provenance"]
+    assert made["config"] == config.model_dump(mode="json") and made["versions"]["torch"]
+
+
 def test_predictions_of_another_model_are_kept_under_its_name(experiment, tmp_path):
     config = experiment.config(tmp_path)
     model = model_copy(experiment, tmp_path / "some")

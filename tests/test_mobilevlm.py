@@ -84,6 +84,14 @@ def test_the_towers_geometry_may_be_given_on_loading(fixture_folder, ours, expec
     assert torch.equal(features, ours["image_features"])
 
 
+def test_the_tower_can_be_described_after_the_config_was_read(fixture_folder, expected):
+    config = MobileVLMConfig.from_pretrained(fixture_folder)
+    config.vision_config = json.loads((fixture_folder / "vision_tower_config.json").read_text())
+    model = MobileVLMForCausalLM.from_pretrained(fixture_folder, config=config)
+    features = model.encode_images(expected["pixel_values"])
+    assert (features - expected["image_features"]).abs().max() < 1e-4
+
+
 def test_a_published_config_means_the_clip_that_it_names(fixture_folder):
     tower = MobileVLMConfig.from_pretrained(fixture_folder).vision_config
     sizes = (tower.hidden_size, tower.num_hidden_layers, tower.num_attention_heads, tower.intermediate_size)

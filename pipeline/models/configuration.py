@@ -65,6 +65,12 @@ class MobileVLMConfig(LlamaConfig):
             )
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Set later as the dict of a JSON file, it must be what it is when it comes with the file.
+        if name == "vision_config" and isinstance(value, dict):
+            value = resolve_vision_config(value, None)
+        super().__setattr__(name, value)
+
     @property
     def tower(self) -> CLIPVisionConfig:
         """The vision tower's geometry."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
 from small_experiment import Experiment, build_experiment
 
@@ -19,6 +21,13 @@ from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 
 IMAGE = IMAGE_TOKEN_INDEX
+
+# How long an example takes says how busy the machine is. CI runs the same examples each time: it judges a change,
+# and new examples are for whoever can look at them.
+settings.register_profile(
+    "alignkd", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
+settings.load_profile("alignkd")
 
 # Any of these can be changed by name; four patches a side pooled to N = 4 vision tokens.
 TOWER = {

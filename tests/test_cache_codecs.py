@@ -43,7 +43,7 @@ def test_what_comes_back_is_within_the_stated_error(
 ) -> None:
     spec = spec_of(codec, options)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(arrays.arrays(dtype, st.tuples(st.integers(0, 4), st.just(2), st.just(3)), elements=values))
     def holds(rows: Any) -> None:
         codes = encode_rows(spec, rows)

@@ -34,7 +34,7 @@ def samples_of(experiment) -> dict[str, list[tuple[str, bytes]]]:
     return members
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), batch_size=st.integers(1, 7))
 def test_stored_values_do_not_depend_on_batch_size_or_neighbours(
     experiment, tmp_path_factory, data, batch_size

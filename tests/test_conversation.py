@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
@@ -123,7 +123,6 @@ texts = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(texts, min_size=2, max_size=6), st.booleans())
 def test_v1_agrees_with_the_original_on_any_text(tokenizer, values, with_image):
     values = values[: len(values) // 2 * 2]
@@ -144,7 +143,6 @@ def test_v1_agrees_with_the_original_on_any_text(tokenizer, values, with_image):
         assert IMAGE_TOKEN_INDEX not in sample.labels
 
 
-@settings(deadline=None)
 @given(texts, texts)
 def test_plain_trains_the_caption_and_nothing_else(tokenizer, question, caption):
     sample = tokenize(talk(question + "<image>", caption), tokenizer, template="plain")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
@@ -54,7 +54,6 @@ def test_padded_pixels_are_the_originals(source):
         assert (found - pixels).abs().max() <= 1e-5
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_padding_puts_the_image_in_the_middle(width, height):
     image = Image.new("RGB", (width, height), (255, 0, 0))
@@ -133,7 +132,6 @@ def test_an_image_that_would_grow_without_bound_is_refused(aspect_ratio):
         preprocess(png_header(1, 60_000_000))
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 300))
 def test_damaged_bytes_decode_or_are_refused_but_raise_nothing_else(noise, place):
     data = bytearray(encode(12, 9, "JPEG"))

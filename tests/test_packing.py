@@ -101,7 +101,6 @@ def test_webdataset_itself_reads_a_pack(tmp_path, images):
     assert found[0]["jpg"] == (images / "sub/1.jpg").read_bytes()
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_a_key_gives_its_id_back_and_never_splits(identity):
     key = key_of_id(identity)
@@ -115,7 +114,7 @@ def test_strange_and_long_ids_survive_the_tar(tmp_path, images):
     assert [id_of_key(sample.key) for sample in samples_of(tmp_path / "out")] == ids
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 3), max_size=12), st.integers(1, 5))
 def test_an_image_is_split_over_shards_only_if_it_alone_fills_one(tmp_path_factory, images, numbers, limit):
     folder = tmp_path_factory.mktemp("split")

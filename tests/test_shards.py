@@ -215,7 +215,7 @@ def whole(tmp_path: Path) -> bytes:
     return write_shard(tmp_path / "whole.tar", members).read_bytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_truncated_tar_is_always_refused(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()

@@ -15,6 +15,7 @@ from cache import FingerprintMismatch, StoreNotFound
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.provenance import finished_identity
 from pipeline.student import one_device_a_process, train_student, training_arguments
 from pipeline.teacher import cache_teacher
 
@@ -179,10 +180,11 @@ def test_a_mark_cut_by_a_kill_is_no_finished_run(experiment, tmp_path):
     config = experiment.config(tmp_path)
     train_student(config, tmp_path / "run")
     mark = tmp_path / "run" / "finished.json"
-    whole = mark.read_text()
-    mark.write_text(whole[:20])
+    whole = finished_identity(mark)
+    mark.write_text(mark.read_text()[:20])
+    assert finished_identity(mark) is None
     train_student(config, tmp_path / "run")
-    assert mark.read_text() == whole
+    assert finished_identity(mark) == whole is not None
 
 
 def other_setting(experiment, config, folder):

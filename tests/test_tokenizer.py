@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
@@ -54,7 +54,6 @@ def mistral_pair(mistral):
     return load_tokenizer(mistral), oracle
 
 
-@settings(deadline=None)
 @given(
     st.one_of(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=40),

@@ -15,7 +15,7 @@ from pipeline.losses import LOSSES, StudentOutputs, TeacherTargets
 from pipeline.memory import TensorCache
 from pipeline.models.merge import IGNORE_INDEX, MergedInputs
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.models.tap import record_layer_inputs, text_to_vision_attention
+from pipeline.models.tap import attention_of_layers, record_layer_inputs
 from pipeline.shapes import expect_shape
 from pipeline.targets import TARGETS, TeacherFacts
 
@@ -69,8 +69,7 @@ class Distiller(nn.Module):
             batch["input_ids"], vision, attention_mask=batch["attention_mask"], labels=batch["labels"]
         )
         coverage = self._check_coverage(batch, merged)
-        layers = self._tapped_layers()
-        with record_layer_inputs(self.student.model.layers, layers) as inputs:
+        with record_layer_inputs(self.student.model.layers, self._tapped_layers()) as inputs:
             hidden = self.student.model(
                 inputs_embeds=merged.inputs_embeds,
                 attention_mask=merged.attention_mask.long(),
@@ -83,19 +82,9 @@ class Distiller(nn.Module):
             answer_labels=merged.labels[:, 1:][predicts],
             slots=merged.slots,
             vision=vision,
-            attention={layer: self._attention(layer, inputs[layer], merged) for layer in layers},
+            attention=attention_of_layers(self.student.model, inputs, merged),
         )
         return outputs, coverage
-
-    def _attention(self, layer: int, hidden_states: Tensor, merged: MergedInputs) -> Tensor:
-        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        return text_to_vision_attention(
-            self.student.model.layers[layer],
-            hidden_states,
-            position_embeddings=self.student.model.rotary_emb(hidden_states, positions),
-            attention_mask=merged.attention_mask,
-            slots=merged.slots,
-        )
 
     def _tapped_layers(self) -> list[int]:
         attention = self.losses.get("attention")

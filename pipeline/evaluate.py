@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pipeline.config import DataConfig, EvaluateConfig
 from pipeline.conversation import tokenize_prompt
 from pipeline.errors import BadSample, PipelineError
-from pipeline.inputs import Preparation
+from pipeline.inputs import Preparation, pad_rows
 from pipeline.memory import TensorCache
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.shards import Rejected, Sample, expand_shards, read_shard
@@ -114,13 +114,9 @@ def _answer(
     max_new_tokens: int,
 ) -> list[Prediction]:
     """Greedy answers to a batch, prompts padded on the right (the model moves the padding to the left)."""
-    length = max(len(question.prompt) for question in questions)
-    ids = torch.tensor(
-        [[*q.prompt, *[0] * (length - len(q.prompt))] for q in questions], device=network.device
-    )
-    mask = torch.tensor([[1] * len(q.prompt) + [0] * (length - len(q.prompt)) for q in questions])
+    mask = pad_rows([[1] * len(question.prompt) for question in questions], 0)
     generated = network.generate(
-        ids,
+        pad_rows([question.prompt for question in questions], 0).to(network.device),
         patch_features=_patch_features(network, preparation, questions, features),
         attention_mask=mask.to(network.device),
         max_new_tokens=max_new_tokens,

@@ -81,12 +81,13 @@ def capture_settings(config: Config, *, dtype: str) -> dict[str, Any]:
 def pad_tokens(samples: Sequence[TokenizedSample]) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask`, `labels`, int64 'B S', padded on the right."""
     return {
-        "input_ids": _pad([sample.input_ids for sample in samples], 0),
-        "attention_mask": _pad([[1] * len(sample.input_ids) for sample in samples], 0),
-        "labels": _pad([sample.labels for sample in samples], IGNORE_INDEX),
+        "input_ids": pad_rows([sample.input_ids for sample in samples], 0),
+        "attention_mask": pad_rows([[1] * len(sample.input_ids) for sample in samples], 0),
+        "labels": pad_rows([sample.labels for sample in samples], IGNORE_INDEX),
     }
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of different lengths as one int64 'B S', filled up with `value` on the right."""
     length = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

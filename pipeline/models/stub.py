@@ -21,7 +21,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.configuration import read_config
 from pipeline.models.merge import IGNORE_INDEX, MergedInputs, merge_vision_tokens
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMConfig, MobileVLMForCausalLM
-from pipeline.models.tap import record_layer_inputs, text_to_vision_attention
+from pipeline.models.tap import attention_of_layers, record_layer_inputs
 from pipeline.targets import TeacherFacts, TeacherForward, deepest_layer
 
 TAPPED = ("input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight")
@@ -118,23 +118,11 @@ class Teacher:
     def _forward_results(
         self, merged, inputs: Mapping[int, torch.Tensor], last: torch.Tensor
     ) -> TeacherForward:
-        positions = torch.arange(last.shape[1], device=last.device)[None]
-        position_embeddings = self.model.model.rotary_emb(last, positions)
-        attention = {
-            layer: text_to_vision_attention(
-                self.model.model.layers[layer],
-                inputs[layer],
-                position_embeddings=position_embeddings,
-                attention_mask=merged.attention_mask,
-                slots=merged.slots,
-            )
-            for layer in self.attention_layers
-        }
         predicts = merged.labels[:, 1:] != IGNORE_INDEX
         answer_logits = None if self.plan.is_stub else self.model.lm_head(last[:, :-1][predicts])
         return TeacherForward(
             slots=merged.slots,
-            attention=attention,
+            attention=attention_of_layers(self.model.model, inputs, merged),
             answer_logits=answer_logits,
             num_answers=predicts.sum(dim=1).tolist(),
             num_vision_tokens=self.plan.facts.num_vision_tokens,

@@ -7,7 +7,7 @@ with gradient, and never more than one layer's 'B H T S' at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from pipeline.models.merge import Slots
+from pipeline.models.merge import MergedInputs, Slots
 
 
 @contextmanager
@@ -35,6 +35,27 @@ def record_layer_inputs(layers: nn.ModuleList, chosen: Iterable[int]) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
+
+
+def attention_of_layers(
+    body: Any, inputs: Mapping[int, torch.Tensor], merged: MergedInputs
+) -> dict[int, torch.Tensor]:
+    """Text-to-vision attention of every layer whose input was recorded, by layer: float32 'B H T J' each.
+
+    `body` is the LLaMA body (`layers`, `rotary_emb`); its sequence begins at position 0.
+    """
+    length, device = merged.attention_mask.shape[1], merged.attention_mask.device
+    position_embeddings = body.rotary_emb(merged.inputs_embeds, torch.arange(length, device=device)[None])
+    return {
+        layer: text_to_vision_attention(
+            body.layers[layer],
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=merged.attention_mask,
+            slots=merged.slots,
+        )
+        for layer, hidden_states in inputs.items()
+    }
 
 
 def text_to_vision_attention(

@@ -119,14 +119,19 @@ def evaluate(
     """Exact-match accuracy of a checkpoint on the config's held-out conversations, by question type."""
     settings = _load(config, overrides, False)
     from pipeline.compare import accuracy_table
-    from pipeline.evaluate import accuracy_by_type
-    from pipeline.experiment import evaluate_checkpoint
+    from pipeline.evaluate import accuracy_by_type, by_test_set
+    from pipeline.scores import evaluate_checkpoint
 
-    predictions = evaluate_checkpoint(settings, model or settings.teacher.model, output=output)
+    sets = by_test_set(evaluate_checkpoint(settings, model or settings.teacher.model, output=output))
     if as_json:
-        scores = accuracy_by_type(predictions)
-        print(json.dumps({name: {"accuracy": share, "questions": n} for name, (share, n) in scores.items()}))
-    else:
+        scores = {test_set: accuracy_by_type(predictions) for test_set, predictions in sets.items()}
+        print(json.dumps({
+            test_set: {name: {"accuracy": share, "questions": n} for name, (share, n) in by_type.items()}
+            for test_set, by_type in scores.items()
+        }))  # fmt: skip
+        return
+    for test_set, predictions in sets.items():
+        print(f"test set {test_set}\n" if len(sets) > 1 else "", end="")
         print(accuracy_table({model or "teacher": predictions}))
 
 

@@ -103,8 +103,9 @@ class PartWriter:
         self._check_open()
         self._rejects.append((key, reason))
 
-    def commit(self, *, seen: int | None = None) -> PartSummary:
-        """Publish the part. `seen`, if given, is the caller's own count of samples and must add up.
+    def commit(self, *, seen: int | None = None, seconds: float | None = None) -> PartSummary:
+        """Publish the part. `seen`, if given, is the caller's own count of samples and must add up; `seconds` is
+        what it cost to make, kept in the record.
 
         After a crash at any moment the part is either wholly there or still to do.
         """
@@ -119,6 +120,7 @@ class PartWriter:
             contents=self._manifest.contents_digest(),
             source=self._source,
             counts=counts,
+            seconds=seconds,
             files=describe_files(directory),
         )
         sync_tree(directory)

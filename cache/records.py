@@ -42,6 +42,7 @@ class PartRecord:
     contents: str  # Manifest.contents_digest() of the store that the part was written for
     source: dict[str, Any]
     counts: Counts
+    seconds: float | None  # that it took to make; None if nobody measured
     files: dict[str, FileRecord]  # every file of the part but part.json, by path relative to the part
 
     def array_bytes(self, spec: ArraySpec) -> int:
@@ -61,6 +62,7 @@ class PartRecord:
             contents=take(record, "contents", str),
             source=take(record, "source", dict),
             counts=Counts.from_json(take(record, "counts", dict)),
+            seconds=None if record.get("seconds") is None else take(record, "seconds", float),
             files={check_file_name(name): _file_record(name, files) for name in files},
         )
 

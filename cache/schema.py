@@ -15,7 +15,13 @@ from cache.layout import FORMAT_VERSION, MANIFEST, check_array_name, check_part_
 Owner = Literal["sample", "image"]
 Options = Mapping[str, float | int | str]
 
-_KINDS: dict[type, str] = {str: "a string", int: "an integer", dict: "an object", list: "a list"}
+_KINDS: dict[type, str] = {
+    float: "a number",
+    str: "a string",
+    int: "an integer",
+    dict: "an object",
+    list: "a list",
+}
 
 
 def take(record: Mapping[str, Any], name: str, kind: type, *, where: str = "") -> Any:

@@ -49,6 +49,7 @@ class Summary:
     dedupe_factor: float  # image references for each stored image; 1 where there are none
     bytes: int
     bytes_per_sample: float
+    teacher_seconds: float | None  # of all parts; None if one of them does not say
     provenance: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -81,8 +82,14 @@ def summarise(path: str | Path) -> Summary:
         dedupe_factor=references / images if images else 1.0,
         bytes=total_bytes,
         bytes_per_sample=total_bytes / max(1, samples),
+        teacher_seconds=_seconds(parts),
         provenance=store.manifest.provenance,
     )
+
+
+def _seconds(parts: list[FinishedPart]) -> float | None:
+    seconds = [part.record.seconds for part in parts if part.record.seconds is not None]
+    return sum(seconds) if parts and len(seconds) == len(parts) else None
 
 
 def _array(spec: ArraySpec, parts: list[FinishedPart], *, samples: int) -> ArraySummary:

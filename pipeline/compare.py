@@ -15,35 +15,55 @@ NUM_RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Gain:
-    """Accuracy of one model minus another's on the same questions, with a 95% interval; shares, not percent."""
+    """Accuracy of one model minus another's on the same questions, with a 95% interval; shares, not percent.
+
+    `num_seeds` pairs of training runs, each pair from the same seed.
+    """
 
     difference: float
     low: float
     high: float
     num_questions: int
     num_images: int
+    num_seeds: int = 1
 
     def __str__(self) -> str:
         return f"{100 * self.difference:+.2f} points, 95% interval [{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
 
 
-def paired_gain(ours: Sequence[Prediction], theirs: Sequence[Prediction], *, seed: int = 0) -> Gain:
-    """Bootstrap over images, since questions of one image are not independent. Raises if the questions differ."""
-    if [p.key for p in ours] != [p.key for p in theirs]:
+def paired_gain(
+    ours: Sequence[Sequence[Prediction]], theirs: Sequence[Sequence[Prediction]], *, seed: int = 0
+) -> Gain:
+    """Bootstrap of paired runs, one pair for each training seed: images are resampled, and seeds, if several.
+
+    Images, since questions of one image are not independent; seeds, since another one gives another student.
+    Raises `PipelineError` if the questions differ.
+    """
+    first = ours[0]
+    asked = [(p.test_set, p.key) for p in first]
+    if any([(p.test_set, p.key) for p in run] != asked for run in (*ours, *theirs)):
         raise PipelineError("the two models answered different questions; evaluate both on the same shards")
-    groups, of_question = np.unique([p.group for p in ours], return_inverse=True)
-    gains = np.array([p.correct - q.correct for p, q in zip(ours, theirs, strict=True)], dtype=np.float64)
-    sums = np.bincount(of_question, weights=gains)
+    groups, of_question = np.unique([p.group for p in first], return_inverse=True)
+    gains = np.array([[p.correct - q.correct for p, q in zip(*pair, strict=True)]
+                      for pair in zip(ours, theirs, strict=True)], dtype=np.float64)  # fmt: skip
+    sums = np.stack([np.bincount(of_question, weights=run) for run in gains])
     sizes = np.bincount(of_question)
     low, high = np.quantile(_resampled_means(sums, sizes, seed=seed), [0.025, 0.975])
-    return Gain(float(gains.mean()), float(low), float(high), len(gains), len(groups))
+    return Gain(float(gains.mean()), float(low), float(high), gains.shape[1], len(groups), len(gains))
 
 
 def _resampled_means(sums: np.ndarray, sizes: np.ndarray, *, seed: int) -> np.ndarray:
-    """The mean gain of every resample of the images, one resample in memory at a time."""
+    """The mean gain of every resample of seeds and images ('seeds images'), one resample in memory at a time."""
     generator = np.random.default_rng(seed)
-    draws = (generator.integers(len(sums), size=len(sums)) for _ in range(NUM_RESAMPLES))
-    return np.array([sums[draw].sum() / sizes[draw].sum() for draw in draws])
+    num_seeds, num_images = sums.shape
+
+    def resampled() -> float:
+        images = generator.integers(num_images, size=num_images)
+        of_seeds = sums[:, images].sum(axis=1)
+        seeds = generator.integers(num_seeds, size=num_seeds) if num_seeds > 1 else [0]
+        return of_seeds[seeds].mean() / sizes[images].sum()
+
+    return np.array([resampled() for _ in range(NUM_RESAMPLES)])
 
 
 def accuracy_table(models: Mapping[str, Sequence[Prediction]]) -> str:
@@ -53,9 +73,14 @@ def accuracy_table(models: Mapping[str, Sequence[Prediction]]) -> str:
     first = next(iter(scores.values()))
     rows = [["accuracy, %", *types], ["questions", *(str(first[t][1]) for t in types)]]
     rows += [[name, *(f"{100 * score[t][0]:.2f}" for t in types)] for name, score in scores.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(types) + 1)]
+    return text_table(rows, num_heads=2)
+
+
+def text_table(rows: Sequence[Sequence[str]], *, num_heads: int = 1) -> str:
+    """Rows as aligned text, the first column to the left, a line below the first `num_heads` rows."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    return "\n".join([*lines[:2], "-" * len(lines[0]), *lines[2:]])
+    return "\n".join([*lines[:num_heads], "-" * len(lines[0]), *lines[num_heads:]])

@@ -36,7 +36,7 @@ class JoinedSample:
 
 
 class JoinedDataset(Dataset[JoinedSample]):
-    """Map-style: every sample that the store cached from the given shards, in the store's order.
+    """Map-style: every sample that the store cached from the given shards, in the store's order (see `is_chosen`).
 
     The first time a sample is read, its text is tokenised and compared with the ids and labels that the teacher
     saw, and its image bytes with their digest; later epochs trust that. Raises `JoinError` on any difference.
@@ -49,6 +49,7 @@ class JoinedDataset(Dataset[JoinedSample]):
         preparation: Preparation,
         *,
         targets: Mapping[str, Any],
+        fraction: float = 1.0,
     ):
         self.store = store
         self.preparation = preparation
@@ -59,10 +60,16 @@ class JoinedDataset(Dataset[JoinedSample]):
                 f"{store.path} has no finished part for {len(missing)} of {len(self.shards)} shards, "
                 f"first {missing[0]!r}; run `alignkd teacher-cache` with this config"
             )
-        self.rows = [(part, entry) for part in sorted(self.shards) for entry in store.entries(part)]
+        self.rows = [
+            (part, entry)
+            for part in sorted(self.shards)
+            for entry in store.entries(part)
+            if is_chosen(entry, fraction)
+        ]
         if not self.rows:
             raise ConfigError(
-                f"{store.path} holds no sample of data.shards; see its rejects with `alignkd info`"
+                f"{store.path} holds no sample of data.shards{'' if fraction == 1 else ' within data.fraction'}; "
+                "see its rejects with `alignkd info`"
             )
         facts = teacher_facts(store)
         self.names = [spec.name for name, t in targets.items() for spec in TARGETS[name].arrays(t, facts)]
@@ -124,6 +131,15 @@ def teacher_facts(store: Store) -> TeacherFacts:
     """The facts of the teacher whose knowledge the store holds."""
     known = {field.name for field in fields(TeacherFacts)}
     return TeacherFacts(**{name: value for name, value in store.manifest.teacher.items() if name in known})
+
+
+def is_chosen(entry: SampleEntry, fraction: float) -> bool:
+    """Whether `data.fraction` takes a sample: by its first image's digest, or its key's if it has no image.
+
+    All samples of an image go together, and a smaller fraction is part of a larger one.
+    """
+    digest = entry.images[0] if entry.images else blake3(entry.key.encode()).hexdigest()
+    return int(digest[:8], 16) < fraction * 2**32
 
 
 def _first_difference(theirs: Sequence[int], ours: Sequence[int]) -> str:

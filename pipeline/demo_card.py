@@ -10,8 +10,8 @@ import torch
 from pipeline import demo
 from pipeline.config import load_config
 from pipeline.evaluate import Prediction, accuracy_by_type
-from pipeline.experiment import evaluate_checkpoint
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.scores import evaluate_checkpoint
 
 
 def answer_by_question_alone() -> dict[str, tuple[float, int]]:

@@ -25,6 +25,12 @@ def reasons_by_kind(reasons: Mapping[str, int]) -> dict[str, int]:
     return dict(kinds.most_common())
 
 
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "not recorded"
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds:.0f} seconds"
+
+
 def describe_store(store: Summary) -> str:
     """A page: teacher, samples, targets, rejects, provenance, fingerprint."""
     teacher, made, rejects = store.teacher, store.provenance, reasons_by_kind(store.rejects_by_reason)
@@ -38,6 +44,7 @@ def describe_store(store: Summary) -> str:
         f"  images      {store.distinct_images:,} stored for {store.image_references:,} uses "
         f"(dedupe factor {store.dedupe_factor:.2f})",
         f"  bytes       {readable_bytes(store.bytes)} in all, {readable_bytes(store.bytes_per_sample)} a sample",
+        f"  time        {_duration(store.teacher_seconds)} of stage 1",
         "",
         *_target_table(store),
         "",

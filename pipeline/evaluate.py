@@ -24,13 +24,14 @@ FEATURE_CACHE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Prediction:
-    """One question answered. `group` is what questions of one image share, for the bootstrap."""
+    """One question of a test set answered. `group` is what questions of one image share, for the bootstrap."""
 
     key: str
     group: str
     question_type: str
     answer: str
     prediction: str
+    test_set: str = "test"
 
     @property
     def correct(self) -> bool:
@@ -39,8 +40,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Question:
-    """A sample's last turn as a prompt; `text_only` questions carry no image."""
+    """A sample's last turn as a prompt."""
 
+    test_set: str
     sample: Sample
     prompt: tuple[int, ...]
     answer: str
@@ -62,13 +64,13 @@ def evaluate_model(
     preparation = Preparation.of(model, data)
     network = MobileVLMForCausalLM.from_pretrained(model, dtype=settings.dtype).eval()
     network = network.to("cuda" if torch.cuda.is_available() else "cpu")
-    questions = sorted(_questions(settings.shards, preparation, data), key=lambda q: len(q.prompt))
+    questions = sorted(_questions(settings, preparation, data), key=lambda q: len(q.prompt))
     features = TensorCache(FEATURE_CACHE_BYTES)
     predictions: list[Prediction] = []
     for start in tqdm(range(0, len(questions), settings.batch_size), desc=description, unit="batch"):
         batch = questions[start : start + settings.batch_size]
         predictions += _answer(network, preparation, batch, features, settings.max_new_tokens)
-    predictions.sort(key=lambda prediction: prediction.key)
+    predictions.sort(key=lambda prediction: (prediction.test_set, prediction.key))
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f"{output.name}.{os.getpid()}")
     unfinished.write_text("".join(json.dumps(asdict(p) | {"correct": p.correct}) + "\n" for p in predictions))
@@ -89,6 +91,14 @@ def read_predictions(file: Path) -> list[Prediction]:
         ) from error
 
 
+def by_test_set(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
+    """Predictions of each test set, in order of name."""
+    sets: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        sets.setdefault(prediction.test_set, []).append(prediction)
+    return sets
+
+
 def accuracy_by_type(predictions: Sequence[Prediction]) -> dict[str, tuple[float, int]]:
     """Question type -> (share correct, questions), types by name; 'all' last."""
     types = sorted({p.question_type for p in predictions})
@@ -97,13 +107,20 @@ def accuracy_by_type(predictions: Sequence[Prediction]) -> dict[str, tuple[float
     return {name: (sum(correct) / len(correct), len(correct)) for name, correct in groups.items()}
 
 
-def _questions(shards: str | Sequence[str], preparation: Preparation, data: DataConfig) -> Iterator[Question]:
-    for shard in expand_shards(shards):
-        for item in read_shard(shard, max_pixels=data.max_image_pixels):
-            if isinstance(item, Rejected):
-                raise BadSample("a test sample cannot be asked", f"{item.key!r} of {shard}: {item.reason}")
-            prompt = tokenize_prompt(item.conversations, preparation.tokenizer, template=preparation.template)
-            yield Question(item, tuple(prompt), item.conversations[-1]["value"])
+def _questions(settings: EvaluateConfig, preparation: Preparation, data: DataConfig) -> Iterator[Question]:
+    for test_set, shards in settings.test_sets().items():
+        for shard in expand_shards(shards):
+            yield from _questions_of_shard(test_set, shard, preparation, data)
+
+
+def _questions_of_shard(
+    test_set: str, shard: str, preparation: Preparation, data: DataConfig
+) -> Iterator[Question]:
+    for item in read_shard(shard, max_pixels=data.max_image_pixels):
+        if isinstance(item, Rejected):
+            raise BadSample("a test sample cannot be asked", f"{item.key!r} of {shard}: {item.reason}")
+        prompt = tokenize_prompt(item.conversations, preparation.tokenizer, template=preparation.template)
+        yield Question(test_set, item, tuple(prompt), item.conversations[-1]["value"])
 
 
 def _answer(
@@ -132,6 +149,7 @@ def _answer(
             question_type=str(question.sample.metadata.get("question_type", "all questions")),
             answer=question.answer,
             prediction=text,
+            test_set=question.test_set,
         )
         for question, text in zip(questions, texts, strict=True)
     ]

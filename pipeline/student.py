@@ -38,7 +38,8 @@ def train_student(config: Config, folder: Path) -> Path:
     preparation = Preparation.of(config.student.model, config.data)
     store = Store(config.cache.path)
     check_fingerprint(store, config, preparation)
-    dataset = JoinedDataset(store, config.data.shards, preparation, targets=needed_targets(config))
+    targets, data = needed_targets(config), config.data
+    dataset = JoinedDataset(store, data.shards, preparation, targets=targets, fraction=data.fraction)
     finished, identity = folder / "finished.json", run_identity(config, store, num_samples=len(dataset))
     if finished_identity(finished) == identity:
         return folder / MODEL_FOLDER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,6 +141,7 @@ class ShardCapture:
     def run(self, store: StoreWriter, shard: str) -> PartSummary:
         """Commit the shard's part; on any exception nothing of it is published."""
         self.shard = shard
+        started = time.monotonic()
         self.progress.begin_shard(shard)
         source = {"shard": Path(shard).name, "bytes": Path(shard).stat().st_size}
         with store.part(_part_name(shard), source=source) as part:
@@ -149,7 +151,8 @@ class ShardCapture:
                 raise ShardError(
                     f"{shard} holds no sample; make or copy it again, or take it out of data.shards."
                 )
-            summary = part.commit(seen=self.num_seen)
+            seconds = round(time.monotonic() - started, 3)
+            summary = part.commit(seen=self.num_seen, seconds=seconds)
         self.cached |= dict.fromkeys(self.keys, _part_name(shard))
         self.progress.end_shard(summary)
         return summary

@@ -63,6 +63,7 @@ class DistillTrainer(Trainer):
         self.settings = settings
         self.losses = settings.losses.active()
         self.term_log = TermLog({}, {})
+        self.gradient_shares: dict[str, float] = {}
         # `get_batch_samples` returns counts over the whole optimizer step, so no further division is due.
         self.model_accepts_loss_kwargs = True
 
@@ -76,7 +77,7 @@ class DistillTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: Any = None):
         """Weighted sum of the terms; every term's total is divided by its count over the whole step."""
         result: Terms = model(inputs)
-        loss = torch.zeros((), dtype=torch.float32, device=self.args.device)
+        weighted: dict[str, torch.Tensor] = {}
         for name, (total, count) in result.terms.items():
             if not torch.isfinite(total):
                 raise NonFiniteLossError(
@@ -84,11 +85,18 @@ class DistillTrainer(Trainer):
                     "checkpoint are sound: lower train.learning_rate, or check the store with `alignkd verify --deep`"
                 )
             divisor = count if num_items_in_batch is None else num_items_in_batch[name]
-            loss = loss + self.losses[name].weight * total / divisor.clamp(min=1)
+            weighted[name] = self.losses[name].weight * total / divisor.clamp(min=1)
         self.term_log.add(result)
+        if self.settings.log_gradient_shares and self._is_logged():
+            self.gradient_shares = gradient_shares(weighted, self.distiller.student)
+        loss = torch.stack(list(weighted.values())).sum()
         # Ranks average their gradients; the sum over ranks is what the step's counts divide.
         loss = loss * self.accelerator.num_processes
         return (loss, result) if return_outputs else loss
+
+    def _is_logged(self) -> bool:
+        """Whether the Trainer will log this step (`logging_steps` a number of steps, or a share of them all)."""
+        return (self.state.global_step + 1) % self.state.logging_steps == 0
 
     def create_optimizer(self, model=None):
         """AdamW groups by learning rate and decay; every trained parameter is in one, the heads included."""
@@ -123,7 +131,7 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add every term, raw and weighted, and the coverage, to the Trainer's own line."""
         if "loss" in logs and self.term_log.batches:
-            logs |= self.term_log.means(self.losses)
+            logs |= self.term_log.means(self.losses) | self.gradient_shares
             self.term_log = TermLog({}, {})
         super().log(logs, start_time)
 
@@ -153,6 +161,20 @@ class DistillTrainer(Trainer):
     @property
     def distiller(self) -> Distiller:
         return self.accelerator.unwrap_model(self.model)
+
+
+def gradient_shares(weighted: Mapping[str, torch.Tensor], student: nn.Module) -> dict[str, float]:
+    """`gradient_share/x`: the norm of a weighted term's gradient in the student, over the sum of all terms' norms.
+
+    Of one micro-batch, one extra backward pass a term; heads are left out, for labels have none.
+    """
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    norms = {}
+    for name, term in weighted.items():
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        norms[name] = torch.stack([g.float().norm() for g in gradients if g is not None]).norm().item()
+    total = sum(norms.values())
+    return {f"gradient_share/{name}": norm / total if total else 0.0 for name, norm in norms.items()}
 
 
 def count_terms(batch: Mapping[str, Any], losses: Mapping[str, Any]) -> list[int]:

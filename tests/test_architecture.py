@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 60
 FLOORS: dict[str, set[str]] = {
     "command line": {"cli"},
     "experiment": {"pipeline.experiment", "pipeline.demo_card", "pipeline.demo_teacher"},
-    "comparison": {"pipeline.compare"},
+    "comparison": {"pipeline.compare", "pipeline.scores"},
     "stages": {"pipeline.packing", "pipeline.teacher", "pipeline.student", "pipeline.evaluate"},
     "stage parts": {
         "pipeline.dataset",
@@ -51,6 +51,7 @@ FLOORS: dict[str, set[str]] = {
     },
     "models": {
         "pipeline.models.checkpoint",
+        "pipeline.models.efficientnet",
         "pipeline.models.merge",
         "pipeline.models.configuration",
         "pipeline.models.mobilevlm",
@@ -99,7 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "store",
     },
     "experiment": {"comparison", "stages", "stage parts", "config", "data", "models", "ground", "store"},
-    "comparison": {"stages", "ground"},
+    "comparison": {"stages", "stage parts", "config", "data", "models", "ground", "store"},
     "stages": {"stage parts", "config", "distillation", "data", "models", "ground", "store"},
     "stage parts": {"stage parts", "config", "distillation", "data", "models", "ground", "store"},
     "config": {"distillation", "ground"},

@@ -42,3 +42,16 @@ def test_info_of_an_empty_store_divides_by_nothing(tmp_path: Path) -> None:
         fill_part(part, "a")
         part.commit()
     assert summarise(tmp_path).parts_done == 1
+
+
+def test_the_time_that_a_store_took_is_told_only_if_every_part_says_it(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path, manifest("p", "q", "r"))
+    for name, seconds in (("p", 1.5), ("q", 2.25)):
+        with writer.part(name, source={}) as part:
+            fill_part(part, name)
+            part.commit(seconds=seconds)
+    assert summarise(tmp_path).teacher_seconds == 3.75
+    with writer.part("r", source={}) as part:
+        fill_part(part, "r")
+        part.commit()
+    assert summarise(tmp_path).teacher_seconds is None

@@ -125,8 +125,9 @@ def test_evaluate_prints_a_table_or_json(alignkd, settings, experiment):
     ran = alignkd("evaluate", *settings)
     assert ran.code == 0 and ran.out.splitlines()[3].startswith("teacher")
     scores = json.loads(alignkd("evaluate", *settings, "--model", experiment.student, "--json").out)
-    assert scores["all"]["questions"] == 6 and 0 <= scores["all"]["accuracy"] <= 1
-    assert list(scores) == ["all questions", "colour", "shape", "yes/no", "all"]
+    assert list(scores) == ["test"]
+    assert scores["test"]["all"]["questions"] == 6 and 0 <= scores["test"]["all"]["accuracy"] <= 1
+    assert list(scores["test"]) == ["all questions", "colour", "shape", "yes/no", "all"]
 
 
 def test_info_describes_a_store_in_words_and_in_json(alignkd, experiment):

@@ -176,8 +176,8 @@ def test_a_missing_key_is_named_and_all_problems_are_told_at_once(complaint):
     said = complaint({key: value for key, value in SMALLEST.items() if key != "cache"} | {"nonsense": 1})
     assert said.splitlines()[1:] == [
         "  cache: missing; the config must set it",
-        "  nonsense: unknown key; known: baseline, cache, data, evaluate, losses, output_dir, student, "
-        "targets, teacher, train",
+        "  nonsense: unknown key; known: baseline, cache, data, evaluate, log_gradient_shares, losses, "
+        "output_dir, student, targets, teacher, train",
     ]
 
 

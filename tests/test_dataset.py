@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from small_experiment import picture, rewrite_store, shard_members, stored_arrays, write_shard
 from torch.utils.data import DataLoader
 
-from cache import Store
-from pipeline.dataset import JoinCollator, JoinedDataset
+from cache import SampleEntry, Span, Store
+from pipeline.dataset import JoinCollator, JoinedDataset, is_chosen
 from pipeline.errors import ConfigError, JoinError, ShardError
 from pipeline.inputs import Preparation
 from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -25,10 +26,14 @@ from pipeline.teacher import cache_teacher
 def join(experiment, tmp_path):
     """Opens the join of a store, by default the experiment's own, with shards."""
 
-    def build(store: Path = experiment.store, shards: Path = experiment.shards) -> JoinedDataset:
+    def build(
+        store: Path = experiment.store, shards: Path = experiment.shards, fraction: float = 1.0
+    ) -> JoinedDataset:
         config = experiment.config(tmp_path)
         preparation = Preparation.of(config.student.model, config.data)
-        return JoinedDataset(Store(store), str(shards), preparation, targets=config.targets.active())
+        return JoinedDataset(
+            Store(store), str(shards), preparation, targets=config.targets.active(), fraction=fraction
+        )
 
     return build
 
@@ -201,3 +206,31 @@ def test_a_store_without_one_sample_of_the_shards_is_refused(experiment, join, t
     cache_teacher(experiment.config(tmp_path, *overrides))
     with pytest.raises(ConfigError, match=r"holds no sample of data.shards; see its rejects"):
         join(store=tmp_path / "store", shards=tmp_path / "s")
+
+
+def test_a_fraction_takes_whole_images_and_is_part_of_every_larger_one(join):
+    everything = {entry.key: entry.images[:1] for _, entry in join().rows}
+    smaller: set[str] = set()
+    for fraction in (0.2, 0.4, 0.6, 0.8, 1.0):
+        taken = {entry.key for _, entry in join(fraction=fraction).rows}
+        assert smaller <= taken
+        images = {everything[key] for key in taken if everything[key]}
+        assert taken >= {key for key, image in everything.items() if image in images}
+        smaller = taken
+    assert smaller == set(everything)
+    assert 0 < len(join(fraction=0.4)) < len(everything)
+
+
+def test_a_fraction_takes_about_that_share():
+    span = Span("file", 0, 1)
+    digests = [blake3(str(number).encode()).hexdigest() for number in range(20_000)]
+    entries = [SampleEntry(digest, (digest,), (span,), span) for digest in digests]
+    texts = [SampleEntry(digest, (), (), span) for digest in digests]
+    for some in (entries, texts):
+        # Four standard deviations of a fair draw of 20,000.
+        assert sum(is_chosen(e, 0.1) for e in some) / 20_000 == pytest.approx(0.1, abs=0.009)
+
+
+def test_a_fraction_without_a_sample_is_refused(join):
+    with pytest.raises(ConfigError, match=r"no sample of data\.shards within data\.fraction"):
+        join(fraction=1e-6)

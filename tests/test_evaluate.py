@@ -9,7 +9,7 @@ import torch
 from small_experiment import held_out_records, picture, write_shard
 
 from pipeline.errors import BadSample, PipelineError
-from pipeline.evaluate import Prediction, accuracy_by_type, evaluate_model, read_predictions
+from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set, evaluate_model, read_predictions
 from pipeline.inputs import Preparation
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.shards import read_shard
@@ -119,3 +119,13 @@ def test_predictions_that_are_none_are_named(content, tmp_path):
     (tmp_path / "predictions.jsonl").write_bytes(content)
     with pytest.raises(PipelineError, match=r"predictions.jsonl is damaged: .* remove it and evaluate again"):
         read_predictions(tmp_path / "predictions.jsonl")
+
+
+def test_several_test_sets_are_asked_at_once_and_told_apart(experiment, answers):
+    one = str(experiment.held_out / "shard-000000.tar")
+    both = answers(shards={"first": one, "all": str(experiment.held_out)})
+    sets = by_test_set(both)
+    assert {name: len(predictions) for name, predictions in sets.items()} == {"all": 6, "first": 5}
+    said = {p.key: p.prediction for p in sets["all"]}
+    assert all(said[p.key] == p.prediction for p in sets["first"])
+    assert [p.test_set for p in answers()] == ["test"] * 6

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from small_experiment import snapshot, weights
 
 from pipeline.errors import ConfigError, ShardError
-from pipeline.experiment import evaluate_checkpoint, run_experiment
+from pipeline.experiment import run_experiment
+from pipeline.scores import evaluate_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,8 @@ def test_results_are_saved_with_where_they_come_from(finished):
     config, _, _ = finished
     results = json.loads((Path(config.output_dir) / "results.json").read_text())
     assert sorted(results) == ["accuracy", "gain", "provenance"]
-    assert sorted(results["accuracy"]) == ["student, Align-KD", "student, labels only", "teacher"]
-    assert results["accuracy"]["teacher"]["all"][1] == results["gain"]["num_questions"] == 6
+    assert sorted(results["accuracy"]["test"]) == ["student, Align-KD", "student, labels only", "teacher"]
+    assert results["accuracy"]["test"]["teacher"]["all"][1] == results["gain"]["test"]["num_questions"] == 6
     assert results["provenance"]["config"] == config.model_dump(mode="json")
 
 

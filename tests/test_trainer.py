@@ -263,3 +263,34 @@ def test_a_checkpoint_whose_weights_are_broken_is_named(name, interrupted):
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(ConfigError, match=r"checkpoint-2: not readable as weights \(SafetensorError\)"):
         train_student(config, stopped)
+
+
+def test_gradient_shares_are_each_terms_part_of_the_gradient(experiment, trainer_of, tmp_path):
+    """Against one backward pass of each term alone, on the batch that the step saw."""
+    shares = ["log_gradient_shares=true", "losses.logits.weight=0.5", "train.max_steps=1"]
+    trainer = trainer_of(*shares)
+    batch = []
+    forward = trainer.distiller.forward
+    trainer.distiller.forward = lambda inputs: batch.append(inputs) or forward(inputs)
+    fresh = {name: value.clone() for name, value in trainer.distiller.state_dict().items()}
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    trainer.distiller.load_state_dict(fresh)
+    norms = {}
+    for name, settings in trainer.losses.items():
+        trainer.distiller.zero_grad()
+        total, count = forward(batch[0]).terms[name]
+        (settings.weight * total / count).backward()
+        gradients = [p.grad for p in trainer.distiller.student.parameters() if p.grad is not None]
+        norms[name] = torch.cat([g.flatten() for g in gradients]).norm().item()
+    expected = {f"gradient_share/{name}": norm / sum(norms.values()) for name, norm in norms.items()}
+    assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert min(expected.values()) > 0
+
+
+def test_logging_gradient_shares_changes_no_step_and_is_off_unless_asked_for(trainer_of):
+    plain, logged = trainer_of(folder="plain"), trainer_of("log_gradient_shares=true", folder="logged")
+    assert_equal_states(state_after_training(plain), state_after_training(logged))
+    assert not [name for entry in plain.state.log_history for name in entry if "gradient_share" in name]
+    steps = [entry for entry in logged.state.log_history if "gradient_share/logits" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2]

@@ -1,0 +1,60 @@
+"""What a checkpoint scores: predictions on the held-out questions, not made again for the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from cache import digest_of
+from pipeline.config import Config, EvaluateConfig
+from pipeline.errors import ConfigError
+from pipeline.evaluate import Prediction, evaluate_model, read_predictions
+from pipeline.inputs import Preparation
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.provenance import finished_identity, mark_finished
+from pipeline.shards import expand_shards
+
+
+def evaluate_checkpoint(config: Config, model: str, *, output: Path | None = None) -> list[Prediction]:
+    """Predictions of a checkpoint on the held-out questions; kept, and not made again for the same weights."""
+    if config.evaluate is None:
+        raise ConfigError("the config has no `evaluate` section; name held-out shards as evaluate.shards")
+    output = output or predictions_file(config, model)
+    stamp = output.with_suffix(".stamp.json")
+    identity = digest_of(_evaluation_identity(config, model))
+    if not output.is_file() or finished_identity(stamp) != identity:
+        stamp.unlink(missing_ok=True)
+        evaluate_model(model, config.data, config.evaluate, output=output, description=f"evaluate {model}")
+        mark_finished(stamp, identity, config)
+    return read_predictions(output)
+
+
+def predictions_file(config: Config, model: str) -> Path:
+    """The teacher's below `teacher/`, where stage 2 looks for them; another model's below its own name."""
+    name = "teacher" if model == config.teacher.model else model.strip("/").replace("/", "_")
+    return Path(config.output_dir) / name / "predictions.jsonl"
+
+
+def teacher_predictions(config: Config) -> list[Prediction] | None:
+    """Measured before, by `alignkd evaluate`: stage 2 itself opens no teacher."""
+    file = predictions_file(config, config.teacher.model)
+    return read_predictions(file) if file.is_file() else None
+
+
+def held_out_shards(settings: EvaluateConfig) -> list[tuple[str, str]]:
+    """(test set, shard) of everything held out. Raises `ShardError` if one is not there."""
+    return [(name, shard) for name, shards in settings.test_sets().items() for shard in expand_shards(shards)]
+
+
+def _evaluation_identity(config: Config, model: str) -> list[Any]:
+    """What predictions depend on: the weights, how they are asked, and the bytes of what they are asked."""
+    assert config.evaluate is not None
+    checkpoint = Checkpoint(model)
+    shards = [
+        (name, blake3().update_mmap(shard).hexdigest()) for name, shard in held_out_shards(config.evaluate)
+    ]
+    preparation = Preparation.of(model, config.data).digests()
+    settings = config.evaluate.model_dump(mode="json", exclude={"shards", "batch_size"})
+    return [checkpoint.digest(checkpoint.names()), preparation, shards, settings]

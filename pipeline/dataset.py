@@ -16,11 +16,12 @@ from cache import SampleEntry, Store
 from pipeline.conversation import TokenizedSample
 from pipeline.errors import BadSample, ConfigError, JoinError
 from pipeline.inputs import Preparation, pad_tokens
-from pipeline.memory import TensorCache
+from pipeline.memory import BoundedCache, TensorCache
 from pipeline.shards import expand_shards, parse_record, read_span
 from pipeline.targets import TARGETS, TeacherFacts
 
 PIXEL_CACHE_BYTES = 256 * 2**20
+STORED_CACHE_BYTES = 256 * 2**20
 CHANGED = "the shard changed after it was cached: restore it, or cache it again into a new store"
 
 
@@ -33,6 +34,18 @@ class JoinedSample:
     pixels: dict[str, torch.Tensor]
     image_digests: tuple[str, ...]
     arrays: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """What the store holds of a sample, decoded."""
+
+    tokens: TokenizedSample
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return 16 * len(self.tokens.input_ids) + sum(array.nbytes for array in self.arrays.values())
 
 
 class JoinedDataset(Dataset[JoinedSample]):
@@ -75,12 +88,18 @@ class JoinedDataset(Dataset[JoinedSample]):
         self.names = [spec.name for name, t in targets.items() for spec in TARGETS[name].arrays(t, facts)]
         self.verified: set[str] = set()
         self.pixels = TensorCache(PIXEL_CACHE_BYTES)
+        self.stored: BoundedCache[StoredSample] = BoundedCache(STORED_CACHE_BYTES)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> JoinedSample:
         part, entry = self.rows[index]
+        stored = self.stored.get(entry.key) or self.stored.put(entry.key, self._read(part, entry))
+        pixels = {digest: self._pixels(part, entry, n) for n, digest in enumerate(entry.images)}
+        return JoinedSample(entry.key, stored.tokens, pixels, entry.images, stored.arrays)
+
+    def _read(self, part: str, entry: SampleEntry) -> StoredSample:
         arrays = self.store.read(entry.key, ["input_ids", "labels", *self.names])
         tokens = TokenizedSample(
             tuple(arrays.pop("input_ids").tolist()), tuple(arrays.pop("labels").tolist())
@@ -89,8 +108,7 @@ class JoinedDataset(Dataset[JoinedSample]):
             self._compare_tokens(part, entry, tokens)
             self.verified.add(entry.key)
         arrays["num_images"] = np.array(len(entry.images))
-        pixels = {digest: self._pixels(part, entry, n) for n, digest in enumerate(entry.images)}
-        return JoinedSample(entry.key, tokens, pixels, entry.images, arrays)
+        return StoredSample(tokens, arrays)
 
     def _compare_tokens(self, part: str, entry: SampleEntry, stored: TokenizedSample) -> None:
         mine = self._tokens_of_shard(part, entry)

@@ -1,0 +1,100 @@
+"""What a picture of a sample's attention shows: a cell of heat maps for every text token, and words to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from pipeline.inspection import Inspection, attention_distance, visible
+from pipeline.models.merge import IGNORE_INDEX
+from pipeline.shapes import expect_shape
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A text token's attention to one image, float32 'Y X' each: the teacher's, then every student's."""
+
+    name: str
+    is_trained: bool
+    shares: tuple[np.ndarray, ...]
+
+    @property
+    def difference(self) -> np.ndarray:
+        """The last student minus the teacher."""
+        return self.shares[-1] - self.shares[0]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Headings of a cell's heat maps, the cells of every image, and what is said of them in words."""
+
+    headings: tuple[str, ...]
+    images: tuple[tuple[Cell, ...], ...]
+    words: tuple[str, ...]
+
+    @property
+    def has_students(self) -> bool:
+        return len(self.headings) > 1
+
+    @property
+    def largest_share(self) -> float:
+        """Of all heat maps: one scale of colours serves them all."""
+        return max(float(heat.max()) for cells in self.images for cell in cells for heat in cell.shares)
+
+    @property
+    def largest_difference(self) -> float:
+        return max(float(np.abs(cell.difference).max()) for cells in self.images for cell in cells)
+
+
+def plan_drawing(inspection: Inspection, students: Mapping[str, Tensor], *, max_tokens: int) -> Drawing:
+    """The mean over all text after an image, and its first `max_tokens` tokens; `students` name -> 'T J'."""
+    teacher = inspection.attention[inspection.layer].mean(dim=0)
+    for name, student in students.items():
+        sizes = {"T": teacher.shape[0], "J": teacher.shape[1]}
+        expect_shape(f"attention of the student {name}", student, "T J", sizes)
+    attention = [teacher, *students.values()]
+    headings = ["teacher", *(f"student {name}" for name in students)]
+    if students:
+        headings.append(f"{list(students)[-1]} − teacher")
+    images = [_cells(inspection, attention, image, max_tokens) for image in range(len(inspection.images))]
+    return Drawing(tuple(headings), tuple(images), tuple(_words(inspection, students, max_tokens)))
+
+
+def _cells(
+    inspection: Inspection, attention: Sequence[Tensor], image: int, max_tokens: int
+) -> tuple[Cell, ...]:
+    size, grid = inspection.teacher.num_vision_tokens, inspection.grid
+    columns = slice(image * size, (image + 1) * size)
+    after = (inspection.slots.text[0] > inspection.slots.vision[0, columns][-1]).nonzero()[:, 0]
+    blocks = [block[after][:, columns].view(-1, grid, grid).numpy() for block in attention]
+    places = [inspection.text[row] for row in after.tolist()]
+    mean = Cell(f"mean of {len(places)}", False, tuple(block.mean(axis=0) for block in blocks))
+    tokens = [
+        Cell(
+            visible(inspection.tokens[place]),
+            is_trained=inspection.labels[place] != IGNORE_INDEX,
+            shares=tuple(block[row] for block in blocks),
+        )
+        for row, place in enumerate(places[:max_tokens])
+    ]
+    return (mean, *tokens)
+
+
+def _words(inspection: Inspection, students: Mapping[str, Tensor], max_tokens: int) -> list[str]:
+    teacher, num_text = inspection.teacher, len(inspection.text)
+    words = [
+        f"Attention of {teacher.name}, layer {inspection.layer}, mean of its {teacher.num_heads} heads. "
+        "Percent: how much of a token's attention is on the image. Bold: trained tokens. "
+        f"Outlined: the {inspection.focus.shape[1]} focus tokens."
+    ]
+    if students:
+        distances = [f"{name} {attention_distance(inspection, s):.3f}" for name, s in students.items()]
+        words.append(f"KL(teacher ‖ student), mean of {num_text} text tokens: {', '.join(distances)} nats.")
+    if num_text > max_tokens:
+        words.append(f"Shown are the first {max_tokens} of {num_text} text tokens.")
+    if inspection.note:
+        words.append(f"Token ids in place of text: {inspection.note}.")
+    return words

@@ -1,0 +1,228 @@
+"""Draws what a sample's text looks at: for every text token a heat map over the image, teacher's and students'."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pipeline.attention_cells import Cell, Drawing, plan_drawing
+from pipeline.errors import PipelineError
+from pipeline.heat_map import draw_heat, draw_image, outline
+from pipeline.inspection import Inspection
+from pipeline.sheet import Sheet
+
+FORMATS = (".png", ".svg")
+DOTS_PER_INCH = 150
+# The lightest colour is no attention, and no difference: paper stays white. Both can be read by the colour-blind.
+SHARES, DIFFERENCES = colormaps["magma_r"], colormaps["RdBu_r"]
+# Inches. A panel is one heat map; a cell is a token's panels side by side below its name.
+MARGIN, GAP, CELL_GAP, NAME, LINE, BAR = 0.3, 0.07, 0.24, 0.2, 0.175, 0.5
+PANEL, SMALL_PANEL, IMAGE_PANEL = 1.25, 1.1, 1.75
+LEAST_WIDTH, MOST_HEIGHT_PER_WIDTH = 8.7, 1.2
+GREY = "#555555"
+CHARACTER = 0.074  # of the words beside the image, on average
+MOST_LINES_OF_TURN, MOST_CHARACTERS_OF_NAME = 4, 10
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Cells of `num_panels` panels, `per_row` cells side by side; inches."""
+
+    panel: float
+    num_panels: int
+    per_row: int = 1
+
+    @property
+    def cell_width(self) -> float:
+        return self.num_panels * (self.panel + GAP) - GAP
+
+    @property
+    def row_height(self) -> float:
+        return NAME + self.panel + CELL_GAP / 2
+
+    @property
+    def width(self) -> float:
+        return self.per_row * (self.cell_width + CELL_GAP) - CELL_GAP
+
+    def height(self, num_cells: int) -> float:
+        return ceil(num_cells / self.per_row) * self.row_height
+
+    def is_narrow(self, num_cells: int) -> bool:
+        """Whether another cell fits beside, or the page should be wider for its height."""
+        another = self.width + CELL_GAP + self.cell_width
+        return another <= LEAST_WIDTH or self.height(num_cells) > MOST_HEIGHT_PER_WIDTH * self.width
+
+
+def draw_attention(
+    inspection: Inspection,
+    output: Path,
+    *,
+    students: Mapping[str, Tensor] | None = None,
+    max_tokens: int = 40,
+) -> None:
+    """Write a PNG or SVG, by the file's ending.
+
+    Every image gets a heat map for each of the first `max_tokens` text tokens after it: the teacher's attention in
+    the inspection's layer, mean over its heads. `students`, name -> float32 'T J', stand beside it, and the last of
+    them minus the teacher. A vision token is a cell; nothing is interpolated. Raises `PipelineError` if there is no
+    image or no stored attention, or the ending is another.
+    """
+    _check(inspection, output, max_tokens)
+    drawing = plan_drawing(inspection, students or {}, max_tokens=max_tokens)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # No date, and the same names inside each time: one sample, one sequence of bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "alignkd"}):
+        metadata = {"Date": None} if output.suffix == ".svg" else None
+        AttentionFigure(inspection, drawing).draw().savefig(output, dpi=DOTS_PER_INCH, metadata=metadata)
+
+
+class AttentionFigure:
+    """A block for every image: the image beside the words, below it the cells."""
+
+    def __init__(self, inspection: Inspection, drawing: Drawing):
+        self.inspection, self.drawing = inspection, drawing
+        self.layout = _layout(drawing)
+        self.width = max(LEAST_WIDTH, self.layout.width)
+        self.share = Normalize(0, drawing.largest_share)
+        self.difference = Normalize()
+        if drawing.has_students:
+            largest = drawing.largest_difference
+            self.difference = Normalize(-largest, largest)
+        self.words = self._wrap_words()
+
+    def draw(self) -> Figure:
+        heads = [self._head_height(image) for image in range(len(self.drawing.images))]
+        grids = [self.layout.height(len(cells)) for cells in self.drawing.images]
+        self.sheet = Sheet(self.width + 2 * MARGIN, sum(heads) + sum(grids) + 2 * MARGIN)
+        top = MARGIN
+        for image, (head, grid) in enumerate(zip(heads, grids, strict=True)):
+            self._draw_head(image, top)
+            self._draw_cells(image, top + head)
+            top += head + grid
+        return self.sheet.figure
+
+    def _head_height(self, image: int) -> float:
+        beside = len(self.words) * LINE + BAR if image == 0 else 0.0
+        return self._title_height() + max(IMAGE_PANEL, beside) + CELL_GAP + NAME * self.drawing.has_students
+
+    def _title_height(self) -> float:
+        return NAME if len(self.inspection.images) > 1 else 0.0
+
+    def _draw_head(self, image: int, top: float) -> None:
+        num_images = len(self.inspection.images)
+        if num_images > 1:
+            self.sheet.write(MARGIN, top, f"image {image + 1} of {num_images}", weight="bold")
+        top += self._title_height()
+        axes = self.sheet.axes(MARGIN, top, IMAGE_PANEL, IMAGE_PANEL)
+        draw_image(axes, self.inspection.images[image], grid=self.inspection.grid)
+        self._outline(axes, image)
+        if image == 0:
+            self._write_words(MARGIN + IMAGE_PANEL + CELL_GAP, top)
+
+    def _write_words(self, left: float, top: float) -> None:
+        for line, style in self.words:
+            self.sheet.write(left, top, line, **style)
+            top += LINE
+        width = 0.4 * (self.width - IMAGE_PANEL)
+        top += BAR / 4
+        self.sheet.colour_bar(
+            left, top, width, colours=SHARES, scale=self.share, name="share of a token's attention"
+        )
+        if self.drawing.has_students:
+            left += width + 2 * CELL_GAP
+            name = self.drawing.headings[-1]
+            self.sheet.colour_bar(left, top, width, colours=DIFFERENCES, scale=self.difference, name=name)
+
+    def _draw_cells(self, image: int, top: float) -> None:
+        layout = self.layout
+        for number, cell in enumerate(self.drawing.images[image]):
+            row, column = divmod(number, layout.per_row)
+            left = MARGIN + column * (layout.cell_width + CELL_GAP)
+            if self.drawing.has_students and row == 0:
+                self._write_headings(left, top - NAME)
+            self._draw_cell(cell, image, left, top + row * layout.row_height)
+
+    def _write_headings(self, left: float, top: float) -> None:
+        for number, heading in enumerate(self.drawing.headings):
+            self.sheet.write(left + number * (self.layout.panel + GAP), top, heading, color=GREY)
+
+    def _draw_cell(self, cell: Cell, image: int, left: float, top: float) -> None:
+        panel = self.layout.panel
+        style = {"weight": "bold"} if cell.is_trained else {}
+        self.sheet.write(left, top + NAME - 0.03, _short(cell.name), va="bottom", **style)
+        heats = [(heat, SHARES, self.share, percent(heat.sum())) for heat in cell.shares]
+        if self.drawing.has_students:
+            change = f"{100 * cell.difference.sum():+.0f} pt".replace("-", "−")
+            heats.append((cell.difference, DIFFERENCES, self.difference, change))
+        for heat, colours, scale, number in heats:
+            self.sheet.write(left + panel, top + NAME - 0.03, number, va="bottom", ha="right", color=GREY)
+            axes = self.sheet.axes(left, top + NAME, panel, panel)
+            draw_heat(axes, self.inspection.images[image], heat, colours=colours, scale=scale)
+            self._outline(axes, image)
+            left += panel + GAP
+
+    def _outline(self, axes: Axes, image: int) -> None:
+        outline(axes, self.inspection.focus[image].tolist(), grid=self.inspection.grid)
+
+    def _wrap_words(self) -> list[tuple[str, dict[str, Any]]]:
+        """The lines beside the image: the key, the conversation (a long turn is cut), and what is shown."""
+        characters = int((self.width - IMAGE_PANEL - CELL_GAP) / CHARACTER)
+        lines: list[tuple[str, dict[str, Any]]] = [(self.inspection.key, {"weight": "bold", "fontsize": 10})]
+        for turn in self.inspection.conversations:
+            text = f"{turn['from']}: {turn['value']}"
+            wrapped = textwrap.wrap(text, characters, max_lines=MOST_LINES_OF_TURN, placeholder=" …")
+            lines += [(line, {}) for line in wrapped]
+        for words in self.drawing.words:
+            lines += [(line, {"color": GREY}) for line in textwrap.wrap(words, characters)]
+        return lines
+
+
+def percent(share: float) -> str:
+    """A share in percent, two digits where it is small."""
+    return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MOST_CHARACTERS_OF_NAME else f"{name[: MOST_CHARACTERS_OF_NAME - 1]}…"
+
+
+def _layout(drawing: Drawing) -> Layout:
+    """As many cells side by side as fit, more where the page would get much higher than wide."""
+    num_cells = max(map(len, drawing.images))
+    panel, num_panels = (SMALL_PANEL, len(drawing.headings)) if drawing.has_students else (PANEL, 1)
+    layout = Layout(panel, num_panels)
+    while layout.per_row < num_cells and layout.is_narrow(num_cells):
+        layout = replace(layout, per_row=layout.per_row + 1)
+    num_rows = ceil(num_cells / layout.per_row)
+    return replace(layout, per_row=ceil(num_cells / num_rows))
+
+
+def _check(inspection: Inspection, output: Path, max_tokens: int) -> None:
+    if output.suffix not in FORMATS:
+        raise PipelineError(
+            f"{output}: a picture can be written as {' or '.join(FORMATS)}, the name ends in {output.suffix!r}; "
+            "name one of these"
+        )
+    if max_tokens < 1:
+        raise PipelineError(f"max_tokens: expected a number of text tokens from 1 on, found {max_tokens}")
+    if not inspection.images:
+        raise PipelineError(
+            f"sample {inspection.key!r} of {inspection.store} is text alone, no image to look at; "
+            "name a sample with an image"
+        )
+    if not inspection.attention:
+        raise PipelineError(
+            f"{inspection.store} keeps none of its teacher's attention; cache into a new store with "
+            "`targets.attention: {}`"
+        )

@@ -1,0 +1,85 @@
+"""A stored sample as text for a terminal: tokens, those that are trained, and what the teacher would answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.text import Text
+
+from pipeline.inspection import Answer, Inspection, visible
+from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+# Neighbours differ, so that every token is seen; brackets and arrows say the same where there is no colour.
+GIVEN = ("", "dim")
+TRAINED = ("bold cyan", "bold blue")
+IMAGE = "black on yellow"
+SMALL_PRINT = "italic"
+MOST_ANSWERS = 4
+
+
+def describe_sample(inspection: Inspection) -> Text:
+    """What was read, token by token in colour, then the teacher's likeliest answers beside each trained token.
+
+    A plain space only divides tokens; "␣" and "↵" are those of the text.
+    """
+    lines = [
+        Text.assemble((inspection.key, "bold"), f" in {inspection.store}"),
+        Text(_counts(inspection)),
+        Text(),
+        Text(" ").join(_tokens(inspection)),
+        Text(),
+        Text.assemble("»", ("trained", TRAINED[0]), "«  ", ("[image]", IMAGE), "  all else is given"),
+    ]
+    if inspection.note:
+        lines.append(Text(f"numbers are token ids, for there is no tokenizer: {inspection.note}"))
+    return Text("\n").join([*lines, Text(), *_answers(inspection)])
+
+
+def _counts(inspection: Inspection) -> str:
+    num_images, size = len(inspection.images), inspection.teacher.num_vision_tokens
+    length = len(inspection.input_ids) + num_images * (size - 1)
+    words = [f"{len(inspection.input_ids) - num_images} text tokens"]
+    if num_images:
+        words.append(f"{num_images} {'image' if num_images == 1 else 'images'} of {size} vision tokens")
+    return f"{', '.join(words)}: {length} positions; {len(inspection.answers)} tokens trained"
+
+
+def _tokens(inspection: Inspection) -> Iterator[Text]:
+    """Every token in its colour, an image as the positions that its vision tokens take, arrows around an answer."""
+    size, shift, image = inspection.teacher.num_vision_tokens, 0, 0
+    trained = [label != IGNORE_INDEX for label in inspection.labels]
+    for place, (number, token) in enumerate(zip(inspection.input_ids, inspection.tokens, strict=True)):
+        if number == IMAGE_TOKEN_INDEX:
+            image, first = image + 1, place + shift
+            shift += size - 1
+            grid = f"{inspection.grid} x {inspection.grid}"
+            yield Text(f"[image {image}: {grid} vision tokens at {first} to {first + size - 1}]", IMAGE)
+            continue
+        begins = trained[place] and not trained[place - 1]
+        ends = trained[place] and not any(trained[place + 1 : place + 2])
+        style = (TRAINED if trained[place] else GIVEN)[place % 2]
+        yield Text.assemble("»" * begins, (visible(token), style), "«" * ends)
+
+
+def _answers(inspection: Inspection) -> Iterator[Text]:
+    if not any(answer.likeliest for answer in inspection.answers):
+        yield Text("The store keeps no logits: what the teacher would answer is not known.")
+        return
+    names = [visible(inspection.tokens[answer.place]) for answer in inspection.answers]
+    width = max(len("trained"), *map(len, names))
+    yield Text(f"{'trained'.ljust(width)}  the teacher's likeliest", style=SMALL_PRINT)
+    for answer, name in zip(inspection.answers, names, strict=True):
+        yield Text.assemble((name.ljust(width), TRAINED[0]), "  ", _likeliest(answer, inspection))
+
+
+def _likeliest(answer: Answer, inspection: Inspection) -> Text:
+    label = inspection.tokens[answer.place]
+    shown = [f"{visible(text)} {_percent(share)}" for text, share in answer.likeliest[:MOST_ANSWERS]]
+    line = Text("  ".join(shown))
+    if answer.likeliest[0][0] != label:
+        line.append("  not what is trained", "bold magenta")
+    return line
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%" if share >= 0.001 else "<0.1%"

@@ -1,0 +1,178 @@
+"""Pictures of numbers: a panel of curves as SVG in the page's own colours, and the plot of a sweep as files."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+# Colours that no figure uses: in the page they become CSS, so that light, dark and print each have their own.
+INK, RULE = "#000001", "#000002"
+CSS = {INK: "currentColor", RULE: "var(--rule)"}
+NUM_SERIES = 8
+CSS |= {f"#0001{number:02x}": f"var(--series-{number})" for number in range(1, NUM_SERIES + 1)}
+
+MAX_POINTS = 300  # a panel is 340 pixels wide: more would be bytes that nobody sees
+LOG_FROM = 20.0  # the largest value over the smallest from which a linear scale hides the end of a curve
+
+# In the files, which have a white page of their own: readable in grey, and by who sees few colours.
+BLUE, GREY, PALE = "#0072b2", "#6b6b6b", "#d9d9d9"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's values at its logged steps; `series` is the number of the page's colour, from 1."""
+
+    steps: Sequence[int]
+    values: Sequence[float]
+    series: int
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The upright axis of a panel; `unit` percent takes shares and shows percent."""
+
+    low: float
+    high: float
+    kind: Literal["linear", "log"] = "linear"
+    unit: Literal["", "percent"] = ""
+
+    @classmethod
+    def covering(cls, values: Sequence[float]) -> Scale:
+        """A little more than all finite values; logarithmic if all are positive and far apart."""
+        finite = [value for value in values if math.isfinite(value)] or [0.0]
+        low, high = min(finite), max(finite)
+        if low > 0 and high / low >= LOG_FROM:
+            return cls(low / 1.2, high * 1.2, "log")
+        margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+        return cls(low - margin, high + margin)
+
+
+def draw_panel(curves: Sequence[Curve], scale: Scale, *, label: str) -> str:
+    """Thin lines over optimizer steps as an `<svg>` for a page; `label` is what a screen reader says of it."""
+    figure = Figure(figsize=(3.3, 1.9))
+    axes = figure.add_axes((0.15, 0.13, 0.83, 0.83))
+    for curve in curves:
+        steps, values = thinned(curve.steps), thinned(curve.values)
+        style = {"linestyle": (0, (4, 2)) if curve.dashed else "-", "marker": "." if len(steps) == 1 else ""}
+        axes.plot(steps, values, color=f"#0001{curve.series:02x}", linewidth=0.9, **style)
+    _plain(axes, ink=INK, rule=RULE)
+    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    _scale_upright(axes, scale)
+    return _inline(figure, label)
+
+
+def thinned(numbers: Sequence[float]) -> list[float]:
+    """At most `MAX_POINTS` numbers: the means of neighbours."""
+    size = math.ceil(len(numbers) / MAX_POINTS)
+    blocks = [numbers[start : start + size] for start in range(0, len(numbers), max(size, 1))]
+    return [sum(block) / len(block) for block in blocks]
+
+
+def draw_sweep(
+    summary_rows: Sequence[Mapping[str, Any]],
+    output_png: Path,
+    output_svg: Path,
+    *,
+    teacher: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> None:
+    """A sweep's `rows` of summary.json: accuracy of each seed and gain with its interval, a pair of axes a test set.
+
+    `teacher` is the summary's own: test set -> question type -> (share correct, questions); a dashed line.
+    """
+    test_sets = list(dict.fromkeys(row["test_set"] for row in summary_rows))
+    blocks = [[row for row in summary_rows if row["test_set"] == name] for name in test_sets]
+    height = sum(0.3 * len(block) + 0.75 for block in blocks) + 0.1
+    figure = Figure(figsize=(9, height), layout="constrained")
+    grid = figure.subplots(
+        len(blocks), 2, squeeze=False, sharex="col", sharey="row", height_ratios=[len(b) + 2 for b in blocks]
+    )
+    for (left, right), name, block in zip(grid, test_sets, blocks, strict=True):
+        _draw_accuracy(left, block, teacher[name]["all"][0] if teacher and name in teacher else None)
+        _draw_gain(right, block)
+        left.set_title(f"{name}: {block[0]['questions']:,} questions", loc="left", fontsize=10, weight="bold")
+    grid[-1][0].set_xlabel("accuracy, %: dot the mean, rings the seeds", fontsize=9)
+    grid[-1][1].set_xlabel("gain over labels only, points, 95% interval", fontsize=9)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep"}):
+        figure.savefig(output_png, format="png", dpi=160)
+        figure.savefig(output_svg, format="svg", metadata={"Date": None})
+
+
+def _draw_accuracy(axes: Axes, rows: Sequence[Mapping[str, Any]], teacher: float | None) -> None:
+    for place, row in enumerate(rows):
+        colour = GREY if row["gain"] is None else BLUE
+        seeds = [100 * share for share in row["accuracy_by_seed"]]
+        axes.plot(seeds, [place] * len(seeds), "o", mfc="none", mec=colour, ms=5, mew=0.8)
+        axes.plot([100 * row["accuracy"]], [place], "o", color=colour, ms=5)
+    if teacher is not None:
+        axes.axvline(100 * teacher, color=GREY, linewidth=1, linestyle=(0, (4, 2)))
+        axes.annotate("teacher", (100 * teacher, 1), (-3, -2), ("data", "axes fraction"), "offset points",
+                      ha="right", va="top", fontsize=8, color=GREY)  # fmt: skip
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=9)
+    axes.set_ylim(len(rows) - 0.4, -1.1)
+    _plain(axes, ink="#1a1a1a", rule=PALE)
+    axes.grid(axis="x", color=PALE, linewidth=0.6)
+
+
+def _draw_gain(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    axes.axvline(0, color=GREY, linewidth=1)
+    for place, row in enumerate(rows):
+        if gain := row["gain"]:
+            low, middle, high = (100 * gain[name] for name in ("low", "difference", "high"))
+            axes.plot([low, high], [place, place], color=BLUE, linewidth=1.6, solid_capstyle="butt")
+            axes.plot([middle], [place], "o", color=BLUE, ms=5)
+    _plain(axes, ink="#1a1a1a", rule=PALE)
+    axes.grid(axis="x", color=PALE, linewidth=0.6)
+
+
+def _plain(axes: Axes, *, ink: str, rule: str) -> None:
+    """Numbers without a frame: the axes are lines, their ticks are the grid's."""
+    axes.set_facecolor("none")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(rule)
+    axes.tick_params(length=0, labelsize=8, labelcolor=ink)
+
+
+def _scale_upright(axes: Axes, scale: Scale) -> None:
+    axes.set_yscale(scale.kind)
+    axes.set_ylim(scale.low, scale.high)
+    if scale.kind == "log":
+        subs = (1.0, 3.0) if scale.high / scale.low < 1000 else (1.0,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+        axes.yaxis.set_minor_locator(LogLocator(subs=()))
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    factor, sign = (100, "%") if scale.unit == "percent" else (1, "")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:.5g}{sign}"))
+
+
+def _inline(figure: Figure, label: str) -> str:
+    """The figure as an element of a page: no prolog, no namespaces, no fonts, ids of its own, the page's colours."""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    start = f'<svg {box[0]} role="img" aria-label="{html.escape(label)}">'
+    text = start + text[text.index(">") + 1 :]
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    return re.sub(r"#000[01]\w{2}", lambda colour: CSS.get(colour[0], colour[0]), text)

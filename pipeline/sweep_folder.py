@@ -1,0 +1,143 @@
+"""What a sweep left in its folder: its summary's rows, its runs, and which labels-only run each was held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.compare import Gain
+from pipeline.findings import Result, Scores, TrainingRun, gap_closed, gaps_closed
+from pipeline.run_folder import (
+    STATE,
+    in_order,
+    named_if_damaged,
+    read_json,
+    read_json_lines,
+    read_run,
+    reads_teacher,
+)
+
+SWEEP = "sweep.json"
+SUMMARY = "summary.json"
+RUNS = "runs.jsonl"
+SEED = "train.seed"
+
+
+class SweepFolder:
+    """A finished sweep. Everything here raises `PipelineError` naming the file that is damaged or not there."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.settings: dict[str, Any] = read_json(folder / SWEEP)
+        self.summary: dict[str, Any] = read_json(folder / SUMMARY)
+        with named_if_damaged(folder / SUMMARY):
+            labels = {_variation(row["variation"]): str(row["label"]) for row in self.summary["rows"]}
+        lines = read_json_lines(folder / RUNS)
+        with named_if_damaged(folder / RUNS):
+            self.lines = [line for line in lines if self._is_summarised(line, labels)]
+            self.label_of_run = {line["name"]: labels[_variation(line["values"])] for line in self.lines}
+            self.baselines = {self.label_of_run[line["name"]]: self.label_of_run.get(line["baseline"])
+                              for line in self.lines}  # fmt: skip
+
+    def varied(self) -> dict[str, list[Any]]:
+        """Setting -> its values, each once, in the order of the runs."""
+        values: dict[str, list[Any]] = {}
+        for line in self.lines:
+            for key, value in line["values"].items():
+                if value not in values.setdefault(key, []):
+                    values[key].append(value)
+        return values
+
+    def teacher(self) -> dict[str, Scores]:
+        """Its scores by test set; none if it was not evaluated."""
+        with named_if_damaged(self.folder / SUMMARY):
+            found = self.summary["teacher"] or {}
+            return {
+                test_set: {name: (float(share), int(number)) for name, (share, number) in scores.items()}
+                for test_set, scores in found.items()
+            }
+
+    def results(self) -> tuple[Result, ...]:
+        """The summary's rows in its own order; to them the gap closed by question type is added."""
+        teacher = self.teacher()
+        with named_if_damaged(self.folder / SUMMARY):
+            rows = [self._result(row) for row in self.summary["rows"]]
+        return tuple(self._with_gaps(row, rows, teacher) for row in rows)
+
+    def questions(self) -> dict[str, dict[str, int]]:
+        """Test set -> question type -> number of questions, as the runs answered them."""
+        counts: dict[str, dict[str, int]] = {}
+        with named_if_damaged(self.folder / RUNS):
+            for line in self.lines:
+                for test_set, scores in line["accuracy"].items():
+                    of_set = counts.setdefault(test_set, {})
+                    of_set |= {name: number for name, (_, number) in scores.items()}
+        return counts
+
+    def runs(self) -> tuple[TrainingRun, ...]:
+        """Every run by the sweep's own record; one whose folder is gone has no history."""
+        with named_if_damaged(self.folder / RUNS):
+            return tuple(self._run(line) for line in self.lines)
+
+    def run_folders(self) -> list[Path]:
+        """The folders of the runs that are still there."""
+        with named_if_damaged(self.folder / RUNS):
+            folders = [self.folder / line["folder"] for line in self.lines]
+        return [folder for folder in folders if (folder / STATE).is_file()]
+
+    def _is_summarised(self, line: Mapping[str, Any], labels: Mapping[Any, str]) -> bool:
+        """Runs of an earlier sweep into the same folder stay in its file, but not in its summary."""
+        return (
+            line["name"] in self.settings.get("runs", [line["name"]]) and _variation(line["values"]) in labels
+        )
+
+    def _result(self, row: Mapping[str, Any]) -> Result:
+        return Result(
+            label=row["label"],
+            test_set=row["test_set"],
+            accuracy=row["accuracy"],
+            by_seed=tuple(row["accuracy_by_seed"]),
+            by_type={name: share for name, share in row["by_type"].items() if name != "all"},
+            num_questions=row["questions"],
+            is_baseline=row["gain"] is None and row["label"] in self.baselines.values(),
+            gain=Gain(**row["gain"]) if row["gain"] else None,
+            gap_closed=row["gap_closed"],
+            gap_by_type={},
+        )
+
+    def _with_gaps(self, result: Result, rows: Sequence[Result], teacher: Mapping[str, Scores]) -> Result:
+        """Gap closed by question type; none where teacher and student were asked different questions."""
+        baseline = (self.baselines.get(result.label), result.test_set)
+        none = next((row for row in rows if (row.label, row.test_set) == baseline), None)
+        taught = teacher.get(result.test_set)
+        if result.is_baseline or none is None or taught is None or taught["all"][1] != result.num_questions:
+            return replace(result, gap_closed=None)
+        is_wide = gap_closed(result.accuracy, none.accuracy, taught["all"][0]) is not None
+        return replace(
+            result,
+            gap_closed=result.gap_closed if is_wide else None,
+            gap_by_type=gaps_closed(result.by_type, none.by_type, taught),
+        )
+
+    def _run(self, line: Mapping[str, Any]) -> TrainingRun:
+        folder, label = self.folder / line["folder"], self.label_of_run[line["name"]]
+        terms = in_order(line["terms"])
+        return TrainingRun(
+            label=label,
+            name=line["name"],
+            terms=terms,
+            reads_teacher=reads_teacher(terms),
+            history=read_run(folder, label).history if (folder / STATE).is_file() else None,
+            steps=line["steps"],
+            samples_seen=line["samples_seen"],
+            train_seconds=line["train_seconds"],
+            samples_per_second=line["samples_per_second"],
+            threads=line["threads"],
+        )
+
+
+def _variation(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What was varied, without the seed; values by their text, since a list cannot be a key."""
+    return tuple(sorted((key, repr(value)) for key, value in values.items() if key != SEED))

@@ -103,7 +103,7 @@ def distill(config: ConfigFile, overrides: Overrides = None, print_config: Print
     settings = _load(config, overrides, print_config)
     from pipeline.experiment import run_experiment
 
-    print(run_experiment(settings, say=lambda line: print(line, file=sys.stderr)))
+    print(run_experiment(settings, say=_say))
 
 
 @app.command()
@@ -133,6 +133,45 @@ def evaluate(
     for test_set, predictions in sets.items():
         print(f"test set {test_set}\n" if len(sets) > 1 else "", end="")
         print(accuracy_table({model or "teacher": predictions}))
+
+
+@app.command()
+def sweep(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(help="key=value,value; repeat it. losses= takes sets: see below.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default: OUTPUT_DIR/sweep.")] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at a time, each with its share of cores or GPUs.")
+    ] = 1,
+    keep_models: Annotated[bool, typer.Option(help="Keep every student's weights.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
+) -> None:
+    """Many student experiments from one store: every combination of --vary, each held against labels alone.
+
+    --vary losses= takes none, all, all-LOSS, LOSS+LOSS and leave-one-out; any other key is one of the config's,
+    such as --vary losses.attention.distance=kl,mse --vary data.fraction=0.02,0.1 --vary train.seed=0,1,2.
+    A run that is done is not done again. Exit code 1 if a run failed; the others are in the table.
+    """
+    settings = _load(config, overrides, False)
+    from pipeline.config import load_config
+    from pipeline.scores import teacher_predictions
+    from pipeline.sweep import run_sweep
+    from pipeline.sweep_summary import summarise_sweep, summary_tables
+    from pipeline.variations import parse_vary, plan_runs
+
+    runs = plan_runs(lambda more: load_config(config, [*(overrides or []), *more]), parse_vary(vary or []))
+    if dry_run:
+        print("\n".join(run.name for run in runs))
+        return
+    folder = output or Path(settings.output_dir) / "sweep"
+    lines, failed = run_sweep(settings, runs, folder, jobs=jobs, keep_models=keep_models, say=_say)
+    if lines:
+        print(summary_tables(summarise_sweep(folder, lines, teacher=teacher_predictions(settings))))
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -186,6 +225,10 @@ def _load(config: Path, overrides: list[str] | None, print_config: bool) -> Conf
         print(to_yaml(settings), end="")
         raise typer.Exit()
     return settings
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _print_reasons(reasons: dict[str, int], *, where: str) -> None:

@@ -83,4 +83,4 @@ def text_table(rows: Sequence[Sequence[str]], *, num_heads: int = 1) -> str:
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    return "\n".join([*lines[:num_heads], "-" * len(lines[0]), *lines[num_heads:]])
+    return "\n".join(line.rstrip() for line in [*lines[:num_heads], "-" * len(lines[0]), *lines[num_heads:]])

@@ -32,6 +32,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.sweep_folder",
         "pipeline.throughput",
     },
+    "sweep": {"pipeline.sweep", "pipeline.sweep_summary", "pipeline.variations"},
     "experiment": {"pipeline.experiment", "pipeline.demo_card", "pipeline.demo_teacher"},
     "comparison": {"pipeline.compare", "pipeline.curves", "pipeline.scores"},
     "inspection": {
@@ -113,6 +114,7 @@ FLOORS: dict[str, set[str]] = {
 # Floor -> floors that its modules may import. A floor that lists itself lets its modules import each other.
 MAY_IMPORT: dict[str, set[str]] = {
     "command line": {
+        "sweep",
         "experiment",
         "comparison",
         "stages",
@@ -131,6 +133,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ground",
         "store",
     },
+    "sweep": {"sweep", "comparison", "stages", "stage parts", "config", "models", "ground", "store"},
     "experiment": {"comparison", "stages", "stage parts", "config", "data", "models", "ground", "store"},
     "comparison": {"stages", "stage parts", "config", "data", "models", "ground", "store"},
     "inspection": {

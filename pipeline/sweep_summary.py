@@ -1,0 +1,126 @@
+"""What a sweep's runs say together: mean over seeds, gain over labels alone with its interval, gap to the teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pipeline.compare import Gain, paired_gain, text_table
+from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set, read_predictions
+from pipeline.sweep import PREDICTIONS, Line
+from pipeline.variations import SEED, name_of
+
+Row = dict[str, Any]
+
+
+def summarise_sweep(
+    folder: Path, lines: Mapping[str, Line], *, teacher: Sequence[Prediction] | None
+) -> dict[str, Any]:
+    """`rows`, one a variation and test set in the order of the runs, and the `teacher`'s accuracy; JSON-ready.
+
+    A run is held against its baseline on the same questions and the same seed. Also written as `summary.json`.
+    """
+    taught = by_test_set(teacher or [])
+    rows: list[Row] = []
+    predictions = {name: by_test_set(_predictions(folder, line)) for name, line in lines.items()}
+    for group in _by_variation(lines.values()):
+        for test_set in predictions[group[0]["name"]]:
+            rows.append(_row(group, predictions, test_set, taught.get(test_set)))
+    summary = {"rows": rows, "teacher": {name: accuracy_by_type(p) for name, p in taught.items()} or None}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def summary_tables(summary: Mapping[str, Any]) -> str:
+    """The rows as text, a table for each test set."""
+    blocks = []
+    for test_set in dict.fromkeys(row["test_set"] for row in summary["rows"]):
+        rows = [row for row in summary["rows"] if row["test_set"] == test_set]
+        blocks.append(f"test set {test_set}: {_caption(rows)}\n{text_table(_cells(rows, summary))}")
+    return "\n\n".join(blocks)
+
+
+def _cells(rows: Sequence[Row], summary: Mapping[str, Any]) -> list[list[str]]:
+    cells = [["variation", "seeds", "accuracy, %", "gain, points", "95% interval", "gap closed, %"]]
+    for row in rows:
+        gain = row["gain"]
+        cells.append([
+            row["label"],
+            str(len(row["seeds"])),
+            f"{100 * row['accuracy']:.2f}",
+            f"{100 * gain['difference']:+.2f}" if gain else "",
+            f"[{100 * gain['low']:+.2f}, {100 * gain['high']:+.2f}]" if gain else "",
+            f"{100 * row['gap_closed']:.0f}" if row["gap_closed"] is not None else "",
+        ])  # fmt: skip
+    if taught := (summary["teacher"] or {}).get(rows[0]["test_set"]):
+        cells.append(["teacher", "", f"{100 * taught['all'][0]:.2f}", "", "", ""])
+    return cells
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    gains = [row["gain"] for row in rows if row["gain"]]
+    if not gains:
+        return f"{rows[0]['questions']:,} questions"
+    images, questions = gains[0]["num_images"], gains[0]["num_questions"]
+    return (
+        f"{questions:,} questions of {images:,} images; gain over labels alone, paired by question and seed; "
+        "bootstrap over images and seeds"
+    )
+
+
+def _by_variation(lines: Iterable[Line]) -> list[list[Line]]:
+    """Runs that differ in their seed alone, together."""
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(_label(line), []).append(line)
+    return list(groups.values())
+
+
+def _label(line: Line) -> str:
+    return name_of({key: value for key, value in line["values"].items() if key != SEED}, between=", ")
+
+
+def _row(
+    group: Sequence[Line],
+    predictions: Mapping[str, Mapping[str, list[Prediction]]],
+    test_set: str,
+    teacher: Sequence[Prediction] | None,
+) -> Row:
+    scores = [accuracy_by_type(predictions[line["name"]][test_set]) for line in group]
+    paired = [line for line in group if line["baseline"] in predictions]
+    theirs = [predictions[line["baseline"]][test_set] for line in paired]
+    is_baseline = group[0]["name"] == group[0]["baseline"]
+    gain = None
+    if paired and not is_baseline:
+        gain = paired_gain([predictions[line["name"]][test_set] for line in paired], theirs)
+    return {
+        "variation": {key: value for key, value in group[0]["values"].items() if key != SEED},
+        "label": _label(group[0]),
+        "seeds": [line["values"].get(SEED) for line in group],
+        "test_set": test_set,
+        "accuracy": fmean(score["all"][0] for score in scores),
+        "accuracy_by_seed": [score["all"][0] for score in scores],
+        "by_type": {kind: fmean(score[kind][0] for score in scores) for kind in scores[0]},
+        "questions": scores[0]["all"][1],
+        "gain": asdict(gain) if gain else None,
+        "gap_closed": _gap_closed(gain, theirs, teacher),
+    }
+
+
+def _gap_closed(
+    gain: Gain | None, baseline: Sequence[Sequence[Prediction]], teacher: Sequence[Prediction] | None
+) -> float | None:
+    """Which share of the way from labels alone to the teacher was made."""
+    if gain is None or not teacher or len(teacher) != gain.num_questions:
+        return None
+    without = fmean(accuracy_by_type(run)["all"][0] for run in baseline)
+    gap = accuracy_by_type(teacher)["all"][0] - without
+    return gain.difference / gap if gap > 0 else None
+
+
+def _predictions(folder: Path, line: Line) -> list[Prediction]:
+    return read_predictions(folder / line["folder"] / PREDICTIONS)

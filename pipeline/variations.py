@@ -1,0 +1,134 @@
+"""What a sweep varies: `--vary key=value,value` becomes named runs, each paired with one on labels alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import yaml
+
+from pipeline.config import Config, LossesConfig, read_yaml
+from pipeline.errors import ConfigError
+
+LOSS_SET = "losses"
+SEED = "train.seed"
+LABELS = "supervised"
+LEAVE_ONE_OUT = "leave-one-out"
+
+LoadConfig = Callable[[Sequence[str]], Config]
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One run of a sweep: its values, its config, and the name of the run on labels alone that it is held against."""
+
+    values: Mapping[str, Any]
+    config: Config
+    baseline: str
+
+    @property
+    def name(self) -> str:
+        return name_of(self.values)
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.name == self.baseline
+
+
+def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """`key=value,value` of each text, by key; values are YAML, so `[[0, 0]]` may be one."""
+    vary: dict[str, list[Any]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        try:
+            parsed = read_yaml(f"[{values}]") if equals else None
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ConfigError(f"--vary {text!r}: the values are not readable as YAML: {error}") from error
+        if not key or not parsed:
+            raise ConfigError(f"--vary {text!r}: expected key=value,value such as losses=none,all")
+        if key in vary:
+            raise ConfigError(f"--vary {text!r}: {key} is varied twice; give all its values at once")
+        vary[key] = parsed
+    return vary
+
+
+def plan_runs(load: LoadConfig, vary: Mapping[str, list[Any]]) -> list[Variation]:
+    """Every combination once, seed by seed, each with its baseline before it.
+
+    `load` makes the config from overrides. Of a value that a run does not use (a setting of a loss that it leaves
+    out) nothing is said in its name, so such runs are one. Raises `ConfigError` for what the config refuses.
+    """
+    available = [name for name in load([]).losses.active() if name != LABELS]
+    axes = {key: _expanded(key, values, available) for key, values in vary.items()}
+    axes = {
+        key: axes[key] for key in sorted(axes, key=lambda key: key != SEED)
+    }  # the seed is the outermost loop
+    runs: dict[str, Variation] = {}
+    for combination in product(*axes.values()):
+        values = dict(zip(axes, combination, strict=True))
+        for chosen in ({**values, LOSS_SET: "none"}, values):
+            run = _variation(load, chosen, available)
+            runs.setdefault(run.name, run)
+    return list(runs.values())
+
+
+def name_of(values: Mapping[str, Any], *, between: str = ",") -> str:
+    """`losses=all,data.fraction=0.1,train.seed=0`: a run's name, and its folder's."""
+    return between.join(f"{key}={_text(value)}" for key, value in values.items()).replace("/", "_")
+
+
+def _variation(load: LoadConfig, values: Mapping[str, Any], available: Sequence[str]) -> Variation:
+    kept = _losses_of(str(values.get(LOSS_SET, "all")), available)
+    used = {key: value for key, value in values.items() if _is_used(key, kept)}
+    config = load([f"{key}={json.dumps(value)}" for key, value in used.items() if key != LOSS_SET])
+    losses = {name: getattr(config.losses, name) for name in (LABELS, *kept)}
+    baseline = {LOSS_SET: "none"} | {key: value for key, value in used.items() if not _is_of_losses(key)}
+    config = config.model_copy(update={"losses": LossesConfig(**losses), "baseline": False})
+    return Variation(_ordered(used), config, name_of(_ordered(baseline)))
+
+
+def _is_of_losses(key: str) -> bool:
+    return key.split(".")[0] == LOSS_SET
+
+
+def _is_used(key: str, kept: Sequence[str]) -> bool:
+    section, *rest = key.split(".")
+    return section != LOSS_SET or not rest or rest[0] in (LABELS, *kept)
+
+
+def _ordered(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The loss set first, the seed last, the others as they were given."""
+    return dict(sorted(values.items(), key=lambda item: (item[0] != LOSS_SET, item[0] == SEED)))
+
+
+def _expanded(key: str, values: Sequence[Any], available: Sequence[str]) -> list[Any]:
+    if key != LOSS_SET:
+        return list(values)
+    expanded: list[str] = []
+    for value in map(str, values):
+        expanded += [f"all-{name}" for name in available] if value == LEAVE_ONE_OUT else [value]
+    return expanded
+
+
+def _losses_of(loss_set: str, available: Sequence[str]) -> list[str]:
+    """Names of the losses of a set: `none`, `all`, `all-attention`, or names joined by `+`."""
+    if loss_set == "none":
+        return []
+    whole, _, left_out = loss_set.partition("-")
+    if whole == "all" and (not left_out or left_out in available):
+        return [name for name in available if name != left_out]
+    chosen = loss_set.split("+")
+    if unknown := [name for name in chosen if name not in available]:
+        raise ConfigError(
+            f"--vary losses: {unknown[0]!r} is no loss set of this config; its losses are "
+            f"{', '.join(available) or 'none but labels'}, to be joined by +; or none, all, all-<loss>, "
+            f"{LEAVE_ONE_OUT}"
+        )
+    return [name for name in available if name in chosen]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -1,0 +1,132 @@
+"""The sweep: every run once, from one store; what is done stays done, and what fails stops nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from small_experiment import snapshot
+
+from cache import FingerprintMismatch
+from pipeline.config import load_config
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.sweep import read_lines, run_sweep
+from pipeline.variations import parse_vary, plan_runs
+
+VARY = ("losses=none,all", "train.seed=0,1")
+
+
+@pytest.fixture(scope="module")
+def sweep_of(experiment):
+    """Runs a sweep of the small experiment into a folder; returns lines, failures and what was said."""
+
+    def run(folder, *overrides: str, vary=VARY, **options):
+        base = [f"output_dir={folder}", *overrides]
+        config = load_config(experiment.file, base)
+        runs = plan_runs(lambda more: load_config(experiment.file, [*base, *more]), parse_vary(vary))
+        said: list[str] = []
+        lines, failed = run_sweep(config, runs, folder, say=said.append, **options)
+        return lines, failed, said
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(sweep_of, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder, *sweep_of(folder)
+
+
+def test_a_run_leaves_one_line_of_json(finished):
+    folder, lines, failed, said = finished
+    assert not failed and len(said) == 5 and said[0].startswith("4 runs, 0 of them done; 1 at a time")
+    assert read_lines(folder) == list(lines.values())
+    line = lines["losses=all,train.seed=1"]
+    assert line["values"] == {"losses": "all", "train.seed": 1}
+    assert line["baseline"] == "losses=none,train.seed=1"
+    assert sorted(line["terms"]) == ["attention", "logits", "supervised", "vision_all", "vision_focus"]
+    assert (line["steps"], line["samples_seen"]) == (2, 8)
+    assert line["accuracy"]["test"]["all"][1] == 6
+    state = json.loads((folder / line["folder"] / "trainer_state.json").read_text())
+    assert line["train_seconds"] == state["log_history"][-1]["train_runtime"]
+
+
+def test_a_finished_sweep_does_nothing_again(finished, sweep_of):
+    folder, lines, _, _ = finished
+    before = {name: kept for name, kept in snapshot(folder / "runs").items()}
+    again, failed, said = sweep_of(folder)
+    assert again == lines and not failed and said == [f"4 runs, 4 of them done; 1 at a time -> {folder}"]
+    assert snapshot(folder / "runs") == before
+
+
+def test_a_wider_sweep_runs_only_what_is_new(finished, sweep_of, tmp_path):
+    folder = tmp_path / "wider"
+    sweep_of(folder, vary=["losses=none", "train.seed=0"])
+    _, _, said = sweep_of(folder, vary=["losses=none,logits", "train.seed=0"])
+    assert [line.split(":")[0] for line in said[1:]] == ["[2/2] losses=logits,train.seed=0"]
+    narrow, _, said = sweep_of(folder, vary=["losses=none", "train.seed=0"])
+    assert list(narrow) == ["losses=none,train.seed=0"] and len(said) == 1
+    assert len(read_lines(folder)) == 2
+
+
+def test_other_settings_are_run_again_and_replace_their_lines(sweep_of, tmp_path):
+    vary = ["losses=none", "train.seed=0"]
+    first, _, _ = sweep_of(tmp_path, vary=vary)
+    second, _, said = sweep_of(tmp_path, "train.learning_rate=0.1", vary=vary)
+    assert len(said) == 2 and len(read_lines(tmp_path)) == 1
+    assert first["losses=none,train.seed=0"]["identity"] != second["losses=none,train.seed=0"]["identity"]
+
+
+def test_a_line_that_a_kill_cut_is_written_again_without_training(sweep_of, tmp_path):
+    vary = ["losses=none", "train.seed=0,1"]
+    lines, _, _ = sweep_of(tmp_path, vary=vary)
+    model = snapshot(tmp_path / "runs")
+    file = tmp_path / "runs.jsonl"
+    file.write_text(file.read_text()[:-20])
+    again, _, said = sweep_of(tmp_path, vary=vary)
+    assert again == lines and len(said) == 2 and read_lines(tmp_path) == list(lines.values())
+    assert snapshot(tmp_path / "runs") == model
+
+
+def test_a_damaged_line_is_named(sweep_of, tmp_path):
+    sweep_of(tmp_path, vary=["losses=none", "train.seed=0"])
+    file = tmp_path / "runs.jsonl"
+    file.write_text("{nonsense\n" + file.read_text())
+    with pytest.raises(PipelineError, match=r"runs\.jsonl: line 1 is no JSON; remove it to run it again"):
+        sweep_of(tmp_path, vary=["losses=none", "train.seed=0"])
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(sweep_of, tmp_path):
+    vary = ["losses=logits", "train.learning_rate=1e-3,1e30"]
+    lines, failed, said = sweep_of(tmp_path, "train.max_steps=4", vary=vary)
+    assert "losses=logits,train.learning_rate=0.001" in lines
+    (name,) = {name for name in failed if "logits" in name}
+    assert name == "losses=logits,train.learning_rate=1e+30" and "NonFiniteLossError" in failed[name]
+    assert any(line.startswith(f"FAILED {name}: ") for line in said)
+
+
+def test_several_at_a_time_say_the_same_and_keep_their_own_logs(finished, sweep_of, tmp_path):
+    _, alone, _, _ = finished
+    lines, failed, _ = sweep_of(tmp_path, jobs=2)
+    assert not failed and list(lines) == list(alone)
+    for name, line in lines.items():
+        assert (line["terms"], line["accuracy"]) == (alone[name]["terms"], alone[name]["accuracy"])
+        assert "loss" in (tmp_path / line["folder"] / "log.txt").read_text()
+
+
+def test_weights_can_be_discarded_and_the_run_is_still_done(sweep_of, tmp_path):
+    vary = ["losses=none", "train.seed=0"]
+    sweep_of(tmp_path, vary=vary, keep_models=False)
+    assert not list(tmp_path.rglob("*.safetensors")) and list(tmp_path.rglob("predictions.jsonl"))
+    assert len(sweep_of(tmp_path, vary=vary)[2]) == 1
+
+
+def test_a_sweep_without_held_out_questions_is_refused(sweep_of, tmp_path):
+    with pytest.raises(ConfigError, match=r"name held-out shards as evaluate\.shards"):
+        sweep_of(tmp_path, "evaluate=null")
+
+
+def test_another_store_is_refused_before_the_first_run(sweep_of, tmp_path):
+    with pytest.raises(FingerprintMismatch):
+        sweep_of(tmp_path, "data.template=plain")
+    assert not list(tmp_path.iterdir())

@@ -10,6 +10,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 
 from pipeline.errors import ConfigError
+from pipeline.models.efficientnet import EfficientNetLiteConfig
+
+# What `vision_tower_type` may say, and the class of that tower's geometry.
+TowerConfig = CLIPVisionConfig | EfficientNetLiteConfig
+TOWER_TYPES: dict[str, type[CLIPVisionConfig] | type[EfficientNetLiteConfig]] = {
+    "clip": CLIPVisionConfig,
+    "efficientnet_lite": EfficientNetLiteConfig,
+}
 
 # Public geometry of the towers that published configs name without describing them.
 KNOWN_TOWERS: dict[str, dict[str, Any]] = {
@@ -28,16 +36,19 @@ KNOWN_TOWERS: dict[str, dict[str, Any]] = {
 class MobileVLMConfig(LlamaConfig):
     """A flat LLaMA config plus the `mm_*` fields of the published files and two optional ones.
 
-    `vision_config` is the tower's geometry (absent: that of the tower which `mm_vision_tower` names);
+    `vision_config` is the tower's geometry (absent: that of the tower which `mm_vision_tower` names), of the
+    kind that `vision_tower_type` says;
     `mm_projector_grid` is the side of the vision-token grid (absent: 12, hence 144 vision tokens).
     """
 
     model_type = "mobilevlm"
     sub_configs = {"vision_config": CLIPVisionConfig}  # pyright: ignore[reportAssignmentType]
 
-    vision_config: dict | CLIPVisionConfig | None = None
+    vision_tower_type: str = (
+        "clip"  # before the geometry: fields are set in this order, and it says what that is
+    )
+    vision_config: dict | CLIPVisionConfig | EfficientNetLiteConfig | None = None
     mm_vision_tower: str | None = "openai/clip-vit-large-patch14-336"
-    vision_tower_type: str = "clip"
     mm_hidden_size: int | None = None
     mm_projector_type: str = "ldpnetv2"
     mm_projector_grid: int = 12
@@ -56,25 +67,32 @@ class MobileVLMConfig(LlamaConfig):
         for name in ("vocab_size", "hidden_size", "num_attention_heads", "mm_projector_grid"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected a number from 1 on, found {getattr(self, name)}")
-        self.vision_config = resolve_vision_config(self.vision_config, self.mm_vision_tower)
+        self.vision_config = resolve_vision_config(
+            self.vision_config, self.mm_vision_tower, tower_type=self.vision_tower_type
+        )
+        self._check_select_layer()
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Set later as the dict of a JSON file, it must be what it is when it comes with the file.
+        if name == "vision_config" and isinstance(value, dict):
+            value = resolve_vision_config(value, None, tower_type=self.vision_tower_type)
+        super().__setattr__(name, value)
+
+    def _check_select_layer(self) -> None:
+        if not isinstance(self.tower, CLIPVisionConfig):
+            return  # an EfficientNet is taken whole
         num_states = self.tower.num_hidden_layers + 1
         if not -num_states <= self.mm_vision_select_layer < num_states:
             raise ConfigError(
                 f"mm_vision_select_layer: the vision tower has {num_states - 1} layers, "
                 f"found {self.mm_vision_select_layer}"
             )
-        super().__post_init__(**kwargs)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Set later as the dict of a JSON file, it must be what it is when it comes with the file.
-        if name == "vision_config" and isinstance(value, dict):
-            value = resolve_vision_config(value, None)
-        super().__setattr__(name, value)
 
     @property
-    def tower(self) -> CLIPVisionConfig:
+    def tower(self) -> TowerConfig:
         """The vision tower's geometry."""
-        assert isinstance(self.vision_config, CLIPVisionConfig)
+        assert isinstance(self.vision_config, TowerConfig)
         return self.vision_config
 
     @property
@@ -85,7 +103,7 @@ class MobileVLMConfig(LlamaConfig):
     def to_dict(self) -> dict[str, Any]:
         """As transformers writes it, plus the old names of the rotary fields that the original code reads."""
         fields = super().to_dict()
-        if isinstance(self.vision_config, CLIPVisionConfig):
+        if isinstance(self.vision_config, TowerConfig):
             fields["mm_hidden_size"] = self.vision_config.hidden_size
         rope = self.rope_parameters or {}
         fields["rope_theta"] = rope.get("rope_theta", 10000.0)
@@ -110,9 +128,15 @@ def read_config(folder: Path) -> MobileVLMConfig:
         ) from error
 
 
-def resolve_vision_config(given: dict | CLIPVisionConfig | None, tower: str | None) -> CLIPVisionConfig:
+def resolve_vision_config(
+    given: dict | TowerConfig | None, tower: str | None, *, tower_type: str = "clip"
+) -> TowerConfig:
     """The tower's geometry: as given, else a local CLIP folder's, else that of a tower known by name."""
-    if isinstance(given, CLIPVisionConfig):
+    if tower_type not in TOWER_TYPES:
+        raise ConfigError(
+            f"vision_tower_type: unknown tower {tower_type!r}; known are {', '.join(sorted(TOWER_TYPES))}"
+        )
+    if isinstance(given, TowerConfig):
         return given
     if given is None and tower and (config_file := Path(tower) / "config.json").is_file():
         described = json.loads(config_file.read_text())
@@ -126,7 +150,7 @@ def resolve_vision_config(given: dict | CLIPVisionConfig | None, tower: str | No
         )
     if not isinstance(given, dict):
         raise ConfigError(f"vision_config: expected the tower's geometry, found {given!r}")
-    return CLIPVisionConfig(
+    return TOWER_TYPES[tower_type](
         **{k: v for k, v in given.items() if k not in ("model_type", "transformers_version")}
     )
 

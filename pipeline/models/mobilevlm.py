@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from pipeline.errors import ConfigError
 from pipeline.models.configuration import MobileVLMConfig, resolve_vision_config
 from pipeline.models.merge import IMAGE_TOKEN_INDEX, MergedInputs, merge_vision_tokens
-from pipeline.models.vision import LDPNetV2, VisionTower
+from pipeline.models.vision import LDPNetV2, build_tower
 from pipeline.shapes import expect_shape
 
 TOWER_PREFIX = "model.vision_tower."
@@ -45,9 +45,10 @@ class MobileVLMModel(MobileVLMPreTrainedModel, LlamaModel):
 
     def __init__(self, config: MobileVLMConfig):
         super().__init__(config)
-        vision = config.vision_config = resolve_vision_config(config.vision_config, config.mm_vision_tower)
-        vision._attn_implementation = vision._attn_implementation or "sdpa"
-        self.vision_tower = VisionTower(
+        vision = config.vision_config = resolve_vision_config(
+            config.vision_config, config.mm_vision_tower, tower_type=config.vision_tower_type
+        )
+        self.vision_tower: Any = build_tower(
             vision, select_layer=config.mm_vision_select_layer, select_feature=config.mm_vision_select_feature
         )
         self.mm_projector = LDPNetV2(
@@ -95,7 +96,7 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
             )
         missing = set(info["missing_keys"])
         tower_keys = {key for key in model.state_dict() if key.startswith(TOWER_PREFIX)}
-        if tower_keys <= missing:
+        if tower_keys <= missing and model.config.vision_tower_type == "clip":
             _load_tower(model)
             missing -= tower_keys
         if missing:

@@ -185,16 +185,15 @@ def load_teacher(plan: TeacherPlan, *, dtype: torch.dtype, device: torch.device)
 
 def needed_tensors(names: Sequence[str], config: MobileVLMConfig, *, deepest: int | None) -> list[str]:
     """Of a model's tensors, those that a teacher asked for layers up to `deepest` reads (None: all)."""
-    assert isinstance(config.vision_config, CLIPVisionConfig)
-    tower_layers = range(config.vision_config.num_hidden_layers + 1)[config.mm_vision_select_layer]
+    tower_layers = None
+    if isinstance(config.tower, CLIPVisionConfig):
+        tower_layers = range(config.tower.num_hidden_layers + 1)[config.mm_vision_select_layer]
     return [name for name in sorted(names) if _is_needed(name, tower_layers, deepest)]
 
 
-def _is_needed(name: str, tower_layers: int, deepest: int | None) -> bool:
+def _is_needed(name: str, tower_layers: int | None, deepest: int | None) -> bool:
     if name.startswith(TOWER_PREFIX):
-        layer = TOWER_LAYER.match(name)
-        after_selected = layer is not None and int(layer[1]) >= tower_layers
-        return not (after_selected or "post_layernorm" in name or "position_ids" in name)
+        return tower_layers is None or _is_before_layer(name, tower_layers)
     if "rotary_emb" in name:
         return False
     if deepest is None or name.startswith("model.mm_projector."):
@@ -205,6 +204,13 @@ def _is_needed(name: str, tower_layers: int, deepest: int | None) -> bool:
     return layer is not None and (
         int(layer[1]) < deepest or (int(layer[1]) == deepest and layer[2] in TAPPED)
     )
+
+
+def _is_before_layer(name: str, tower_layers: int) -> bool:
+    """Whether a tensor of the CLIP tower is read when its first `tower_layers` layers run."""
+    layer = TOWER_LAYER.match(name)
+    after_selected = layer is not None and int(layer[1]) >= tower_layers
+    return not (after_selected or "post_layernorm" in name or "position_ids" in name)
 
 
 def _empty_model(config: MobileVLMConfig) -> MobileVLMForCausalLM:
@@ -226,6 +232,7 @@ def _cut(model: MobileVLMForCausalLM, deepest: int) -> None:
 
 def _materialise_buffers(model: MobileVLMForCausalLM, device: torch.device) -> None:
     """Non-persistent buffers (rotary frequencies, tower positions) are in no checkpoint: compute them."""
-    embeddings: Any = model.get_submodule(f"{TOWER_PREFIX}vision_tower.vision_model.embeddings")
-    embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
+    if isinstance(model.config.tower, CLIPVisionConfig):
+        embeddings: Any = model.get_submodule(f"{TOWER_PREFIX}vision_tower.vision_model.embeddings")
+        embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)

@@ -1,4 +1,4 @@
-"""MobileVLM V2's eyes: the CLIP vision tower, cut after the selected layer, and the LDPNetV2 projector.
+"""MobileVLM V2's eyes: the CLIP vision tower, cut after the selected layer, or another, and the LDPNetV2 projector.
 
 Module names repeat the published checkpoint's, so no key is ever renamed on load or on save.
 """
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
+from pipeline.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteTower
 from pipeline.shapes import expect_shape
 
 
@@ -62,6 +63,16 @@ class VisionTower(nn.Module):
         expect_shape("pixel_values", pixel_values, f"I {self.config.num_channels} {size} {size}")
         hidden_states = self.vision_tower.vision_model(pixel_values, num_layers=self.num_layers)
         return hidden_states[:, self.first_token :]
+
+
+def build_tower(
+    geometry: CLIPVisionConfig | EfficientNetLiteConfig, *, select_layer: int, select_feature: str
+) -> nn.Module:
+    """The tower of a geometry, images -> patch features 'I C Y X' -> 'I M W'; the selection is CLIP's alone."""
+    if isinstance(geometry, EfficientNetLiteConfig):
+        return EfficientNetLiteTower(geometry)
+    geometry._attn_implementation = geometry._attn_implementation or "sdpa"
+    return VisionTower(geometry, select_layer=select_layer, select_feature=select_feature)
 
 
 class _FeatureMLP(nn.Module):

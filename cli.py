@@ -157,6 +157,7 @@ def sweep(
     """
     settings = _load(config, overrides, False)
     from pipeline.config import load_config
+    from pipeline.curves import draw_sweep
     from pipeline.scores import teacher_predictions
     from pipeline.sweep import run_sweep
     from pipeline.sweep_summary import summarise_sweep, summary_tables
@@ -169,7 +170,11 @@ def sweep(
     folder = output or Path(settings.output_dir) / "sweep"
     lines, failed = run_sweep(settings, runs, folder, jobs=jobs, keep_models=keep_models, say=_say)
     if lines:
-        print(summary_tables(summarise_sweep(folder, lines, teacher=teacher_predictions(settings))))
+        summary = summarise_sweep(folder, lines, teacher=teacher_predictions(settings))
+        draw_sweep(
+            summary["rows"], folder / "summary.png", folder / "summary.svg", teacher=summary["teacher"]
+        )
+        print(summary_tables(summary))
     if failed:
         raise typer.Exit(1)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cache import digest_of
 from pipeline.errors import PipelineError
 from pipeline.evaluate import Prediction, accuracy_by_type
 
@@ -31,25 +32,39 @@ class Gain:
         return f"{100 * self.difference:+.2f} points, 95% interval [{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
 
 
-def paired_gain(
-    ours: Sequence[Sequence[Prediction]], theirs: Sequence[Sequence[Prediction]], *, seed: int = 0
-) -> Gain:
+@dataclass(frozen=True)
+class Answered:
+    """Which questions of a test set a model answered well: `correct` bool 'questions'.
+
+    `groups` int 'questions' is the number of a question's image; `questions` a digest of what was asked, in order.
+    """
+
+    questions: str
+    groups: np.ndarray
+    correct: np.ndarray
+
+    @classmethod
+    def of(cls, predictions: Sequence[Prediction]) -> Answered:
+        asked = [[p.test_set, p.key, p.answer, p.group] for p in predictions]
+        groups = np.unique([p.group for p in predictions], return_inverse=True)[1]
+        correct = np.array([p.correct for p in predictions], dtype=bool)
+        return cls(digest_of(asked), groups, correct)
+
+
+def paired_gain(ours: Sequence[Answered], theirs: Sequence[Answered], *, seed: int = 0) -> Gain:
     """Bootstrap of paired runs, one pair for each training seed: images are resampled, and seeds, if several.
 
     Images, since questions of one image are not independent; seeds, since another one gives another student.
     Raises `PipelineError` if the questions differ.
     """
-    first = ours[0]
-    asked = [(p.test_set, p.key) for p in first]
-    if any([(p.test_set, p.key) for p in run] != asked for run in (*ours, *theirs)):
+    if len({run.questions for run in (*ours, *theirs)}) > 1:
         raise PipelineError("the two models answered different questions; evaluate both on the same shards")
-    groups, of_question = np.unique([p.group for p in first], return_inverse=True)
-    gains = np.array([[p.correct - q.correct for p, q in zip(*pair, strict=True)]
-                      for pair in zip(ours, theirs, strict=True)], dtype=np.float64)  # fmt: skip
-    sums = np.stack([np.bincount(of_question, weights=run) for run in gains])
-    sizes = np.bincount(of_question)
+    groups = ours[0].groups
+    gains = np.stack([a.correct.astype(float) - b.correct for a, b in zip(ours, theirs, strict=True)])
+    sums = np.stack([np.bincount(groups, weights=run) for run in gains])
+    sizes = np.bincount(groups)
     low, high = np.quantile(_resampled_means(sums, sizes, seed=seed), [0.025, 0.975])
-    return Gain(float(gains.mean()), float(low), float(high), gains.shape[1], len(groups), len(gains))
+    return Gain(float(gains.mean()), float(low), float(high), gains.shape[1], len(sizes), len(gains))
 
 
 def _resampled_means(sums: np.ndarray, sizes: np.ndarray, *, seed: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.compare import Gain, accuracy_table, paired_gain
+from pipeline.compare import Answered, Gain, accuracy_table, paired_gain
 from pipeline.config import Config, LossesConfig
 from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
 from pipeline.provenance import provenance
@@ -58,7 +58,7 @@ def _report(config: Config, models: dict[str, list[Prediction]], output: Path) -
         table = accuracy_table(of_set)
         blocks.append(table if len(sets[DISTILLED]) == 1 else f"test set {test_set}\n{table}")
         if BASELINE in of_set:
-            gain = paired_gain([of_set[DISTILLED]], [of_set[BASELINE]])
+            gain = paired_gain([Answered.of(of_set[DISTILLED])], [Answered.of(of_set[BASELINE])])
             results["gain"][test_set] = asdict(gain)
             blocks.append(_sentence(gain))
     (output / "results.json").write_text(

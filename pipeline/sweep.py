@@ -1,4 +1,4 @@
-"""Many student experiments from one store: each run once, one line of JSON a run, and what the runs say together."""
+"""Many student experiments from one store: each run once, one line of JSON a run (see `sweep_lines.py`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from functools import cache as once
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from blake3 import blake3
 
 from cache import CacheError, Store, digest_of
+from pipeline.compare import Answered
 from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
@@ -24,12 +26,10 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.provenance import provenance
 from pipeline.scores import evaluate_checkpoint, held_out_shards
 from pipeline.student import MODEL_FOLDER, check_fingerprint, train_student
+from pipeline.sweep_lines import Line, append_line, read_lines, replace_lines
 from pipeline.variations import Variation
 
-RUNS = "runs.jsonl"
 PREDICTIONS = "predictions.jsonl"
-
-Line = dict[str, Any]
 
 
 class RunFailedError(PipelineError):
@@ -47,7 +47,7 @@ def run_sweep(
 ) -> tuple[dict[str, Line], dict[str, str]]:
     """Train and evaluate what is not done yet; lines of the finished runs and reasons of the failed, by name.
 
-    A run is done when its line in `runs.jsonl` was made from the same config, store, first weights and questions.
+    A run is done when its line was made from the same config, store, first weights and questions.
     No teacher is opened. Raises `FingerprintMismatch` before the first run if the store is another one.
     """
     _check(config)
@@ -64,11 +64,13 @@ def run_sweep(
             failed[run.name] = outcome
             say(f"FAILED {run.name}: {outcome}")
             continue
-        lines[run.name] = _append(folder, run, outcome, identities[run.name])
+        lines[run.name] = append_line(folder, _line(run, outcome, identities[run.name]), outcome.answered)
         if not keep_models:
             _discard_model(folder / run_folder(run.name))
-        shares = ", ".join(f"{name} {100 * by['all'][0]:.2f}" for name, by in outcome["accuracy"].items())
-        say(f"[{len(lines)}/{len(runs)}] {run.name}: {shares} ({outcome['train_seconds']:.0f} s)")
+        shares = ", ".join(
+            f"{name} {100 * by['all'][0]:.2f}" for name, by in outcome.line["accuracy"].items()
+        )
+        say(f"[{len(lines)}/{len(runs)}] {run.name}: {shares} ({outcome.line['train_seconds']:.0f} s)")
     return {run.name: lines[run.name] for run in runs if run.name in lines}, failed
 
 
@@ -77,11 +79,20 @@ def run_folder(name: str) -> Path:
     return Path("runs") / name
 
 
-def train_and_evaluate(config: Config, folder: Path) -> Line:
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run says: its part of the line, and its answers by test set."""
+
+    line: Line
+    answered: dict[str, Answered]
+
+
+def train_and_evaluate(config: Config, folder: Path) -> Outcome:
     """One run: its accuracy by test set and question type, its last logged terms, and what it cost."""
     model = train_student(config, folder)
     predictions = evaluate_checkpoint(config, str(model), output=folder / PREDICTIONS)
-    return _measured(folder, predictions)
+    answered = {name: Answered.of(of_set) for name, of_set in by_test_set(predictions).items()}
+    return Outcome(_measured(folder, predictions), answered)
 
 
 def _measured(folder: Path, predictions: Sequence[Prediction]) -> Line:
@@ -110,43 +121,17 @@ def _check(config: Config) -> None:
 
 
 def _finished(folder: Path, identities: Mapping[str, str]) -> dict[str, Line]:
-    """Lines of runs that need not run again: made from the same things, their predictions still there.
-
-    Lines that are out of date, and one that a kill cut, are taken out of the file.
-    """
+    """Lines of runs that need not run again, made from the same things; those out of date leave the file."""
     lines = read_lines(folder)
     current = [line for line in lines if line["identity"] == identities.get(line["name"], line["identity"])]
-    current = [line for line in current if (folder / line["folder"] / PREDICTIONS).is_file()]
-    unfinished = (folder / RUNS).with_suffix(f".{os.getpid()}")
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in current))
-    unfinished.replace(folder / RUNS)
+    replace_lines(folder, current)
     return {line["name"]: line for line in current if line["name"] in identities}
 
 
-def read_lines(folder: Path) -> list[Line]:
-    """The lines of `runs.jsonl`, oldest first. Raises `PipelineError` if one before the last is none."""
-    file = folder / RUNS
-    texts = file.read_text().splitlines() if file.is_file() else []
-    lines: list[Line] = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            if number < len(texts):  # the last one may have been cut by a kill
-                raise PipelineError(f"{file}: line {number} is no JSON; remove it to run it again") from error
-    return lines
-
-
-def _append(folder: Path, run: Variation, outcome: Line, identity: str) -> Line:
+def _line(run: Variation, outcome: Outcome, identity: str) -> Line:
     where = str(run_folder(run.name))
-    line = {"name": run.name, "values": dict(run.values), "baseline": run.baseline, "folder": where}
-    line |= outcome | {"identity": identity}
-    text = json.dumps(line)
-    with open(folder / RUNS, "a") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return json.loads(text)  # as a later run will read it
+    head = {"name": run.name, "values": dict(run.values), "baseline": run.baseline, "folder": where}
+    return head | outcome.line | {"identity": identity}
 
 
 def _identity(config: Config) -> str:
@@ -176,7 +161,9 @@ def _file_identity(file: str) -> str:
     return blake3().update_mmap(file).hexdigest()
 
 
-def _outcomes(runs: Sequence[Variation], folder: Path, jobs: int) -> Iterator[tuple[Variation, Line | str]]:
+def _outcomes(
+    runs: Sequence[Variation], folder: Path, jobs: int
+) -> Iterator[tuple[Variation, Outcome | str]]:
     """Each run with its line, or with the reason why it has none, as they finish."""
     if jobs == 1:
         for run in runs:
@@ -204,7 +191,7 @@ def _take_place(places: Any, jobs: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 
 
-def _in_worker(config: Config, folder: Path) -> Line:
+def _in_worker(config: Config, folder: Path) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
         try:

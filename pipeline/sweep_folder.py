@@ -8,25 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.compare import Gain
+from pipeline.errors import PipelineError
 from pipeline.findings import Result, Scores, TrainingRun, gap_closed, gaps_closed
 from pipeline.run_folder import (
     STATE,
     in_order,
     named_if_damaged,
     read_json,
-    read_json_lines,
     read_run,
     reads_teacher,
 )
+from pipeline.sweep_lines import RUNS, read_lines
+from pipeline.variations import SEED
 
 SWEEP = "sweep.json"
 SUMMARY = "summary.json"
-RUNS = "runs.jsonl"
-SEED = "train.seed"
 
 
 class SweepFolder:
-    """A finished sweep. Everything here raises `PipelineError` naming the file that is damaged or not there."""
+    """A finished sweep. Everything here raises `PipelineError` naming the file that is damaged or not there.
+
+    `lines` are the runs that the summary is of.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -34,12 +37,16 @@ class SweepFolder:
         self.summary: dict[str, Any] = read_json(folder / SUMMARY)
         with named_if_damaged(folder / SUMMARY):
             labels = {_variation(row["variation"]): str(row["label"]) for row in self.summary["rows"]}
-        lines = read_json_lines(folder / RUNS)
+        lines = read_lines(folder)
         with named_if_damaged(folder / RUNS):
             self.lines = [line for line in lines if self._is_summarised(line, labels)]
             self.label_of_run = {line["name"]: labels[_variation(line["values"])] for line in self.lines}
             self.baselines = {self.label_of_run[line["name"]]: self.label_of_run.get(line["baseline"])
                               for line in self.lines}  # fmt: skip
+        if lost := sorted(set(labels.values()) - set(self.label_of_run.values())):
+            raise PipelineError(
+                f"{folder / SUMMARY} has {lost[0]!r}, {folder / RUNS} has no run of it; run `alignkd sweep` again"
+            )
 
     def varied(self) -> dict[str, list[Any]]:
         """Setting -> its values, each once, in the order of the runs."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipeline.compare import Gain, paired_gain, text_table
-from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set, read_predictions
-from pipeline.sweep import PREDICTIONS, Line
+from pipeline.compare import Answered, paired_gain, text_table
+from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
+from pipeline.sweep_lines import Line, read_answers
 from pipeline.variations import SEED, name_of
 
 Row = dict[str, Any]
@@ -25,11 +25,12 @@ def summarise_sweep(
     A run is held against its baseline on the same questions and the same seed. Also written as `summary.json`.
     """
     taught = by_test_set(teacher or [])
-    rows: list[Row] = []
-    predictions = {name: by_test_set(_predictions(folder, line)) for name, line in lines.items()}
-    for group in _by_variation(lines.values()):
-        for test_set in predictions[group[0]["name"]]:
-            rows.append(_row(group, predictions, test_set, taught.get(test_set)))
+    answers = {name: read_answers(folder, line) for name, line in lines.items()}
+    rows = [
+        _row(group, answers, test_set, Answered.of(taught[test_set]) if test_set in taught else None)
+        for group in _by_variation(lines.values())
+        for test_set in answers[group[0]["name"]]
+    ]
     summary = {"rows": rows, "teacher": {name: accuracy_by_type(p) for name, p in taught.items()} or None}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
@@ -86,17 +87,15 @@ def _label(line: Line) -> str:
 
 def _row(
     group: Sequence[Line],
-    predictions: Mapping[str, Mapping[str, list[Prediction]]],
+    answers: Mapping[str, Mapping[str, Answered]],
     test_set: str,
-    teacher: Sequence[Prediction] | None,
+    teacher: Answered | None,
 ) -> Row:
-    scores = [accuracy_by_type(predictions[line["name"]][test_set]) for line in group]
-    paired = [line for line in group if line["baseline"] in predictions]
-    theirs = [predictions[line["baseline"]][test_set] for line in paired]
+    scores = [line["accuracy"][test_set] for line in group]
+    ours = [answers[line["name"]][test_set] for line in group if line["baseline"] in answers]
+    theirs = [answers[line["baseline"]][test_set] for line in group if line["baseline"] in answers]
     is_baseline = group[0]["name"] == group[0]["baseline"]
-    gain = None
-    if paired and not is_baseline:
-        gain = paired_gain([predictions[line["name"]][test_set] for line in paired], theirs)
+    gain = None if is_baseline or not ours else paired_gain(ours, theirs)
     return {
         "variation": {key: value for key, value in group[0]["values"].items() if key != SEED},
         "label": _label(group[0]),
@@ -107,20 +106,13 @@ def _row(
         "by_type": {kind: fmean(score[kind][0] for score in scores) for kind in scores[0]},
         "questions": scores[0]["all"][1],
         "gain": asdict(gain) if gain else None,
-        "gap_closed": _gap_closed(gain, theirs, teacher),
+        "gap_closed": _gap_closed(gain.difference, theirs, teacher) if gain else None,
     }
 
 
-def _gap_closed(
-    gain: Gain | None, baseline: Sequence[Sequence[Prediction]], teacher: Sequence[Prediction] | None
-) -> float | None:
-    """Which share of the way from labels alone to the teacher was made."""
-    if gain is None or not teacher or len(teacher) != gain.num_questions:
+def _gap_closed(gain: float, baseline: Sequence[Answered], teacher: Answered | None) -> float | None:
+    """The share of the way from labels alone to the teacher; None if the teacher was not asked the same."""
+    if teacher is None or teacher.questions != baseline[0].questions:
         return None
-    without = fmean(accuracy_by_type(run)["all"][0] for run in baseline)
-    gap = accuracy_by_type(teacher)["all"][0] - without
-    return gain.difference / gap if gap > 0 else None
-
-
-def _predictions(folder: Path, line: Line) -> list[Prediction]:
-    return read_predictions(folder / line["folder"] / PREDICTIONS)
+    gap = float(teacher.correct.mean()) - fmean(float(run.correct.mean()) for run in baseline)
+    return gain / gap if gap > 0 else None

@@ -32,8 +32,14 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.sweep_folder",
         "pipeline.throughput",
     },
-    "sweep": {"pipeline.sweep", "pipeline.sweep_summary", "pipeline.variations"},
-    "experiment": {"pipeline.experiment", "pipeline.demo_card", "pipeline.demo_teacher"},
+    "sweep": {"pipeline.sweep", "pipeline.sweep_lines", "pipeline.sweep_summary", "pipeline.variations"},
+    "experiment": {
+        "pipeline.experiment",
+        "pipeline.demo_card",
+        "pipeline.demo_teacher",
+        "pipeline.emoji.__main__",
+        "pipeline.emoji.teacher",
+    },
     "comparison": {"pipeline.compare", "pipeline.curves", "pipeline.scores"},
     "inspection": {
         "pipeline.attention_cells",
@@ -65,11 +71,20 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.annotations",
         "pipeline.conversation",
         "pipeline.demo",
+        "pipeline.emoji",
+        "pipeline.emoji.art",
+        "pipeline.emoji.concepts",
+        "pipeline.emoji.data",
+        "pipeline.emoji.language",
+        "pipeline.emoji.models",
+        "pipeline.emoji.scenes",
         "pipeline.images",
         "pipeline.pack_folder",
         "pipeline.shard_writer",
+        "pipeline.shared_prefix",
         "pipeline.shards",
         "pipeline.tars",
+        "pipeline.templates",
         "pipeline.tokenizer",
     },
     "models": {
@@ -160,6 +175,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 ALSO: set[tuple[str, str]] = {
     ("pipeline.demo_card", "pipeline.experiment"),
     ("pipeline.demo_teacher", "pipeline.demo_card"),
+    ("pipeline.emoji.__main__", "pipeline.emoji.teacher"),
+    ("pipeline.emoji.teacher", "pipeline.demo_teacher"),
 }
 
 STORE_LIBRARIES = {"blake3", "numcodecs", "numpy", "zarr"}

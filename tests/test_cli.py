@@ -298,3 +298,24 @@ def test_a_place_that_cannot_be_written_to_is_1(alignkd, experiment, tmp_path):
     (tmp_path / "file").write_text("")
     ran = alignkd("distill", "--config", experiment.file, f"output_dir={tmp_path}/file/out")
     assert ran.code == 1 and str(tmp_path / "file") in ran.complaint
+
+
+def test_sweep_prints_a_table_and_leaves_a_picture(alignkd, settings, tmp_path):
+    vary = ["--vary", "losses=logits", "--vary", "train.seed=0,1", "--output", tmp_path / "sweep"]
+    listed = alignkd("sweep", *settings, *vary, "--dry-run")
+    assert listed.out.splitlines() == [
+        f"losses={losses},train.seed={seed}" for seed in (0, 1) for losses in ("none", "logits")
+    ]
+    assert not (tmp_path / "sweep").exists()
+    ran = alignkd("sweep", *settings, *vary)
+    assert ran.code == 0 and ran.out.startswith("test set test: 6 questions of 5 images")
+    assert [line.split()[0] for line in ran.out.splitlines()[3:5]] == ["losses=none", "losses=logits"]
+    assert {"summary.png", "summary.svg", "summary.json", "runs.jsonl", "sweep.json"} <= {
+        file.name for file in (tmp_path / "sweep").iterdir()
+    }
+
+
+def test_a_sweep_with_a_failed_run_prints_the_others_and_exits_with_1(alignkd, settings, tmp_path):
+    vary = ["--vary", "train.learning_rate=1e-3,1e30", "--output", tmp_path / "sweep"]
+    ran = alignkd("sweep", *settings, "train.max_steps=4", *vary)
+    assert ran.code == 1 and "FAILED" in ran.err and "losses=none" in ran.out

@@ -8,9 +8,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from pipeline.compare import accuracy_table, paired_gain
+from pipeline.compare import Answered, Gain, accuracy_table, paired_gain
 from pipeline.errors import PipelineError
 from pipeline.evaluate import Prediction
+
+
+def gain_of(ours: list[list[Prediction]], theirs: list[list[Prediction]]) -> Gain:
+    return paired_gain([Answered.of(run) for run in ours], [Answered.of(run) for run in theirs])
 
 
 def predictions(correct: list[bool], groups: list[str] | None = None) -> list[Prediction]:
@@ -25,7 +29,7 @@ def test_the_interval_of_three_images_is_that_of_all_27_resamples():
     # Image a has two questions, one gained; b one, lost; c one, equal.
     ours = predictions([True, True, False, True], ["a", "a", "b", "c"])
     theirs = predictions([False, True, True, True], ["a", "a", "b", "c"])
-    gain = paired_gain([ours], [theirs])
+    gain = gain_of([ours], [theirs])
     sums, sizes = {"a": 1, "b": -1, "c": 0}, {"a": 2, "b": 1, "c": 1}
     resamples = [
         sum(sums[image] for image in draw) / sum(sizes[image] for image in draw)
@@ -40,7 +44,7 @@ def test_the_interval_of_three_images_is_that_of_all_27_resamples():
 def test_the_interval_of_many_single_questions_is_that_of_the_normal_distribution():
     random = np.random.default_rng(5)
     ours, theirs = random.random(4000) < 0.8, random.random(4000) < 0.75
-    gain = paired_gain([predictions(ours.tolist())], [predictions(theirs.tolist())])
+    gain = gain_of([predictions(ours.tolist())], [predictions(theirs.tolist())])
     differences = ours.astype(float) - theirs
     error = differences.std() / np.sqrt(len(differences))
     assert gain.difference == pytest.approx(differences.mean())
@@ -51,9 +55,9 @@ def test_the_interval_of_many_single_questions_is_that_of_the_normal_distributio
 def test_questions_of_one_image_count_as_one_observation():
     random = np.random.default_rng(6)
     per_image = random.random(300) < 0.5
-    alone = paired_gain([predictions(per_image.tolist())], [predictions([False] * 300)])
+    alone = gain_of([predictions(per_image.tolist())], [predictions([False] * 300)])
     groups = [str(image) for image in range(300) for _ in range(10)]
-    tenfold = paired_gain(
+    tenfold = gain_of(
         [predictions(np.repeat(per_image, 10).tolist(), groups)], [predictions([False] * 3000, groups)]
     )
     assert (tenfold.low, tenfold.high) == pytest.approx((alone.low, alone.high), abs=0.006)
@@ -61,39 +65,39 @@ def test_questions_of_one_image_count_as_one_observation():
 
 def test_a_model_against_itself_gains_nothing():
     same = predictions([True, False, True])
-    assert str(paired_gain([same], [same])) == "+0.00 points, 95% interval [+0.00, +0.00]"
+    assert str(gain_of([same], [same])) == "+0.00 points, 95% interval [+0.00, +0.00]"
 
 
 def test_the_same_seed_gives_the_same_interval():
     ours, theirs = predictions([True, False, True, True] * 9), predictions([False, True, True, False] * 9)
-    assert paired_gain([ours], [theirs]) == paired_gain([ours], [theirs])
+    assert gain_of([ours], [theirs]) == gain_of([ours], [theirs])
 
 
 def test_the_interval_over_seeds_holds_the_spread_of_the_seeds():
     """Two seeds, every image alike: the only thing to resample is which seed is drawn, each twice, or both."""
     nothing = predictions([False] * 40)
-    gain = paired_gain([predictions([True] * 40), nothing], [nothing, nothing])
+    gain = gain_of([predictions([True] * 40), nothing], [nothing, nothing])
     assert (gain.difference, gain.low, gain.high) == (0.5, 0.0, 1.0)
     assert (gain.num_questions, gain.num_images, gain.num_seeds) == (40, 40, 2)
 
 
 def test_the_interval_over_equal_seeds_is_that_of_one():
     ours, theirs = predictions([True, False, True, True] * 9), predictions([False, True, True, False] * 9)
-    one, two = paired_gain([ours], [theirs]), paired_gain([ours, ours], [theirs, theirs])
+    one, two = gain_of([ours], [theirs]), gain_of([ours, ours], [theirs, theirs])
     assert (two.low, two.high) == pytest.approx((one.low, one.high), abs=0.03)
 
 
 def test_answers_of_another_test_set_are_not_compared():
     elsewhere = [replace(p, test_set="unseen") for p in predictions([True])]
     with pytest.raises(PipelineError, match="answered different questions"):
-        paired_gain([predictions([True])], [elsewhere])
+        gain_of([predictions([True])], [elsewhere])
 
 
 def test_answers_to_other_questions_are_not_compared():
     with pytest.raises(
         PipelineError, match=r"answered different questions; evaluate both on the same shards"
     ):
-        paired_gain([predictions([True, True])], [predictions([True])])
+        gain_of([predictions([True, True])], [predictions([True])])
 
 
 def test_the_table_has_a_row_a_model_and_a_column_a_question_type():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from small_experiment import snapshot
@@ -10,7 +11,8 @@ from small_experiment import snapshot
 from cache import FingerprintMismatch
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.sweep import read_lines, run_sweep
+from pipeline.sweep import run_sweep
+from pipeline.sweep_lines import read_lines
 from pipeline.variations import parse_vary, plan_runs
 
 VARY = ("losses=none,all", "train.seed=0,1")
@@ -112,6 +114,14 @@ def test_several_at_a_time_say_the_same_and_keep_their_own_logs(finished, sweep_
     for name, line in lines.items():
         assert (line["terms"], line["accuracy"]) == (alone[name]["terms"], alone[name]["accuracy"])
         assert "loss" in (tmp_path / line["folder"] / "log.txt").read_text()
+
+
+def test_a_sweep_whose_folders_are_deleted_is_still_done(sweep_of, tmp_path):
+    vary = ["losses=none", "train.seed=0"]
+    lines, _, _ = sweep_of(tmp_path, vary=vary)
+    shutil.rmtree(tmp_path / "runs")
+    again, _, said = sweep_of(tmp_path, vary=vary)
+    assert again == lines and len(said) == 1 and not (tmp_path / "runs").exists()
 
 
 def test_weights_can_be_discarded_and_the_run_is_still_done(sweep_of, tmp_path):

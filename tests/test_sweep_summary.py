@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import pytest
 
-from pipeline.evaluate import Prediction
+from pipeline.compare import Answered
+from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
+from pipeline.sweep_lines import append_line
 from pipeline.sweep_summary import summarise_sweep, summary_tables
 
 
@@ -21,22 +22,20 @@ def answers(right: int, of: int = 10, *, test_set: str = "test") -> list[Predict
 
 @pytest.fixture
 def sweep(tmp_path):
-    """A folder of runs (name -> predictions) as a sweep leaves it, and its lines."""
+    """A folder of lines as a sweep leaves it, from (losses, seed) -> predictions."""
 
     def write(runs: dict[tuple[str, int], list[Prediction]]):
         lines = {}
         for (losses, seed), predictions in runs.items():
-            name = f"losses={losses},train.seed={seed}"
-            folder = tmp_path / "runs" / name
-            folder.mkdir(parents=True)
-            rows = [json.dumps(asdict(p) | {"correct": p.correct}) for p in predictions]
-            (folder / "predictions.jsonl").write_text("\n".join(rows))
-            lines[name] = {
-                "name": name,
+            sets = by_test_set(predictions)
+            line = {
+                "name": f"losses={losses},train.seed={seed}",
                 "values": {"losses": losses, "train.seed": seed},
                 "baseline": f"losses=none,train.seed={seed}",
-                "folder": f"runs/{name}",
+                "accuracy": {name: accuracy_by_type(of_set) for name, of_set in sets.items()},
             }
+            answered = {name: Answered.of(of_set) for name, of_set in sets.items()}
+            lines[line["name"]] = append_line(tmp_path, line, answered)
         return tmp_path, lines
 
     return write

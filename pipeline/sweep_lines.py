@@ -1,0 +1,109 @@
+"""What a sweep writes down: `runs.jsonl`, a line of JSON a run, and `questions.json`, what they all were asked.
+
+The two are all that a summary needs, and all that a later sweep needs to know what is done: the runs' own folders
+may be deleted. Which questions a run answered well is kept as bits, base64 of their zlib compression.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.compare import Answered
+from pipeline.errors import PipelineError
+
+RUNS = "runs.jsonl"
+QUESTIONS = "questions.json"
+
+Line = dict[str, Any]
+
+
+def read_lines(folder: Path) -> list[Line]:
+    """The lines of `runs.jsonl`, oldest first. Raises `PipelineError` if one before the last is none."""
+    file = folder / RUNS
+    texts = file.read_text().splitlines() if file.is_file() else []
+    lines: list[Line] = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            if number < len(texts):  # the last one may have been cut by a kill
+                raise PipelineError(f"{file}: line {number} is no JSON; remove it to run it again") from error
+    return lines
+
+
+def append_line(folder: Path, line: Line, answered: Mapping[str, Answered]) -> Line:
+    """Add a run's line with its answers by test set, on the disk before it returns; and return it."""
+    for test_set, answers in answered.items():
+        _keep_questions(folder, test_set, answers)
+    line = line | {"answers": {name: [a.questions, _packed(a.correct)] for name, a in answered.items()}}
+    with open(folder / RUNS, "a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return json.loads(json.dumps(line))  # as a later sweep will read it
+
+
+def replace_lines(folder: Path, lines: Sequence[Line]) -> None:
+    """Write `runs.jsonl` anew, whole or not at all."""
+    _write(folder / RUNS, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_answers(folder: Path, line: Line) -> dict[str, Answered]:
+    """A line's answers by test set. Raises `PipelineError` if the questions are not there, or not as many."""
+    questions = _read_questions(folder)
+    answered = {}
+    for test_set, (digest, packed) in line["answers"].items():
+        if digest not in questions:
+            raise PipelineError(
+                f"{folder / QUESTIONS} lacks the questions of {line['name']}; remove its line to run it again"
+            )
+        groups = np.array(questions[digest]["groups"])
+        answered[test_set] = Answered(digest, groups, _unpacked(packed, len(groups), line["name"]))
+    return answered
+
+
+def _keep_questions(folder: Path, test_set: str, answers: Answered) -> None:
+    questions = _read_questions(folder)
+    if answers.questions not in questions:
+        questions[answers.questions] = {"test_set": test_set, "groups": answers.groups.tolist()}
+        _write(folder / QUESTIONS, json.dumps(questions, separators=(",", ":")) + "\n")
+
+
+def _read_questions(folder: Path) -> dict[str, Any]:
+    file = folder / QUESTIONS
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise PipelineError(f"{file} is no JSON; remove it and {RUNS} to run the sweep again") from error
+
+
+def _write(file: Path, text: str) -> None:
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(file)
+
+
+def _packed(correct: np.ndarray) -> str:
+    return base64.b64encode(zlib.compress(np.packbits(correct).tobytes(), 9)).decode()
+
+
+def _unpacked(text: str, count: int, name: str) -> np.ndarray:
+    """`count` bits. The file may come from anywhere, so it is not decompressed beyond what it may hold."""
+    size = (count + 7) // 8
+    try:
+        data = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
+    except (ValueError, zlib.error) as error:
+        raise PipelineError(
+            f"{RUNS}: the answers of {name} are damaged; remove its line to run it again"
+        ) from error
+    if len(data) != size:
+        raise PipelineError(f"{RUNS}: {name} answers another number of questions than {QUESTIONS} says")
+    return np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=count).astype(bool)

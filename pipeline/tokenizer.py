@@ -1,4 +1,4 @@
-"""The original's tokenizer (slow LlamaTokenizer, legacy behaviour) on today's fast backend.
+"""The original's tokenizer (slow LlamaTokenizer, legacy behaviour) on today's fast backend; SmolLM2's as it is.
 
 transformers 5 reads `tokenizer.model` too, but its conversion swallows a leading space and orders merges by
 id instead of by score, which changes the ids of ordinary text. So the sentencepiece file is converted here,
@@ -27,9 +27,10 @@ PROBES = (
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint (local folder or hub id), as MobileVLM was trained with.
+    """The tokenizer of a checkpoint (local folder or hub id), as MobileVLM was trained with, or SmolLM2.
 
-    Adds BOS and no EOS, pads on the right with <unk>, starts every text between special tokens with a space.
+    MobileVLM's adds BOS and no EOS and starts every text between special tokens with a space; SmolLM2's adds
+    nothing. Both pad on the right with the unknown token.
     `tokenizer.model` is preferred over `tokenizer.json`, as in the original. Raises `ConfigError` otherwise.
     """
     folder = checkpoint_folder(str(path))
@@ -43,7 +44,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"No tokenizer in {path}: it needs tokenizer.model or tokenizer.json, found {found}; "
             "name a folder that holds one."
         )
-    if complaint := _unlike_llama(tokenizer):
+    if is_chatml(tokenizer):
+        _check_chatml(tokenizer, path)
+    elif complaint := _unlike_llama(tokenizer):
         raise ConfigError(
             f"The tokenizer of {path} {complaint}, so prompts and labels would differ from MobileVLM's; "
             "use the checkpoint's own tokenizer.model."
@@ -51,6 +54,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.unk_token
     return tokenizer
+
+
+def is_chatml(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it is of SmolLM2's family, for the template `chatml`; LLaMA's is for the others."""
+    return tokenizer.bos_token == "<|im_start|>"
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -121,3 +129,14 @@ def _unlike_llama(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if ids("ASSISTANT: ")[:-1] != ids("ASSISTANT:"):
         return "does not make one token of a trailing space"
     return None
+
+
+def _check_chatml(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Raise `ConfigError` unless the tokenizer does what the template `chatml` relies on."""
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    found = tokenizer("<|im_start|><|im_end|>", add_special_tokens=False).input_ids
+    if tokenizer.eos_token != "<|im_end|>" or tokenizer.unk_token is None or found != special:
+        raise ConfigError(
+            f"The tokenizer of {path} begins texts with <|im_start|>, but <|im_end|> is not its EOS, or they are "
+            "not one token each, or no token is unknown to it; use the checkpoint's own tokenizer.json."
+        )

@@ -236,7 +236,7 @@ def test_plain_refuses_what_the_original_asserts(tokenizer):
 
 
 def test_an_unknown_template_is_answered_with_the_known_ones(tokenizer):
-    with pytest.raises(ConfigError, match="unknown name 'v2'; known are plain, v1"):
+    with pytest.raises(ConfigError, match="unknown name 'v2'; known are chatml, plain, v1"):
         tokenize(talk("Q", "A"), tokenizer, template="v2")
 
 

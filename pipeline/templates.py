@@ -1,0 +1,178 @@
+"""The templates: how a conversation's turns become one text, and which of its tokens are trained.
+
+`plain` and `v1` are the original code's, for MobileVLM; `chatml` is SmolLM2's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import BadSample
+from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+IMAGE_TOKEN = "<image>"
+
+Turn = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns become one text, and which of its tokens are trained; `is_chatml` says whose tokenizer it needs."""
+
+    render: Callable[[Sequence[Turn]], str]
+    render_prompt: Callable[[Sequence[Turn]], str]
+    labels: Callable[[str, list[int], PreTrainedTokenizerBase], list[int]]
+    is_chatml: bool = False
+
+
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """BOS, then the chunks around each image, each tokenised on its own, joined by -200 (as the original)."""
+    ids: list[Any] = [tokenizer.bos_token_id]
+    for number, chunk in enumerate(text.split(IMAGE_TOKEN)):
+        if number:
+            ids.append(IMAGE_TOKEN_INDEX)
+        ids.extend(tokenizer(chunk, add_special_tokens=False).input_ids)
+    return ids
+
+
+def _images_first(text: str) -> str:
+    """Move a turn's images to its front, a line each.
+
+    One image: exactly the original. Of several the original keeps one; here all stay, in order.
+    """
+    num_images = text.count(IMAGE_TOKEN)
+    if num_images == 0:
+        return text
+    rest = text.replace(IMAGE_TOKEN, "").strip()
+    return (f"{IMAGE_TOKEN}\n" * num_images + rest).strip()
+
+
+# plain: the images, then the caption. The question is dropped; there is no EOS.
+
+
+def _render_plain(turns: Sequence[Turn]) -> str:
+    if len(turns) != 2:
+        raise BadSample(
+            "not one question and one answer", f"template plain takes 2 turns, found {len(turns)}"
+        )
+    return _render_plain_prompt(turns) + _images_first(turns[1]["value"]) + "\n"
+
+
+def _render_plain_prompt(turns: Sequence[Turn]) -> str:
+    num_images = turns[0]["value"].count(IMAGE_TOKEN)
+    if num_images == 0:
+        raise BadSample("no <image> in the first turn", "template plain takes image samples only")
+    return IMAGE_TOKEN * num_images
+
+
+def _plain_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # The images are all that stands before the caption, so they and BOS are what is masked.
+    start = next(n for n, number in enumerate(ids[1:], start=1) if number != IMAGE_TOKEN_INDEX)
+    return [
+        IGNORE_INDEX if n < start or number == IMAGE_TOKEN_INDEX else number for n, number in enumerate(ids)
+    ]
+
+
+# v1: Vicuna's dialogue. Trained are the answers with their </s>.
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+SPEAKERS = {"human": "USER", "gpt": "ASSISTANT"}
+SEPARATORS = {"human": " ", "gpt": "</s>"}
+CALL_TO_ANSWER = " ASSISTANT: "
+
+
+def _render_v1(turns: Sequence[Turn]) -> str:
+    text = SYSTEM + " "
+    for turn in turns:
+        value = _images_first(turn["value"])
+        # The original writes an empty turn without separator; `_v1_labels` then refuses the sample.
+        text += (
+            f"{SPEAKERS[turn['from']]}: {value}{SEPARATORS[turn['from']]}"
+            if value
+            else f"{SPEAKERS[turn['from']]}:"
+        )
+    return text
+
+
+def _render_v1_prompt(turns: Sequence[Turn]) -> str:
+    return _render_v1(turns) + "ASSISTANT:"
+
+
+def _v1_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The original's masking: count each round's tokens by tokenising it alone, then mask up to its answer.
+
+    Where the counts do not add up to the whole, the original prints a warning and trains on nothing; here the
+    sample is refused.
+    """
+    labels = [number if number != IMAGE_TOKEN_INDEX else IGNORE_INDEX for number in ids]
+    labels[0] = IGNORE_INDEX
+    position = 1
+    for exchange in text.split("</s>"):
+        parts = exchange.split(CALL_TO_ANSWER)
+        if exchange == "" or len(parts) != 2:
+            break
+        # Minus BOS and the trailing space, a token here, but in the text a part of the answer's first.
+        num_instruction = len(token_ids(parts[0] + CALL_TO_ANSWER, tokenizer)) - 2
+        labels[position : position + num_instruction] = [IGNORE_INDEX] * num_instruction
+        # BOS is counted for the </s> that the split took away.
+        position += len(token_ids(exchange, tokenizer))
+    # <unk> is also the padding: the original does not count it, and so loses the sample as well.
+    if position != len(ids) or tokenizer.pad_token_id in ids:
+        raise BadSample(
+            "prompts and answers cannot be told apart",
+            f"{position} of {len(ids)} tokens are accounted for; a turn is empty, or holds"
+            f" '{CALL_TO_ANSWER.strip()}', '</s>' or '<unk>'",
+        )
+    return labels
+
+
+# chatml: SmolLM2's dialogue without a system turn. Trained are the answers with their <|im_end|>.
+
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+CHATML_ROLES = {"human": "user\n", "gpt": "assistant\n"}
+
+
+def _render_chatml(turns: Sequence[Turn]) -> str:
+    # The first <|im_start|> is the tokenizer's BOS, which `token_ids` puts before every text.
+    return f"\n{TURN_START}".join(_chatml_turn(turn) for turn in turns)
+
+
+def _chatml_turn(turn: Turn) -> str:
+    value = _images_first(turn["value"])
+    if found := next((mark for mark in (TURN_START, TURN_END) if mark in value), None):
+        raise BadSample("prompts and answers cannot be told apart", f"a turn holds {found!r}")
+    return f"{CHATML_ROLES[turn['from']]}{value}{TURN_END}"
+
+
+def _render_chatml_prompt(turns: Sequence[Turn]) -> str:
+    return f"{_render_chatml(turns)}\n{TURN_START}{CHATML_ROLES['gpt']}"
+
+
+def _chatml_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every second stretch between BOS and EOS is an answer: trained after its header, up to its EOS."""
+    header = tokenizer(CHATML_ROLES["gpt"], add_special_tokens=False).input_ids
+    labels = [IGNORE_INDEX] * len(ids)
+    starts = [n for n, number in enumerate(ids) if number == tokenizer.bos_token_id]
+    ends = [n for n, number in enumerate(ids) if number == tokenizer.eos_token_id]
+    for start, end in zip(starts[1::2], ends[1::2], strict=True):
+        first = start + 1 + len(header)
+        if ids[start + 1 : first] != header:
+            raise BadSample(
+                "prompts and answers cannot be told apart", "an answer's first character joins its header"
+            )
+        labels[first : end + 1] = ids[first : end + 1]
+    return labels
+
+
+TEMPLATES: dict[str, Template] = {
+    "plain": Template(_render_plain, _render_plain_prompt, _plain_labels),
+    "v1": Template(_render_v1, _render_v1_prompt, _v1_labels),
+    "chatml": Template(_render_chatml, _render_chatml_prompt, _chatml_labels, is_chatml=True),
+}

@@ -2,16 +2,13 @@
 
 1. The tower learns shape and colour of every training image, through an attention-pooled linear head that is
    thrown away; labels are what the training questions say of the image; images are shifted and mirrored.
-2. Tower frozen, projector and language model learn to answer. All questions of an image share one prefix
-   (prompt and vision tokens) and see only that prefix and themselves: the same sums as one sample a question,
-   at a quarter of the tokens.
+2. Tower frozen, projector and language model learn to answer; all questions of an image share one prefix.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,11 +16,12 @@ import typer
 from torch import nn
 
 from pipeline import demo
-from pipeline.conversation import load_tokenizer, tokenize
+from pipeline.conversation import load_tokenizer
 from pipeline.demo_card import write_card
 from pipeline.images import ImagePreprocessor
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.models.merge import IGNORE_INDEX
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.shared_prefix import ImageQuestions, answer_loss, group_by_image
 
 MAX_SHIFT_PIXELS = 12
 NUM_VARIANTS = 4
@@ -131,69 +129,6 @@ def train_tower(
     layers.requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class ImageQuestions:
-    """An image's questions: the ids before the first difference, and each question's ids and labels after it."""
-
-    image: int
-    prefix: tuple[int, ...]
-    branches: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-
-
-def group_by_image(records: list[dict], tokenizer) -> list[ImageQuestions]:
-    """Tokenise single-question conversations (template v1) and split each at the end of its shared prefix."""
-    grouped: dict[int, list] = {}
-    for record in records:
-        sample = tokenize(record["conversations"], tokenizer, template="v1")
-        grouped.setdefault(int(Path(record["image"]).stem), []).append(sample)
-    first = next(iter(grouped.values()))[0].input_ids
-    # The image is followed by the same two tokens (space, newline) in every conversation.
-    cut = list(first).index(IMAGE_TOKEN_INDEX) + 3
-    return [
-        ImageQuestions(
-            image,
-            tuple(samples[0].input_ids[:cut]),
-            tuple((tuple(s.input_ids[cut:]), tuple(s.labels[cut:])) for s in samples),
-        )
-        for image, samples in grouped.items()
-    ]
-
-
-def shared_prefix_row(item: ImageQuestions, num_vision_tokens: int) -> list[tuple[int, int, int, int]]:
-    """(id, label, owner, position) of every merged position; a vision token has id -200, the prefix owner -1."""
-    at = item.prefix.index(IMAGE_TOKEN_INDEX)
-    ids = [*item.prefix[:at], *[IMAGE_TOKEN_INDEX] * num_vision_tokens, *item.prefix[at + 1 :]]
-    row = [(token, IGNORE_INDEX, -1, position) for position, token in enumerate(ids)]
-    for owner, (branch, labels) in enumerate(item.branches):
-        row += [
-            (t, label, owner, len(ids) + i) for i, (t, label) in enumerate(zip(branch, labels, strict=True))
-        ]
-    return row
-
-
-def answer_loss(model: MobileVLMForCausalLM, chosen: list[ImageQuestions], patch_features: torch.Tensor):
-    """Mean cross entropy over the answers to all questions of some images; `patch_features` 'B M W'."""
-    rows = [shared_prefix_row(item, model.config.num_vision_tokens) for item in chosen]
-    length = max(map(len, rows))
-    padding = (0, IGNORE_INDEX, -2, 0)
-    columns = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
-    ids, labels, owner, position = columns.unbind(dim=2)
-    is_vision = ids == IMAGE_TOKEN_INDEX
-    embeds = model.model.embed_tokens(ids.masked_fill(is_vision, 0))
-    embeds = embeds.masked_scatter(is_vision[:, :, None], model.encode_images(patch_features=patch_features))
-    order = torch.arange(length)
-    seen = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
-    hidden = model.model(
-        inputs_embeds=embeds,
-        attention_mask=(seen & (order <= order[:, None]))[:, None],
-        position_ids=position,
-        use_cache=False,
-    ).last_hidden_state
-    answers = labels[:, 1:] != IGNORE_INDEX
-    logits = model.lm_head(hidden[:, :-1][answers])
-    return nn.functional.cross_entropy(logits, labels[:, 1:][answers])
-
-
 @torch.no_grad()
 def features_of_variants(model: MobileVLMForCausalLM, images: torch.Tensor) -> torch.Tensor:
     """Patch features of every image as it is and of three moved copies: 'variant I M W'."""
@@ -218,7 +153,9 @@ def train_language(
         for rows in torch.randperm(len(asked), generator=generator).split(batch_size)[:steps_an_epoch]:
             chosen = [asked[row] for row in rows]
             variant = torch.randint(len(features), (len(chosen),), generator=generator)
-            loss = answer_loss(model, chosen, features[variant, [item.image for item in chosen]])
+            loss = answer_loss(
+                model, chosen, features[variant, [int(Path(item.image).stem) for item in chosen]]
+            )
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
@@ -248,7 +185,7 @@ def main(
     known = known_of_image(demo.questions("train"))
     train_tower(model, images, torch.tensor([known[i] for i in range(len(images))]), epochs=tower_epochs)
     features = features_of_variants(model, images)
-    train_language(model, group_by_image(records, tokenizer), features, epochs=language_epochs)
+    train_language(model, group_by_image(records, tokenizer, template="v1"), features, epochs=language_epochs)
     model.save_pretrained(output)
     minutes = (time.monotonic() - started) / 60
     write_card(

@@ -28,9 +28,9 @@ def _pins() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
 
 
-def _requirements(*, dev: bool) -> list[Requirement]:
+def _requirements(*extras: str) -> list[Requirement]:
     project = PROJECT["project"]
-    texts = project["dependencies"] + (project["optional-dependencies"]["dev"] if dev else [])
+    texts = project["dependencies"] + [t for extra in extras for t in project["optional-dependencies"][extra]]
     return [Requirement(text) for text in texts]
 
 
@@ -84,7 +84,9 @@ def test_the_store_package_is_not_ignored_by_git():
     assert subprocess.run(command, env=environment, capture_output=True).returncode == 1
 
 
-@pytest.mark.parametrize("requirement", _requirements(dev=True), ids=lambda requirement: requirement.name)
+@pytest.mark.parametrize(
+    "requirement", _requirements("dev", "emoji"), ids=lambda requirement: requirement.name
+)
 def test_the_pinned_version_satisfies_the_declared_range(requirement: Requirement):
     pins = _pins()
     name = canonicalize_name(requirement.name)
@@ -100,11 +102,11 @@ def test_constraints_pin_each_package_once_and_exactly():
 
 def test_torchvision_is_neither_pinned_nor_asked_for():
     # Its wheel from the package index brings another torch along; transformers does without it.
-    names = {canonicalize_name(requirement.name) for requirement in _requirements(dev=True)}
+    names = {canonicalize_name(requirement.name) for requirement in _requirements("dev", "emoji")}
     assert "torchvision" not in names | _pins().keys()
 
 
 def test_every_imported_package_is_declared():
     files = [ROOT / "cli.py", *(ROOT / "cache").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")]
-    declared = {canonicalize_name(requirement.name) for requirement in _requirements(dev=False)}
+    declared = {canonicalize_name(requirement.name) for requirement in _requirements("emoji")}
     assert sorted(_imported(files) - declared) == []

@@ -1,0 +1,83 @@
+"""The emoji study's data and models, from installed packages alone: nothing is fetched at run time.
+
+    python -m pipeline.emoji data      runs/emoji/data, five sets of scenes as LLaVA records and pictures
+    python -m pipeline.emoji models    runs/emoji/teacher and runs/emoji/student, checkpoints as any other
+    python -m pipeline.emoji teacher   train the teacher again: assets/emoji_teacher, an hour and more
+
+`make emoji` installs what they need and runs the first two.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+from pipeline.emoji.art import read_art
+from pipeline.emoji.concepts import all_concepts
+from pipeline.emoji.data import SETS, write_set
+from pipeline.emoji.language import write_language_model
+from pipeline.emoji.models import add_learned, build_model, published_tower, write_checkpoint
+
+STUDY = Path("runs/emoji")
+LEARNED = Path("assets/emoji_teacher/learned.safetensors")
+STUDENT_LAYERS = 6
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+@app.command()
+def data(packs: Path = STUDY / "npm", output: Path = STUDY / "data") -> None:
+    """Draw the scenes and ask about them; `packs` holds the npm tarballs of the art."""
+    concepts = all_concepts()
+    art = read_art(packs, concepts)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "LICENSES.md").write_text(art.licenses)
+    for name, scenes in SETS.items():
+        count = write_set(name, scenes, art=art, concepts=concepts, folder=output)
+        print(f"{output / name}.json: {count} questions about {scenes.num_images} pictures")
+
+
+@app.command()
+def models(study: Path = STUDY, student_layers: int = STUDENT_LAYERS) -> None:
+    """Put the teacher and the untrained student together from what packages and this repository carry."""
+    language, tower = language_model(study), published_tower()
+    teacher = build_model(language, tower)
+    add_learned(teacher, load_file(LEARNED))
+    write_checkpoint(teacher, study / "teacher", language=language)
+    student = build_model(language, tower, num_layers=student_layers)
+    write_checkpoint(student, study / "student", language=language)
+    print(
+        f"{study / 'teacher'}: {teacher.config.num_hidden_layers} layers; {study / 'student'}: {student_layers}"
+    )
+
+
+@app.command()
+def teacher(study: Path = STUDY, align_steps: int = 500, epochs: int = 1) -> None:
+    """Train what is the teacher's own and write it to assets/emoji_teacher; `models` then builds the checkpoint."""
+    from pipeline.emoji.teacher import train_teacher
+
+    language = language_model(study)
+    model = build_model(language, published_tower())
+    write_checkpoint(model, study / "untrained_teacher", language=language)
+    learned = train_teacher(
+        model, study / "untrained_teacher", study / "data", align_steps=align_steps, epochs=epochs
+    )
+    LEARNED.parent.mkdir(parents=True, exist_ok=True)
+    save_file(learned, LEARNED)
+    print(f"{LEARNED}: {sum(value.numel() for value in learned.values()):,} parameters")
+
+
+def language_model(study: Path) -> Path:
+    """SmolLM2's folder, converted the first time."""
+    folder = study / "language"
+    if not (folder / "model.safetensors").is_file():
+        write_language_model(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    logging.disable_progress_bar()
+    app()

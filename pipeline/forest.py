@@ -30,7 +30,7 @@ class ForestAxis:
         low, high = min(0.0, *(gain.low for gain in gains)), max(0.0, *(gain.high for gain in gains))
         if low == high:
             low, high = -0.01, 0.01  # one point to each side of gains that are all nothing
-        ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(100 * low, 100 * high)
+        ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(100 * low, 100 * high)
         return cls(low, high, tuple(float(tick) for tick in ticks if 100 * low <= tick <= 100 * high))
 
     def place(self, share: float) -> float:

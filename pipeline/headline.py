@@ -92,9 +92,9 @@ def _saved(findings: Findings) -> Headline:
     value, unit = duration(findings.store.saved_seconds).split()
     runs = "one run" if findings.store.num_runs == 1 else f"{findings.store.num_runs} runs"
     once = duration(findings.store.teacher_seconds)
-    return Headline(
-        name, value, unit, f"An estimate: an online teacher for {runs}, less stage 1 once ({once})."
-    )
+    paid = "" if findings.store.saved_seconds >= 0 else " Stage 1 has not paid back yet."
+    detail = f"An estimate: an online teacher for {runs}, less stage 1 once ({once}).{paid}"
+    return Headline(name, value, unit, detail)
 
 
 def why_not_saved(store: StoreCost) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache_cost import cost_of_store
-from pipeline.compare import paired_gain
+from pipeline.compare import Answered, paired_gain
 from pipeline.errors import PipelineError
 from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set, read_predictions
 from pipeline.experiment import BASELINE, DISTILLED
@@ -147,7 +147,7 @@ def _result(
         by_type=by_type,
         num_questions=len(answered),
         is_baseline=label == BASELINE,
-        gain=paired_gain([answered], [baseline]) if baseline and none else None,
+        gain=paired_gain([Answered.of(answered)], [Answered.of(baseline)]) if baseline and none else None,
         gap_closed=gap_closed(shares["all"], none["all"], teacher["all"][0]) if none and teacher else None,
         gap_by_type=gaps_closed(by_type, none, teacher) if none and teacher else {},
     )

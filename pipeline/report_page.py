@@ -67,11 +67,13 @@ def created(time: str) -> str:
 
 def config_text(config: Mapping[str, Any]) -> str:
     """The config as YAML, without what must not be passed on."""
-    train = {
-        name: "(not shown)" if name in SECRETS and value else value
-        for name, value in config.get("train", {}).items()
-    }
-    return yaml.safe_dump({**config, "train": train}, sort_keys=False, allow_unicode=True)
+    shown = dict(config)
+    if "train" in config:
+        train = config["train"].items()
+        shown["train"] = {
+            name: "(not shown)" if name in SECRETS and value else value for name, value in train
+        }
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
 def _environment() -> Environment:

@@ -90,14 +90,6 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text())
 
 
-def read_json_lines(file: Path) -> list[Any]:
-    """Every line of a JSON lines file. Raises `PipelineError` if it is not there, or a line is no JSON."""
-    if not file.is_file():
-        raise PipelineError(f"{file} is not there; run the command that writes it to its end")
-    with named_if_damaged(file):
-        return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 @contextmanager
 def named_if_damaged(file: Path) -> Iterator[None]:
     """A file that does not hold what it must becomes a `PipelineError` that names it."""
@@ -108,7 +100,7 @@ def named_if_damaged(file: Path) -> Iterator[None]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise PipelineError(
             f"{file} is damaged, or another version wrote it: {type(error).__name__}: {error}; "
-            "remove it and run the command that writes it again"
+            "take it from a copy, or remove it and run the command that writes it again"
         ) from error
 
 

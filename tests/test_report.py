@@ -12,7 +12,7 @@ from small_store import fill_part, manifest
 from small_sweep import SAMPLES_SEEN, STEPS, write_run, write_sweep
 
 from cache import StoreWriter, summarise
-from pipeline.compare import paired_gain
+from pipeline.compare import Answered, paired_gain
 from pipeline.errors import PipelineError
 from pipeline.evaluate import accuracy_by_type, read_predictions
 from pipeline.experiment import BASELINE, DISTILLED, run_experiment
@@ -128,10 +128,11 @@ def test_what_was_varied_and_asked_is_read_off_the_runs(sweep: Path):
 
 
 def test_runs_of_an_earlier_sweep_into_the_same_folder_are_not_counted(sweep: Path):
-    change(sweep / "sweep.json", runs=["losses=all,train.seed=0", "losses=none,train.seed=0"])
+    kept = [f"losses={name},train.seed=0" for name in ("all", "attention", "none")]
+    change(sweep / "sweep.json", runs=kept)
     findings = gather(sweep)
-    assert [run.name for run in findings.runs] == ["losses=all,train.seed=0", "losses=none,train.seed=0"]
-    assert findings.store is not None and findings.store.samples_seen == SAMPLES_SEEN
+    assert [run.name for run in findings.runs] == kept
+    assert findings.store is not None and findings.store.samples_seen == 2 * SAMPLES_SEEN
 
 
 def test_the_origin_is_that_of_the_runs_else_of_the_sweep(sweep: Path):
@@ -205,7 +206,9 @@ def test_an_experiment_is_both_students_with_the_gain_of_the_paired_bootstrap(tr
     assert findings.kind == "experiment" and findings.labels() == [DISTILLED, BASELINE]
     ours, theirs = (read_predictions(trained / n / "predictions.jsonl") for n in ("align_kd", "supervised"))
     distilled, labels_only = findings.results
-    assert distilled.gain == paired_gain([ours], [theirs]) and labels_only.gain is None
+    assert (
+        distilled.gain == paired_gain([Answered.of(ours)], [Answered.of(theirs)]) and labels_only.gain is None
+    )
     assert distilled.accuracy == accuracy_by_type(ours)["all"][0] and labels_only.is_baseline
     assert findings.teacher["test"]["all"][1] == distilled.num_questions == 6
     assert findings.questions["test"] == {"all": 6, "all questions": 1, "colour": 2, "shape": 1, "yes/no": 2}
@@ -271,10 +274,24 @@ def test_a_sweep_that_did_not_finish_is_told_to(sweep: Path):
         PipelineError, match=r"summary.json is not there; run the command that writes it to its end"
     ):
         gather(sweep)
-    (sweep / "runs.jsonl").unlink()
-    (sweep / "summary.json").write_text('{"rows": [], "teacher": null}')
-    with pytest.raises(PipelineError, match=r"runs.jsonl is not there"):
+
+
+def test_a_summary_of_runs_that_are_not_in_the_file_is_not_believed(sweep: Path):
+    lines = (sweep / "runs.jsonl").read_text().splitlines()
+    (sweep / "runs.jsonl").write_text("\n".join(lines[2:]) + "\n")
+    with pytest.raises(
+        PipelineError, match=r"summary.json has 'losses=all', .*runs.jsonl has no run of it; run `al"
+    ):
         gather(sweep)
+    (sweep / "runs.jsonl").unlink()
+    with pytest.raises(PipelineError, match=r"runs.jsonl has no run of it"):
+        gather(sweep)
+
+
+def test_a_line_that_a_kill_cut_is_no_run_of_the_summary(sweep: Path):
+    with open(sweep / "runs.jsonl", "a") as file:
+        file.write('{"name": "losses=cu')
+    assert len(gather(sweep).runs) == 6
 
 
 @pytest.mark.parametrize(
@@ -282,8 +299,7 @@ def test_a_sweep_that_did_not_finish_is_told_to(sweep: Path):
     [
         ("summary.json", "{"),
         ("summary.json", "[]"),
-        ("summary.json", '{"rows": [{"variation": {}, "label": "x"}], "teacher": null}'),
-        ("runs.jsonl", '{"name": "cut'),
+        ("summary.json", '{"rows": [{"variation": {"losses": "all"}, "label": "x"}], "teacher": null}'),
         ("runs.jsonl", '{"name": "losses=all", "values": {"losses": "all"}}\n'),
         ("sweep.json", "{}"),
         ("runs/losses=all,train.seed=0/trainer_state.json", '{"log_history": [{"loss/x": 1}]}'),
@@ -293,7 +309,8 @@ def test_a_sweep_that_did_not_finish_is_told_to(sweep: Path):
 def test_a_damaged_file_is_named_with_the_remedy(sweep: Path, file: str, text: str):
     (sweep / file).write_text(text)
     with pytest.raises(
-        PipelineError, match=rf"{file} is damaged, or another version wrote it: .*; remove it and run"
+        PipelineError,
+        match=rf"{file} is damaged, or another version wrote it: .*; take it from a copy, or remove",
     ):
         gather(sweep)
 

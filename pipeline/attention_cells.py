@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from pipeline.inspection import Inspection, attention_distance, visible
+from pipeline.inspection import Inspection, attention_distance
 from pipeline.models.merge import IGNORE_INDEX
 from pipeline.shapes import expect_shape
+from pipeline.token_text import visible
 
 
 @dataclass(frozen=True)

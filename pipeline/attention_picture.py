@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
@@ -11,16 +10,15 @@ from typing import Any
 
 import matplotlib
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipeline.attention_cells import Cell, Drawing, plan_drawing
 from pipeline.errors import PipelineError
-from pipeline.heat_map import draw_heat, draw_image, outline
+from pipeline.heat_map import Square, draw_heat, draw_image, outline
 from pipeline.inspection import Inspection
-from pipeline.sheet import Sheet
+from pipeline.sheet import Sheet, wrap
 
 FORMATS = (".png", ".svg")
 DOTS_PER_INCH = 150
@@ -29,9 +27,8 @@ SHARES, DIFFERENCES = colormaps["magma_r"], colormaps["RdBu_r"]
 # Inches. A panel is one heat map; a cell is a token's panels side by side below its name.
 MARGIN, GAP, CELL_GAP, NAME, LINE, BAR = 0.3, 0.07, 0.24, 0.2, 0.175, 0.5
 PANEL, SMALL_PANEL, IMAGE_PANEL = 1.25, 1.1, 1.75
-LEAST_WIDTH, MOST_HEIGHT_PER_WIDTH = 8.7, 1.2
-GREY = "#555555"
-CHARACTER = 0.074  # of the words beside the image, on average
+LEAST_WIDTH, MOST_HEIGHT_PER_WIDTH, MOST_GROWTH = 8.7, 1.2, 0.4
+GREY, KEY_SIZE = "#555555", 10
 MOST_LINES_OF_TURN, MOST_CHARACTERS_OF_NAME = 4, 10
 
 
@@ -104,12 +101,12 @@ class AttentionFigure:
     def draw(self) -> Figure:
         heads = [self._head_height(image) for image in range(len(self.drawing.images))]
         grids = [self.layout.height(len(cells)) for cells in self.drawing.images]
-        self.sheet = Sheet(self.width + 2 * MARGIN, sum(heads) + sum(grids) + 2 * MARGIN)
+        self.sheet = Sheet(self.width + 2 * MARGIN, sum(heads) + sum(grids) + (1 + len(heads)) * MARGIN)
         top = MARGIN
         for image, (head, grid) in enumerate(zip(heads, grids, strict=True)):
             self._draw_head(image, top)
             self._draw_cells(image, top + head)
-            top += head + grid
+            top += head + grid + MARGIN
         return self.sheet.figure
 
     def _head_height(self, image: int) -> float:
@@ -124,9 +121,9 @@ class AttentionFigure:
         if num_images > 1:
             self.sheet.write(MARGIN, top, f"image {image + 1} of {num_images}", weight="bold")
         top += self._title_height()
-        axes = self.sheet.axes(MARGIN, top, IMAGE_PANEL, IMAGE_PANEL)
-        draw_image(axes, self.inspection.images[image], grid=self.inspection.grid)
-        self._outline(axes, image)
+        place = Square(MARGIN, top, IMAGE_PANEL)
+        draw_image(self.sheet.axes, self.inspection.images[image], place)
+        self._outline(image, place)
         if image == 0:
             self._write_words(MARGIN + IMAGE_PANEL + CELL_GAP, top)
 
@@ -167,24 +164,27 @@ class AttentionFigure:
             heats.append((cell.difference, DIFFERENCES, self.difference, change))
         for heat, colours, scale, number in heats:
             self.sheet.write(left + panel, top + NAME - 0.03, number, va="bottom", ha="right", color=GREY)
-            axes = self.sheet.axes(left, top + NAME, panel, panel)
-            draw_heat(axes, self.inspection.images[image], heat, colours=colours, scale=scale)
-            self._outline(axes, image)
+            place, picture = Square(left, top + NAME, panel), self.inspection.images[image]
+            draw_heat(self.sheet.axes, picture, heat, place, colours=colours, scale=scale)
+            self._outline(image, place)
             left += panel + GAP
 
-    def _outline(self, axes: Axes, image: int) -> None:
-        outline(axes, self.inspection.focus[image].tolist(), grid=self.inspection.grid)
+    def _outline(self, image: int, place: Square) -> None:
+        outline(self.sheet.axes, self.inspection.focus[image].tolist(), place, grid=self.inspection.grid)
 
     def _wrap_words(self) -> list[tuple[str, dict[str, Any]]]:
         """The lines beside the image: the key, the conversation (a long turn is cut), and what is shown."""
-        characters = int((self.width - IMAGE_PANEL - CELL_GAP) / CHARACTER)
-        lines: list[tuple[str, dict[str, Any]]] = [(self.inspection.key, {"weight": "bold", "fontsize": 10})]
+        width = self.width - IMAGE_PANEL - CELL_GAP
+        # Measured in the regular weight, of which bold is a seventh wider.
+        key = wrap(self.inspection.key, width / 1.15, size=KEY_SIZE)
+        lines: list[tuple[str, dict[str, Any]]] = [
+            (line, {"weight": "bold", "fontsize": KEY_SIZE}) for line in key
+        ]
         for turn in self.inspection.conversations:
-            text = f"{turn['from']}: {turn['value']}"
-            wrapped = textwrap.wrap(text, characters, max_lines=MOST_LINES_OF_TURN, placeholder=" …")
-            lines += [(line, {}) for line in wrapped]
+            turn_lines = wrap(f"{turn['from']}: {turn['value']}", width, max_lines=MOST_LINES_OF_TURN)
+            lines += [(line, {}) for line in turn_lines]
         for words in self.drawing.words:
-            lines += [(line, {"color": GREY}) for line in textwrap.wrap(words, characters)]
+            lines += [(line, {"color": GREY}) for line in wrap(words, width)]
         return lines
 
 
@@ -205,7 +205,9 @@ def _layout(drawing: Drawing) -> Layout:
     while layout.per_row < num_cells and layout.is_narrow(num_cells):
         layout = replace(layout, per_row=layout.per_row + 1)
     num_rows = ceil(num_cells / layout.per_row)
-    return replace(layout, per_row=ceil(num_cells / num_rows))
+    layout = replace(layout, per_row=ceil(num_cells / num_rows))
+    spare = max(0.0, LEAST_WIDTH - layout.width) / (layout.per_row * num_panels)
+    return replace(layout, panel=panel + min(spare, MOST_GROWTH))
 
 
 def _check(inspection: Inspection, output: Path, max_tokens: int) -> None:

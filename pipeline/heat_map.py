@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,14 +14,23 @@ from PIL import Image
 DARKEST_GREY = 0.72  # of the image below a heat map: enough to see shapes, too little to be taken for a share
 
 
-def draw_image(axes: Axes, image: Image.Image, *, grid: int) -> None:
-    """The image, in coordinates of its `grid` x `grid` vision tokens."""
-    axes.imshow(np.asarray(image), extent=(0, grid, grid, 0))
-    axes.set_axis_off()
+@dataclass(frozen=True)
+class Square:
+    """A place on a sheet, in inches from its upper left corner."""
+
+    left: float
+    top: float
+    side: float
+
+
+def draw_image(axes: Axes, image: Image.Image, place: Square) -> None:
+    """The image as it is, filling the place."""
+    right, bottom = place.left + place.side, place.top + place.side
+    axes.imshow(np.asarray(image), extent=(place.left, right, bottom, place.top), aspect="auto")
 
 
 def draw_heat(
-    axes: Axes, image: Image.Image, heat: np.ndarray, *, colours: Colormap, scale: Normalize
+    axes: Axes, image: Image.Image, heat: np.ndarray, place: Square, *, colours: Colormap, scale: Normalize
 ) -> None:
     """A heat map, float 'Y X', a cell for each vision token, printed over the image in light grey.
 
@@ -29,15 +39,15 @@ def draw_heat(
     grey = DARKEST_GREY + (1 - DARKEST_GREY) * np.asarray(image.convert("L"))[:, :, None] / 255
     cells = Image.fromarray(np.uint8(255 * colours(scale(heat))[:, :, :3]))
     spread = np.asarray(cells.resize(image.size, Image.Resampling.NEAREST))
-    draw_image(axes, Image.fromarray(np.uint8(spread * grey)), grid=len(heat))
+    draw_image(axes, Image.fromarray(np.uint8(spread * grey)), place)
 
 
-def outline(axes: Axes, cells: Collection[int], *, grid: int) -> None:
+def outline(axes: Axes, cells: Collection[int], place: Square, *, grid: int) -> None:
     """A line around cells, numbered row after row; neighbours share one."""
-    edges = border(cells, grid=grid)
+    corner = np.array([place.left, place.top])
+    edges = corner + place.side / grid * np.array(border(cells, grid=grid)).reshape(-1, 2, 2)
     for colour, width in (("white", 3.0), ("black", 1.2)):
-        lines = LineCollection(edges, colors=colour, linewidths=width, capstyle="projecting")
-        lines.set_clip_on(False)
+        lines = LineCollection(list(edges), colors=colour, linewidths=width, capstyle="projecting")
         axes.add_collection(lines, autolim=False)
 
 

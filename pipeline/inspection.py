@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from cache import SampleEntry, Store
 from pipeline.config import Config
-from pipeline.conversation import IMAGE_TOKEN, TokenizedSample, check_conversations
+from pipeline.conversation import TokenizedSample, check_conversations
 from pipeline.dataset import JoinCollator, JoinedDataset, JoinedSample, teacher_facts
 from pipeline.errors import ConfigError, JoinError
 from pipeline.images import ImagePreprocessor
@@ -35,7 +34,7 @@ from pipeline.models.stub import load_teacher, plan_teacher
 from pipeline.sample_sources import check_reading, find_preparation, find_shard, locate_sample, stored_config
 from pipeline.shards import parse_record, read_span
 from pipeline.targets import TARGETS, AttentionTarget, TeacherFacts
-from pipeline.tokenizer import SPACE
+from pipeline.token_text import token_text
 
 SHOWN = ("attention", "logits")
 
@@ -116,7 +115,7 @@ def inspect_sample(
         conversations=_conversations(shard, entry),
         input_ids=tokens.input_ids,
         labels=tokens.labels,
-        tokens=_texts(tokens.input_ids, preparation.tokenizer),
+        tokens=tuple(token_text(number, preparation.tokenizer) for number in tokens.input_ids),
         note=note,
         images=tuple(_picture(pixels, preparation.preprocess) for pixels in images),
         teacher=teacher_facts(opened),
@@ -162,12 +161,6 @@ def attention_distance(inspection: Inspection, student: Tensor) -> float:
     theirs = TeacherTargets(attention={0: inspection.attention[inspection.layer][None]})
     total, count = LOSSES["attention"].compute(ours, theirs, None, AttentionLoss())
     return float(total / count)
-
-
-def visible(text: str) -> str:
-    """The text with a mark for every space and line break, and an escape for what else cannot be seen."""
-    marks = {" ": "␣", "\n": "↵"}
-    return "".join(marks.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
 
 
 def _join(store: Store, entry: SampleEntry, shard: str, preparation: Preparation) -> JoinedSample:
@@ -237,19 +230,6 @@ def _focus(attention: Tensor | None, slots: Slots, num_vision_tokens: int, k: in
     return focus_tokens(attention[None], slots, num_vision_tokens, k)
 
 
-def _texts(ids: Sequence[int], tokenizer: Any) -> tuple[str, ...]:
-    return tuple(IMAGE_TOKEN if number == IMAGE_TOKEN_INDEX else _text(number, tokenizer) for number in ids)
-
-
-def _text(number: int, tokenizer: Any) -> str:
-    """A token's text as it stands in the sample, its leading space included; the number without a tokenizer."""
-    if tokenizer is None:
-        return str(number)
-    piece = tokenizer.convert_ids_to_tokens(number)
-    byte = re.fullmatch("<0x([0-7][0-9A-F])>", piece)  # from 0x80 on a byte is a part of a character
-    return chr(int(byte[1], 16)) if byte else piece.replace(SPACE, " ")
-
-
 def _picture(pixels: Tensor, preprocess: ImagePreprocessor) -> Image.Image:
     """What the tower reads, 'C Y X', as a picture: normalisation undone."""
     mean, std = (np.array(values) for values in (preprocess.clip.image_mean, preprocess.clip.image_std))
@@ -264,7 +244,7 @@ def _answers(tokens: TokenizedSample, targets: Mapping[str, Any], tokenizer: Any
         return tuple(Answer(place, ()) for place in places)
     ids, shares = targets["top_ids"].tolist(), targets["top_log_probs"].float().exp().tolist()
     return tuple(
-        Answer(place, tuple(zip(_texts(i, tokenizer), s, strict=True)))
+        Answer(place, tuple(zip([token_text(n, tokenizer) for n in i], s, strict=True)))
         for place, i, s in zip(places, ids, shares, strict=True)
     )
 

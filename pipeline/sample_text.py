@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from pipeline.inspection import Answer, Inspection, visible
+from pipeline.inspection import Answer, Inspection
 from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.token_text import visible
 
 # Neighbours differ, so that every token is seen; brackets and arrows say the same where there is no colour.
 GIVEN = ("", "dim")
@@ -31,7 +32,7 @@ def describe_sample(inspection: Inspection) -> Text:
         Text.assemble("»", ("trained", TRAINED[0]), "«  ", ("[image]", IMAGE), "  all else is given"),
     ]
     if inspection.note:
-        lines.append(Text(f"numbers are token ids, for there is no tokenizer: {inspection.note}"))
+        lines.append(Text(f"Numbers are token ids, for there is no tokenizer: {inspection.note}."))
     return Text("\n").join([*lines, Text(), *_answers(inspection)])
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from functools import cache
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
@@ -13,39 +13,57 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 FONT = "DejaVu Sans"  # comes with matplotlib
-FONT_SIZE = 8.5
+FONT_SIZE, SMALL_SIZE = 8.5, 7
+BAR_GAP, BAR_HEIGHT = 0.03, 0.1
+NARROWEST = 0.28  # a letter such as i, in units of the font's size
+FEWEST = 4  # characters in a line, however narrow it is
 
 
 class Sheet:
-    """A white figure; every place and size is in inches, left and top first."""
+    """A white figure; every place and size is in inches, left and top first. `axes` cover it, to draw on."""
 
     def __init__(self, width: float, height: float):
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width, height), facecolor="white")
-
-    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        bottom = self.height - top - height
-        place = (left / self.width, bottom / self.height, width / self.width, height / self.height)
-        return self.figure.add_axes(place)
+        # One pair of axes for a hundred panels: each pair of its own would take longer than what it shows.
+        self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+        self.axes.set_axis_off()
 
     def write(self, left: float, top: float, text: str, **style: Any) -> None:
         """Text whose upper left corner is here, unless `ha` and `va` say otherwise."""
         style = {"fontsize": FONT_SIZE, "va": "top", "family": FONT} | style
         # A dollar sign is a dollar sign, not the beginning of a formula.
-        self.figure.text(left / self.width, 1 - top / self.height, drawable(text), parse_math=False, **style)
+        self.axes.text(left, top, drawable(text), parse_math=False, **style)
 
     def colour_bar(
         self, left: float, top: float, width: float, *, colours: Colormap, scale: Normalize, name: str
     ) -> None:
         """A scale of percents, below its name, above its numbers."""
-        self.write(left, top, name, va="bottom", fontsize=7)
-        top += 0.03
-        axes = self.axes(left, top, width, 0.1)
+        self.write(left, top, name, va="bottom", fontsize=SMALL_SIZE)
+        bottom = 1 - (top + BAR_GAP + BAR_HEIGHT) / self.height
+        place = (left / self.width, bottom, width / self.width, BAR_HEIGHT / self.height)
+        axes = self.figure.add_axes(place)
         bar = self.figure.colorbar(ScalarMappable(scale, colours), cax=axes, orientation="horizontal")
         bar.locator = MaxNLocator(nbins=4)
         bar.formatter = FuncFormatter(lambda share, _: f"{100 * share:.3g}%")
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-        axes.tick_params(labelsize=7, length=2, width=0.5, pad=1.5, labelfontfamily=FONT)
+        axes.tick_params(labelsize=SMALL_SIZE, length=2, width=0.5, pad=1.5, labelfontfamily=FONT)
+
+
+def wrap(text: str, width: float, *, size: float = FONT_SIZE, max_lines: int | None = None) -> list[str]:
+    """The text in lines of at most `width` inches; what is too long for `max_lines` ends in an ellipsis."""
+    text = drawable(" ".join(text.split()))
+    characters = int(width * 72 / size / NARROWEST)
+    while True:
+        lines = textwrap.wrap(text, characters, max_lines=max_lines, placeholder=" …")
+        if characters <= FEWEST or all(text_width(line, size=size) <= width for line in lines):
+            return lines
+        characters = max(FEWEST, characters * 19 // 20)
+
+
+def text_width(text: str, *, size: float = FONT_SIZE) -> float:
+    """Inches of a line in the regular weight."""
+    return sum(_advance(character) for character in text) * size / 72
 
 
 def drawable(text: str) -> str:
@@ -57,3 +75,11 @@ def drawable(text: str) -> str:
 @cache
 def _characters() -> frozenset[int]:
     return frozenset(get_font(findfont(FONT)).get_charmap())
+
+
+@cache
+def _advance(character: str) -> float:
+    """How far a character moves the pen, in units of the font's size."""
+    font = get_font(findfont(FONT))
+    font.set_size(1000, 72)
+    return font.load_char(ord(character)).linearHoriAdvance / 65536 / 1000

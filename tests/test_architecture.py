@@ -58,6 +58,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.sample_sources",
         "pipeline.sample_text",
         "pipeline.sheet",
+        "pipeline.token_text",
     },
     "stages": {"pipeline.packing", "pipeline.teacher", "pipeline.student", "pipeline.evaluate"},
     "stage parts": {

@@ -1,0 +1,49 @@
+"""The text of a single token as it stands in a sample, and how to show what of it cannot be seen."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from pipeline.conversation import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from pipeline.tokenizer import SPACE, is_chatml
+
+
+def token_text(number: int, tokenizer: Any) -> str:
+    """A token's text, its leading space included; a part of a character as its bytes; the id without a tokenizer."""
+    if number == IMAGE_TOKEN_INDEX:
+        return IMAGE_TOKEN
+    if tokenizer is None:
+        return str(number)
+    piece = tokenizer.convert_ids_to_tokens(number)
+    if piece is None:  # models may have more ids than their tokenizer
+        return f"<{number}>"
+    if number in tokenizer.added_tokens_decoder:
+        return piece
+    return _byte_level(piece) if is_chatml(tokenizer) else _sentencepiece(piece)
+
+
+def visible(text: str) -> str:
+    """The text with a mark for every space and line break, and an escape for what else cannot be seen."""
+    marks = {" ": "␣", "\n": "↵"}
+    return "".join(marks.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
+
+
+def _sentencepiece(piece: str) -> str:
+    byte = re.fullmatch("<0x([0-7][0-9A-F])>", piece)  # from 0x80 on it is a part of a character
+    return chr(int(byte[1], 16)) if byte else piece.replace(SPACE, " ")
+
+
+def _byte_level(piece: str) -> str:
+    """Every character of the piece stands for a byte; bytes that make no character stay as <0xE4>."""
+    data = bytes(_bytes()[character] for character in piece)
+    escaped = data.decode(errors="surrogateescape")
+    return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in escaped)
+
+
+@cache
+def _bytes() -> dict[str, int]:
+    return {character: byte for byte, character in bytes_to_unicode().items()}

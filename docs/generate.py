@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer
@@ -14,7 +15,7 @@ WIDTH = 100
 HEAD = """\
 # The command line
 
-Written by `python -m docs.generate` from `alignkd --help`; change `cli.py`, not this page.
+Written by `python -m docs.generate` from `alignkd --help`; change `pipeline/commands/`, not this page.
 Results go to stdout, progress and errors to stderr.
 """
 
@@ -22,10 +23,16 @@ Results go to stdout, progress and errors to stderr.
 def cli_page() -> str:
     """The page: the help of the program and of each command, at a fixed width."""
     group = typer.main.get_command(app)
-    sections = [HEAD, _help(group, "alignkd")]
+    return "\n".join([HEAD, _help(group, "alignkd"), *_sections(group, "")])
+
+
+def _sections(group: typer.core.TyperGroup, above: str) -> Iterator[str]:
+    """A heading and the help of every command, those of a group after the group's own."""
     for name, command in group.commands.items():
-        sections += [f"## {name}\n", _help(command, f"alignkd {name}")]
-    return "\n".join(sections)
+        yield f"## {above}{name}\n"
+        yield _help(command, f"alignkd {above}{name}")
+        if isinstance(command, typer.core.TyperGroup):
+            yield from _sections(command, f"{above}{name} ")
 
 
 def _help(command: typer.core.TyperCommand | typer.core.TyperGroup, name: str) -> str:

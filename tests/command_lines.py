@@ -56,7 +56,9 @@ def _parse(app: typer.Typer, words: list[str]) -> dict:
     """Parameters by name; raises a usage error for an unknown command or option, or a missing argument."""
     command = typer.main.get_command(app)
     context = command.make_context("it", list(words))
-    if isinstance(command, typer.core.TyperGroup):
-        name, command, rest = command.resolve_command(context, words)
+    rest = list(words)
+    while isinstance(command, typer.core.TyperGroup):
+        rest = [*context._protected_args, *context.args]
+        name, command, rest = command.resolve_command(context, rest)
         context = command.make_context(name, rest, parent=context)
     return context.params

@@ -1,0 +1,68 @@
+"""Many experiments from one store, and pages about them: sweep, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.options import ConfigFile, Overrides, load, say
+
+
+def sweep(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(help="key=value,value; repeat it. losses= takes sets: see below.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default: OUTPUT_DIR/sweep.")] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at a time, each with its share of cores or GPUs.")
+    ] = 1,
+    keep_models: Annotated[bool, typer.Option(help="Keep every student's weights.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
+) -> None:
+    """Many student experiments from one store: every combination of --vary, each held against labels alone.
+
+    --vary losses= takes none, all, all-LOSS, LOSS+LOSS and leave-one-out; any other key is one of the config's,
+    such as --vary losses.attention.distance=kl,mse --vary data.fraction=0.02,0.1 --vary train.seed=0,1,2.
+    A run that is done is not done again. Exit code 1 if a run failed; the others are in the table.
+    """
+    settings = load(config, overrides, False)
+    from pipeline.config import load_config
+    from pipeline.curves import draw_sweep
+    from pipeline.scores import teacher_predictions
+    from pipeline.sweep import run_sweep
+    from pipeline.sweep_summary import summarise_sweep, summary_tables
+    from pipeline.variations import parse_vary, plan_runs
+
+    runs = plan_runs(lambda more: load_config(config, [*(overrides or []), *more]), parse_vary(vary or []))
+    if dry_run:
+        print("\n".join(run.name for run in runs))
+        return
+    folder = output or Path(settings.output_dir) / "sweep"
+    lines, failed = run_sweep(settings, runs, folder, jobs=jobs, keep_models=keep_models, say=say)
+    if lines:
+        summary = summarise_sweep(folder, lines, teacher=teacher_predictions(settings))
+        draw_sweep(
+            summary["rows"], folder / "summary.png", folder / "summary.svg", teacher=summary["teacher"]
+        )
+        print(summary_tables(summary))
+    if failed:
+        raise typer.Exit(1)
+
+
+def report(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a sweep, of one training, or a distill's output_dir.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="HTML file; default: FOLDER/report.html.")] = None,
+) -> None:
+    """One HTML page about a run or a sweep: accuracies, gains, loss curves, throughput, what the cache cost.
+
+    The page stands alone: no network, no script.
+    """
+    from pipeline.report_page import write_report
+
+    print(write_report(folder, output))

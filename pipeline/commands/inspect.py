@@ -1,0 +1,96 @@
+"""A look at one stored sample: inspect STORE KEY (the teacher's attention as a picture), inspect sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pipeline.commands.options import StorePath, load
+
+if TYPE_CHECKING:
+    from pipeline.inspection import Inspection
+
+SampleKey = Annotated[str, typer.Argument(help="A sample's key; `alignkd inspect keys` lists some.")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="Where shards and tokenizer are; default: as in stage 1."),
+]
+
+
+class AttentionByDefault(TyperGroup):
+    """`inspect STORE KEY` is `inspect attention STORE KEY`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["attention", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=AttentionByDefault,
+    no_args_is_help=True,
+    help="Look at one sample of a store, without the teacher. `inspect STORE KEY` draws its attention.",
+)
+
+
+@app.command()
+def attention(
+    store: StorePath,
+    key: SampleKey,
+    out: Annotated[Path, typer.Option(help="PNG or SVG file.")] = Path("attention.png"),
+    layer: Annotated[int, typer.Option(min=0, help="Teacher layer, one of those stored.")] = 0,
+    k: Annotated[int | None, typer.Option(min=1, help="Focus tokens; default: vision_focus.k.")] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Checkpoint of a student: drawn beside the teacher, after and before.")
+    ] = None,
+    student_layer: Annotated[int, typer.Option(min=0, help="The student's layer.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Text tokens to draw, the first ones.")] = 40,
+    config: ConfigOption = None,
+) -> None:
+    """The image with the teacher's text-to-vision attention, a heat map a text token, focus tokens outlined.
+
+    With --student, the config's untrained student and this one stand beside it, and the difference to the teacher.
+    """
+    from pipeline.attention_picture import draw_attention
+    from pipeline.inspection import student_attention
+
+    inspection = _inspect(store, key, config, layer=layer, k=k)
+    students = {"before": inspection.config.student.model, "after": student} if student else {}
+    drawn = {
+        name: student_attention(inspection, model, layer=student_layer) for name, model in students.items()
+    }
+    draw_attention(inspection, out, students=drawn, max_tokens=max_tokens)
+    print(out)
+
+
+@app.command()
+def sample(store: StorePath, key: SampleKey, config: ConfigOption = None) -> None:
+    """A sample's tokens in colour: which are trained, where images stand; and the teacher's likeliest answers."""
+    from rich.console import Console
+
+    from pipeline.sample_text import describe_sample
+
+    Console(highlight=False).print(describe_sample(_inspect(store, key, config)))
+
+
+@app.command()
+def keys(
+    store: StorePath,
+    count: Annotated[int, typer.Option(min=1, help="How many, the first ones.")] = 20,
+) -> None:
+    """Keys of a store's samples, one a line."""
+    from itertools import islice
+
+    from cache import Store
+
+    for key in islice(Store(store).keys(), count):
+        print(key)
+
+
+def _inspect(store: Path, key: str, config: Path | None, **options: Any) -> Inspection:
+    from pipeline.inspection import inspect_sample
+
+    return inspect_sample(store, key, config=load(config, None) if config else None, **options)

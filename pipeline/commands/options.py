@@ -1,0 +1,47 @@
+"""What commands share: their options, and the config that a command line asks for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML config, such as configs/demo.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides of the config, such as train.learning_rate=1e-3.")
+]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved config and stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+StorePath = Annotated[Path, typer.Argument(help="A store, such as runs/demo/teacher.zarr.")]
+
+
+def load(config: Path, overrides: list[str] | None, print_config: bool = False) -> Config:
+    """The resolved config; with --print-config it is printed and the command ends."""
+    from transformers.utils import logging
+
+    from pipeline.config import load_config, to_yaml
+
+    logging.disable_progress_bar()
+    settings = load_config(config, overrides or [])
+    if print_config:
+        print(to_yaml(settings), end="")
+        raise typer.Exit()
+    return settings
+
+
+def say(line: str) -> None:
+    """Tell how it goes, on stderr: stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_reasons(reasons: dict[str, int], *, where: str) -> None:
+    """How many samples were rejected for each reason, and where they are listed."""
+    for reason, count in reasons.items():
+        print(f"  {count:,} rejected: {reason}")
+    if reasons:
+        print(f"  the list is in {where}")

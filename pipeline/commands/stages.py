@@ -1,0 +1,107 @@
+"""From annotations to a measured student: pack, teacher-cache, distill, evaluate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.options import AsJson, ConfigFile, Overrides, PrintConfig, load, print_reasons, say
+
+
+def pack(
+    annotations: Annotated[Path, typer.Argument(help="LLaVA JSON or JSONL: id, image, conversations.")],
+    output: Annotated[Path, typer.Argument(help="Folder for shard-000000.tar, shard-000001.tar, ...")],
+    image_folder: Annotated[Path, typer.Option(help="Folder that the `image` paths start from.")],
+    samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
+    on_bad_sample: Annotated[str, typer.Option(help="reject: list it and go on; fail: stop.")] = "reject",
+    max_image_pixels: Annotated[int, typer.Option(min=1, help="Larger images are refused.")] = 64_000_000,
+) -> None:
+    """Turn LLaVA annotations and an image folder into WebDataset shards.
+
+    Bad samples are listed with a reason in rejects.jsonl beside the shards, and counted.
+    """
+    from pipeline.packing import pack as pack_shards
+
+    if on_bad_sample not in ("reject", "fail"):
+        raise typer.BadParameter(f"--on-bad-sample: expected reject or fail, found {on_bad_sample!r}")
+    summary = pack_shards(
+        annotations,
+        output,
+        image_folder=image_folder,
+        samples_per_shard=samples_per_shard,
+        on_bad_sample=on_bad_sample,  # pyright: ignore[reportArgumentType]
+        max_pixels=max_image_pixels,
+    )
+    print(
+        f"{output}: {summary.seen:,} samples seen = {summary.packed:,} packed + {summary.rejected:,} rejected, "
+        f"{len(summary.shards)} shards"
+    )
+    print_reasons(summary.rejects_by_reason, where=str(output / "rejects.jsonl"))
+
+
+def teacher_cache(config: ConfigFile, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
+    """Stage 1: stream the shards through the teacher once and write the store.
+
+    One shard becomes one immutable part. Rerun to go on where a run stopped; a finished store stays as it is.
+    """
+    settings = load(config, overrides, print_config)
+    from cache import summarise
+    from pipeline.describe import readable_bytes, reasons_by_kind
+    from pipeline.teacher import cache_teacher
+
+    run = cache_teacher(settings)
+    print(
+        f"{run.path}: {run.parts_written} parts written, {run.parts_found} found done; "
+        f"{run.seen:,} samples seen = {run.cached:,} cached + {run.rejected:,} rejected"
+    )
+    store = summarise(run.path)
+    size, each = readable_bytes(store.bytes), readable_bytes(store.bytes_per_sample)
+    print(f"the store holds {store.samples:,} samples in {size}, {each} each")
+    print_reasons(reasons_by_kind(store.rejects_by_reason), where="the parts' rejects.jsonl")
+    if run.broken:
+        shards = "1 shard has" if len(run.broken) == 1 else f"{len(run.broken)} shards have"
+        print("\n".join([f"alignkd: {shards} no part:", *run.broken]), file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def distill(config: ConfigFile, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
+    """Stage 2: train the student from the store; no teacher is loaded.
+
+    With `baseline: true` the same student is also trained on labels alone, and both are compared.
+    """
+    settings = load(config, overrides, print_config)
+    from pipeline.experiment import run_experiment
+
+    print(run_experiment(settings, say=say))
+
+
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder or hub id; default: the config's teacher.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File for the predictions, JSON lines.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Exact-match accuracy of a checkpoint on the config's held-out conversations, by question type."""
+    settings = load(config, overrides, False)
+    from pipeline.compare import accuracy_table
+    from pipeline.evaluate import accuracy_by_type, by_test_set
+    from pipeline.scores import evaluate_checkpoint
+
+    sets = by_test_set(evaluate_checkpoint(settings, model or settings.teacher.model, output=output))
+    if as_json:
+        scores = {test_set: accuracy_by_type(predictions) for test_set, predictions in sets.items()}
+        print(json.dumps({
+            test_set: {name: {"accuracy": share, "questions": n} for name, (share, n) in by_type.items()}
+            for test_set, by_type in scores.items()
+        }))  # fmt: skip
+        return
+    for test_set, predictions in sets.items():
+        print(f"test set {test_set}\n" if len(sets) > 1 else "", end="")
+        print(accuracy_table({model or "teacher": predictions}))

@@ -154,6 +154,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "report": {
         "report",
+        "sweep",
         "experiment",
         "comparison",
         "stages",

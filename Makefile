@@ -14,7 +14,7 @@ DEMO := runs/demo
 EMOJI := runs/emoji
 export TOKENIZERS_PARALLELISM ?= false
 
-ifeq ($(CONFIG),configs/demo.yaml)
+ifneq ($(filter configs/demo%.yaml,$(CONFIG)),)
 # The demo's model and data are in this repository and in installed packages: nothing is fetched at run time.
 export HF_HUB_OFFLINE ?= 1
 DATA := $(DEMO)/shards/train/pack.json $(DEMO)/shards/test/pack.json $(DEMO)/student/model.safetensors

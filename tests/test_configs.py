@@ -28,7 +28,8 @@ def _header(file: Path) -> list[str]:
 
 def test_there_are_a_demo_and_both_steps_of_the_recipe():
     names = {str(file.relative_to(ROOT / "configs")) for file in CONFIGS}
-    assert {"demo.yaml", "mobilevlm_v2/pretrain.yaml", "mobilevlm_v2/finetune.yaml"} <= names
+    recipe = {f"mobilevlm_v2/{name}.yaml" for name in ("pretrain", "finetune", "paper")}
+    assert {"demo.yaml", "demo_study.yaml"} | recipe <= names
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -53,13 +54,13 @@ def test_a_header_says_what_it_costs(file: Path):
     assert re.search(r"\b(minutes|hours)\b", " ".join(_header(file)))
 
 
-@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "paper"])
 def test_the_recipe_labels_what_it_did_not_measure(name: str):
     header = " ".join(_header(ROOT / "configs" / "mobilevlm_v2" / f"{name}.yaml"))
     assert "ESTIMATES" in header and "none of them measured" in header
 
 
-@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "paper"])
 def test_every_path_to_fill_in_is_marked(name: str):
     text = (ROOT / "configs" / "mobilevlm_v2" / f"{name}.yaml").read_text()
     settings = [line for line in text.splitlines() if "FILL" in line and not line.startswith("#")]
@@ -90,6 +91,17 @@ def test_the_recipe_uses_all_losses_of_align_kd_with_weight_1(name: str):
     expected = {"supervised", "attention", "vision_all", "vision_focus", "logits"}
     assert {loss: settings.weight for loss, settings in losses.items()} == dict.fromkeys(expected, 1.0)
     assert losses["vision_focus"].k == 16
+
+
+def test_the_paper_differs_from_finetuning_in_its_losses_and_what_they_need():
+    paper, ours = (_recipe(name).model_dump() for name in ("paper", "finetune"))
+    differ = {key for key in paper if paper[key] != ours[key]}
+    assert differ <= {"output_dir", "cache", "targets", "losses"}
+    losses = _recipe("paper").losses.active()
+    assert {settings.weight for settings in losses.values()} == {1.0}
+    assert (losses["attention"].distance, losses["attention"].heads) == ("mse", "mix")
+    assert losses["attention"].layers == [(0, 0)] and losses["vision_focus"].k == 16
+    assert (losses["logits"].direction, losses["logits"].temperature) == ("reverse", 1.0)
 
 
 def test_finetuning_starts_where_pretraining_ends():

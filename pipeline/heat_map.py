@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Colormap, Normalize
-from PIL import Image
+from PIL import Image, ImageOps
 
 DARKEST_GREY = 0.72  # of the image below a heat map: enough to see shapes, too little to be taken for a share
 
@@ -34,9 +34,12 @@ def draw_heat(
 ) -> None:
     """A heat map, float 'Y X', a cell for each vision token, printed over the image in light grey.
 
-    Where the image is white a colour is that of the scale, elsewhere a little darker.
+    Where the image is brightest a colour is that of the scale, elsewhere a little darker.
     """
-    grey = DARKEST_GREY + (1 - DARKEST_GREY) * np.asarray(image.convert("L"))[:, :, None] / 255
+    bright = (
+        np.asarray(ImageOps.autocontrast(image.convert("L")))[:, :, None] / 255
+    )  # yellow on white is seen, too
+    grey = DARKEST_GREY + (1 - DARKEST_GREY) * bright
     cells = Image.fromarray(np.uint8(255 * colours(scale(heat))[:, :, :3]))
     spread = np.asarray(cells.resize(image.size, Image.Resampling.NEAREST))
     draw_image(axes, Image.fromarray(np.uint8(spread * grey)), place)

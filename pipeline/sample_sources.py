@@ -60,7 +60,7 @@ def find_shard(config: Config, part: str, key: str) -> str:
             return path
     raise ConfigError(
         f"sample {key!r} is in {part}.tar: looked in data.shards, {config.data.shards}, and found {found}; "
-        "say where the shard is now: --config CONFIG data.shards=FOLDER"
+        "give a --config whose data.shards says where the shard is now"
     )
 
 

@@ -157,6 +157,15 @@ def test_a_heat_map_has_the_colours_of_the_scale_over_white_and_darker_ones_over
             np.testing.assert_allclose(shown[50 + 100 * y, 50 + 100 * x], expected, atol=2)
 
 
+def test_a_pale_shape_is_seen_below_its_heat_map():
+    sheet = Sheet(2, 2)
+    image = Image.new("RGB", (20, 20), "white")
+    image.paste((255, 255, 0), (0, 0, 10, 20))  # yellow is nearly as bright as white
+    draw_heat(sheet.axes, image, np.zeros((2, 2)), WHOLE, colours=MAGMA, scale=Normalize(0, 1))
+    left, right = pixels(sheet)[100, 50].astype(float), pixels(sheet)[100, 150]
+    np.testing.assert_allclose(left / right, DARKEST_GREY, atol=0.01)
+
+
 def test_no_colour_runs_into_the_neighbouring_cell():
     sheet = Sheet(2, 2)
     image = Image.new("RGB", (24, 24), "white")

@@ -235,7 +235,7 @@ def test_shards_that_were_moved_are_asked_for(experiment, tmp_path):
     with pytest.raises(
         ConfigError,
         match=r"sample 'a0' is in shard-000000.tar: looked in data.shards, .*moved, and found nothing "
-        r"\(No shard at .*\); say where the shard is now: --config CONFIG data.shards=FOLDER",
+        r"\(No shard at .*\); give a --config whose data.shards says where the shard is now",
     ):
         inspect_sample(experiment.store, "a0", config=config)
 

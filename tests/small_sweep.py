@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from small_store import fill_part, manifest
+
+from cache import StoreWriter
+
 TYPES = {"colour": 40, "yes/no": 60}
 TEACHER = {"colour": 1.0, "yes/no": 0.9}
-# Variation -> shares by seed and type; the means over seeds are in the third column's comments.
+# Variation -> shares by seed and type; beside them the means over seeds.
 SHARES: dict[str, list[dict[str, float]]] = {
     "all": [{"colour": 0.95, "yes/no": 0.85}, {"colour": 0.85, "yes/no": 0.85}],  # colour 0.90, yes/no 0.85
     "attention": [{"colour": 0.9, "yes/no": 0.75}, {"colour": 0.8, "yes/no": 0.75}],  # 0.85, 0.75
@@ -90,6 +93,21 @@ def write_run(
     })  # fmt: skip
 
 
+def write_timed_store(path: Path) -> Path:
+    """Six samples in two parts, 1.5 seconds each."""
+    writer = StoreWriter.open(path, manifest())
+    for name, prefix in (("shard-000000", "a"), ("shard-000001", "b")):
+        with writer.part(name, source={}) as part:
+            fill_part(part, prefix)
+            part.commit(seen=4, seconds=1.5)
+    return path
+
+
+def change(file: Path, **values: object) -> None:
+    """Put other values into a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 def _line(name: str, seed: int, shares: dict[str, float], test_sets: Sequence[str]) -> dict[str, Any]:
     scores = {t: [share, TYPES[t]] for t, share in shares.items()}
     scores["all"] = [overall(shares), sum(TYPES.values())]
@@ -132,5 +150,4 @@ def _row(name: str, test_set: str) -> dict[str, Any]:
 
 
 def _write(file: Path, value: Any) -> None:
-    assert not isinstance(value, float) or math.isfinite(value)
     file.write_text(json.dumps(value, indent=1) + "\n")

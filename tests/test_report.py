@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 from small_experiment import Experiment
-from small_store import fill_part, manifest
-from small_sweep import SAMPLES_SEEN, STEPS, write_run, write_sweep
+from small_sweep import SAMPLES_SEEN, STEPS, change, write_run, write_sweep, write_timed_store
 
-from cache import StoreWriter, summarise
+from cache import summarise
 from pipeline.compare import Answered, paired_gain
 from pipeline.config import load_config
-from pipeline.errors import PipelineError
 from pipeline.evaluate import accuracy_by_type, read_predictions
 from pipeline.experiment import BASELINE, DISTILLED, run_experiment
 from pipeline.findings import Findings, StoreCost, gap_closed
@@ -25,20 +23,6 @@ from pipeline.scores import evaluate_checkpoint
 from pipeline.sweep import run_sweep
 from pipeline.sweep_summary import summarise_sweep
 from pipeline.variations import parse_vary, plan_runs
-
-
-def write_timed_store(path: Path) -> Path:
-    """Six samples in two parts, 1.5 seconds each."""
-    writer = StoreWriter.open(path, manifest())
-    for name, prefix in (("shard-000000", "a"), ("shard-000001", "b")):
-        with writer.part(name, source={}) as part:
-            fill_part(part, prefix)
-            part.commit(seen=4, seconds=1.5)
-    return path
-
-
-def change(file: Path, **values: object) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.fixture
@@ -285,72 +269,6 @@ def test_a_real_sweep_is_read_as_it_is_written(experiment: Experiment, tmp_path:
     assert findings.store is not None and (findings.store.num_runs, findings.store.samples_seen) == (2, 16)
     assert findings.origin.created and findings.varied == {"losses": ["none", "logits"], "train.seed": [0, 1]}
     assert render_page(findings)
-
-
-# What cannot be read
-
-
-def test_a_folder_that_is_nothing_of_ours_is_one_sentence(tmp_path: Path):
-    with pytest.raises(
-        PipelineError, match=r"no sweep.json, no trainer_state.json .* give the folder of a finished"
-    ):
-        gather(tmp_path)
-    with pytest.raises(PipelineError, match=r"nowhere: no such folder; give the folder"):
-        gather(tmp_path / "nowhere")
-
-
-def test_a_sweep_that_did_not_finish_is_told_to(sweep: Path):
-    (sweep / "summary.json").unlink()
-    with pytest.raises(
-        PipelineError, match=r"summary.json is not there; run the command that writes it to its end"
-    ):
-        gather(sweep)
-
-
-def test_a_summary_of_runs_that_are_not_in_the_file_is_not_believed(sweep: Path):
-    lines = (sweep / "runs.jsonl").read_text().splitlines()
-    (sweep / "runs.jsonl").write_text("\n".join(lines[2:]) + "\n")
-    with pytest.raises(
-        PipelineError, match=r"summary.json has 'losses=all', .*runs.jsonl has no run of it; run `al"
-    ):
-        gather(sweep)
-    (sweep / "runs.jsonl").unlink()
-    with pytest.raises(PipelineError, match=r"runs.jsonl has no run of it"):
-        gather(sweep)
-
-
-def test_a_line_that_a_kill_cut_is_no_run_of_the_summary(sweep: Path):
-    with open(sweep / "runs.jsonl", "a") as file:
-        file.write('{"name": "losses=cu')
-    assert len(gather(sweep).runs) == 6
-
-
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        ("summary.json", "{"),
-        ("summary.json", "[]"),
-        ("summary.json", '{"rows": [{"variation": {"losses": "all"}, "label": "x"}], "teacher": null}'),
-        ("runs.jsonl", '{"name": "losses=all", "values": {"losses": "all"}}\n'),
-        ("sweep.json", "{}"),
-        ("runs/losses=all,train.seed=0/trainer_state.json", '{"log_history": [{"loss/x": 1}]}'),
-        ("runs/losses=all,train.seed=0/provenance.json", "{}"),
-    ],
-)
-def test_a_damaged_file_is_named_with_the_remedy(sweep: Path, file: str, text: str):
-    (sweep / file).write_text(text)
-    with pytest.raises(
-        PipelineError,
-        match=rf"{file} is damaged, or another version wrote it: .*; take it from a copy, or remove",
-    ):
-        gather(sweep)
-
-
-def test_a_run_without_its_provenance_is_told_apart_from_a_damaged_one(tmp_path: Path):
-    write_run(tmp_path / "run", ["supervised"], config={"cache": {"path": "nowhere"}})
-    (tmp_path / "run" / "provenance.json").unlink()
-    with pytest.raises(PipelineError, match=r"provenance.json is not there"):
-        gather(tmp_path / "run")
 
 
 def test_a_run_without_throughput_has_none(tmp_path: Path):

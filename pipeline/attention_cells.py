@@ -95,7 +95,8 @@ def _words(inspection: Inspection, students: Mapping[str, Tensor], max_tokens: i
         distances = [f"{name} {attention_distance(inspection, s):.3f}" for name, s in students.items()]
         words.append(f"KL(teacher ‖ student), mean of {num_text} text tokens: {', '.join(distances)} nats.")
     if num_text > max_tokens:
-        words.append(f"Shown are the first {max_tokens} of {num_text} text tokens.")
+        after = "the image" if len(inspection.images) == 1 else "each image"
+        words.append(f"Shown are the first {max_tokens} text tokens after {after}, of {num_text} in all.")
     if inspection.note:
         words.append(f"Token ids in place of text: {inspection.note}.")
     return words

@@ -29,6 +29,7 @@ MARGIN, GAP, CELL_GAP, NAME, LINE, BAR = 0.3, 0.07, 0.24, 0.2, 0.175, 0.5
 PANEL, SMALL_PANEL, IMAGE_PANEL = 1.25, 1.1, 1.75
 LEAST_WIDTH, MOST_HEIGHT_PER_WIDTH, MOST_GROWTH = 8.7, 1.2, 0.4
 GREY, KEY_SIZE = "#555555", 10
+SMALLEST_SCALE = 1e-4  # smaller shares and differences are rounding, and stay white
 MOST_LINES_OF_TURN, MOST_CHARACTERS_OF_NAME = 4, 10
 
 
@@ -80,7 +81,7 @@ def draw_attention(
     output.parent.mkdir(parents=True, exist_ok=True)
     # No date, and the same names inside each time: one sample, one sequence of bytes.
     with matplotlib.rc_context({"svg.hashsalt": "alignkd"}):
-        metadata = {"Date": None} if output.suffix == ".svg" else None
+        metadata = {"Date": None} if output.suffix.lower() == ".svg" else None
         AttentionFigure(inspection, drawing).draw().savefig(output, dpi=DOTS_PER_INCH, metadata=metadata)
 
 
@@ -91,11 +92,9 @@ class AttentionFigure:
         self.inspection, self.drawing = inspection, drawing
         self.layout = _layout(drawing)
         self.width = max(LEAST_WIDTH, self.layout.width)
-        self.share = Normalize(0, drawing.largest_share)
-        self.difference = Normalize()
-        if drawing.has_students:
-            largest = drawing.largest_difference
-            self.difference = Normalize(-largest, largest)
+        self.share = Normalize(0, max(drawing.largest_share, SMALLEST_SCALE))
+        largest = max(drawing.largest_difference, SMALLEST_SCALE)
+        self.difference = Normalize(-largest, largest)
         self.words = self._wrap_words()
 
     def draw(self) -> Figure:
@@ -211,7 +210,7 @@ def _layout(drawing: Drawing) -> Layout:
 
 
 def _check(inspection: Inspection, output: Path, max_tokens: int) -> None:
-    if output.suffix not in FORMATS:
+    if output.suffix.lower() not in FORMATS:
         raise PipelineError(
             f"{output}: a picture can be written as {' or '.join(FORMATS)}, the name ends in {output.suffix!r}; "
             "name one of these"

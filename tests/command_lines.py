@@ -40,7 +40,7 @@ def check_line(line: str) -> None:
 
 def _check_alignkd(words: list[str]) -> None:
     parameters = _parse(cli.app, words)
-    if "config" in parameters:
+    if parameters.get("config"):
         load_config(ROOT / parameters["config"], parameters.get("overrides") or [])
 
 

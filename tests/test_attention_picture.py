@@ -108,7 +108,7 @@ def test_tokens_that_are_not_shown_are_counted(inspect):
     seen = longer(inspect("a0"), 60)
     drawing = plan_drawing(seen, {}, max_tokens=40)
     assert len(drawing.images[0]) == 1 + 40 and drawing.images[0][0].name == "mean of 60"
-    assert "Shown are the first 40 of 60 text tokens." in drawing.words
+    assert "Shown are the first 40 text tokens after the image, of 60 in all." in drawing.words
     assert not any("Shown" in words for words in plan_drawing(seen, {}, max_tokens=60).words)
 
 
@@ -118,6 +118,14 @@ def test_the_words_say_why_there_is_no_text(inspect):
         "Token ids in place of text: student.model s is not here."
         in plan_drawing(seen, {}, max_tokens=1).words
     )
+
+
+def test_a_student_equal_to_the_teacher_leaves_white_paper(inspect):
+    seen = inspect("a0")
+    drawing = plan_drawing(seen, {"same": seen.attention[0].mean(dim=0)}, max_tokens=40)
+    assert drawing.largest_difference == 0
+    scale = AttentionFigure(seen, drawing).difference
+    np.testing.assert_allclose(colormaps["RdBu_r"](scale(0.0))[:3], 0.967, atol=0.005)
 
 
 def test_a_students_attention_of_another_sample_is_refused(inspect):

@@ -45,7 +45,7 @@ class Sheet:
         axes = self.figure.add_axes(place)
         bar = self.figure.colorbar(ScalarMappable(scale, colours), cax=axes, orientation="horizontal")
         bar.locator = MaxNLocator(nbins=4)
-        bar.formatter = FuncFormatter(lambda share, _: f"{100 * share:.3g}%")
+        bar.formatter = FuncFormatter(lambda share, _: f"{100 * share:.3g}%".replace("-", "−"))
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
         axes.tick_params(labelsize=SMALL_SIZE, length=2, width=0.5, pad=1.5, labelfontfamily=FONT)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
-from pipeline.report import gather
-from pipeline.report_page import render_page
+from pipeline.report.gather import gather
+from pipeline.report.page import render_page
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 

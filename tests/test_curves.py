@@ -11,7 +11,7 @@ from PIL import Image
 from small_sweep import SEEDS, write_sweep
 
 from pipeline.curves import MAX_POINTS, Curve, Scale, draw_panel, draw_sweep, thinned
-from pipeline.run_folder import read_json
+from pipeline.report.run_folder import read_json
 
 
 class Elements(HTMLParser):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pipeline.compare import Gain
-from pipeline.forest import MARGIN, WIDTH, ForestAxis
-from pipeline.number_format import clock, count, decimal, duration, percent, points
-from pipeline.report_page import created
+from pipeline.report.forest import MARGIN, WIDTH, ForestAxis
+from pipeline.report.number_format import clock, count, decimal, duration, percent, points
+from pipeline.report.page import created
 
 
 def test_numbers_of_a_column_have_one_form():

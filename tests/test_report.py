@@ -16,13 +16,13 @@ from pipeline.compare import Answered, paired_gain
 from pipeline.config import load_config
 from pipeline.evaluate import accuracy_by_type, read_predictions
 from pipeline.experiment import BASELINE, DISTILLED, run_experiment
-from pipeline.findings import Findings, StoreCost, gap_closed
-from pipeline.report import gather
-from pipeline.report_page import render_page
+from pipeline.report.findings import Findings, StoreCost, gap_closed
+from pipeline.report.gather import gather
+from pipeline.report.page import render_page
 from pipeline.scores import evaluate_checkpoint
-from pipeline.sweep import run_sweep
-from pipeline.sweep_summary import summarise_sweep
-from pipeline.variations import parse_vary, plan_runs
+from pipeline.sweep.run import run_sweep
+from pipeline.sweep.summary import summarise_sweep
+from pipeline.sweep.variations import parse_vary, plan_runs
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from small_sweep import write_run, write_sweep, write_timed_store
 
 from pipeline.errors import PipelineError
-from pipeline.report import gather
+from pipeline.report.gather import gather
 
 
 @pytest.fixture

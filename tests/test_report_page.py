@@ -12,8 +12,8 @@ import pytest
 from parsed_page import Page, page_of
 from small_sweep import change, write_run, write_sweep, write_timed_store
 
-from pipeline.report import gather
-from pipeline.report_page import config_text, render_page, write_report
+from pipeline.report.gather import gather
+from pipeline.report.page import config_text, render_page, write_report
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,9 +77,9 @@ def test_names_from_outside_are_escaped(sweep: Path):
 
 def test_the_template_is_shipped_with_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    shipped = project["tool"]["setuptools"]["package-data"]["pipeline"]
-    assert all((ROOT / "pipeline" / name).is_file() for name in shipped)
-    assert "report.html.j2" in shipped
+    shipped = project["tool"]["setuptools"]["package-data"]["pipeline.report"]
+    assert all((ROOT / "pipeline" / "report" / name).is_file() for name in shipped)
+    assert "page.html.j2" in shipped
 
 
 # What it says

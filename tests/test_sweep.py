@@ -11,9 +11,9 @@ from small_experiment import snapshot
 from cache import FingerprintMismatch
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.sweep import run_sweep
-from pipeline.sweep_lines import read_lines
-from pipeline.variations import parse_vary, plan_runs
+from pipeline.sweep.lines import read_lines
+from pipeline.sweep.run import run_sweep
+from pipeline.sweep.variations import parse_vary, plan_runs
 
 VARY = ("losses=none,all", "train.seed=0,1")
 

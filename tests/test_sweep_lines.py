@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.compare import Answered
 from pipeline.errors import PipelineError
-from pipeline.sweep_lines import QUESTIONS, RUNS, append_line, read_answers, read_lines
+from pipeline.sweep.lines import QUESTIONS, RUNS, append_line, read_answers, read_lines
 
 LINE = {"name": "losses=all", "values": {"losses": "all"}}
 

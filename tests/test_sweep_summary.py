@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.compare import Answered
 from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
-from pipeline.sweep_lines import append_line
-from pipeline.sweep_summary import summarise_sweep, summary_tables
+from pipeline.sweep.lines import append_line
+from pipeline.sweep.summary import summarise_sweep, summary_tables
 
 
 def answers(right: int, of: int = 10, *, test_set: str = "test") -> list[Prediction]:

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
-from pipeline.variations import parse_vary, plan_runs
+from pipeline.sweep.variations import parse_vary, plan_runs
 
 
 @pytest.fixture

@@ -33,9 +33,9 @@ def sweep(
     from pipeline.config import load_config
     from pipeline.curves import draw_sweep
     from pipeline.scores import teacher_predictions
-    from pipeline.sweep import run_sweep
-    from pipeline.sweep_summary import summarise_sweep, summary_tables
-    from pipeline.variations import parse_vary, plan_runs
+    from pipeline.sweep.run import run_sweep
+    from pipeline.sweep.summary import summarise_sweep, summary_tables
+    from pipeline.sweep.variations import parse_vary, plan_runs
 
     runs = plan_runs(lambda more: load_config(config, [*(overrides or []), *more]), parse_vary(vary or []))
     if dry_run:
@@ -63,6 +63,6 @@ def report(
 
     The page stands alone: no network, no script.
     """
-    from pipeline.report_page import write_report
+    from pipeline.report.page import write_report
 
     print(write_report(folder, output))

@@ -40,9 +40,10 @@ def verify(
     else:
         for problem in report.problems:
             print(f"{problem.kind}: {problem.file}: {problem.detail}")
+        depth = "" if deep else " (contents not read; --deep does)"
         print(
             f"{store}: {len(report.problems)} problems in {report.parts} parts, {report.samples:,} samples, "
-            f"{report.files} files, {readable_bytes(report.bytes)}{'' if deep else ' (contents not read; --deep does)'}"
+            f"{report.files} files, {readable_bytes(report.bytes)}{depth}"
         )
     if not report.is_sound:
         raise typer.Exit(1)

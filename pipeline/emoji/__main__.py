@@ -3,23 +3,28 @@
     python -m pipeline.emoji data      runs/emoji/data, five sets of scenes as LLaVA records and pictures
     python -m pipeline.emoji models    runs/emoji/models, teacher and student as any other checkpoint
     python -m pipeline.emoji teacher   train the teacher again: assets/emoji_teacher, an hour and more
+    python -m pipeline.emoji card      measure the teacher on the held-out sets and write its README.md
 
 `make emoji` installs what they need and runs the first two.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import typer
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
+from pipeline.config import load_config
 from pipeline.emoji.art import read_art
+from pipeline.emoji.card import write_card
 from pipeline.emoji.concepts import all_concepts
 from pipeline.emoji.data import SETS, write_set
 from pipeline.emoji.language import write_language_model
 from pipeline.emoji.models import add_learned, build_model, published_tower, write_checkpoint
+from pipeline.scores import evaluate_checkpoint
 
 STUDY = Path("runs/emoji")
 MODELS = STUDY / "models"
@@ -69,6 +74,23 @@ def teacher(
     LEARNED.parent.mkdir(parents=True, exist_ok=True)
     save_file(learned, LEARNED)
     print(f"{LEARNED}: {sum(value.numel() for value in learned.values()):,} parameters")
+
+
+@app.command()
+def card(config: Path = Path("configs/emoji.yaml")) -> None:
+    """Ask the teacher every held-out question, like any checkpoint, and write its card beside what it learned."""
+    from pipeline.emoji.teacher import RANK
+
+    settings = load_config(config)
+    text = write_card(
+        LEARNED.with_name("README.md"),
+        evaluate_checkpoint(settings, settings.teacher.model),
+        training_records=json.loads((STUDY / "data" / "train.json").read_text()),
+        learned_sizes={name: value.numel() for name, value in load_file(LEARNED).items()},
+        rank=RANK,
+        held_out=sum(concept.held_out for concept in all_concepts()),
+    )
+    print(text)
 
 
 def language_model(models: Path) -> Path:

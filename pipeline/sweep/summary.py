@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline.compare import Answered, paired_gain, text_table
 from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
-from pipeline.sweep_lines import Line, read_answers
-from pipeline.variations import SEED, name_of
+from pipeline.sweep.lines import Line, read_answers
+from pipeline.sweep.variations import SEED, name_of
 
 Row = dict[str, Any]
 

@@ -10,15 +10,15 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline import number_format
-from pipeline.curve_panels import draw_curves
 from pipeline.curves import MAX_POINTS
 from pipeline.describe import readable_bytes
-from pipeline.findings import MIN_GAP, Findings
-from pipeline.forest import ForestAxis
-from pipeline.headline import headlines, why_not_saved
-from pipeline.report import gather
-from pipeline.throughput import throughput_of
+from pipeline.report import number_format
+from pipeline.report.curve_panels import draw_curves
+from pipeline.report.findings import MIN_GAP, Findings
+from pipeline.report.forest import ForestAxis
+from pipeline.report.gather import gather
+from pipeline.report.headline import headlines, why_not_saved
+from pipeline.report.throughput import throughput_of
 
 PAGE = "report.html"
 SECRETS = ("hub_token", "push_to_hub_token")  # TrainingArguments that a page to be passed on must not show
@@ -42,7 +42,7 @@ def render_page(findings: Findings) -> str:
     gains = [result.gain for result in findings.results if result.gain]
     return (
         _environment()
-        .get_template("report.html.j2")
+        .get_template("page.html.j2")
         .render(
             findings=findings,
             headlines=headlines(findings),

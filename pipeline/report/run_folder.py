@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.findings import LogLine, Origin, TrainingRun
 from pipeline.losses import LOSSES
+from pipeline.report.findings import LogLine, Origin, TrainingRun
 
 STATE = "trainer_state.json"
 PROVENANCE = "provenance.json"

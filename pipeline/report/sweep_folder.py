@@ -9,8 +9,8 @@ from typing import Any
 
 from pipeline.compare import Gain
 from pipeline.errors import PipelineError
-from pipeline.findings import Result, Scores, TrainingRun, gap_closed, gaps_closed
-from pipeline.run_folder import (
+from pipeline.report.findings import Result, Scores, TrainingRun, gap_closed, gaps_closed
+from pipeline.report.run_folder import (
     STATE,
     in_order,
     named_if_damaged,
@@ -18,8 +18,8 @@ from pipeline.run_folder import (
     read_run,
     reads_teacher,
 )
-from pipeline.sweep_lines import RUNS, read_lines
-from pipeline.variations import SEED
+from pipeline.sweep.lines import RUNS, read_lines
+from pipeline.sweep.variations import SEED
 
 SWEEP = "sweep.json"
 SUMMARY = "summary.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.findings import TrainingRun
+from pipeline.report.findings import TrainingRun
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.findings import Findings, Result, StoreCost
-from pipeline.number_format import NOT_THERE, count, decimal, duration, percent, points
-from pipeline.throughput import throughput_of
+from pipeline.report.findings import Findings, Result, StoreCost
+from pipeline.report.number_format import NOT_THERE, count, decimal, duration, percent, points
+from pipeline.report.throughput import throughput_of
 
 VALIDATION = "validation"  # the name of a test set on which variations are chosen, by convention
 

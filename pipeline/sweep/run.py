@@ -26,8 +26,8 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.provenance import provenance
 from pipeline.scores import evaluate_checkpoint, held_out_shards
 from pipeline.student import MODEL_FOLDER, check_fingerprint, train_student
-from pipeline.sweep_lines import Line, append_line, read_lines, replace_lines
-from pipeline.variations import Variation
+from pipeline.sweep.lines import Line, append_line, read_lines, replace_lines
+from pipeline.sweep.variations import Variation
 
 PREDICTIONS = "predictions.jsonl"
 

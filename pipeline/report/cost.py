@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cache import CacheError, summarise
-from pipeline.findings import StoreCost, TrainingRun
+from pipeline.report.findings import StoreCost, TrainingRun
 
 
 def cost_of_store(

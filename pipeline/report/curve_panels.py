@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.curves import MAX_POINTS, NUM_SERIES, Curve, Scale, draw_panel
-from pipeline.findings import Findings, TrainingRun
+from pipeline.report.findings import Findings, TrainingRun
 
 KINDS = {
     "raw": "loss/{}",

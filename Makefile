@@ -101,8 +101,10 @@ $(EMOJI_MODELS) &: assets/emoji_teacher/learned.safetensors | $(EMOJI_READY)
 $(EMOJI)/teacher/predictions.jsonl: $(EMOJI_MODELS) $(EMOJI_DATA)
 	$(BIN)/alignkd evaluate --config configs/emoji.yaml
 
-emoji-teacher: $(EMOJI_DATA) ## train the second study's teacher again (an hour and more)
+emoji-teacher: $(EMOJI_DATA) ## train the second study's teacher again (an hour)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji teacher
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji models
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji card
 
 test: $(READY) ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

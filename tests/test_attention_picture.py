@@ -18,14 +18,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from PIL import Image
 
-from pipeline.attention_cells import plan_drawing
-from pipeline.attention_picture import AttentionFigure, draw_attention, percent
 from pipeline.errors import PipelineError
-from pipeline.heat_map import DARKEST_GREY, Square, border, draw_heat, draw_image, outline
-from pipeline.inspection import Inspection, attention_distance, inspect_sample
+from pipeline.inspection.attention_cells import plan_drawing
+from pipeline.inspection.attention_picture import AttentionFigure, draw_attention, percent
+from pipeline.inspection.heat_map import DARKEST_GREY, Square, border, draw_heat, draw_image, outline
+from pipeline.inspection.sample import Inspection, attention_distance, inspect_sample
+from pipeline.inspection.sheet import Sheet, drawable, text_width, wrap
 from pipeline.models.merge import IGNORE_INDEX
 from pipeline.shapes import ShapeError
-from pipeline.sheet import Sheet, drawable, text_width, wrap
 from pipeline.teacher import cache_teacher
 
 MAGMA = colormaps["magma_r"]

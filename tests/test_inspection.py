@@ -20,7 +20,7 @@ from pipeline.config import Config
 from pipeline.demo import write_tokenizer
 from pipeline.errors import BadSample, ConfigError, JoinError, PipelineError
 from pipeline.inputs import Preparation
-from pipeline.inspection import attention_distance, inspect_sample, student_attention
+from pipeline.inspection.sample import attention_distance, inspect_sample, paired_layer, student_attention
 from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.shards import Sample, read_shard
@@ -392,3 +392,9 @@ def test_a_student_that_reads_other_tokens_is_refused(experiment, tmp_path):
 def test_the_config_of_stage_1_is_the_stores_own(experiment, tmp_path):
     seen = inspect_sample(experiment.store, "a0")
     assert seen.config.model_dump(mode="json") == Store(experiment.store).manifest.provenance["config"]
+
+
+def test_without_a_layer_the_first_stored_one_is_shown(experiment):
+    inspection = inspect_sample(experiment.store, "a0")
+    assert inspection.layer == 0 and paired_layer(inspection) == 0
+    assert paired_layer(inspect_sample(experiment.store, "a0", layer=1)) == 1

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.inspection import Answer, Inspection, inspect_sample
-from pipeline.sample_text import GIVEN, IMAGE, TRAINED, describe_sample
+from pipeline.inspection.sample import Answer, Inspection, inspect_sample
+from pipeline.inspection.sample_text import GIVEN, IMAGE, TRAINED, describe_sample
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.conversation import IMAGE_TOKEN_INDEX
-from pipeline.token_text import token_text, visible
+from pipeline.inspection.token_text import token_text, visible
 from pipeline.tokenizer import load_tokenizer
 
 

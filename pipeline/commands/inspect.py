@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from pipeline.commands.options import StorePath, load
 
 if TYPE_CHECKING:
-    from pipeline.inspection import Inspection
+    from pipeline.inspection.sample import Inspection
 
 SampleKey = Annotated[str, typer.Argument(help="A sample's key; `alignkd inspect keys` lists some.")]
 ConfigOption = Annotated[
@@ -41,12 +41,16 @@ def attention(
     store: StorePath,
     key: SampleKey,
     out: Annotated[Path, typer.Option(help="PNG or SVG file.")] = Path("attention.png"),
-    layer: Annotated[int, typer.Option(min=0, help="Teacher layer, one of those stored.")] = 0,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Teacher layer; default: the first that is stored.")
+    ] = None,
     k: Annotated[int | None, typer.Option(min=1, help="Focus tokens; default: vision_focus.k.")] = None,
     student: Annotated[
         str | None, typer.Option(help="Checkpoint of a student: drawn beside the teacher, after and before.")
     ] = None,
-    student_layer: Annotated[int, typer.Option(min=0, help="The student's layer.")] = 0,
+    student_layer: Annotated[
+        int | None, typer.Option(min=0, help="Default: the teacher layer's pair in losses.attention.layers.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Text tokens to draw, the first ones.")] = 40,
     config: ConfigOption = None,
 ) -> None:
@@ -54,14 +58,13 @@ def attention(
 
     With --student, the config's untrained student and this one stand beside it, and the difference to the teacher.
     """
-    from pipeline.attention_picture import draw_attention
-    from pipeline.inspection import student_attention
+    from pipeline.inspection.attention_picture import draw_attention
+    from pipeline.inspection.sample import paired_layer, student_attention
 
     inspection = _inspect(store, key, config, layer=layer, k=k)
     students = {"before": inspection.config.student.model, "after": student} if student else {}
-    drawn = {
-        name: student_attention(inspection, model, layer=student_layer) for name, model in students.items()
-    }
+    theirs = paired_layer(inspection) if student_layer is None else student_layer
+    drawn = {name: student_attention(inspection, model, layer=theirs) for name, model in students.items()}
     draw_attention(inspection, out, students=drawn, max_tokens=max_tokens)
     print(out)
 
@@ -71,7 +74,7 @@ def sample(store: StorePath, key: SampleKey, config: ConfigOption = None) -> Non
     """A sample's tokens in colour: which are trained, where images stand; and the teacher's likeliest answers."""
     from rich.console import Console
 
-    from pipeline.sample_text import describe_sample
+    from pipeline.inspection.sample_text import describe_sample
 
     Console(highlight=False).print(describe_sample(_inspect(store, key, config)))
 
@@ -91,6 +94,6 @@ def keys(
 
 
 def _inspect(store: Path, key: str, config: Path | None, **options: Any) -> Inspection:
-    from pipeline.inspection import inspect_sample
+    from pipeline.inspection.sample import inspect_sample
 
     return inspect_sample(store, key, config=load(config, None) if config else None, **options)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from pipeline.inspection import Answer, Inspection
+from pipeline.inspection.sample import Answer, Inspection
+from pipeline.inspection.token_text import visible
 from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from pipeline.token_text import visible
 
 # Neighbours differ, so that every token is seen; brackets and arrows say the same where there is no colour.
 GIVEN = ("", "dim")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from pipeline.inspection import Inspection, attention_distance
+from pipeline.inspection.sample import Inspection, attention_distance
+from pipeline.inspection.token_text import visible
 from pipeline.models.merge import IGNORE_INDEX
 from pipeline.shapes import expect_shape
-from pipeline.token_text import visible
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pipeline.attention_cells import Cell, Drawing, plan_drawing
 from pipeline.errors import PipelineError
-from pipeline.heat_map import Square, draw_heat, draw_image, outline
-from pipeline.inspection import Inspection
-from pipeline.sheet import Sheet, wrap
+from pipeline.inspection.attention_cells import Cell, Drawing, plan_drawing
+from pipeline.inspection.heat_map import Square, draw_heat, draw_image, outline
+from pipeline.inspection.sample import Inspection
+from pipeline.inspection.sheet import Sheet, wrap
 
 FORMATS = (".png", ".svg")
 DOTS_PER_INCH = 150

@@ -19,6 +19,14 @@ from pipeline.dataset import JoinCollator, JoinedDataset, JoinedSample, teacher_
 from pipeline.errors import ConfigError, JoinError
 from pipeline.images import ImagePreprocessor
 from pipeline.inputs import Preparation
+from pipeline.inspection.sources import (
+    check_reading,
+    find_preparation,
+    find_shard,
+    locate_sample,
+    stored_config,
+)
+from pipeline.inspection.token_text import token_text
 from pipeline.losses import (
     LOSSES,
     AttentionLoss,
@@ -31,10 +39,8 @@ from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots, find_slots
 from pipeline.models.stub import load_teacher, plan_teacher
-from pipeline.sample_sources import check_reading, find_preparation, find_shard, locate_sample, stored_config
 from pipeline.shards import parse_record, read_span
 from pipeline.targets import TARGETS, AttentionTarget, TeacherFacts
-from pipeline.token_text import token_text
 
 SHOWN = ("attention", "logits")
 
@@ -88,14 +94,19 @@ class Inspection:
 
 
 def inspect_sample(
-    store: str | Path, key: str, *, config: Config | None = None, layer: int = 0, k: int | None = None
+    store: str | Path,
+    key: str,
+    *,
+    config: Config | None = None,
+    layer: int | None = None,
+    k: int | None = None,
 ) -> Inspection:
     """Read a sample from the store and its shard, compared with each other as stage 2 compares them.
 
     Without `config`, that of stage 1 says where shards and tokenizer are: the store carries it. `k` defaults to
-    `losses.vision_focus.k`. Raises `PipelineError` for an unknown key, `ConfigError` if the shard is not where the
-    config says or the layer is not stored, `JoinError` if the shard changed, and `FingerprintMismatch` if the
-    config reads text or images otherwise than the teacher did.
+    `losses.vision_focus.k`, `layer` to the first that is stored. Raises `PipelineError` for an unknown key,
+    `ConfigError` if the shard is not where the config says or the layer is not stored, `JoinError` if the shard
+    changed, and `FingerprintMismatch` if the config reads text or images otherwise than the teacher did.
     """
     opened = Store(store)
     part, entry = locate_sample(opened, key)
@@ -107,7 +118,7 @@ def inspect_sample(
     slots = _slots(tokens, preparation.num_vision_tokens)
     targets = JoinCollator(_captured(opened))([joined])["targets"]
     attention = _attention(opened, joined, targets, slots)
-    _check_layer(opened, attention, layer)
+    layer = _stored_layer(opened, attention, layer)
     return Inspection(
         store=opened.path,
         config=config,
@@ -125,6 +136,12 @@ def inspect_sample(
         focus=_focus(attention.get(layer), slots, preparation.num_vision_tokens, _focus_size(config, k)),
         answers=_answers(tokens, targets, preparation.tokenizer),
     )
+
+
+def paired_layer(inspection: Inspection) -> int:
+    """The student's layer that `losses.attention` holds to the inspection's; the first where it holds none."""
+    loss = inspection.config.losses.active().get("attention") or AttentionLoss()
+    return dict(loss.layers).get(inspection.layer, 0)
 
 
 def student_attention(inspection: Inspection, checkpoint: str, *, layer: int) -> Tensor:
@@ -208,12 +225,15 @@ def _attention(
     return attention
 
 
-def _check_layer(store: Store, attention: Mapping[int, Tensor], layer: int) -> None:
+def _stored_layer(store: Store, attention: Mapping[int, Tensor], layer: int | None) -> int:
+    if layer is None:
+        return min(attention, default=0)
     if attention and layer not in attention:
         raise ConfigError(
             f"layer {layer}: {store.path} keeps the attention of layers {', '.join(map(str, attention))}; "
             "ask for one of these"
         )
+    return layer
 
 
 def _focus_size(config: Config, k: int | None) -> int:

@@ -12,12 +12,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := runs/demo
 EMOJI := runs/emoji
+DEMO_DATA := $(DEMO)/shards/train/pack.json $(DEMO)/shards/test/pack.json $(DEMO)/student/model.safetensors
 export TOKENIZERS_PARALLELISM ?= false
 
 ifneq ($(filter configs/demo%.yaml,$(CONFIG)),)
 # The demo's model and data are in this repository and in installed packages: nothing is fetched at run time.
 export HF_HUB_OFFLINE ?= 1
-DATA := $(DEMO)/shards/train/pack.json $(DEMO)/shards/test/pack.json $(DEMO)/student/model.safetensors
+DATA := $(DEMO_DATA)
 TEACHER_SCORE := $(DEMO)/teacher/predictions.jsonl
 endif
 
@@ -34,7 +35,7 @@ DATA := $(EMOJI_DATA) $(EMOJI_MODELS)
 TEACHER_SCORE := $(EMOJI)/teacher/predictions.jsonl
 endif
 
-.PHONY: help setup teacher-cache distill test check lint types docs demo-teacher emoji emoji-teacher clean
+.PHONY: help setup teacher-cache distill test check lint types docs study demo-teacher emoji emoji-teacher clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +70,17 @@ $(DEMO)/student/model.safetensors: assets/demo_teacher/model.safetensors | $(REA
 
 $(DEMO)/teacher/predictions.jsonl: assets/demo_teacher/model.safetensors $(DEMO)/shards/test/pack.json | $(READY)
 	$(BIN)/alignkd evaluate --config configs/demo.yaml
+
+# One thread a student, so that two run side by side and the numbers are those of docs/experiments.md.
+SWEEP := OMP_NUM_THREADS=1 $(BIN)/alignkd sweep --config configs/demo_study.yaml --jobs 2 --vary train.seed=0,1,2
+study: $(READY) $(DEMO_DATA) ## the study on the demo's data, docs/experiments.md (hours; goes on where it stopped)
+	$(BIN)/alignkd teacher-cache --config configs/demo_study.yaml
+	$(BIN)/alignkd evaluate --config configs/demo_study.yaml
+	$(SWEEP) data.fraction=0.02 --output runs/study/losses \
+		--vary losses=none,all,attention,logits,vision_all,vision_focus,leave-one-out
+	$(SWEEP) --output runs/study/fractions --vary losses=none,all --vary data.fraction=0.1,1
+	$(BIN)/alignkd report runs/study/losses
+	$(BIN)/alignkd report runs/study/fractions
 
 demo-teacher: $(READY) $(DEMO)/shards/test/pack.json ## train the demo's teacher again (about half an hour)
 	$(BIN)/python -m pipeline.demo_teacher

@@ -126,9 +126,11 @@ def test_lora_that_was_trained_is_what_is_added(model, language, tower, tmp_path
     assert restored == pytest.approx(trained, abs=2e-3) and restored < before - 0.1
 
 
+# Names, places and the two colours each in dimensions of their own.
 WORDS = Vocabulary(
-    names=torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 2.0]]),
-    colours=torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]]),
+    names=2 * torch.eye(6)[:3],
+    places=torch.eye(6)[[3, 3, 4, 4]] + torch.tensor([[0.5], [-0.5], [0.5], [-0.5]]) * torch.eye(6)[5],
+    colours=torch.tensor([[1.0, 0, 0, 0, 0, 0], [-1.0, 0, 0, 0, 0, 0]]),
     allowed=torch.tensor([True, True, True]),
 )
 
@@ -144,7 +146,8 @@ def test_tokens_at_the_words_of_their_cells_cost_less_than_at_others():
     place = torch.tensor(
         [cell for n in range(16) for cell, tokens in enumerate(TOKENS_OF_CELLS) if n in tokens]
     )
-    right = WORDS.names[cells[0][place]][None] + torch.tensor([0.5, 0.0, 0.0])
+    words = WORDS.names[cells[0]] + WORDS.places - WORDS.places.mean(dim=0) + 0.5 * WORDS.colours[0]
+    right = words[place][None]
     swapped = right[:, torch.arange(16).view(4, 4).flip(1).flatten()]
     assert (
         alignment_loss(right, cells, background, WORDS)
@@ -161,7 +164,10 @@ def test_the_projector_learns_to_name_its_cells(model):
     cell_of_patch = side // 8 // 4 * 2 + side % 8 // 4
     features = kinds[cells[:, cell_of_patch]]
     words = Vocabulary(
-        torch.randn(3, 24, generator=generator), torch.randn(2, 24, generator=generator), torch.ones(3).bool()
+        names=torch.randn(3, 24, generator=generator),
+        places=torch.randn(4, 24, generator=generator),
+        colours=torch.randn(2, 24, generator=generator),
+        allowed=torch.ones(3).bool(),
     )
     facts = (cells, torch.zeros(48, dtype=torch.long))
     before = alignment_loss(model.model.mm_projector(features), *facts, words).item()

@@ -20,6 +20,7 @@ from pipeline.report.findings import Findings, StoreCost, gap_closed
 from pipeline.report.gather import gather
 from pipeline.report.page import render_page
 from pipeline.scores import evaluate_checkpoint
+from pipeline.sweep.lines import keep_teacher
 from pipeline.sweep.run import run_sweep
 from pipeline.sweep.summary import summarise_sweep
 from pipeline.sweep.variations import parse_vary, plan_runs
@@ -253,7 +254,8 @@ def test_a_real_sweep_is_read_as_it_is_written(experiment: Experiment, tmp_path:
     runs = plan_runs(lambda more: load_config(experiment.file, [*base, *more]), vary)
     lines, _ = run_sweep(config, runs, tmp_path / "sweep", say=lambda line: None)
     teacher = evaluate_checkpoint(config, config.teacher.model)
-    summary = summarise_sweep(tmp_path / "sweep", lines, teacher=teacher)
+    keep_teacher(tmp_path / "sweep", teacher)
+    summary = summarise_sweep(tmp_path / "sweep", lines)
     findings = gather(tmp_path / "sweep")
     assert [result.label for result in findings.results] == ["losses=none", "losses=logits"]
     assert [result.is_baseline for result in findings.results] == [True, False]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from pipeline.compare import Answered
 from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
-from pipeline.sweep.lines import append_line
+from pipeline.sweep.lines import append_line, keep_teacher
 from pipeline.sweep.summary import summarise_sweep, summary_tables
 
 
@@ -44,7 +42,8 @@ def sweep(tmp_path):
 def test_a_row_is_the_mean_of_its_seeds_and_its_gain_is_paired_by_seed(sweep):
     runs = {("none", 0): answers(4), ("all", 0): answers(8), ("none", 1): answers(6), ("all", 1): answers(6)}
     folder, lines = sweep(runs)
-    summary = summarise_sweep(folder, lines, teacher=answers(10))
+    keep_teacher(folder, answers(10))
+    summary = summarise_sweep(folder, lines)
     none, everything = summary["rows"]
     assert (none["accuracy"], none["accuracy_by_seed"], none["gain"]) == (0.5, [0.4, 0.6], None)
     assert everything["accuracy"] == pytest.approx(0.7)
@@ -55,12 +54,12 @@ def test_a_row_is_the_mean_of_its_seeds_and_its_gain_is_paired_by_seed(sweep):
     # Half of the draws of one seed are 0 for both; the teacher is 0.5 above labels alone.
     assert gain["low"] == 0 and gain["high"] > 0.4
     assert everything["gap_closed"] == pytest.approx(0.2 / 0.5)
-    assert json.loads((folder / "summary.json").read_text())["rows"][1]["seeds"] == [0, 1]
+    assert everything["seeds"] == [0, 1]
 
 
 def test_a_gain_is_over_the_seeds_whose_baseline_is_done(sweep):
     folder, lines = sweep({("none", 0): answers(4), ("all", 0): answers(8), ("all", 1): answers(2)})
-    _, everything = summarise_sweep(folder, lines, teacher=None)["rows"]
+    _, everything = summarise_sweep(folder, lines)["rows"]
     assert everything["accuracy"] == pytest.approx(0.5)
     assert everything["gain"]["difference"] == pytest.approx(0.4) and everything["gain"]["num_seeds"] == 1
     assert everything["gap_closed"] is None
@@ -71,7 +70,8 @@ def test_each_test_set_has_rows_and_a_table_of_its_own(sweep):
         return [*answers(seen), *answers(unseen, test_set="unseen")]
 
     folder, lines = sweep({("none", 0): both(4, 2), ("all", 0): both(8, 5)})
-    summary = summarise_sweep(folder, lines, teacher=answers(10))
+    keep_teacher(folder, answers(10))
+    summary = summarise_sweep(folder, lines)
     rows = {(row["test_set"], row["label"]): row for row in summary["rows"]}
     assert rows["unseen", "losses=all"]["accuracy"] == 0.5
     assert rows["unseen", "losses=all"]["gap_closed"] is None  # the teacher did not answer these
@@ -90,5 +90,6 @@ def test_each_test_set_has_rows_and_a_table_of_its_own(sweep):
 
 def test_a_teacher_that_is_no_better_than_labels_alone_leaves_no_gap_to_close(sweep):
     folder, lines = sweep({("none", 0): answers(8), ("all", 0): answers(9)})
-    summary = summarise_sweep(folder, lines, teacher=answers(8))
+    keep_teacher(folder, answers(8))
+    summary = summarise_sweep(folder, lines)
     assert summary["rows"][1]["gap_closed"] is None

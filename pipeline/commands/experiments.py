@@ -33,6 +33,7 @@ def sweep(
     from pipeline.config import load_config
     from pipeline.curves import draw_sweep
     from pipeline.scores import teacher_predictions
+    from pipeline.sweep.lines import keep_teacher
     from pipeline.sweep.run import run_sweep
     from pipeline.sweep.summary import summarise_sweep, summary_tables
     from pipeline.sweep.variations import parse_vary, plan_runs
@@ -43,8 +44,10 @@ def sweep(
         return
     folder = output or Path(settings.output_dir) / "sweep"
     lines, failed = run_sweep(settings, runs, folder, jobs=jobs, keep_models=keep_models, say=say)
+    if taught := teacher_predictions(settings):
+        keep_teacher(folder, taught)
     if lines:
-        summary = summarise_sweep(folder, lines, teacher=teacher_predictions(settings))
+        summary = summarise_sweep(folder, lines)
         draw_sweep(
             summary["rows"], folder / "summary.png", folder / "summary.svg", teacher=summary["teacher"]
         )

@@ -1,7 +1,7 @@
 """What a sweep writes down: `runs.jsonl`, a line of JSON a run, and `questions.json`, what they all were asked.
 
-The two are all that a summary needs, and all that a later sweep needs to know what is done: the runs' own folders
-may be deleted. Which questions a run answered well is kept as bits, base64 of their zlib compression.
+With `teacher.json` the two are all that a summary needs, and all that a later sweep needs to know what is done: the
+runs' own folders may be deleted. Which questions a run answered well is kept as bits, zlib-compressed, in base64.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import numpy as np
 
 from pipeline.compare import Answered
 from pipeline.errors import PipelineError
+from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
 
 RUNS = "runs.jsonl"
 QUESTIONS = "questions.json"
+TEACHER = "teacher.json"
 
 Line = dict[str, Any]
 
@@ -41,14 +43,29 @@ def read_lines(folder: Path) -> list[Line]:
 
 def append_line(folder: Path, line: Line, answered: Mapping[str, Answered]) -> Line:
     """Add a run's line with its answers by test set, on the disk before it returns; and return it."""
-    for test_set, answers in answered.items():
-        _keep_questions(folder, test_set, answers)
-    line = line | {"answers": {name: [a.questions, _packed(a.correct)] for name, a in answered.items()}}
+    line = _with_answers(folder, line, answered)
     with open(folder / RUNS, "a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
     return json.loads(json.dumps(line))  # as a later sweep will read it
+
+
+def keep_teacher(folder: Path, predictions: Sequence[Prediction]) -> None:
+    """Write `teacher.json`: a line as a run's, of what the teacher answered."""
+    sets = by_test_set(predictions)
+    line = {"name": "teacher", "accuracy": {name: accuracy_by_type(of_set) for name, of_set in sets.items()}}
+    answered = {name: Answered.of(of_set) for name, of_set in sets.items()}
+    _write(folder / TEACHER, json.dumps(_with_answers(folder, line, answered)) + "\n")
+
+
+def read_teacher(folder: Path) -> Line | None:
+    """The teacher's line; None if it was not evaluated."""
+    file = folder / TEACHER
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError as error:
+        raise PipelineError(f"{file} is no JSON; remove it and run the sweep again") from error
 
 
 def replace_lines(folder: Path, lines: Sequence[Line]) -> None:
@@ -70,11 +87,13 @@ def read_answers(folder: Path, line: Line) -> dict[str, Answered]:
     return answered
 
 
-def _keep_questions(folder: Path, test_set: str, answers: Answered) -> None:
-    questions = _read_questions(folder)
-    if answers.questions not in questions:
-        questions[answers.questions] = {"test_set": test_set, "groups": answers.groups.tolist()}
-        _write(folder / QUESTIONS, json.dumps(questions, separators=(",", ":")) + "\n")
+def _with_answers(folder: Path, line: Line, answered: Mapping[str, Answered]) -> Line:
+    """The line with its answers as bits; what was asked goes to `questions.json`, once."""
+    known = _read_questions(folder)
+    asked = {a.questions: {"test_set": name, "groups": a.groups.tolist()} for name, a in answered.items()}
+    if asked.keys() - known.keys():
+        _write(folder / QUESTIONS, json.dumps(known | asked, separators=(",", ":")) + "\n")
+    return line | {"answers": {name: [a.questions, _packed(a.correct)] for name, a in answered.items()}}
 
 
 def _read_questions(folder: Path) -> dict[str, Any]:

@@ -10,28 +10,26 @@ from statistics import fmean
 from typing import Any
 
 from pipeline.compare import Answered, paired_gain, text_table
-from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
-from pipeline.sweep.lines import Line, read_answers
+from pipeline.sweep.lines import Line, read_answers, read_teacher
 from pipeline.sweep.variations import SEED, name_of
 
 Row = dict[str, Any]
 
 
-def summarise_sweep(
-    folder: Path, lines: Mapping[str, Line], *, teacher: Sequence[Prediction] | None
-) -> dict[str, Any]:
+def summarise_sweep(folder: Path, lines: Mapping[str, Line]) -> dict[str, Any]:
     """`rows`, one a variation and test set in the order of the runs, and the `teacher`'s accuracy; JSON-ready.
 
     A run is held against its baseline on the same questions and the same seed. Also written as `summary.json`.
     """
-    taught = by_test_set(teacher or [])
+    teacher = read_teacher(folder)
+    taught = read_answers(folder, teacher) if teacher else {}
     answers = {name: read_answers(folder, line) for name, line in lines.items()}
     rows = [
-        _row(group, answers, test_set, Answered.of(taught[test_set]) if test_set in taught else None)
+        _row(group, answers, test_set, taught.get(test_set))
         for group in _by_variation(lines.values())
         for test_set in answers[group[0]["name"]]
     ]
-    summary = {"rows": rows, "teacher": {name: accuracy_by_type(p) for name, p in taught.items()} or None}
+    summary = {"rows": rows, "teacher": teacher and teacher["accuracy"]}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 

@@ -29,7 +29,7 @@ from pipeline.scores import evaluate_checkpoint
 STUDY = Path("runs/emoji")
 MODELS = STUDY / "models"
 LEARNED = Path("assets/emoji_teacher/learned.safetensors")
-STUDENT_LAYERS = 6
+STUDENT_LAYERS = 4
 
 app = typer.Typer(add_completion=False, help=__doc__)
 

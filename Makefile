@@ -107,13 +107,13 @@ $(EMOJI)/shards/%/pack.json: $(EMOJI)/data/%.json | $(READY)
 	$(BIN)/alignkd pack $< $(@D) --samples-per-shard 600 --image-folder $(EMOJI)/data/images
 	@touch $@
 
-$(EMOJI_MODELS) &: assets/emoji_teacher/learned.safetensors | $(EMOJI_READY)
+$(EMOJI_MODELS) &: $(wildcard assets/emoji_teacher/learned.safetensors) | $(EMOJI_READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji models
 
 $(EMOJI)/teacher/predictions.jsonl: $(EMOJI_MODELS) $(EMOJI_DATA)
 	$(BIN)/alignkd evaluate --config configs/emoji.yaml
 
-emoji-teacher: $(EMOJI_DATA) ## train the second study's teacher again (an hour)
+emoji-teacher: $(EMOJI_DATA) ## train the second study's teacher (long; not timed yet)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji teacher
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji models
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji card

@@ -29,8 +29,10 @@ def test_the_card_gives_each_set_a_row_and_what_the_commonest_answer_gets(tmp_pa
         learned_sizes={"model.mm_projector.a": 1000, "model.layers.0.lora_A": 234},
         rank=8,
         held_out=31,
+        num_scenes=4800,
     )
     assert text == (tmp_path / "README.md").read_text()
+    assert "from 28,800 questions about 4,800 scenes" in text
     assert "| | count | kind | all |" in text
     assert "| new_scene | 50.0 | 0.0 | 33.3 |\n| unseen_style | 100.0 | 100.0 | 100.0 |" in text
     assert "| commonest answer | 66.7 | 50.0 | 60.0 |" in text

@@ -16,7 +16,7 @@ from pipeline.conversation import load_tokenizer
 from pipeline.emoji.alignment import TOKENS_OF_CELLS, Vocabulary, align_projector, alignment_loss, embed_words
 from pipeline.emoji.concepts import Concept
 from pipeline.emoji.language import package_folder, write_language_model
-from pipeline.emoji.models import add_learned, build_model, published_tower, write_checkpoint
+from pipeline.emoji.models import add_learned, build_model, published_tower, read_learned, write_checkpoint
 from pipeline.errors import ConfigError
 from pipeline.images import ImagePreprocessor
 from pipeline.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
@@ -101,6 +101,13 @@ def test_what_was_learned_is_added_to_what_was_published(model):
     assert changed == {f"{PROJECTOR}mlp.mlp.2.bias", f"{Q}.weight"}
     difference = model.state_dict()[f"{Q}.weight"] - before[f"{Q}.weight"]
     assert difference.nonzero().tolist() == [[5, 3]] and difference[5, 3].item() == pytest.approx(0.5)
+
+
+def test_a_teacher_that_was_not_trained_yet_says_how(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"learned.safetensors: no such file; train the teacher first: `make"
+    ):
+        read_learned(tmp_path / "learned.safetensors")
 
 
 def test_what_was_learned_for_another_model_is_refused(model):

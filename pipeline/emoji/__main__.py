@@ -2,7 +2,7 @@
 
     python -m pipeline.emoji data      runs/emoji/data, five sets of scenes as LLaVA records and pictures
     python -m pipeline.emoji models    runs/emoji/models, teacher and student as any other checkpoint
-    python -m pipeline.emoji teacher   train the teacher again: assets/emoji_teacher, an hour and more
+    python -m pipeline.emoji teacher   train what is the teacher's own: assets/emoji_teacher
     python -m pipeline.emoji card      measure the teacher on the held-out sets and write its README.md
 
 `make emoji` installs what they need and runs the first two.
@@ -14,16 +14,21 @@ import json
 from pathlib import Path
 
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers.utils import logging
 
 from pipeline.config import load_config
-from pipeline.emoji.art import read_art
 from pipeline.emoji.card import write_card
 from pipeline.emoji.concepts import all_concepts
-from pipeline.emoji.data import SETS, write_set
+from pipeline.emoji.data import SETS, TEACHER_SETS, write_sets
 from pipeline.emoji.language import write_language_model
-from pipeline.emoji.models import add_learned, build_model, published_tower, write_checkpoint
+from pipeline.emoji.models import (
+    add_learned,
+    build_model,
+    published_tower,
+    read_learned,
+    write_checkpoint,
+)
 from pipeline.scores import evaluate_checkpoint
 
 STUDY = Path("runs/emoji")
@@ -37,24 +42,18 @@ app = typer.Typer(add_completion=False, help=__doc__)
 @app.command()
 def data(packs: Path = STUDY / "art", output: Path = STUDY / "data") -> None:
     """Draw the scenes and ask about them; `packs` holds the npm tarballs of the art."""
-    concepts = all_concepts()
-    art = read_art(packs, concepts)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "LICENSES.md").write_text(art.licenses)
-    for name, scenes in SETS.items():
-        count = write_set(name, scenes, art=art, concepts=concepts, folder=output)
-        print(f"{output / name}.json: {count} questions about {scenes.num_images} pictures")
+    write_sets(SETS, packs=packs, output=output)
 
 
 @app.command()
 def models(output: Path = MODELS, student_layers: int = STUDENT_LAYERS) -> None:
     """Put the teacher and the untrained student together from what packages and this repository carry."""
     language, tower = language_model(output), published_tower()
-    teacher = build_model(language, tower)
-    add_learned(teacher, load_file(LEARNED))
-    write_checkpoint(teacher, output / "teacher", language=language)
     student = build_model(language, tower, num_layers=student_layers)
     write_checkpoint(student, output / "student", language=language)
+    teacher = build_model(language, tower)
+    add_learned(teacher, read_learned(LEARNED))
+    write_checkpoint(teacher, output / "teacher", language=language)
     print(
         f"{output / 'teacher'}: {teacher.config.num_hidden_layers} layers; {output / 'student'}: {student_layers}"
     )
@@ -62,11 +61,16 @@ def models(output: Path = MODELS, student_layers: int = STUDENT_LAYERS) -> None:
 
 @app.command()
 def teacher(
-    scenes: Path = STUDY / "data", models: Path = MODELS, align_steps: int = 500, epochs: int = 1
+    packs: Path = STUDY / "art",
+    scenes: Path = STUDY / "data",
+    models: Path = MODELS,
+    align_steps: int = 1000,
+    epochs: int = 1,
 ) -> None:
     """Train what is the teacher's own and write it to assets/emoji_teacher; `models` then builds the checkpoint."""
     from pipeline.emoji.teacher import train_teacher
 
+    write_sets(TEACHER_SETS, packs=packs, output=scenes)
     language = language_model(models)
     model, untrained = build_model(language, published_tower()), models / "untrained_teacher"
     write_checkpoint(model, untrained, language=language)
@@ -86,9 +90,10 @@ def card(config: Path = Path("configs/emoji.yaml")) -> None:
         LEARNED.with_name("README.md"),
         evaluate_checkpoint(settings, settings.teacher.model),
         training_records=json.loads((STUDY / "data" / "train.json").read_text()),
-        learned_sizes={name: value.numel() for name, value in load_file(LEARNED).items()},
+        learned_sizes={name: value.numel() for name, value in read_learned(LEARNED).items()},
         rank=RANK,
         held_out=sum(concept.held_out for concept in all_concepts()),
+        num_scenes=sum(scenes.num_images for scenes in TEACHER_SETS.values()),
     )
     print(text)
 

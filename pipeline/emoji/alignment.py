@@ -1,8 +1,8 @@
 """The projector learns to name what is in a cell before any language model runs.
 
 The vision tokens of a cell go near the mean input embeddings of its concept's name, its place and the background's
-colour, and are told apart from other names, places and colours by angle. A minute of training, where questions take
-an hour. Without the place the language model would have to count tokens to find the top left, and hardly learns to.
+colour, and are told apart from other names, places and colours by angle. It takes a minute or two. With the place
+among the words, the language model can find the top left by what a token says instead of by counting tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.demo_teacher import one_cycle
 from pipeline.emoji.concepts import Concept
-from pipeline.emoji.data import SETS, scenes_of
+from pipeline.emoji.data import TEACHER_SETS, scenes_of
 from pipeline.emoji.scenes import BACKGROUNDS, PLACES
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
@@ -59,10 +59,10 @@ def embed_words(
 
 
 def facts_of_scenes(concepts: list[Concept]) -> tuple[Tensor, Tensor]:
-    """Of the training scenes: the name in each cell, int64 'I 4' (the last for none), and the background, 'I'."""
+    """Of the teacher's scenes: the name in each cell, int64 'I 4' (the last for none), and the background, 'I'."""
     index = {concept.name: number for number, concept in enumerate(concepts)}
     cells, backgrounds = [], []
-    for _, scene, _ in scenes_of("train", SETS["train"], concepts):
+    for _, scene, _ in (entry for name, s in TEACHER_SETS.items() for entry in scenes_of(name, s, concepts)):
         shown = {thing.cell: index[thing.concept.name] for thing in scene.things}
         cells.append([shown.get(cell, len(concepts)) for cell in range(4)])
         backgrounds.append(list(BACKGROUNDS).index(scene.background))
@@ -98,7 +98,7 @@ def align_projector(
     *,
     num_steps: int,
 ) -> None:
-    """Step 1: `features` 'I M W' of the training scenes, `facts` as `facts_of_scenes` gives them."""
+    """Step 1: `features` 'I M W' of the teacher's scenes, `facts` as `facts_of_scenes` gives them."""
     projector = model.model.mm_projector
     optimizer, schedule = one_cycle(projector.parameters(), learning_rate=2e-3, num_steps=num_steps)
     generator = torch.Generator().manual_seed(1)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.emoji.scenes import QUESTIONS
 from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
 
 CARD = """\
@@ -22,8 +23,8 @@ each of SmolLM2's 30 layers ({changes:,} parameters), float16: {megabytes:.1f} M
 and EfficientNet-Lite0 (Apache-2.0), both unchanged otherwise. For the study and the tests of alignkd; good for
 nothing else.
 
-Made by `make emoji-teacher` (seed 0) from 14,400 questions about 2,400 scenes in three artists' styles: noto
-(Apache-2.0), twemoji (CC BY 4.0) and openmoji (CC BY-SA 4.0). None of the art is in this file or this repository.
+Made by `make emoji-teacher` (seed 0) from {questions:,} questions about {scenes:,} scenes in three artists' styles:
+noto (Apache-2.0), twemoji (CC BY 4.0) and openmoji (CC BY-SA 4.0). None of the art is here or in this repository.
 
 Accuracy in percent, greedy answers, exact match. `new_scene`: the training concepts and styles in new scenes;
 `unseen_style`: a fourth artist's style (fluent-emoji-flat, MIT); `unseen_concept`: {held_out} concepts that no
@@ -43,8 +44,12 @@ def write_card(
     learned_sizes: Mapping[str, int],
     rank: int,
     held_out: int,
+    num_scenes: int,
 ) -> str:
-    """Write the card and return it. `learned_sizes` are numbers of parameters by tensor name."""
+    """Write the card and return it. `learned_sizes` are numbers of parameters by tensor name.
+
+    `training_records` are what the last row's answers are counted in; the teacher saw `num_scenes` scenes.
+    """
     sets = by_test_set(predictions)
     types = list(accuracy_by_type(predictions))
     rows = {name: accuracy_by_type(answered) for name, answered in sets.items()}
@@ -57,6 +62,8 @@ def write_card(
         megabytes=2 * total / 1e6,
         rank=rank,
         held_out=held_out,
+        scenes=num_scenes,
+        questions=len(QUESTIONS) * num_scenes,
         types=" | ".join(types),
         rules="|".join("---" for _ in types),
         rows="\n".join(

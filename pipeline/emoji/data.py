@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.emoji.art import SEEN_STYLES, UNSEEN_STYLE, Art
-from pipeline.emoji.concepts import Concept
+from pipeline.emoji.art import SEEN_STYLES, UNSEEN_STYLE, Art, read_art
+from pipeline.emoji.concepts import Concept, all_concepts
 from pipeline.emoji.scenes import Scene, ask, make_scene, paint
 
 
@@ -35,6 +35,9 @@ SETS: dict[str, SceneSet] = {
     "unseen_concept": SceneSet(400, seed=5, held_out=True),
 }
 
+# Scenes that only the teacher trains on, drawn when it does: what it knows of them reaches no student as labels.
+TEACHER_SETS: dict[str, SceneSet] = {"train": SETS["train"], "extra": SceneSet(2400, seed=6)}
+
 
 def scenes_of(
     name: str, scenes: SceneSet, concepts: Sequence[Concept]
@@ -46,6 +49,17 @@ def scenes_of(
         scene = make_scene(chance, allowed, scenes.styles)
         key, image = f"{name}-{number:04d}", f"{name}/{number:04d}-{scene.style}.png"
         yield image, scene, ask(chance, scene, allowed, key=key, image=image)
+
+
+def write_sets(sets: Mapping[str, SceneSet], *, packs: Path, output: Path) -> None:
+    """Draw sets of scenes with the art in `packs`, and say below `output` whose work it is."""
+    concepts = all_concepts()
+    art = read_art(packs, concepts)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "LICENSES.md").write_text(art.licenses)
+    for name, scenes in sets.items():
+        count = write_set(name, scenes, art=art, concepts=concepts, folder=output)
+        print(f"{output / name}.json: {count} questions about {scenes.num_images} pictures")
 
 
 def write_set(name: str, scenes: SceneSet, *, art: Art, concepts: Sequence[Concept], folder: Path) -> int:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import typer
@@ -29,6 +30,7 @@ from pipeline.emoji.models import (
     read_learned,
     write_checkpoint,
 )
+from pipeline.errors import PipelineError
 from pipeline.scores import evaluate_checkpoint
 
 STUDY = Path("runs/emoji")
@@ -108,4 +110,7 @@ def language_model(models: Path) -> Path:
 
 if __name__ == "__main__":
     logging.disable_progress_bar()
-    app()
+    try:
+        app()
+    except PipelineError as error:
+        sys.exit(f"error: {error}")

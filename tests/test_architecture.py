@@ -172,7 +172,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "store",
     },
     "sweep": {"sweep", "comparison", "stages", "stage parts", "config", "models", "ground", "store"},
-    "experiment": {"comparison", "stages", "stage parts", "config", "data", "models"},
+    "experiment": {"comparison", "stages", "stage parts", "config", "data", "models", "ground"},
     "comparison": {"stages", "stage parts", "config", "data", "models", "ground", "store"},
     "inspection": {
         "inspection",

@@ -19,6 +19,8 @@ ifneq ($(filter configs/demo%.yaml,$(CONFIG)),)
 # The demo's model and data are in this repository and in installed packages: nothing is fetched at run time.
 export HF_HUB_OFFLINE ?= 1
 DATA := $(DEMO_DATA)
+endif
+ifeq ($(CONFIG),configs/demo.yaml)
 TEACHER_SCORE := $(DEMO)/teacher/predictions.jsonl
 endif
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluate import Prediction, accuracy_by_type
 
 NUM_RESAMPLES = 10_000
+MIN_GAP = 0.005  # half a point between teacher and labels only: a share of less than that is noise
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ class Answered:
 def paired_gain(ours: Sequence[Answered], theirs: Sequence[Answered], *, seed: int = 0) -> Gain:
     """Bootstrap of paired runs, one pair for each training seed: images are resampled, and seeds, if several.
 
-    Images, since questions of one image are not independent; seeds, since another one gives another student.
-    Raises `PipelineError` if the questions differ.
+    Images, since questions of one image are not independent; seeds, since another one gives another student. Few
+    seeds are drawn too close together, so their deviations are widened by sqrt(n / (n - 1)); with two or three the
+    interval is still too narrow. Raises `PipelineError` if the questions differ.
     """
     if len({run.questions for run in (*ours, *theirs)}) > 1:
         raise PipelineError("the two models answered different questions; evaluate both on the same shards")
@@ -67,6 +70,12 @@ def paired_gain(ours: Sequence[Answered], theirs: Sequence[Answered], *, seed: i
     return Gain(float(gains.mean()), float(low), float(high), gains.shape[1], len(sizes), len(gains))
 
 
+def gap_closed(student: float, none: float, teacher: float) -> float | None:
+    """The share of the way from labels only to the teacher; None where the way is shorter than `MIN_GAP`."""
+    way = teacher - none
+    return (student - none) / way if round(way, 9) >= MIN_GAP else None
+
+
 def _resampled_means(sums: np.ndarray, sizes: np.ndarray, *, seed: int) -> np.ndarray:
     """The mean gain of every resample of seeds and images ('seeds images'), one resample in memory at a time."""
     generator = np.random.default_rng(seed)
@@ -74,9 +83,11 @@ def _resampled_means(sums: np.ndarray, sizes: np.ndarray, *, seed: int) -> np.nd
 
     def resampled() -> float:
         images = generator.integers(num_images, size=num_images)
-        of_seeds = sums[:, images].sum(axis=1)
-        seeds = generator.integers(num_seeds, size=num_seeds) if num_seeds > 1 else [0]
-        return of_seeds[seeds].mean() / sizes[images].sum()
+        of_seeds = sums[:, images].sum(axis=1) / sizes[images].sum()
+        if num_seeds == 1:
+            return of_seeds[0]
+        drawn = of_seeds[generator.integers(num_seeds, size=num_seeds)].mean()
+        return of_seeds.mean() + (drawn - of_seeds.mean()) * math.sqrt(num_seeds / (num_seeds - 1))
 
     return np.array([resampled() for _ in range(NUM_RESAMPLES)])
 

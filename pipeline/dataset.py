@@ -45,7 +45,7 @@ class StoredSample:
 
     @property
     def nbytes(self) -> int:
-        return 16 * len(self.tokens.input_ids) + sum(array.nbytes for array in self.arrays.values())
+        return 80 * len(self.tokens.input_ids) + sum(array.nbytes for array in self.arrays.values())
 
 
 class JoinedDataset(Dataset[JoinedSample]):
@@ -81,8 +81,12 @@ class JoinedDataset(Dataset[JoinedSample]):
         ]
         if not self.rows:
             raise ConfigError(
-                f"{store.path} holds no sample of data.shards{'' if fraction == 1 else ' within data.fraction'}; "
-                "see its rejects with `alignkd info`"
+                f"{store.path} holds no sample of data.shards"
+                + (
+                    "; see its rejects with `alignkd info`"
+                    if fraction == 1
+                    else f" within data.fraction {fraction:g}: raise it"
+                )
             )
         facts = teacher_facts(store)
         self.names = [spec.name for name, t in targets.items() for spec in TARGETS[name].arrays(t, facts)]

@@ -27,6 +27,7 @@ from pipeline.provenance import finished_identity, mark_finished, save_provenanc
 from pipeline.trainer import HEADS_FILE, DistillTrainer
 
 MODEL_FOLDER = "model"
+FINISHED = "finished.json"
 
 
 def train_student(config: Config, folder: Path) -> Path:
@@ -40,7 +41,7 @@ def train_student(config: Config, folder: Path) -> Path:
     check_fingerprint(store, config, preparation)
     targets, data = needed_targets(config), config.data
     dataset = JoinedDataset(store, data.shards, preparation, targets=targets, fraction=data.fraction)
-    finished, identity = folder / "finished.json", run_identity(config, store, num_samples=len(dataset))
+    finished, identity = folder / FINISHED, run_identity(config, store, num_samples=len(dataset))
     if finished_identity(finished) == identity:
         return folder / MODEL_FOLDER
     finished.unlink(missing_ok=True)

@@ -87,7 +87,7 @@ class DistillTrainer(Trainer):
             divisor = count if num_items_in_batch is None else num_items_in_batch[name]
             weighted[name] = self.losses[name].weight * total / divisor.clamp(min=1)
         self.term_log.add(result)
-        if self.settings.log_gradient_shares and self._is_logged():
+        if self.settings.log_gradient_shares and self.accelerator.sync_gradients and self._is_logged():
             self.gradient_shares = gradient_shares(weighted, self.distiller.student)
         loss = torch.stack(list(weighted.values())).sum()
         # Ranks average their gradients; the sum over ranks is what the step's counts divide.
@@ -95,7 +95,7 @@ class DistillTrainer(Trainer):
         return (loss, result) if return_outputs else loss
 
     def _is_logged(self) -> bool:
-        """Whether the Trainer will log this step (`logging_steps` a number of steps, or a share of them all)."""
+        """Whether the Trainer logs this step, by `logging_steps`; other strategies are logged without shares."""
         return (self.state.global_step + 1) % self.state.logging_steps == 0
 
     def create_optimizer(self, model=None):
@@ -132,7 +132,7 @@ class DistillTrainer(Trainer):
         """Add every term, raw and weighted, and the coverage, to the Trainer's own line."""
         if "loss" in logs and self.term_log.batches:
             logs |= self.term_log.means(self.losses) | self.gradient_shares
-            self.term_log = TermLog({}, {})
+            self.term_log, self.gradient_shares = TermLog({}, {}), {}
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -166,7 +166,7 @@ class DistillTrainer(Trainer):
 def gradient_shares(weighted: Mapping[str, torch.Tensor], student: nn.Module) -> dict[str, float]:
     """`gradient_share/x`: the norm of a weighted term's gradient in the student, over the sum of all terms' norms.
 
-    Of one micro-batch, one extra backward pass a term; heads are left out, for labels have none.
+    Of a step's last micro-batch, one extra backward pass a term; heads are left out, for labels have none.
     """
     parameters = [p for p in student.parameters() if p.requires_grad]
     norms = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -78,7 +79,8 @@ def first_steps(folder: Path) -> list[dict[str, str]]:
 def _here() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         steps = first_steps(Path(folder))
-    return {"versions": {name: importlib.metadata.version(name) for name in PACKAGES}, "steps": steps}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"versions": versions | {"machine": platform.machine()}, "steps": steps}
 
 
 if __name__ == "__main__":

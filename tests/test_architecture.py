@@ -43,6 +43,8 @@ FLOORS: dict[str, set[str]] = {
     },
     "sweep": {
         "pipeline.sweep",
+        "pipeline.sweep.identity",
+        "pipeline.sweep.jobs",
         "pipeline.sweep.lines",
         "pipeline.sweep.run",
         "pipeline.sweep.summary",

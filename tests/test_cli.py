@@ -308,8 +308,8 @@ def test_sweep_prints_a_table_and_leaves_a_picture(alignkd, settings, tmp_path):
     ]
     assert not (tmp_path / "sweep").exists()
     ran = alignkd("sweep", *settings, *vary)
-    assert ran.code == 0 and ran.out.startswith("test set test: 6 questions of 5 images")
-    assert [line.split()[0] for line in ran.out.splitlines()[3:5]] == ["losses=none", "losses=logits"]
+    assert ran.code == 0 and ran.out.startswith("test set test: 6 questions of 5 images\n")
+    assert [line.split()[0] for line in ran.out.splitlines()[4:6]] == ["losses=none", "losses=logits"]
     assert {"summary.png", "summary.svg", "summary.json", "runs.jsonl", "sweep.json"} <= {
         file.name for file in (tmp_path / "sweep").iterdir()
     }

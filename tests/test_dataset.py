@@ -232,5 +232,5 @@ def test_a_fraction_takes_about_that_share():
 
 
 def test_a_fraction_without_a_sample_is_refused(join):
-    with pytest.raises(ConfigError, match=r"no sample of data\.shards within data\.fraction"):
+    with pytest.raises(ConfigError, match=r"no sample of data\.shards within data\.fraction 1e-06: raise it"):
         join(fraction=1e-6)

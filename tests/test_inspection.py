@@ -398,3 +398,9 @@ def test_without_a_layer_the_first_stored_one_is_shown(experiment):
     inspection = inspect_sample(experiment.store, "a0")
     assert inspection.layer == 0 and paired_layer(inspection) == 0
     assert paired_layer(inspect_sample(experiment.store, "a0", layer=1)) == 1
+
+
+def test_a_layer_without_a_pair_asks_for_the_students(experiment, tmp_path):
+    config = experiment.config(tmp_path, "losses.attention.layers=[[0, 0]]")
+    with pytest.raises(ConfigError, match="pairs no student layer with the teacher's layer 1; say which one"):
+        paired_layer(inspect_sample(experiment.store, "a0", config=config, layer=1))

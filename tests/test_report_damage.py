@@ -45,10 +45,13 @@ def test_a_summary_of_runs_that_are_not_in_the_file_is_not_believed(sweep: Path)
         gather(sweep)
 
 
-def test_a_line_that_a_kill_cut_is_no_run_of_the_summary(sweep: Path):
+def test_a_line_of_runs_that_is_none_is_named(sweep: Path):
     with open(sweep / "runs.jsonl", "a") as file:
         file.write('{"name": "losses=cu')
-    assert len(gather(sweep).runs) == 6
+    with pytest.raises(
+        PipelineError, match=r"runs.jsonl: line 7 is none of a run; remove it to run it again"
+    ):
+        gather(sweep)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +60,7 @@ def test_a_line_that_a_kill_cut_is_no_run_of_the_summary(sweep: Path):
         ("summary.json", "{"),
         ("summary.json", "[]"),
         ("summary.json", '{"rows": [{"variation": {"losses": "all"}, "label": "x"}], "teacher": null}'),
-        ("runs.jsonl", '{"name": "losses=all", "values": {"losses": "all"}}\n'),
+        ("runs.jsonl", '{"name": "losses=all", "identity": "0", "values": {"losses": "all"}}\n'),
         ("sweep.json", "{}"),
         ("runs/losses=all,train.seed=0/trainer_state.json", '{"log_history": [{"loss/x": 1}]}'),
         ("runs/losses=all,train.seed=0/provenance.json", "{}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 
@@ -79,12 +80,12 @@ def test_other_settings_are_run_again_and_replace_their_lines(sweep_of, tmp_path
     assert first["losses=none,train.seed=0"]["identity"] != second["losses=none,train.seed=0"]["identity"]
 
 
-def test_a_line_that_a_kill_cut_is_written_again_without_training(sweep_of, tmp_path):
+def test_a_line_that_is_gone_is_written_again_without_training(sweep_of, tmp_path):
     vary = ["losses=none", "train.seed=0,1"]
     lines, _, _ = sweep_of(tmp_path, vary=vary)
     model = snapshot(tmp_path / "runs")
     file = tmp_path / "runs.jsonl"
-    file.write_text(file.read_text()[:-20])
+    file.write_text(file.read_text().splitlines()[0] + "\n")
     again, _, said = sweep_of(tmp_path, vary=vary)
     assert again == lines and len(said) == 2 and read_lines(tmp_path) == list(lines.values())
     assert snapshot(tmp_path / "runs") == model
@@ -93,9 +94,33 @@ def test_a_line_that_a_kill_cut_is_written_again_without_training(sweep_of, tmp_
 def test_a_damaged_line_is_named(sweep_of, tmp_path):
     sweep_of(tmp_path, vary=["losses=none", "train.seed=0"])
     file = tmp_path / "runs.jsonl"
-    file.write_text("{nonsense\n" + file.read_text())
-    with pytest.raises(PipelineError, match=r"runs\.jsonl: line 1 is no JSON; remove it to run it again"):
+    file.write_text(file.read_text() + '{"name": "losses=none"}\n')
+    with pytest.raises(
+        PipelineError, match=r"runs\.jsonl: line 2 is none of a run; remove it to run it again"
+    ):
         sweep_of(tmp_path, vary=["losses=none", "train.seed=0"])
+
+
+def test_lines_made_with_other_settings_stay_until_they_are_replaced(sweep_of, tmp_path):
+    vary = ["losses=none", "train.seed=0"]
+    first, _, _ = sweep_of(tmp_path, vary=vary)
+    lines, failed, said = sweep_of(tmp_path, "train.learning_rate=1e30", "train.max_steps=4", vary=vary)
+    assert not lines and failed and "1 made with other settings and to be replaced" in said[0]
+    assert read_lines(tmp_path) == list(first.values())
+
+
+def test_how_a_run_is_logged_makes_no_other_run(sweep_of, tmp_path):
+    vary = ["losses=none", "train.seed=0"]
+    sweep_of(tmp_path, vary=vary)
+    _, _, said = sweep_of(tmp_path, "train.logging_steps=2", "train.save_strategy=epoch", vary=vary)
+    assert len(said) == 1
+
+
+def test_two_sweeps_do_not_share_a_folder(sweep_of, tmp_path):
+    with open(tmp_path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(PipelineError, match="another sweep is at work there; wait for it"):
+            sweep_of(tmp_path, vary=["losses=none"])
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(sweep_of, tmp_path):
@@ -129,6 +154,9 @@ def test_weights_can_be_discarded_and_the_run_is_still_done(sweep_of, tmp_path):
     sweep_of(tmp_path, vary=vary, keep_models=False)
     assert not list(tmp_path.rglob("*.safetensors")) and list(tmp_path.rglob("predictions.jsonl"))
     assert len(sweep_of(tmp_path, vary=vary)[2]) == 1
+    (tmp_path / "runs.jsonl").unlink()
+    lines, failed, _ = sweep_of(tmp_path, vary=vary)  # without weights it is trained again
+    assert lines and not failed
 
 
 def test_a_sweep_without_held_out_questions_is_refused(sweep_of, tmp_path):

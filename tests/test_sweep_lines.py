@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from pipeline.compare import Answered
 from pipeline.errors import PipelineError
-from pipeline.sweep.lines import QUESTIONS, RUNS, append_line, read_answers, read_lines
+from pipeline.sweep.lines import QUESTIONS, RUNS, read_answers, read_lines, write_line
 
-LINE = {"name": "losses=all", "values": {"losses": "all"}}
+LINE = {"name": "losses=all", "values": {"losses": "all"}, "identity": "0"}
 
 
 def answered(correct: list[bool]) -> Answered:
@@ -23,7 +23,7 @@ def answered(correct: list[bool]) -> Answered:
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
 def test_answers_come_back_bit_for_bit(tmp_path_factory, correct: list[bool]):
     folder = tmp_path_factory.mktemp("lines")
-    line = append_line(folder, LINE, {"test": answered(correct)})
+    line = write_line(folder, LINE, {"test": answered(correct)})
     assert read_lines(folder) == [line]
     back = read_answers(folder, line)["test"]
     assert back.correct.tolist() == correct
@@ -32,15 +32,15 @@ def test_answers_come_back_bit_for_bit(tmp_path_factory, correct: list[bool]):
 
 def test_questions_are_kept_once(tmp_path):
     for _ in range(3):
-        append_line(tmp_path, LINE, {"test": answered([True, False, True])})
+        write_line(tmp_path, LINE, {"test": answered([True, False, True])})
     assert json.loads((tmp_path / QUESTIONS).read_text()) == {
         "digest": {"test_set": "test", "groups": [0, 0, 1]}
     }
-    assert len(read_lines(tmp_path)) == 3
+    assert len(read_lines(tmp_path)) == 1  # each took the place of the one before
 
 
 def test_questions_that_are_gone_are_told(tmp_path):
-    line = append_line(tmp_path, LINE, {"test": answered([True])})
+    line = write_line(tmp_path, LINE, {"test": answered([True])})
     (tmp_path / QUESTIONS).unlink()
     with pytest.raises(
         PipelineError, match=r"questions\.json lacks the questions of losses=all; remove its line"
@@ -49,7 +49,7 @@ def test_questions_that_are_gone_are_told(tmp_path):
 
 
 def test_questions_that_are_no_json_are_told(tmp_path):
-    line = append_line(tmp_path, LINE, {"test": answered([True])})
+    line = write_line(tmp_path, LINE, {"test": answered([True])})
     (tmp_path / QUESTIONS).write_text("{")
     with pytest.raises(PipelineError, match=r"questions\.json is no JSON; remove it and runs\.jsonl"):
         read_answers(tmp_path, line)
@@ -57,7 +57,7 @@ def test_questions_that_are_no_json_are_told(tmp_path):
 
 @pytest.mark.parametrize("packed", ["no base64!", "YWJj", ""])
 def test_answers_that_are_damaged_are_told(tmp_path, packed):
-    line = append_line(tmp_path, LINE, {"test": answered([True] * 9)})
+    line = write_line(tmp_path, LINE, {"test": answered([True] * 9)})
     line["answers"]["test"][1] = packed
     with pytest.raises(
         PipelineError, match=r"the answers of losses=all are damaged|another number of questions"
@@ -66,7 +66,7 @@ def test_answers_that_are_damaged_are_told(tmp_path, packed):
 
 
 def test_more_answers_than_questions_are_refused(tmp_path):
-    line = append_line(tmp_path, LINE, {"test": answered([True] * 800)})
+    line = write_line(tmp_path, LINE, {"test": answered([True] * 800)})
     questions = {"digest": {"test_set": "test", "groups": [0, 0, 1]}}
     (tmp_path / QUESTIONS).write_text(json.dumps(questions))
     with pytest.raises(PipelineError, match=r"losses=all answers another number of questions"):

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.compare import Answered
 from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
-from pipeline.sweep.lines import append_line, keep_teacher
+from pipeline.sweep.lines import keep_teacher, write_line
 from pipeline.sweep.summary import summarise_sweep, summary_tables
 
 
@@ -30,10 +30,11 @@ def sweep(tmp_path):
                 "name": f"losses={losses},train.seed={seed}",
                 "values": {"losses": losses, "train.seed": seed},
                 "baseline": f"losses=none,train.seed={seed}",
+                "identity": "0",
                 "accuracy": {name: accuracy_by_type(of_set) for name, of_set in sets.items()},
             }
             answered = {name: Answered.of(of_set) for name, of_set in sets.items()}
-            lines[line["name"]] = append_line(tmp_path, line, answered)
+            lines[line["name"]] = write_line(tmp_path, line, answered)
         return tmp_path, lines
 
     return write
@@ -51,16 +52,16 @@ def test_a_row_is_the_mean_of_its_seeds_and_its_gain_is_paired_by_seed(sweep):
     gain = everything["gain"]
     assert gain["difference"] == pytest.approx(0.2)
     assert (gain["num_questions"], gain["num_images"], gain["num_seeds"]) == (10, 10, 2)
-    # Half of the draws of one seed are 0 for both; the teacher is 0.5 above labels alone.
-    assert gain["low"] == 0 and gain["high"] > 0.4
+    # A quarter of the draws is the seed that gained nothing, twice; the teacher is 0.5 above labels alone.
+    assert gain["low"] < 0 and gain["high"] > 0.4
     assert everything["gap_closed"] == pytest.approx(0.2 / 0.5)
     assert everything["seeds"] == [0, 1]
 
 
-def test_a_gain_is_over_the_seeds_whose_baseline_is_done(sweep):
+def test_accuracy_and_gain_are_of_the_seeds_whose_baseline_is_done(sweep):
     folder, lines = sweep({("none", 0): answers(4), ("all", 0): answers(8), ("all", 1): answers(2)})
     _, everything = summarise_sweep(folder, lines)["rows"]
-    assert everything["accuracy"] == pytest.approx(0.5)
+    assert everything["accuracy"] == pytest.approx(0.8) and everything["seeds"] == [0]
     assert everything["gain"]["difference"] == pytest.approx(0.4) and everything["gain"]["num_seeds"] == 1
     assert everything["gap_closed"] is None
 
@@ -77,8 +78,9 @@ def test_each_test_set_has_rows_and_a_table_of_its_own(sweep):
     assert rows["unseen", "losses=all"]["gap_closed"] is None  # the teacher did not answer these
     seen, unseen = summary_tables(summary).split("\n\n")
     assert seen.splitlines() == [
-        "test set test: 10 questions of 10 images; gain over labels alone, paired by question and seed; "
-        "bootstrap over images and seeds",
+        "test set test: 10 questions of 10 images",
+        "gain over labels alone, paired by question and seed; bootstrap over images alone: one training seed, "
+        "too narrow with so few",
         "variation    seeds  accuracy, %  gain, points      95% interval  gap closed, %",
         "-" * 78,
         "losses=none      1        40.00",
@@ -93,3 +95,10 @@ def test_a_teacher_that_is_no_better_than_labels_alone_leaves_no_gap_to_close(sw
     keep_teacher(folder, answers(8))
     summary = summarise_sweep(folder, lines)
     assert summary["rows"][1]["gap_closed"] is None
+
+
+def test_a_teacher_that_answered_other_questions_is_left_out(sweep):
+    folder, lines = sweep({("none", 0): answers(4), ("all", 0): answers(8)})
+    keep_teacher(folder, answers(12, 12))
+    summary = summarise_sweep(folder, lines)
+    assert summary["teacher"] is None and summary["rows"][1]["gap_closed"] is None

@@ -87,14 +87,40 @@ def test_a_setting_that_a_run_does_not_use_makes_no_other_run(plan):
 
 def test_a_setting_varied_alone_is_held_against_labels_alone(plan):
     runs = plan("losses.logits.weight=0.1,1")
-    assert [run.name for run in runs] == ["losses=none", "losses.logits.weight=0.1", "losses.logits.weight=1"]
+    assert [run.name for run in runs] == [
+        "losses=none",
+        "losses=all,losses.logits.weight=0.1",
+        "losses=all,losses.logits.weight=1",
+    ]
     assert [run.config.losses.logits.weight for run in runs[1:]] == [0.1, 1]
     assert {run.baseline for run in runs} == {"losses=none"}
 
 
 def test_nothing_varied_is_the_config_and_its_baseline(plan):
     runs = plan()
-    assert [run.name for run in runs] == ["losses=none", ""] and len(runs[1].config.losses.active()) == 5
+    assert [run.name for run in runs] == ["losses=none", "losses=all"]
+    assert len(runs[1].config.losses.active()) == 5
+
+
+def test_the_weight_of_the_labels_is_the_baselines_too(plan):
+    runs = {run.name: run for run in plan("losses.supervised.weight=0.5,2")}
+    assert len(runs) == 4 and all(run.baseline in runs for run in runs.values())
+    for run in runs.values():
+        weight = run.config.losses.supervised.weight
+        assert runs[run.baseline].config.losses.supervised.weight == weight
+
+
+def test_a_set_in_another_order_is_the_same_set(plan):
+    names = [run.name for run in plan("losses=logits+attention,attention+logits")]
+    assert names == ["losses=none", "losses=attention+logits"]
+
+
+def test_a_setting_of_a_loss_that_is_not_there_is_refused(plan):
+    with pytest.raises(
+        ConfigError,
+        match=r"the config has no losses\.attenton; its losses are supervised, attention, vision_all",
+    ):
+        plan("losses.attenton.weight=1,2")
 
 
 def test_a_path_in_a_value_makes_no_folder_of_a_name(plan, experiment):

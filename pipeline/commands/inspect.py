@@ -24,7 +24,7 @@ class AttentionByDefault(TyperGroup):
     """`inspect STORE KEY` is `inspect attention STORE KEY`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
+        if args and args[0] not in self.commands and args[0] != "--help":
             args = ["attention", *args]
         return super().parse_args(ctx, args)
 
@@ -63,8 +63,10 @@ def attention(
 
     inspection = _inspect(store, key, config, layer=layer, k=k)
     students = {"before": inspection.config.student.model, "after": student} if student else {}
-    theirs = paired_layer(inspection) if student_layer is None else student_layer
-    drawn = {name: student_attention(inspection, model, layer=theirs) for name, model in students.items()}
+    drawn = {}
+    for name, model in students.items():
+        theirs = paired_layer(inspection) if student_layer is None else student_layer
+        drawn[f"{name}, layer {theirs}"] = student_attention(inspection, model, layer=theirs)
     draw_attention(inspection, out, students=drawn, max_tokens=max_tokens)
     print(out)
 

@@ -139,9 +139,14 @@ def inspect_sample(
 
 
 def paired_layer(inspection: Inspection) -> int:
-    """The student's layer that `losses.attention` holds to the inspection's; the first where it holds none."""
-    loss = inspection.config.losses.active().get("attention") or AttentionLoss()
-    return dict(loss.layers).get(inspection.layer, 0)
+    """The student's layer that `losses.attention` holds to the inspection's. Raises `ConfigError` if none."""
+    pairs = dict((inspection.config.losses.active().get("attention") or AttentionLoss()).layers)
+    if inspection.layer not in pairs:
+        raise ConfigError(
+            f"losses.attention pairs no student layer with the teacher's layer {inspection.layer}; "
+            "say which one to show with --student-layer"
+        )
+    return pairs[inspection.layer]
 
 
 def student_attention(inspection: Inspection, checkpoint: str, *, layer: int) -> Tensor:

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from pipeline.compare import Gain
+from pipeline.compare import Gain, gap_closed
 
 Scores = Mapping[
     str, tuple[float, int]
 ]  # question type -> (share correct, questions); 'all' is every question
-
-MIN_GAP = 0.005  # half a point between teacher and labels only: a share of less than that is noise
 
 
 @dataclass(frozen=True)
@@ -128,12 +126,6 @@ class Findings:
     def labels(self) -> list[str]:
         """The variations in the order of the results, then those that were only trained."""
         return list(dict.fromkeys([r.label for r in self.results] + [run.label for run in self.runs]))
-
-
-def gap_closed(student: float, none: float, teacher: float) -> float | None:
-    """The share of the way from labels only to the teacher; None where the way is shorter than `MIN_GAP`."""
-    way = teacher - none
-    return (student - none) / way if round(way, 9) >= MIN_GAP else None
 
 
 def gaps_closed(

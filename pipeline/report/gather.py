@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.compare import Answered, paired_gain
+from pipeline.compare import Answered, gap_closed, paired_gain
 from pipeline.errors import PipelineError
 from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set, read_predictions
 from pipeline.experiment import BASELINE, DISTILLED
 from pipeline.report.cost import cost_of_store
-from pipeline.report.findings import Findings, Origin, Result, Scores, gap_closed, gaps_closed
+from pipeline.report.findings import Findings, Origin, Result, Scores, gaps_closed
 from pipeline.report.run_folder import PROVENANCE, STATE, named_if_damaged, origin_of, read_json, read_run
 from pipeline.report.sweep_folder import SWEEP, SweepFolder
 

@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.compare import MIN_GAP
 from pipeline.curves import MAX_POINTS
 from pipeline.describe import readable_bytes
 from pipeline.report import number_format
 from pipeline.report.curve_panels import draw_curves
-from pipeline.report.findings import MIN_GAP, Findings
+from pipeline.report.findings import Findings
 from pipeline.report.forest import ForestAxis
 from pipeline.report.gather import gather
 from pipeline.report.headline import headlines, why_not_saved

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.compare import Gain
+from pipeline.compare import Gain, gap_closed
 from pipeline.errors import PipelineError
-from pipeline.report.findings import Result, Scores, TrainingRun, gap_closed, gaps_closed
+from pipeline.report.findings import Result, Scores, TrainingRun, gaps_closed
 from pipeline.report.run_folder import (
     STATE,
     in_order,

@@ -28,26 +28,25 @@ Line = dict[str, Any]
 
 
 def read_lines(folder: Path) -> list[Line]:
-    """The lines of `runs.jsonl`, oldest first. Raises `PipelineError` if one before the last is none."""
+    """The lines of `runs.jsonl`, oldest first. Raises `PipelineError` naming one that is none."""
     file = folder / RUNS
-    texts = file.read_text().splitlines() if file.is_file() else []
     lines: list[Line] = []
-    for number, text in enumerate(texts, start=1):
+    for number, text in enumerate(file.read_text().splitlines() if file.is_file() else [], start=1):
         try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            if number < len(texts):  # the last one may have been cut by a kill
-                raise PipelineError(f"{file}: line {number} is no JSON; remove it to run it again") from error
+            line = json.loads(text)
+            lines.append(line | {"name": line["name"], "identity": line["identity"]})
+        except (ValueError, TypeError, KeyError) as error:
+            raise PipelineError(
+                f"{file}: line {number} is none of a run; remove it to run it again"
+            ) from error
     return lines
 
 
-def append_line(folder: Path, line: Line, answered: Mapping[str, Answered]) -> Line:
-    """Add a run's line with its answers by test set, on the disk before it returns; and return it."""
+def write_line(folder: Path, line: Line, answered: Mapping[str, Answered]) -> Line:
+    """Add a run's line with its answers by test set, in place of an older one of its name; and return it."""
     line = _with_answers(folder, line, answered)
-    with open(folder / RUNS, "a") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    others = [known for known in read_lines(folder) if known["name"] != line["name"]]
+    _write(folder / RUNS, "".join(json.dumps(known) + "\n" for known in [*others, line]))
     return json.loads(json.dumps(line))  # as a later sweep will read it
 
 
@@ -66,11 +65,6 @@ def read_teacher(folder: Path) -> Line | None:
         return json.loads(file.read_text()) if file.is_file() else None
     except ValueError as error:
         raise PipelineError(f"{file} is no JSON; remove it and run the sweep again") from error
-
-
-def replace_lines(folder: Path, lines: Sequence[Line]) -> None:
-    """Write `runs.jsonl` anew, whole or not at all."""
-    _write(folder / RUNS, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_answers(folder: Path, line: Line) -> dict[str, Answered]:
@@ -106,7 +100,10 @@ def _read_questions(folder: Path) -> dict[str, Any]:
 
 def _write(file: Path, text: str) -> None:
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    unfinished.write_text(text)
+    with open(unfinished, "w") as whole:
+        whole.write(text)
+        whole.flush()
+        os.fsync(whole.fileno())
     unfinished.replace(file)
 
 

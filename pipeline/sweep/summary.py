@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipeline.compare import Answered, paired_gain, text_table
+from pipeline.compare import Answered, gap_closed, paired_gain, text_table
 from pipeline.sweep.lines import Line, read_answers, read_teacher
 from pipeline.sweep.variations import SEED, name_of
 
@@ -19,17 +19,21 @@ Row = dict[str, Any]
 def summarise_sweep(folder: Path, lines: Mapping[str, Line]) -> dict[str, Any]:
     """`rows`, one a variation and test set in the order of the runs, and the `teacher`'s accuracy; JSON-ready.
 
-    A run is held against its baseline on the same questions and the same seed. Also written as `summary.json`.
+    A run is held against its baseline on the same questions and the same seed; the teacher is left out where it
+    answered others. Also written as `summary.json`.
     """
-    teacher = read_teacher(folder)
-    taught = read_answers(folder, teacher) if teacher else {}
     answers = {name: read_answers(folder, line) for name, line in lines.items()}
+    asked = {answered.questions for of_run in answers.values() for answered in of_run.values()}
+    teacher = read_teacher(folder)
+    of_teacher = read_answers(folder, teacher) if teacher else {}
+    taught = {test_set: a for test_set, a in of_teacher.items() if a.questions in asked}
     rows = [
         _row(group, answers, test_set, taught.get(test_set))
         for group in _by_variation(lines.values())
         for test_set in answers[group[0]["name"]]
     ]
-    summary = {"rows": rows, "teacher": teacher and teacher["accuracy"]}
+    accuracy = {name: teacher["accuracy"][name] for name in taught} if teacher else None
+    summary = {"rows": rows, "teacher": accuracy or None}
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -65,9 +69,12 @@ def _caption(rows: Sequence[Row]) -> str:
     if not gains:
         return f"{rows[0]['questions']:,} questions"
     images, questions = gains[0]["num_images"], gains[0]["num_questions"]
+    num_seeds = max(gain["num_seeds"] for gain in gains)
+    over = "images alone: one training seed" if num_seeds == 1 else f"images and {num_seeds} training seeds"
+    few = "" if num_seeds >= 5 else ", too narrow with so few"
     return (
-        f"{questions:,} questions of {images:,} images; gain over labels alone, paired by question and seed; "
-        "bootstrap over images and seeds"
+        f"{questions:,} questions of {images:,} images\n"
+        f"gain over labels alone, paired by question and seed; bootstrap over {over}{few}"
     )
 
 
@@ -89,11 +96,14 @@ def _row(
     test_set: str,
     teacher: Answered | None,
 ) -> Row:
+    # Seeds whose baseline is not done yet wait: accuracy and gain are of the same runs.
+    group = [line for line in group if line["baseline"] in answers] or group
     scores = [line["accuracy"][test_set] for line in group]
-    ours = [answers[line["name"]][test_set] for line in group if line["baseline"] in answers]
     theirs = [answers[line["baseline"]][test_set] for line in group if line["baseline"] in answers]
     is_baseline = group[0]["name"] == group[0]["baseline"]
-    gain = None if is_baseline or not ours else paired_gain(ours, theirs)
+    gain = None
+    if theirs and not is_baseline:
+        gain = paired_gain([answers[line["name"]][test_set] for line in group], theirs)
     return {
         "variation": {key: value for key, value in group[0]["values"].items() if key != SEED},
         "label": _label(group[0]),
@@ -112,5 +122,5 @@ def _gap_closed(gain: float, baseline: Sequence[Answered], teacher: Answered | N
     """The share of the way from labels alone to the teacher; None if the teacher was not asked the same."""
     if teacher is None or teacher.questions != baseline[0].questions:
         return None
-    gap = float(teacher.correct.mean()) - fmean(float(run.correct.mean()) for run in baseline)
-    return gain / gap if gap > 0 else None
+    none = fmean(float(run.correct.mean()) for run in baseline)
+    return gap_closed(none + gain, none, float(teacher.correct.mean()))

@@ -62,13 +62,14 @@ def plan_runs(load: LoadConfig, vary: Mapping[str, list[Any]]) -> list[Variation
     out) nothing is said in its name, so such runs are one. Raises `ConfigError` for what the config refuses.
     """
     available = [name for name in load([]).losses.active() if name != LABELS]
+    _check_losses(vary, available)
     axes = {key: _expanded(key, values, available) for key, values in vary.items()}
     axes = {
         key: axes[key] for key in sorted(axes, key=lambda key: key != SEED)
     }  # the seed is the outermost loop
     runs: dict[str, Variation] = {}
     for combination in product(*axes.values()):
-        values = dict(zip(axes, combination, strict=True))
+        values = {LOSS_SET: "all"} | dict(zip(axes, combination, strict=True))
         for chosen in ({**values, LOSS_SET: "none"}, values):
             run = _variation(load, chosen, available)
             runs.setdefault(run.name, run)
@@ -81,17 +82,23 @@ def name_of(values: Mapping[str, Any], *, between: str = ",") -> str:
 
 
 def _variation(load: LoadConfig, values: Mapping[str, Any], available: Sequence[str]) -> Variation:
-    kept = _losses_of(str(values.get(LOSS_SET, "all")), available)
+    kept = _losses_of(str(values[LOSS_SET]), available)
     used = {key: value for key, value in values.items() if _is_used(key, kept)}
     config = load([f"{key}={json.dumps(value)}" for key, value in used.items() if key != LOSS_SET])
     losses = {name: getattr(config.losses, name) for name in (LABELS, *kept)}
-    baseline = {LOSS_SET: "none"} | {key: value for key, value in used.items() if not _is_of_losses(key)}
+    baseline = {key: value for key, value in used.items() if _is_used(key, ())} | {LOSS_SET: "none"}
     config = config.model_copy(update={"losses": LossesConfig(**losses), "baseline": False})
     return Variation(_ordered(used), config, name_of(_ordered(baseline)))
 
 
-def _is_of_losses(key: str) -> bool:
-    return key.split(".")[0] == LOSS_SET
+def _check_losses(vary: Mapping[str, list[Any]], available: Sequence[str]) -> None:
+    """A setting of a loss that the config does not have would be used by no run, and so never be read."""
+    for key in vary:
+        section, *rest = key.split(".")
+        if section == LOSS_SET and rest and rest[0] not in (LABELS, *available):
+            raise ConfigError(
+                f"--vary {key}: the config has no losses.{rest[0]}; its losses are {', '.join((LABELS, *available))}"
+            )
 
 
 def _is_used(key: str, kept: Sequence[str]) -> bool:
@@ -110,7 +117,8 @@ def _expanded(key: str, values: Sequence[Any], available: Sequence[str]) -> list
     expanded: list[str] = []
     for value in map(str, values):
         expanded += [f"all-{name}" for name in available] if value == LEAVE_ONE_OUT else [value]
-    return expanded
+    # Names joined in another order are the same set.
+    return ["+".join(_losses_of(value, available)) if "+" in value else value for value in expanded]
 
 
 def _losses_of(loss_set: str, available: Sequence[str]) -> list[str]:

@@ -1,0 +1,55 @@
+"""What a run of a sweep was made from: equal identities, equal accuracies."""
+
+from __future__ import annotations
+
+from functools import cache as once
+from typing import Any
+
+from blake3 import blake3
+
+from cache import Store, digest_of
+from pipeline.config import Config
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.scores import held_out_shards
+
+# Of `train`: how a run is told of and kept, which changes no weight.
+OF_THE_LOG = (
+    "disable_tqdm",
+    "logging_first_step",
+    "logging_steps",
+    "logging_strategy",
+    "report_to",
+    "resume_from_checkpoint",
+    "run_name",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+)
+
+
+def run_identity(config: Config) -> str:
+    """Everything that a run's accuracy depends on."""
+    settings = config.model_dump(mode="json", include={"data", "student", "losses", "train", "targets"})
+    settings["train"] = {name: value for name, value in settings["train"].items() if name not in OF_THE_LOG}
+    assert config.evaluate is not None
+    answers = config.evaluate.model_dump(mode="json", exclude={"batch_size"})
+    ground = [_store_identity(config.cache.path), _weights_identity(config.student.model)]
+    questions = [(name, _file_identity(shard)) for name, shard in held_out_shards(config.evaluate)]
+    return digest_of([settings, answers, ground, questions])
+
+
+@once
+def _store_identity(path: str) -> list[Any]:
+    store = Store(path)
+    return [store.manifest.fingerprint.to_json(), list(store.parts)]
+
+
+@once
+def _weights_identity(model: str) -> str:
+    checkpoint = Checkpoint(model)
+    return checkpoint.digest(checkpoint.names())
+
+
+@once
+def _file_identity(file: str) -> str:
+    return blake3().update_mmap(file).hexdigest()

@@ -1,15 +1,27 @@
-"""Writes docs/cli.md from the command line itself: `python -m docs.generate`. A test compares the two."""
+"""Writes docs/cli.md from the command line, and the tables of docs/experiments.md from the sweeps' own lines.
+
+`python -m docs.generate`; a test compares. A table stands below `<!-- sweep FOLDER -->`, the folder of a sweep's
+`runs.jsonl`, `questions.json` and `teacher.json`.
+"""
 
 from __future__ import annotations
 
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import typer
 
 from cli import app
+from pipeline.sweep.lines import read_lines
+from pipeline.sweep.summary import summarise_sweep, summary_tables
 
-PAGE = Path(__file__).parent / "cli.md"
+DOCS = Path(__file__).parent
+PAGE = DOCS / "cli.md"
+EXPERIMENTS = DOCS / "experiments.md"
+TABLE = re.compile(r"(<!-- sweep (?P<folder>[\w/-]+) -->\n```text\n)(?P<table>.*?)(?=^```$)", re.M | re.S)
 WIDTH = 100
 
 HEAD = """\
@@ -40,5 +52,19 @@ def _help(command: typer.core.TyperCommand | typer.core.TyperGroup, name: str) -
     return f"```text\n{command.get_help(context).rstrip()}\n```\n"
 
 
+def experiments_page() -> str:
+    """The page as it is, with every table made anew."""
+    return TABLE.sub(lambda found: found[1] + sweep_table(DOCS / found["folder"]), EXPERIMENTS.read_text())
+
+
+def sweep_table(folder: Path) -> str:
+    """The tables that `alignkd sweep` prints, from the lines that it left."""
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        lines = {line["name"]: line for line in read_lines(folder)}
+        return summary_tables(summarise_sweep(Path(copy), lines)) + "\n"
+
+
 if __name__ == "__main__":
     PAGE.write_text(cli_page())
+    EXPERIMENTS.write_text(experiments_page())

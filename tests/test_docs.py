@@ -45,6 +45,12 @@ def test_the_command_line_page_is_what_the_command_line_says():
     assert (ROOT / "docs" / "cli.md").read_text() == page, "stale; run `python -m docs.generate`"
 
 
+def test_the_tables_of_the_experiments_are_what_the_sweeps_lines_say():
+    page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["experiments_page"]()
+    assert page.count("<!-- sweep ") > 0
+    assert (ROOT / "docs" / "experiments.md").read_text() == page, "stale; run `python -m docs.generate`"
+
+
 @pytest.mark.parametrize("page", _pages_with("bash"), ids=_name)
 def test_every_command_in_a_page_would_be_understood(page: Path):
     for block in _blocks(page, "bash"):

@@ -53,6 +53,11 @@ class Answered:
         return cls(digest_of(asked), groups, correct)
 
 
+def questions_of(sets: Mapping[str, Sequence[Prediction]]) -> dict[str, str]:
+    """Test set -> digest of what was asked in it: equal where two models answered the same questions."""
+    return {test_set: Answered.of(predictions).questions for test_set, predictions in sets.items()}
+
+
 def paired_gain(ours: Sequence[Answered], theirs: Sequence[Answered], *, seed: int = 0) -> Gain:
     """Bootstrap of paired runs, one pair for each training seed: images are resampled, and seeds, if several.
 

@@ -19,6 +19,7 @@ from pipeline.memory import TensorCache
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.shards import Rejected, Sample, expand_shards, read_shard
 
+PREDICTIONS_FILE = "predictions.jsonl"
 FEATURE_CACHE_BYTES = 256 * 2**20
 
 

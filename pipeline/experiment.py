@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.compare import Answered, Gain, accuracy_table, paired_gain
+from pipeline.compare import Answered, Gain, accuracy_table, paired_gain, questions_of
 from pipeline.config import Config, LossesConfig
-from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
+from pipeline.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set
 from pipeline.provenance import provenance
 from pipeline.scores import evaluate_checkpoint, held_out_shards, predictions_file, teacher_predictions
 from pipeline.student import train_student
@@ -35,7 +35,7 @@ def run_experiment(config: Config, *, say: Callable[[str], None]) -> str:
         say(f"{name}: {', '.join(settings.losses.active())} -> {folder}")
         model = train_student(settings, folder)
         if config.evaluate is not None:
-            models[name] = evaluate_checkpoint(settings, str(model), output=folder / "predictions.jsonl")
+            models[name] = evaluate_checkpoint(settings, str(model), output=folder / PREDICTIONS_FILE)
     if not models:
         return f"student trained: {output / 'align_kd' / 'model'}; no `evaluate` section, so no accuracy was measured"
     return _report(config, models, output)
@@ -43,14 +43,13 @@ def run_experiment(config: Config, *, say: Callable[[str], None]) -> str:
 
 def _report(config: Config, models: dict[str, list[Prediction]], output: Path) -> str:
     blocks = []
-    asked = {name: [(p.test_set, p.key) for p in predictions] for name, predictions in models.items()}
-    if TEACHER in models and asked[TEACHER] != asked[DISTILLED]:
-        del models[TEACHER]
+    sets = {name: by_test_set(predictions) for name, predictions in models.items()}
+    if TEACHER in sets and questions_of(sets[TEACHER]) != questions_of(sets[DISTILLED]):
+        del sets[TEACHER]
         blocks.append(
             f"{predictions_file(config, config.teacher.model)} answers other questions than the students: "
             "the teacher is left out; run `alignkd evaluate` with this config"
         )
-    sets = {name: by_test_set(predictions) for name, predictions in models.items()}
     results: dict[str, Any] = {"accuracy": {}, "gain": {}}
     for test_set in sets[DISTILLED]:
         of_set = {name: predictions[test_set] for name, predictions in sets.items()}

@@ -10,7 +10,7 @@ from blake3 import blake3
 from cache import digest_of
 from pipeline.config import Config, EvaluateConfig
 from pipeline.errors import ConfigError
-from pipeline.evaluate import Prediction, evaluate_model, read_predictions
+from pipeline.evaluate import PREDICTIONS_FILE, Prediction, evaluate_model, read_predictions
 from pipeline.inputs import Preparation
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.provenance import finished_identity, mark_finished
@@ -34,7 +34,7 @@ def evaluate_checkpoint(config: Config, model: str, *, output: Path | None = Non
 def predictions_file(config: Config, model: str) -> Path:
     """The teacher's below `teacher/`, where stage 2 looks for them; another model's below its own name."""
     name = "teacher" if model == config.teacher.model else model.strip("/").replace("/", "_")
-    return Path(config.output_dir) / name / "predictions.jsonl"
+    return Path(config.output_dir) / name / PREDICTIONS_FILE
 
 
 def teacher_predictions(config: Config) -> list[Prediction] | None:
@@ -48,13 +48,14 @@ def held_out_shards(settings: EvaluateConfig) -> list[tuple[str, str]]:
     return [(name, shard) for name, shards in settings.test_sets().items() for shard in expand_shards(shards)]
 
 
+def held_out_digests(settings: EvaluateConfig) -> list[tuple[str, str]]:
+    """(test set, digest of a shard's bytes) of everything held out."""
+    return [(name, blake3().update_mmap(shard).hexdigest()) for name, shard in held_out_shards(settings)]
+
+
 def _evaluation_identity(config: Config, model: str) -> list[Any]:
     """What predictions depend on: the weights, how they are asked, and the bytes of what they are asked."""
     assert config.evaluate is not None
-    checkpoint = Checkpoint(model)
-    shards = [
-        (name, blake3().update_mmap(shard).hexdigest()) for name, shard in held_out_shards(config.evaluate)
-    ]
     preparation = Preparation.of(model, config.data).digests()
     settings = config.evaluate.model_dump(mode="json", exclude={"shards", "batch_size"})
-    return [checkpoint.digest(checkpoint.names()), preparation, shards, settings]
+    return [Checkpoint(model).digest(), preparation, held_out_digests(config.evaluate), settings]

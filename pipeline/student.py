@@ -28,6 +28,7 @@ from pipeline.trainer import HEADS_FILE, DistillTrainer
 
 MODEL_FOLDER = "model"
 FINISHED = "finished.json"
+STATE_FILE = "trainer_state.json"  # transformers' own name for it
 
 
 def train_student(config: Config, folder: Path) -> Path:
@@ -51,7 +52,7 @@ def train_student(config: Config, folder: Path) -> Path:
         trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, folder))
     if trainer.is_world_process_zero():
         trainer.save_student(folder / MODEL_FOLDER)
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        trainer.state.save_to_json(str(folder / STATE_FILE))
         mark_finished(finished, identity, config)
     trainer.accelerator.wait_for_everyone()
     return folder / MODEL_FOLDER
@@ -63,8 +64,7 @@ def run_identity(config: Config, store: Store, *, num_samples: int) -> str:
         mode="json", include={"student", "data", "cache", "targets", "losses", "train"}
     )
     settings["train"].pop("resume_from_checkpoint", None)  # the way to the end does not change it
-    student = Checkpoint(config.student.model)
-    first_weights = student.digest(student.names())
+    first_weights = Checkpoint(config.student.model).digest()
     return digest_of([settings, store.manifest.fingerprint.to_json(), num_samples, first_weights])
 
 
@@ -93,7 +93,7 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
 def _is_whole(checkpoint: Path) -> bool:
     """Whether the file is there, and whole, that transformers writes last; and the heads, which it does not know."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        json.loads((checkpoint / STATE_FILE).read_text())
     except (OSError, ValueError):
         return False
     return (checkpoint / HEADS_FILE).is_file()

@@ -71,7 +71,7 @@ def test_every_run_has_a_baseline_on_labels_alone_of_the_same_data_and_seed(plan
     assert len(runs) == 8
     for run in runs.values():
         baseline = runs[run.baseline]
-        assert baseline.is_baseline and list(baseline.config.losses.active()) == ["supervised"]
+        assert baseline.name == baseline.baseline and list(baseline.config.losses.active()) == ["supervised"]
         assert baseline.config.data == run.config.data and baseline.config.train == run.config.train
 
 

@@ -64,9 +64,13 @@ class Checkpoint:
             with named_if_broken(file):
                 yield from _read(file, inside)
 
-    def digest(self, names: Iterable[str]) -> str:
-        """blake3 over name, dtype, shape and bytes of tensors: equal for `.bin` and safetensors of one model."""
-        parts = {name: _tensor_digest(tensor) for name, tensor in self.tensors(names)}
+    def digest(self, names: Iterable[str] | None = None) -> str:
+        """blake3 over name, dtype, shape and bytes of tensors, of all if none are named.
+
+        Equal for `.bin` and safetensors of one model.
+        """
+        wanted = self.names() if names is None else names
+        parts = {name: _tensor_digest(tensor) for name, tensor in self.tensors(wanted)}
         return blake3("".join(f"{name} {parts[name]}\n" for name in sorted(parts)).encode()).hexdigest()
 
     def _locate(self) -> dict[str, Path]:

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.compare import Answered, gap_closed, paired_gain
+from pipeline.compare import Answered, gap_closed, paired_gain, questions_of
 from pipeline.errors import PipelineError
-from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set, read_predictions
+from pipeline.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set, read_predictions
 from pipeline.experiment import BASELINE, DISTILLED
 from pipeline.report.cost import cost_of_store
 from pipeline.report.findings import Findings, Origin, Result, Scores, gaps_closed
-from pipeline.report.run_folder import PROVENANCE, STATE, named_if_damaged, origin_of, read_json, read_run
+from pipeline.report.run_folder import PROVENANCE, named_if_damaged, origin_of, read_json, read_run
 from pipeline.report.sweep_folder import SWEEP, SweepFolder
+from pipeline.student import STATE_FILE
 
-PREDICTIONS = "predictions.jsonl"
 DISTILLED_FOLDER, BASELINE_FOLDER, TEACHER_FOLDER = "align_kd", "supervised", "teacher"
 
 NOT_MEASURED = (
@@ -29,16 +29,16 @@ def gather(folder: Path) -> Findings:
     """Everything that is there. Raises `PipelineError` if the folder is none of the three, or a file is damaged."""
     if (folder / SWEEP).is_file():
         return _gather_sweep(folder)
-    if (folder / STATE).is_file():
+    if (folder / STATE_FILE).is_file():
         return _gather_trainings(folder, {folder.resolve().name: folder}, kind="run")
     runs = {DISTILLED: folder / DISTILLED_FOLDER, BASELINE: folder / BASELINE_FOLDER}
-    if (runs[DISTILLED] / STATE).is_file():
-        there = {label: run for label, run in runs.items() if (run / STATE).is_file()}
+    if (runs[DISTILLED] / STATE_FILE).is_file():
+        there = {label: run for label, run in runs.items() if (run / STATE_FILE).is_file()}
         return _gather_trainings(folder, there, kind="experiment")
     found = (
         "no such folder"
         if not folder.is_dir()
-        else f"no {SWEEP}, no {STATE} and no {DISTILLED_FOLDER}/{STATE} in it"
+        else f"no {SWEEP}, no {STATE_FILE} and no {DISTILLED_FOLDER}/{STATE_FILE} in it"
     )
     raise PipelineError(
         f"{folder}: {found}; give the folder of a finished sweep, a finished training, "
@@ -78,7 +78,7 @@ def _gather_trainings(folder: Path, folders: Mapping[str, Path], *, kind: Any) -
     with named_if_damaged(first / PROVENANCE):
         config = made["config"]
         store, store_absent = cost_of_store(config, runs, varied={})
-    answers = {label: _answers(run) for label, run in folders.items() if (run / PREDICTIONS).is_file()}
+    answers = {label: _answers(run) for label, run in folders.items() if (run / PREDICTIONS_FILE).is_file()}
     teacher, teacher_absent = _teacher(folder, answers)
     return Findings(
         kind=kind,
@@ -97,24 +97,20 @@ def _gather_trainings(folder: Path, folders: Mapping[str, Path], *, kind: Any) -
 
 
 def _answers(folder: Path) -> Answers:
-    return by_test_set(read_predictions(folder / PREDICTIONS))
+    return by_test_set(read_predictions(folder / PREDICTIONS_FILE))
 
 
 def _teacher(folder: Path, answers: Mapping[str, Answers]) -> tuple[dict[str, Scores], str]:
     """Its scores on the students' questions by test set; else none, and why."""
-    if not (folder / TEACHER_FOLDER / PREDICTIONS).is_file() or not answers:
+    if not (folder / TEACHER_FOLDER / PREDICTIONS_FILE).is_file() or not answers:
         return {}, NOT_MEASURED
     teacher = _answers(folder / TEACHER_FOLDER)
-    if _asked(teacher) != _asked(next(iter(answers.values()))):
+    if questions_of(teacher) != questions_of(next(iter(answers.values()))):
         return {}, (
-            f"{TEACHER_FOLDER}/{PREDICTIONS} answers other questions than the students, so the teacher is left "
+            f"{TEACHER_FOLDER}/{PREDICTIONS_FILE} answers other questions than the students, so the teacher is left "
             "out; `alignkd evaluate` with the same config asks it these."
         )
     return {test_set: accuracy_by_type(predictions) for test_set, predictions in teacher.items()}, ""
-
-
-def _asked(answers: Answers) -> list[tuple[str, str]]:
-    return [(test_set, p.key) for test_set, predictions in answers.items() for p in predictions]
 
 
 def _results(answers: Mapping[str, Answers], teacher: Mapping[str, Scores]) -> tuple[Result, ...]:

@@ -11,15 +11,15 @@ from typing import Any
 from pipeline.errors import PipelineError
 from pipeline.losses import LOSSES
 from pipeline.report.findings import LogLine, Origin, TrainingRun
+from pipeline.student import STATE_FILE
 
-STATE = "trainer_state.json"
 PROVENANCE = "provenance.json"
 
 
 def read_run(folder: Path, label: str) -> TrainingRun:
     """One finished training. Raises `PipelineError` naming the file that is damaged."""
-    state = read_json(folder / STATE)
-    with named_if_damaged(folder / STATE):
+    state = read_json(folder / STATE_FILE)
+    with named_if_damaged(folder / STATE_FILE):
         history, end = loss_history(state), _last_line(state)
         speed, seconds = end.get("train_samples_per_second"), end.get("train_runtime")
         terms = terms_of(history)

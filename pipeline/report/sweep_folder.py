@@ -11,13 +11,13 @@ from pipeline.compare import Gain, gap_closed
 from pipeline.errors import PipelineError
 from pipeline.report.findings import Result, Scores, TrainingRun, gaps_closed
 from pipeline.report.run_folder import (
-    STATE,
     in_order,
     named_if_damaged,
     read_json,
     read_run,
     reads_teacher,
 )
+from pipeline.student import STATE_FILE
 from pipeline.sweep.lines import RUNS, read_lines
 from pipeline.sweep.variations import SEED
 
@@ -92,7 +92,7 @@ class SweepFolder:
         """The folders of the runs that are still there."""
         with named_if_damaged(self.folder / RUNS):
             folders = [self.folder / line["folder"] for line in self.lines]
-        return [folder for folder in folders if (folder / STATE).is_file()]
+        return [folder for folder in folders if (folder / STATE_FILE).is_file()]
 
     def _is_summarised(self, line: Mapping[str, Any], labels: Mapping[Any, str]) -> bool:
         """Runs of an earlier sweep into the same folder stay in its file, but not in its summary."""
@@ -136,7 +136,7 @@ class SweepFolder:
             name=line["name"],
             terms=terms,
             reads_teacher=reads_teacher(terms),
-            history=read_run(folder, label).history if (folder / STATE).is_file() else None,
+            history=read_run(folder, label).history if (folder / STATE_FILE).is_file() else None,
             steps=line["steps"],
             samples_seen=line["samples_seen"],
             train_seconds=line["train_seconds"],

@@ -5,12 +5,10 @@ from __future__ import annotations
 from functools import cache as once
 from typing import Any
 
-from blake3 import blake3
-
 from cache import Store, digest_of
-from pipeline.config import Config
+from pipeline.config import Config, EvaluateConfig
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.scores import held_out_shards
+from pipeline.scores import held_out_digests
 
 # Of `train`: how a run is told of and kept, which changes no weight.
 OF_THE_LOG = (
@@ -34,7 +32,7 @@ def run_identity(config: Config) -> str:
     assert config.evaluate is not None
     answers = config.evaluate.model_dump(mode="json", exclude={"batch_size"})
     ground = [_store_identity(config.cache.path), _weights_identity(config.student.model)]
-    questions = [(name, _file_identity(shard)) for name, shard in held_out_shards(config.evaluate)]
+    questions = _questions_identity(config.evaluate.model_dump_json())
     return digest_of([settings, answers, ground, questions])
 
 
@@ -46,10 +44,9 @@ def _store_identity(path: str) -> list[Any]:
 
 @once
 def _weights_identity(model: str) -> str:
-    checkpoint = Checkpoint(model)
-    return checkpoint.digest(checkpoint.names())
+    return Checkpoint(model).digest()
 
 
 @once
-def _file_identity(file: str) -> str:
-    return blake3().update_mmap(file).hexdigest()
+def _questions_identity(evaluate: str) -> list[tuple[str, str]]:
+    return held_out_digests(EvaluateConfig.model_validate_json(evaluate))

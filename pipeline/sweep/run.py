@@ -15,17 +15,15 @@ from cache import Store
 from pipeline.compare import Answered
 from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
+from pipeline.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set
 from pipeline.inputs import Preparation
 from pipeline.provenance import provenance
 from pipeline.scores import evaluate_checkpoint, held_out_shards
-from pipeline.student import FINISHED, MODEL_FOLDER, check_fingerprint, train_student
+from pipeline.student import FINISHED, MODEL_FOLDER, STATE_FILE, check_fingerprint, train_student
 from pipeline.sweep.identity import run_identity
 from pipeline.sweep.jobs import Failed, Job, attempt, run_jobs
 from pipeline.sweep.lines import Line, read_lines, write_line
 from pipeline.sweep.variations import Variation
-
-PREDICTIONS = "predictions.jsonl"
 
 
 def run_sweep(
@@ -84,13 +82,13 @@ class Outcome:
 def train_and_evaluate(config: Config, folder: Path) -> Outcome:
     """One run: its accuracy by test set and question type, its last logged terms, and what it cost."""
     model = train_student(config, folder)
-    predictions = evaluate_checkpoint(config, str(model), output=folder / PREDICTIONS)
+    predictions = evaluate_checkpoint(config, str(model), output=folder / PREDICTIONS_FILE)
     answered = {name: Answered.of(of_set) for name, of_set in by_test_set(predictions).items()}
     return Outcome(_measured(config, folder, predictions), answered)
 
 
 def _measured(config: Config, folder: Path, predictions: Sequence[Prediction]) -> Line:
-    state = json.loads((folder / "trainer_state.json").read_text())
+    state = json.loads((folder / STATE_FILE).read_text())
     *steps, totals = state["log_history"]
     last = next((entry for entry in reversed(steps) if "kd/coverage" in entry), {})
     return {

@@ -33,10 +33,6 @@ class Variation:
     def name(self) -> str:
         return name_of(self.values)
 
-    @property
-    def is_baseline(self) -> bool:
-        return self.name == self.baseline
-
 
 def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
     """`key=value,value` of each text, by key; values are YAML, so `[[0, 0]]` may be one."""

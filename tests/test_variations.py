@@ -13,8 +13,12 @@ from pipeline.sweep.variations import parse_vary, plan_runs
 def plan(experiment):
     """Plans runs of the small experiment from `--vary` texts."""
 
-    def of(*vary: str):
-        return plan_runs(lambda overrides: load_config(experiment.file, overrides), parse_vary(vary))
+    def of(*vary: str, one_at_a_time: bool = False):
+        return plan_runs(
+            lambda overrides: load_config(experiment.file, overrides),
+            parse_vary(vary),
+            one_at_a_time=one_at_a_time,
+        )
 
     return of
 
@@ -100,6 +104,22 @@ def test_nothing_varied_is_the_config_and_its_baseline(plan):
     runs = plan()
     assert [run.name for run in runs] == ["losses=none", "losses=all"]
     assert len(runs[1].config.losses.active()) == 5
+
+
+def test_one_at_a_time_runs_the_config_and_each_value_beside_it_seed_by_seed(plan):
+    vary = ("losses.logits.weight=1,2", "train.seed=0,1", "losses.attention.distance=mse")
+    names = [run.name for run in plan(*vary, one_at_a_time=True)]
+    assert names == [
+        f"losses={variation},train.seed={seed}"
+        for seed in (0, 1)
+        for variation in (
+            "none",
+            "all",
+            "all,losses.logits.weight=1",
+            "all,losses.logits.weight=2",
+            "all,losses.attention.distance=mse",
+        )
+    ]
 
 
 def test_the_weight_of_the_labels_is_the_baselines_too(plan):

@@ -16,6 +16,9 @@ def sweep(
     vary: Annotated[
         list[str] | None, typer.Option(help="key=value,value; repeat it. losses= takes sets: see below.")
     ] = None,
+    one_at_a_time: Annotated[
+        bool, typer.Option("--one-at-a-time", help="Each value of each --vary alone, not their combinations.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder; default: OUTPUT_DIR/sweep.")] = None,
     jobs: Annotated[
         int, typer.Option(min=1, help="Runs at a time, each with its share of cores or GPUs.")
@@ -27,6 +30,7 @@ def sweep(
 
     --vary losses= takes none, all, all-LOSS, LOSS+LOSS and leave-one-out; any other key is one of the config's,
     such as --vary losses.attention.distance=kl,mse --vary data.fraction=0.02,0.1 --vary train.seed=0,1,2.
+    With --one-at-a-time the config itself is run, and each value beside it; seeds are combined all the same.
     A run that is done is not done again. Exit code 1 if a run failed; the others are in the table.
     """
     settings = load(config, overrides, False)
@@ -38,7 +42,11 @@ def sweep(
     from pipeline.sweep.summary import summarise_sweep, summary_tables
     from pipeline.sweep.variations import parse_vary, plan_runs
 
-    runs = plan_runs(lambda more: load_config(config, [*(overrides or []), *more]), parse_vary(vary or []))
+    runs = plan_runs(
+        lambda more: load_config(config, [*(overrides or []), *more]),
+        parse_vary(vary or []),
+        one_at_a_time=one_at_a_time,
+    )
     if dry_run:
         print("\n".join(run.name for run in runs))
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -51,8 +51,12 @@ def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
     return vary
 
 
-def plan_runs(load: LoadConfig, vary: Mapping[str, list[Any]]) -> list[Variation]:
+def plan_runs(
+    load: LoadConfig, vary: Mapping[str, list[Any]], *, one_at_a_time: bool = False
+) -> list[Variation]:
     """Every combination once, seed by seed, each with its baseline before it.
+
+    With `one_at_a_time` the config as it is, and then each value of each key alone: as many runs as values.
 
     `load` makes the config from overrides. Of a value that a run does not use (a setting of a loss that it leaves
     out) nothing is said in its name, so such runs are one. Raises `ConfigError` for what the config refuses.
@@ -60,16 +64,24 @@ def plan_runs(load: LoadConfig, vary: Mapping[str, list[Any]]) -> list[Variation
     available = [name for name in load([]).losses.active() if name != LABELS]
     _check_losses(vary, available)
     axes = {key: _expanded(key, values, available) for key, values in vary.items()}
-    axes = {
-        key: axes[key] for key in sorted(axes, key=lambda key: key != SEED)
-    }  # the seed is the outermost loop
     runs: dict[str, Variation] = {}
-    for combination in product(*axes.values()):
-        values = {LOSS_SET: "all"} | dict(zip(axes, combination, strict=True))
+    for combination in _combinations(axes, one_at_a_time=one_at_a_time):
+        values = {LOSS_SET: "all"} | combination
         for chosen in ({**values, LOSS_SET: "none"}, values):
             run = _variation(load, chosen, available)
             runs.setdefault(run.name, run)
     return list(runs.values())
+
+
+def _combinations(axes: Mapping[str, list[Any]], *, one_at_a_time: bool) -> Iterator[dict[str, Any]]:
+    """Values by key, the seed in the outermost loop."""
+    seeds = {key: values for key, values in axes.items() if key == SEED}
+    others = {key: values for key, values in axes.items() if key != SEED}
+    grids = [{}, *({key: values} for key, values in others.items())] if one_at_a_time else [others]
+    for of_seed in product(*seeds.values()):
+        for grid in grids:
+            for values in product(*grid.values()):
+                yield dict(zip((*seeds, *grid), (*of_seed, *values), strict=True))
 
 
 def name_of(values: Mapping[str, Any], *, between: str = ",") -> str:

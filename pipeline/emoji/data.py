@@ -30,9 +30,9 @@ class SceneSet:
 SETS: dict[str, SceneSet] = {
     "train": SceneSet(2400, seed=1),
     "validation": SceneSet(300, seed=2),
-    "new_scene": SceneSet(400, seed=3),
-    "unseen_style": SceneSet(400, seed=4, styles=(UNSEEN_STYLE,)),
-    "unseen_concept": SceneSet(400, seed=5, held_out=True),
+    "new_scene": SceneSet(200, seed=3),
+    "unseen_style": SceneSet(200, seed=4, styles=(UNSEEN_STYLE,)),
+    "unseen_concept": SceneSet(200, seed=5, held_out=True),
 }
 
 # Scenes that only the teacher trains on, drawn when it does: what it knows of them reaches no student as labels.

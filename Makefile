@@ -63,6 +63,7 @@ $(DEMO)/data/train.json $(DEMO)/data/test.json &: pipeline/demo.py | $(READY)
 	$(BIN)/python -m pipeline.demo data
 
 $(DEMO)/shards/%/pack.json: $(DEMO)/data/%.json | $(READY)
+	@rm -rf $(@D)
 	$(BIN)/alignkd pack $< $(@D) --samples-per-shard 1000 \
 		--image-folder "$$($(BIN)/python -m pipeline.demo images)"
 	@touch $@
@@ -106,6 +107,7 @@ $(EMOJI_SETS:%=$(EMOJI)/data/%.json) &: $(EMOJI)/art/.ready $(EMOJI_CODE) | $(EM
 	$(BIN)/python -m pipeline.emoji data
 
 $(EMOJI)/shards/%/pack.json: $(EMOJI)/data/%.json | $(READY)
+	@rm -rf $(@D)
 	$(BIN)/alignkd pack $< $(@D) --samples-per-shard 600 --image-folder $(EMOJI)/data/images
 	@touch $@
 

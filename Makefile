@@ -74,16 +74,22 @@ $(DEMO)/student/model.safetensors: assets/demo_teacher/model.safetensors | $(REA
 $(DEMO)/teacher/predictions.jsonl: assets/demo_teacher/model.safetensors $(DEMO)/shards/test/pack.json | $(READY)
 	$(BIN)/alignkd evaluate --config configs/demo.yaml
 
-# One thread a student, so that two run side by side and the numbers are those of docs/experiments.md.
-SWEEP := OMP_NUM_THREADS=1 $(BIN)/alignkd sweep --config configs/demo_study.yaml --jobs 2 --vary train.seed=0,1,2
+# One thread a student, so that two run side by side. Seeds and settings are those of docs/experiments.md.
+SWEEP = OMP_NUM_THREADS=1 $(BIN)/alignkd sweep --jobs 2 --no-keep-models
+DEMO_SWEEP = $(SWEEP) --config configs/demo_study.yaml
+LOSS_SETS := --vary losses=none,all,attention,logits,vision_all,vision_focus,leave-one-out
+SETTINGS := --one-at-a-time --vary losses.attention.weight=1,10 --vary losses.attention.distance=mse \
+	--vary losses.attention.heads=mix --vary "losses.attention.layers=[[1,1]],[[3,1]]" \
+	--vary losses.vision_all.weight=10 --vary losses.vision_focus.weight=10 --vary losses.vision_focus.k=16 \
+	--vary losses.logits.weight=0.01,1 --vary losses.logits.direction=forward --vary losses.logits.temperature=2
 study: $(READY) $(DEMO_DATA) ## the study on the demo's data, docs/experiments.md (hours; goes on where it stopped)
 	$(BIN)/alignkd teacher-cache --config configs/demo_study.yaml
 	$(BIN)/alignkd evaluate --config configs/demo_study.yaml
-	$(SWEEP) data.fraction=0.02 --output runs/study/losses \
-		--vary losses=none,all,attention,logits,vision_all,vision_focus,leave-one-out
-	$(SWEEP) --output runs/study/fractions --vary losses=none,all --vary data.fraction=0.1,1
-	$(BIN)/alignkd report runs/study/losses
-	$(BIN)/alignkd report runs/study/fractions
+	$(DEMO_SWEEP) data.fraction=0.02 --output runs/study/losses $(LOSS_SETS) --vary train.seed=0,1,2
+	$(DEMO_SWEEP) --output runs/study/fractions --vary losses=none,all --vary data.fraction=0.02,0.1,1 \
+		--vary train.seed=0,1,2,3,4
+	$(DEMO_SWEEP) data.fraction=0.02 --output runs/study/settings $(SETTINGS) --vary train.seed=0,1,2
+	for part in losses fractions settings; do $(BIN)/alignkd report runs/study/$$part; done
 
 demo-teacher: $(READY) $(DEMO)/shards/test/pack.json ## train the demo's teacher again (about half an hour)
 	$(BIN)/python -m pipeline.demo_teacher

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +17,20 @@ from pipeline.conversation import load_tokenizer
 from pipeline.emoji.alignment import TOKENS_OF_CELLS, Vocabulary, align_projector, alignment_loss, embed_words
 from pipeline.emoji.concepts import Concept
 from pipeline.emoji.language import package_folder, write_language_model
-from pipeline.emoji.models import add_learned, build_model, published_tower, read_learned, write_checkpoint
+from pipeline.emoji.models import (
+    add_learned,
+    build_model,
+    model_config,
+    published_tower,
+    read_learned,
+    write_checkpoint,
+)
 from pipeline.errors import ConfigError
 from pipeline.images import ImagePreprocessor
 from pipeline.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
+LEARNED = Path(__file__).parent.parent / "assets" / "emoji_teacher" / "learned.safetensors"
 PROJECTOR, Q = "model.mm_projector.", "model.layers.1.self_attn.q_proj"
 
 
@@ -101,6 +110,27 @@ def test_what_was_learned_is_added_to_what_was_published(model):
     assert changed == {f"{PROJECTOR}mlp.mlp.2.bias", f"{Q}.weight"}
     difference = model.state_dict()[f"{Q}.weight"] - before[f"{Q}.weight"]
     assert difference.nonzero().tolist() == [[5, 3]] and difference[5, 3].item() == pytest.approx(0.5)
+
+
+def test_the_committed_teacher_fits_smollm2_and_is_finite():
+    """Geometry of SmolLM2-135M as published; no package is needed."""
+    published = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        config = model_config(published, EfficientNetLiteConfig(), num_layers=30)
+        own = MobileVLMForCausalLM(config).state_dict()
+    learned = read_learned(LEARNED)
+    changed = {name.removesuffix(".lora_A") for name in learned if name.endswith(".lora_A")}
+    assert len(changed) == 30 * 7 and len(learned) == 2 * 30 * 7 + 6
+    for name, value in learned.items():
+        assert value.dtype == torch.float16 and value.isfinite().all() and value.any(), name
+        if name.startswith(PROJECTOR):
+            assert value.shape == own[name].shape
+    for name in changed:
+        down, up = learned[f"{name}.lora_A"], learned[f"{name}.lora_B"]
+        assert (*up.shape[:1], *down.shape[1:]) == tuple(own[f"{name}.weight"].shape)
 
 
 def test_a_teacher_that_was_not_trained_yet_says_how(tmp_path):

@@ -95,11 +95,12 @@ class Distiller(nn.Module):
         if batch["pixel_values"] is None:
             return None
         digests = batch["image_digests"]
-        held = [features for digest in digests if (features := self.patch_features.get(digest)) is not None]
-        if len(held) < len(digests):
-            computed = self.student.patch_features(batch["pixel_values"])
-            held = [self.patch_features.put(*item) for item in zip(digests, computed, strict=True)]
-        return self.student.encode_images(patch_features=torch.stack(held))
+        row = {digest: number for number, digest in enumerate(digests)}
+        features = self.patch_features.stack(
+            digests,
+            lambda fresh: self.student.patch_features(batch["pixel_values"][[row[d] for d in fresh]]),
+        )
+        return self.student.encode_images(patch_features=features)
 
     def _check_coverage(self, batch: Mapping[str, Any], merged: MergedInputs) -> Tensor:
         """Share of samples that brought as many rows of every target as their own tokens ask for."""

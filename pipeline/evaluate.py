@@ -169,9 +169,9 @@ def _patch_features(
     }
     if not images:
         return None
-    held = {digest: known for digest in images if (known := features.get(digest)) is not None}
-    if fresh := [digest for digest in images if digest not in held]:
+
+    def compute(fresh: list[str]) -> torch.Tensor:
         pixels = torch.stack([preparation.preprocess(images[digest]) for digest in fresh])
-        computed = network.patch_features(pixels.to(network.device))
-        held |= {d: features.put(d, f) for d, f in zip(fresh, computed, strict=True)}
-    return torch.stack([held[digest] for q in questions for digest in q.sample.image_digests])
+        return network.patch_features(pixels.to(network.device))
+
+    return features.stack([digest for q in questions for digest in q.sample.image_digests], compute)

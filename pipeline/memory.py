@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 
@@ -52,3 +54,13 @@ class TensorCache(BoundedCache[Tensor]):
         if name not in self.held and value.nbytes <= self.max_bytes:
             super().put(name, value.detach().clone())
         return value
+
+    def stack(self, names: Sequence[str], compute: Callable[[list[str]], Tensor]) -> Tensor:
+        """The tensors of `names`, in order and stacked; `compute` makes those not held, each distinct one once.
+
+        It is given their names and returns their tensors, stacked in that order.
+        """
+        found = {name: held for name in names if (held := self.get(name)) is not None}
+        if fresh := [name for name in dict.fromkeys(names) if name not in found]:
+            found |= {name: self.put(name, v) for name, v in zip(fresh, compute(fresh), strict=True)}
+        return torch.stack([found[name] for name in names])

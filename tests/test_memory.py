@@ -49,3 +49,17 @@ def test_what_is_held_is_a_copy_without_gradient():
     held = cache.get("a")
     assert held is not None and not held.any() and not held.requires_grad
     assert held.untyped_storage().nbytes() == 16  # a view would hold the whole batch
+
+
+def test_only_what_is_not_held_is_computed_each_name_once():
+    cache, asked = TensorCache(16), []
+
+    def compute(names: list[str]) -> torch.Tensor:
+        asked.append(names)
+        return torch.stack([torch.full((4,), float(ord(name))) for name in names])
+
+    for names in ("abba", "ac", "ca"):
+        stacked = cache.stack(list(names), compute)
+        assert stacked[:, 0].tolist() == [float(ord(name)) for name in names] and stacked.shape[1:] == (4,)
+    # 16 bytes hold one tensor, the last that was put.
+    assert asked == [["a", "b"], ["a", "c"], ["a"]]

@@ -57,6 +57,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.emoji.__main__",
         "pipeline.emoji.alignment",
         "pipeline.emoji.card",
+        "pipeline.emoji.looking",
         "pipeline.emoji.teacher",
     },
     "comparison": {"pipeline.compare", "pipeline.curves", "pipeline.scores"},
@@ -200,6 +201,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 ALSO: set[tuple[str, str]] = {
     ("pipeline.demo_teacher", "pipeline.demo_card"),
     ("pipeline.emoji.__main__", "pipeline.emoji.card"),
+    ("pipeline.emoji.__main__", "pipeline.emoji.looking"),
+    ("pipeline.emoji.looking", "pipeline.emoji.alignment"),
     ("pipeline.emoji.__main__", "pipeline.emoji.teacher"),
     ("pipeline.emoji.alignment", "pipeline.demo_teacher"),
     ("pipeline.emoji.teacher", "pipeline.demo_teacher"),

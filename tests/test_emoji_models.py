@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from PIL import Image
 from test_chatml import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pipeline.config import DataConfig
 from pipeline.conversation import load_tokenizer
 from pipeline.emoji.alignment import TOKENS_OF_CELLS, Vocabulary, align_projector, alignment_loss, embed_words
 from pipeline.emoji.concepts import Concept
 from pipeline.emoji.language import package_folder, write_language_model
+from pipeline.emoji.looking import questions_about_cells, where_it_looks
 from pipeline.emoji.models import (
     add_learned,
     build_model,
@@ -27,6 +30,7 @@ from pipeline.emoji.models import (
 )
 from pipeline.errors import ConfigError
 from pipeline.images import ImagePreprocessor
+from pipeline.inputs import Preparation
 from pipeline.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
@@ -212,6 +216,37 @@ def test_the_projector_learns_to_name_its_cells(model):
     before = alignment_loss(model.model.mm_projector(features), *facts, words).item()
     align_projector(model, features, facts, words, num_steps=60)
     assert alignment_loss(model.model.mm_projector(features), *facts, words).item() < before / 2
+
+
+def test_a_model_that_looks_everywhere_looks_at_a_quarter_of_the_image(model, language, tmp_path):
+    """Without queries every key counts the same, so both shares can be counted by hand."""
+    write_checkpoint(model, tmp_path / "model", language=language)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
+    Image.new("RGB", (256, 256), "red").save(tmp_path / "scene.png")
+    questions = {
+        "name": ("What is at the top left?", "ox"),
+        "count": ("How many things are there?", "1"),
+        "kind": ("What kind of thing is at the bottom right?", "animal"),
+    }
+    (tmp_path / "set.json").write_text(json.dumps([
+        {"image": "scene.png", "question_type": kind,
+         "conversations": [{"from": "human", "value": f"<image>\n{q}"}, {"from": "gpt", "value": a}]}
+        for kind, (q, a) in questions.items()
+    ]))  # fmt: skip
+    data = DataConfig(shards="none", template="chatml", max_length=512)
+    preparation = Preparation.of(str(tmp_path / "model"), data)
+    asked = questions_about_cells(tmp_path / "set.json", 9)
+    assert [record["question_type"] for record in asked] == ["name", "kind"]
+    looks = where_it_looks(model, preparation, asked, tmp_path)
+    seen = []  # keys that the position before the answer sees
+    for sample in (preparation.tokenize(record["conversations"]) for record in asked):
+        before_answer = next(n for n, label in enumerate(sample.labels) if label != -100)
+        seen.append(preparation.merged_length(sample.input_ids[:before_answer]))
+    assert len(looks) == 3
+    for look in looks:
+        assert look.on_image == pytest.approx(sum(16 / n for n in seen) / 2, rel=1e-5)
+        assert look.on_cell == pytest.approx(0.25, rel=1e-5)
 
 
 def test_a_words_embedding_is_the_mean_of_its_tokens_after_a_space(model, language):

@@ -4,6 +4,7 @@
     python -m pipeline.emoji models    runs/emoji/models, teacher and student as any other checkpoint
     python -m pipeline.emoji teacher   train what is the teacher's own: assets/emoji_teacher
     python -m pipeline.emoji card      measure the teacher on the held-out sets and write its README.md
+    python -m pipeline.emoji layers    which layers of the teacher look at what is asked for
 
 `make emoji` installs what they need and runs the first two.
 """
@@ -18,6 +19,7 @@ import typer
 from safetensors.torch import save_file
 from transformers.utils import logging
 
+from pipeline.compare import text_table
 from pipeline.config import load_config
 from pipeline.emoji.card import write_card
 from pipeline.emoji.concepts import all_concepts
@@ -31,6 +33,7 @@ from pipeline.emoji.models import (
     write_checkpoint,
 )
 from pipeline.errors import PipelineError
+from pipeline.inputs import Preparation
 from pipeline.scores import evaluate_checkpoint
 
 STUDY = Path("runs/emoji")
@@ -98,6 +101,23 @@ def card(config: Path = Path("configs/emoji.yaml")) -> None:
         num_scenes=sum(scenes.num_images for scenes in TEACHER_SETS.values()),
     )
     print(text)
+
+
+@app.command()
+def layers(model: Path = MODELS / "teacher", scenes: Path = STUDY / "data", num_questions: int = 48) -> None:
+    """Where a model looks as its answer begins, layer by layer, on validation scenes."""
+    from pipeline.emoji.looking import questions_about_cells, where_it_looks
+    from pipeline.models.mobilevlm import MobileVLMForCausalLM
+
+    preparation = Preparation.of(str(model), load_config(Path("configs/emoji.yaml")).data)
+    asked = questions_about_cells(scenes / "validation.json", num_questions)
+    network = MobileVLMForCausalLM.from_pretrained(model).eval()
+    looks = where_it_looks(network, preparation, asked, scenes / "images")
+    rows = [["layer", "on the image, %", "of that on the asked cell, %"]]
+    rows += [
+        [str(n), f"{100 * look.on_image:.0f}", f"{100 * look.on_cell:.0f}"] for n, look in enumerate(looks)
+    ]
+    print(text_table(rows))
 
 
 def language_model(models: Path) -> Path:

@@ -37,7 +37,7 @@ DATA := $(EMOJI_DATA) $(EMOJI_MODELS)
 TEACHER_SCORE := $(EMOJI)/teacher/predictions.jsonl
 endif
 
-.PHONY: help setup teacher-cache distill test check lint types docs study demo-teacher emoji emoji-teacher clean
+.PHONY: help setup teacher-cache distill test check lint types docs study demo-teacher emoji emoji-study emoji-teacher clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -123,7 +123,13 @@ $(EMOJI_MODELS) &: $(wildcard assets/emoji_teacher/learned.safetensors) | $(EMOJ
 $(EMOJI)/teacher/predictions.jsonl: $(EMOJI_MODELS) $(EMOJI_DATA)
 	$(BIN)/alignkd evaluate --config configs/emoji.yaml
 
-emoji-teacher: $(EMOJI_DATA) ## train the second study's teacher (long; not timed yet)
+EMOJI_SWEEP = HF_HUB_OFFLINE=1 $(SWEEP) --config configs/emoji.yaml
+emoji-study: $(EMOJI)/teacher/predictions.jsonl ## the second study, docs/experiments.md (hours; goes on where it stopped)
+	$(BIN)/alignkd teacher-cache --config configs/emoji.yaml
+	$(EMOJI_SWEEP) --output $(EMOJI)/losses --vary losses=none,all,attention,vision_all,logits --vary train.seed=0,1,2
+	$(BIN)/alignkd report $(EMOJI)/losses
+
+emoji-teacher: $(EMOJI_DATA) ## train the second study's teacher (an hour on one core)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji teacher
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji models
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji card

@@ -59,11 +59,11 @@ def questions_of(sets: Mapping[str, Sequence[Prediction]]) -> dict[str, str]:
 
 
 def paired_gain(ours: Sequence[Answered], theirs: Sequence[Answered], *, seed: int = 0) -> Gain:
-    """Bootstrap of paired runs, one pair for each training seed: images are resampled, and seeds, if several.
+    """Bootstrap of paired runs, one pair for each training seed, with Student's t for the seeds, if several.
 
-    Images, since questions of one image are not independent; seeds, since another one gives another student. Few
-    seeds are drawn too close together, so their deviations are widened by sqrt(n / (n - 1)); with two or three the
-    interval is still too narrow. Raises `PipelineError` if the questions differ.
+    Images are resampled, since questions of one image are not independent. Another seed gives another student, and of
+    a few seeds a bootstrap makes too little: their mean is drawn from Student's t instead, with n - 1 degrees of
+    freedom. Raises `PipelineError` if the questions differ.
     """
     if len({run.questions for run in (*ours, *theirs)}) > 1:
         raise PipelineError("the two models answered different questions; evaluate both on the same shards")
@@ -82,7 +82,7 @@ def gap_closed(student: float, none: float, teacher: float) -> float | None:
 
 
 def _resampled_means(sums: np.ndarray, sizes: np.ndarray, *, seed: int) -> np.ndarray:
-    """The mean gain of every resample of seeds and images ('seeds images'), one resample in memory at a time."""
+    """The mean gain for every resample of images ('seeds images'), one in memory at a time, plus the seeds' error."""
     generator = np.random.default_rng(seed)
     num_seeds, num_images = sums.shape
 
@@ -91,8 +91,8 @@ def _resampled_means(sums: np.ndarray, sizes: np.ndarray, *, seed: int) -> np.nd
         of_seeds = sums[:, images].sum(axis=1) / sizes[images].sum()
         if num_seeds == 1:
             return of_seeds[0]
-        drawn = of_seeds[generator.integers(num_seeds, size=num_seeds)].mean()
-        return of_seeds.mean() + (drawn - of_seeds.mean()) * math.sqrt(num_seeds / (num_seeds - 1))
+        standard_error = of_seeds.std(ddof=1) / math.sqrt(num_seeds)
+        return of_seeds.mean() + standard_error * generator.standard_t(num_seeds - 1)
 
     return np.array([resampled() for _ in range(NUM_RESAMPLES)])
 

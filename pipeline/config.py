@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Annotated, Any, Literal, cast
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, field_validator, model_validator
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, did_you_mean
 from pipeline.losses import LOSSES
 from pipeline.settings import Section
 from pipeline.targets import TARGETS
+from pipeline.training_arguments import check_training_arguments
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -126,22 +126,7 @@ class Config(Section):
     @field_validator("train")
     @classmethod
     def _known_training_arguments(cls, train: dict[str, Any]) -> dict[str, Any]:
-        from dataclasses import fields
-
-        from transformers import TrainingArguments
-
-        known = {field.name: field.default for field in fields(TrainingArguments) if field.init}
-        for name, value in train.items():
-            if name in OURS:
-                raise ValueError(f"train.{name}: {OURS[name]}")
-            if name not in known:
-                raise ValueError(
-                    f"train.{name}: TrainingArguments has no {name!r}{_did_you_mean(name, set(known))}"
-                )
-            if name in AT_LEAST_ONE and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"train.{name}: expected a number from 1 on, found {value!r}")
-            if type(known[name]) in (int, float) and not isinstance(value, int | float | None):
-                raise ValueError(f"train.{name}: expected a number, found {value!r}")
+        check_training_arguments(train)
         return train
 
     @model_validator(mode="after")
@@ -173,23 +158,6 @@ class Config(Section):
             raise ValueError(
                 "losses.attention.heads: mix needs every teacher head; set targets.attention.heads: each"
             )
-
-
-# TrainingArguments that the config sets elsewhere, or that transformers 5 renamed, with what to write instead.
-OURS: dict[str, str] = {
-    "output_dir": "set the config's own `output_dir`; the student is written below it",
-    "remove_unused_columns": "it must be false for the join, and is",
-    "gradient_checkpointing": "set `student.gradient_checkpointing`",
-    "warmup_ratio": "transformers 5 takes `warmup_steps`; a value below 1 is a share of all steps",
-    "eval_strategy": "the `evaluate` section measures the finished student; nothing is evaluated on the way",
-    "evaluation_strategy": "the `evaluate` section measures the finished student; nothing is evaluated on the way",
-    "train_sampling_strategy": "samples are drawn at random, so that runs to be compared see the same order",
-    "group_by_length": "samples are drawn at random, so that runs to be compared see the same order",
-    "label_smoothing_factor": "the terms of the loss are those of the `losses` section",
-    "neftune_noise_alpha": "noise in the embeddings would be no part of what the teacher saw",
-}
-
-AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -260,7 +228,7 @@ def _sentence(detail: Mapping[str, Any]) -> str:
     key = ".".join(where)
     if detail["type"] == "extra_forbidden":
         known = _known_fields(where[:-1])
-        return f"  {key}: unknown key{_did_you_mean(where[-1], known)}"
+        return f"  {key}: unknown key{did_you_mean(where[-1], known)}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "missing":
         return f"  {key}: missing; the config must set it"
@@ -278,12 +246,15 @@ def _known_fields(where: Sequence[str]) -> list[str]:
     return list(section.model_fields)
 
 
-def _did_you_mean(name: str, known: Sequence[str] | set[str]) -> str:
-    """The nearest known name as a question, else all known names if they are few."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(sorted(known))}" if len(known) <= 20 else ""
+def labels_only(config: Config) -> Config:
+    """The same experiment without its teacher. Raises `ConfigError` where nothing would be left to learn from."""
+    if config.losses.active().get("supervised") is None:
+        raise ConfigError(
+            "losses.supervised is null, but the student is to be held against one of labels alone; "
+            "give it a weight, 0 if it is to have none, or set baseline: false"
+        )
+    losses = LossesConfig(supervised=config.losses.active()["supervised"])
+    return config.model_copy(update={"losses": losses, "baseline": False})
 
 
 def to_yaml(config: Config) -> str:

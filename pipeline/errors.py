@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class PipelineError(ValueError):
     """Something outside the program (a file, a setting, a sample) is not as it must be."""
@@ -41,3 +44,11 @@ class BadSample(PipelineError):  # noqa: N818 - it names the thing that is rejec
     def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
         # Exceptions pickle by `args`, which is the whole reason here; worker processes must keep both parts.
         return (type(self), (self.kind, self.detail))
+
+
+def did_you_mean(name: str, known: Sequence[str] | set[str]) -> str:
+    """The nearest known name as a question, else all known names if they are few."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(sorted(known))}" if len(known) <= 20 else ""

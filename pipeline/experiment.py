@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.compare import Answered, Gain, accuracy_table, paired_gain, questions_of
-from pipeline.config import Config, LossesConfig
+from pipeline.config import Config, labels_only
 from pipeline.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set
 from pipeline.provenance import provenance
 from pipeline.scores import evaluate_checkpoint, held_out_shards, predictions_file, teacher_predictions
@@ -25,11 +25,11 @@ def run_experiment(config: Config, *, say: Callable[[str], None]) -> str:
     output = Path(config.output_dir)
     runs = {DISTILLED: (output / "align_kd", config)}
     if config.baseline:
-        runs[BASELINE] = (output / "supervised", config.model_copy(update={"losses": LossesConfig()}))
+        runs[BASELINE] = (output / "supervised", labels_only(config))
     if config.evaluate is not None:
         held_out_shards(config.evaluate)  # a wrong path is told before the training, not after it
     models: dict[str, list[Prediction]] = {}
-    if config.evaluate is not None and (teacher := teacher_predictions(config)) is not None:
+    if config.evaluate is not None and (teacher := teacher_predictions(config, say=say)) is not None:
         models[TEACHER] = teacher
     for name, (folder, settings) in runs.items():
         say(f"{name}: {', '.join(settings.losses.active())} -> {folder}")

@@ -52,6 +52,14 @@ def finished_identity(mark: Path) -> str | None:
         return None
 
 
+def made_with(mark: Path) -> dict[str, Any]:
+    """The config in the mark of finished work; {} if there is none, or a kill cut it."""
+    try:
+        return dict(json.loads(mark.read_text())["provenance"]["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def mark_finished(mark: Path, identity: str, config: Config) -> None:
     """Write the mark beside finished work, last: what it was made from, and where it comes from."""
     mark.write_text(json.dumps({"identity": identity, "provenance": provenance(config)}, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluate import PREDICTIONS_FILE, Prediction, evaluate_model, read_predictions
 from pipeline.inputs import Preparation
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.provenance import finished_identity, mark_finished
+from pipeline.provenance import finished_identity, made_with, mark_finished
 from pipeline.shards import expand_shards
 
 
@@ -22,7 +23,7 @@ def evaluate_checkpoint(config: Config, model: str, *, output: Path | None = Non
     if config.evaluate is None:
         raise ConfigError("the config has no `evaluate` section; name held-out shards as evaluate.shards")
     output = output or predictions_file(config, model)
-    stamp = output.with_suffix(".stamp.json")
+    stamp = _stamp(output)
     identity = digest_of(_evaluation_identity(config, model))
     if not output.is_file() or finished_identity(stamp) != identity:
         stamp.unlink(missing_ok=True)
@@ -37,10 +38,29 @@ def predictions_file(config: Config, model: str) -> Path:
     return Path(config.output_dir) / name / PREDICTIONS_FILE
 
 
-def teacher_predictions(config: Config) -> list[Prediction] | None:
-    """Measured before, by `alignkd evaluate`: stage 2 itself opens no teacher."""
+def teacher_predictions(config: Config, *, say: Callable[[str], None]) -> list[Prediction] | None:
+    """Measured before, by `alignkd evaluate`: stage 2 itself opens no teacher. None, and why, if asked otherwise."""
     file = predictions_file(config, config.teacher.model)
-    return read_predictions(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    if _asked(made_with(_stamp(file))) != _asked(config.model_dump(mode="json")):
+        say(
+            f"{file} is of another teacher, or was asked otherwise, than this config says: the teacher is left out; "
+            "run `alignkd evaluate` with this config"
+        )
+        return None
+    return read_predictions(file)
+
+
+def _stamp(predictions: Path) -> Path:
+    return predictions.with_suffix(".stamp.json")
+
+
+def _asked(config: Mapping[str, Any]) -> list[Any]:
+    """Of a config, what a teacher's answers depend on; which questions they answer is compared by the questions."""
+    teacher, evaluate, data = (config.get(section) or {} for section in ("teacher", "evaluate", "data"))
+    how = [evaluate.get(name) for name in ("max_new_tokens", "dtype")]
+    return [teacher.get("model"), *how, *(data.get(name) for name in ("template", "image_aspect_ratio"))]
 
 
 def held_out_shards(settings: EvaluateConfig) -> list[tuple[str, str]]:

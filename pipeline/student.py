@@ -24,7 +24,8 @@ from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.provenance import finished_identity, mark_finished, save_provenance
-from pipeline.trainer import HEADS_FILE, DistillTrainer
+from pipeline.trainer import HEADS_FILE, RUN_FILE, DistillTrainer
+from pipeline.training_arguments import OF_THE_LOG
 
 MODEL_FOLDER = "model"
 FINISHED = "finished.json"
@@ -47,9 +48,10 @@ def train_student(config: Config, folder: Path) -> Path:
         return folder / MODEL_FOLDER
     finished.unlink(missing_ok=True)
     save_provenance(folder, config)
-    trainer = build_trainer(config, folder, store, dataset)
+    resumed = checkpoint_to_resume(config, folder, identity)
+    trainer = build_trainer(config, folder, store, dataset, identity=identity)
     with redirect_stdout(sys.stderr):  # the Trainer prints its log; standard output is for results
-        trainer.train(resume_from_checkpoint=checkpoint_to_resume(config, folder))
+        trainer.train(resume_from_checkpoint=resumed)
     if trainer.is_world_process_zero():
         trainer.save_student(folder / MODEL_FOLDER)
         trainer.state.save_to_json(str(folder / STATE_FILE))
@@ -63,31 +65,39 @@ def run_identity(config: Config, store: Store, *, num_samples: int) -> str:
     settings = config.model_dump(
         mode="json", include={"student", "data", "cache", "targets", "losses", "train"}
     )
-    settings["train"].pop("resume_from_checkpoint", None)  # the way to the end does not change it
+    settings["train"] = {name: value for name, value in settings["train"].items() if name not in OF_THE_LOG}
     first_weights = Checkpoint(config.student.model).digest()
     return digest_of([settings, store.manifest.fingerprint.to_json(), num_samples, first_weights])
 
 
-def checkpoint_to_resume(config: Config, folder: Path) -> str | None:
-    """`train.resume_from_checkpoint`: true means this run's last checkpoint, if there is one yet."""
+def checkpoint_to_resume(config: Config, folder: Path, identity: str) -> str | None:
+    """`train.resume_from_checkpoint`: true means this run's last checkpoint, if there is one yet.
+
+    Raises `ConfigError` if what is there was made with other settings: going on from it would be neither run.
+    """
     asked = config.train.get("resume_from_checkpoint")
     if asked in (None, False):
         return None
-    if asked is True:
-        return _last_whole_checkpoint(folder)
-    if Path(asked).resolve().parent != folder.resolve() or not (Path(asked) / HEADS_FILE).is_file():
+    found = _whole_checkpoints(folder) if asked is True else [Path(asked)]
+    if asked is not True and (found[0].resolve().parent != folder.resolve() or not _is_whole(found[0])):
         raise ConfigError(
             f"train.resume_from_checkpoint: {asked} is no checkpoint of the run in {folder}; give `true` to go on "
             "from the last checkpoint of each run"
         )
-    return str(asked)
+    own = [checkpoint for checkpoint in found if finished_identity(checkpoint / RUN_FILE) == identity]
+    if found and not own:
+        raise ConfigError(
+            f"train.resume_from_checkpoint: {found[0]} was made with other settings, data or first weights; restore "
+            "them, give another output_dir, or remove it to start anew"
+        )
+    return str(own[0]) if own else None
 
 
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of a run that was written to its end, if there is one."""
+def _whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder that were written to their end, the newest first."""
     found = {file.name.removeprefix("checkpoint-"): file for file in folder.glob("checkpoint-*")}
     steps = sorted((int(step) for step in found if step.isdigit()), reverse=True)
-    return next((str(found[str(step)]) for step in steps if _is_whole(found[str(step)])), None)
+    return [found[str(step)] for step in steps if _is_whole(found[str(step)])]
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -122,8 +132,13 @@ def needed_targets(config: Config) -> dict[str, Any]:
     return {name: settings for name, settings in config.targets.active().items() if name in read}
 
 
-def build_trainer(config: Config, folder: Path, store: Store, dataset: JoinedDataset) -> DistillTrainer:
-    """Student, heads, optimizer and data, seeded: runs that differ in losses alone see the same data order."""
+def build_trainer(
+    config: Config, folder: Path, store: Store, dataset: JoinedDataset, *, identity: str
+) -> DistillTrainer:
+    """Student, heads, optimizer and data, seeded: runs that differ in losses alone see the same data order.
+
+    `identity` of the run goes into its checkpoints.
+    """
     arguments = training_arguments(config, folder)
     set_seed(arguments.seed)
     student = load_student(config, store)
@@ -139,6 +154,7 @@ def build_trainer(config: Config, folder: Path, store: Store, dataset: JoinedDat
         train_dataset=dataset,
         data_collator=JoinCollator(dataset.targets),
         settings=config,
+        identity=identity,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
 HEADS_FILE = "heads.safetensors"
+RUN_FILE = "run.json"  # of a checkpoint: the identity of the run that it can continue
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "preprocessor_config.json")  # fmt: skip
 
@@ -58,9 +60,10 @@ class TermLog:
 class DistillTrainer(Trainer):
     """transformers.Trainer whose loss is the weighted sum of terms, each divided by its count over the whole step."""
 
-    def __init__(self, *, settings: Config, **kwargs: Any):
+    def __init__(self, *, settings: Config, identity: str, **kwargs: Any):
         super().__init__(**kwargs)
         self.settings = settings
+        self.identity = identity
         self.losses = settings.losses.active()
         self.term_log = TermLog({}, {})
         self.gradient_shares: dict[str, float] = {}
@@ -129,11 +132,21 @@ class DistillTrainer(Trainer):
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add every term, raw and weighted, and the coverage, to the Trainer's own line."""
+        """Add every term, raw and weighted, and the coverage, to the Trainer's own line; samples to its last.
+
+        The Trainer's own throughput is of this session: after a resume it leaves out what was done before.
+        """
+        if "train_runtime" in logs:
+            logs["samples_seen"] = self.state.global_step * self._samples_per_step()
         if "loss" in logs and self.term_log.batches:
             logs |= self.term_log.means(self.losses) | self.gradient_shares
             self.term_log, self.gradient_shares = TermLog({}, {}), {}
         super().log(logs, start_time)
+
+    def _samples_per_step(self) -> int:
+        """Over all ranks; a short last batch of an epoch counts as a full one."""
+        arguments = self.args
+        return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint is the student as Hugging Face users know it, and the heads beside it."""
@@ -141,6 +154,7 @@ class DistillTrainer(Trainer):
         self.save_student(folder)
         heads = {name: value.contiguous() for name, value in self.distiller.heads.state_dict().items()}
         save_file(heads, str(folder / HEADS_FILE))
+        (folder / RUN_FILE).write_text(json.dumps({"identity": self.identity}) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

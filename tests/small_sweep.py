@@ -56,8 +56,9 @@ def write_sweep(
     for scores in teacher.values():
         scores["all"] = [overall(TEACHER), sum(TYPES.values())]
     config = {"output_dir": "runs/sweep", "cache": {"path": str(store)}, "train": {"seed": 0}}
-    vary = {"losses": list(variations), "train.seed": list(SEEDS)}
-    _write(folder / "sweep.json", {"config": config, "vary": vary, "teacher": None})
+    _write(
+        folder / "sweep.json", {"config": config, "runs": {line["name"]: line["identity"] for line in lines}}
+    )
     _write(folder / "summary.json", {"rows": rows, "teacher": teacher})
     (folder / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for line in lines:
@@ -83,7 +84,8 @@ def write_run(
             if gradient_shares:
                 entry[f"gradient_share/{term}"] = 1 / len(terms)
         history.append(entry | {"kd/coverage": 1.0})
-    end = {"train_runtime": 48.0, "train_samples_per_second": 2.0, "train_steps_per_second": 0.625}
+    end = {"train_runtime": 48.0, "train_samples_per_second": 2.0, "train_steps_per_second": 0.625,
+           "samples_seen": SAMPLES_SEEN}  # fmt: skip
     folder.mkdir(parents=True)
     _write(folder / "trainer_state.json",
            {"global_step": STEPS, "log_history": [*history, {"step": STEPS, **end}]})  # fmt: skip
@@ -143,6 +145,7 @@ def _row(name: str, test_set: str) -> dict[str, Any]:
         "accuracy": mean(by_seed),
         "accuracy_by_seed": by_seed,
         "by_type": {t: mean([s[t] for s in SHARES.get(name, SHARES["all"])]) for t in TYPES},
+        "baseline_by_type": {t: mean([s[t] for s in SHARES["none"]]) for t in TYPES} | {"all": mean(none)},
         "questions": 100,
         "gain": None if name == "none" else gain,
         "gap_closed": None if name == "none" else difference / way,

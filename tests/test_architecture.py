@@ -81,7 +81,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.provenance",
         "pipeline.trainer",
     },
-    "config": {"pipeline.config"},
+    "config": {"pipeline.config", "pipeline.training_arguments"},
     "distillation": {
         "pipeline.distiller",
         "pipeline.heads",
@@ -189,7 +189,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "stages": {"stage parts", "config", "distillation", "data", "models", "ground", "store"},
     "stage parts": {"stage parts", "config", "distillation", "data", "models", "ground", "store"},
-    "config": {"distillation", "ground"},
+    "config": {"config", "distillation", "ground"},
     "distillation": {"distillation", "models", "ground", "store"},
     "data": {"data", "models", "ground", "store"},
     "models": {"models", "ground"},

@@ -73,13 +73,16 @@ def test_the_same_seed_gives_the_same_interval():
     assert gain_of([ours], [theirs]) == gain_of([ours], [theirs])
 
 
-def test_the_interval_over_seeds_holds_the_spread_of_the_seeds():
-    """Two seeds, every image alike: what is drawn is one seed twice, or both; deviations widened by sqrt(2)."""
+@pytest.mark.parametrize(("num_seeds", "student_t"), [(2, 12.706), (3, 4.303), (5, 2.776)])
+def test_where_images_are_alike_the_interval_is_students_t_over_the_seeds(num_seeds, student_t):
+    """The 97.5% quantiles are those of printed tables; one seed of all gains, every question of it."""
     nothing = predictions([False] * 40)
-    gain = gain_of([predictions([True] * 40), nothing], [nothing, nothing])
-    widened = 0.5 * 2**0.5
-    assert (gain.difference, gain.low, gain.high) == pytest.approx((0.5, 0.5 - widened, 0.5 + widened))
-    assert (gain.num_questions, gain.num_images, gain.num_seeds) == (40, 40, 2)
+    gain = gain_of([predictions([True] * 40), *[nothing] * (num_seeds - 1)], [nothing] * num_seeds)
+    mean = 1 / num_seeds
+    half = student_t * num_seeds**-0.5 / num_seeds**0.5  # a single 1 among zeros has the deviation n^-0.5
+    assert gain.difference == pytest.approx(mean)
+    assert (gain.low, gain.high) == pytest.approx((mean - half, mean + half), rel=0.15)
+    assert (gain.num_questions, gain.num_images, gain.num_seeds) == (40, 40, num_seeds)
 
 
 def test_the_interval_over_equal_seeds_is_that_of_one():

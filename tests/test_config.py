@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import AT_LEAST_ONE, OURS, Config, load_config, read_yaml, to_yaml
+from pipeline.config import Config, load_config, read_yaml, to_yaml
 from pipeline.errors import ConfigError
 from pipeline.losses import LOSSES
 from pipeline.targets import TARGETS
+from pipeline.training_arguments import AT_LEAST_ONE, OURS
 
 SMALLEST = {
     "output_dir": "runs/x",

@@ -10,9 +10,10 @@ import pytest
 from safetensors.torch import save_file
 from small_experiment import snapshot, weights
 
+from pipeline.config import labels_only
 from pipeline.errors import ConfigError, ShardError
 from pipeline.experiment import run_experiment
-from pipeline.scores import evaluate_checkpoint
+from pipeline.scores import evaluate_checkpoint, teacher_predictions
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,25 @@ def test_a_teacher_that_answered_other_questions_is_left_out_of_the_table(experi
     assert table.startswith(f"{tmp_path}/teacher/predictions.jsonl answers other questions than the students")
     assert "run `alignkd evaluate` with this config" in table
     assert not any(line.startswith("teacher ") for line in table.splitlines())
+
+
+@pytest.mark.parametrize("asked", ["teacher.model={student}", "evaluate.max_new_tokens=4"])
+def test_answers_of_another_teacher_or_to_other_settings_are_not_the_teachers(asked, experiment, tmp_path):
+    config = experiment.config(tmp_path)
+    evaluate_checkpoint(config, config.teacher.model)
+    said: list[str] = []
+    assert teacher_predictions(config, say=said.append) and not said
+    other = experiment.config(tmp_path, asked.format(student=experiment.student))
+    assert teacher_predictions(other, say=said.append) is None
+    assert (
+        "is of another teacher, or was asked otherwise, than this config says: the teacher is left out"
+        in said[0]
+    )
+
+
+def test_the_student_on_labels_alone_keeps_the_weight_of_the_labels(experiment, tmp_path):
+    config = experiment.config(tmp_path, "losses.supervised.weight=0.5")
+    assert labels_only(config).losses.active() == {"supervised": config.losses.active()["supervised"]}
 
 
 # Predictions are kept for as long as they are those of the same weights and questions

@@ -16,13 +16,16 @@ def measured():
     return measure()
 
 
-def test_the_demos_first_steps_are_those_committed(measured):
-    """Bit for bit with the versions they were made with; with others, which may sum in another order, to 0.1%."""
+def test_the_demos_first_steps_are_those_committed_bit_for_bit(measured):
+    if measured["versions"] != GOLDEN["versions"]:
+        pytest.skip(f"bits are those of {GOLDEN['versions']}; here: {measured['versions']}")
+    assert measured["steps"] == GOLDEN["steps"], "if meant: python tests/golden_losses.py > tests/golden/..."
+
+
+def test_the_demos_first_steps_are_those_committed_to_a_tenth_of_a_percent(measured):
+    """With any versions: others may sum in another order."""
     mine, golden = measured["steps"], GOLDEN["steps"]
     assert len(mine) == len(golden) == NUM_STEPS
-    if measured["versions"] == GOLDEN["versions"]:
-        assert mine == golden, "if the change is meant: python tests/golden_losses.py > tests/golden/..."
-        return
     for step, expected in zip(mine, golden, strict=True):
         assert {name: float.fromhex(value) for name, value in step.items()} == pytest.approx(
             {name: float.fromhex(value) for name, value in expected.items()}, rel=1e-3

@@ -394,10 +394,17 @@ def test_the_config_of_stage_1_is_the_stores_own(experiment, tmp_path):
     assert seen.config.model_dump(mode="json") == Store(experiment.store).manifest.provenance["config"]
 
 
-def test_without_a_layer_the_first_stored_one_is_shown(experiment):
+def test_the_layer_shown_has_its_student_layer_from_the_losses(experiment):
     inspection = inspect_sample(experiment.store, "a0")
     assert inspection.layer == 0 and paired_layer(inspection) == 0
     assert paired_layer(inspect_sample(experiment.store, "a0", layer=1)) == 1
+
+
+def test_without_a_layer_the_one_that_the_losses_read_is_shown(experiment, tmp_path):
+    deep = ["losses.attention.layers=[[1, 0]]", "losses.vision_focus.layer=1"]
+    inspection = inspect_sample(experiment.store, "a0", config=experiment.config(tmp_path, *deep))
+    assert inspection.layer == 1 and paired_layer(inspection) == 0
+    assert torch.equal(inspection.focus, inspect_sample(experiment.store, "a0", layer=1).focus)
 
 
 def test_a_layer_without_a_pair_asks_for_the_students(experiment, tmp_path):

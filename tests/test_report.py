@@ -14,6 +14,7 @@ from small_sweep import SAMPLES_SEEN, STEPS, change, write_run, write_sweep, wri
 from cache import summarise
 from pipeline.compare import Answered, paired_gain
 from pipeline.config import load_config
+from pipeline.errors import PipelineError
 from pipeline.evaluate import accuracy_by_type, read_predictions
 from pipeline.experiment import BASELINE, DISTILLED, run_experiment
 from pipeline.report.findings import Findings, StoreCost, gap_closed
@@ -21,7 +22,7 @@ from pipeline.report.gather import gather
 from pipeline.report.page import render_page
 from pipeline.scores import evaluate_checkpoint
 from pipeline.sweep.lines import keep_teacher
-from pipeline.sweep.run import run_sweep
+from pipeline.sweep.run import alone_in, run_sweep
 from pipeline.sweep.summary import summarise_sweep
 from pipeline.sweep.variations import parse_vary, plan_runs
 
@@ -118,9 +119,19 @@ def test_what_was_varied_and_asked_is_read_off_the_runs(sweep: Path):
     assert findings.questions == {"test": {"colour": 40, "yes/no": 60, "all": 100}}
 
 
+def test_a_run_made_with_other_settings_is_none_of_the_sweep(sweep: Path):
+    runs = json.loads((sweep / "sweep.json").read_text())["runs"]
+    change(sweep / "sweep.json", runs=runs | {"losses=all,train.seed=1": "of other settings"})
+    assert "losses=all,train.seed=1" not in [run.name for run in gather(sweep).runs]
+    change(sweep / "sweep.json", runs={name: "of other settings" for name in runs})
+    with pytest.raises(PipelineError, match=r"has no run of it; run `alignkd sweep` again"):
+        gather(sweep)
+
+
 def test_runs_of_an_earlier_sweep_into_the_same_folder_are_not_counted(sweep: Path):
     kept = [f"losses={name},train.seed=0" for name in ("all", "attention", "none")]
-    change(sweep / "sweep.json", runs=kept)
+    runs = json.loads((sweep / "sweep.json").read_text())["runs"]
+    change(sweep / "sweep.json", runs={name: runs[name] for name in kept})
     findings = gather(sweep)
     assert [run.name for run in findings.runs] == kept
     assert findings.store is not None and findings.store.samples_seen == 2 * SAMPLES_SEEN
@@ -224,8 +235,12 @@ def test_an_experiment_knows_its_config_origin_and_store(trained: Path, experime
     assert findings.store.num_runs == 1 and findings.store.samples_seen == 8
 
 
-def test_a_single_run_has_no_gain_and_no_teacher(trained: Path):
-    findings = gather(trained / "align_kd")
+def test_a_single_run_finds_the_teacher_of_its_experiment(trained: Path):
+    assert gather(trained / "align_kd").teacher == gather(trained).teacher != {}
+
+
+def test_a_single_run_has_no_gain_and_no_teacher(trained: Path, tmp_path: Path):
+    findings = gather(Path(shutil.copytree(trained / "align_kd", tmp_path / "align_kd")))
     assert (findings.kind, findings.name, len(findings.runs)) == ("run", "align_kd", 1)
     [result] = findings.results
     assert result.gain is None and result.gap_closed is None and not result.is_baseline
@@ -252,7 +267,8 @@ def test_a_real_sweep_is_read_as_it_is_written(experiment: Experiment, tmp_path:
     config = load_config(experiment.file, base)
     vary = parse_vary(["losses=none,logits", "train.seed=0,1"])
     runs = plan_runs(lambda more: load_config(experiment.file, [*base, *more]), vary)
-    lines, _ = run_sweep(config, runs, tmp_path / "sweep", say=lambda line: None)
+    with alone_in(tmp_path / "sweep"):
+        lines, _ = run_sweep(config, runs, tmp_path / "sweep", say=lambda line: None)
     teacher = evaluate_checkpoint(config, config.teacher.model)
     keep_teacher(tmp_path / "sweep", teacher)
     summary = summarise_sweep(tmp_path / "sweep", lines)

@@ -60,7 +60,7 @@ def test_a_line_of_runs_that_is_none_is_named(sweep: Path):
         ("summary.json", "{"),
         ("summary.json", "[]"),
         ("summary.json", '{"rows": [{"variation": {"losses": "all"}, "label": "x"}], "teacher": null}'),
-        ("runs.jsonl", '{"name": "losses=all", "identity": "0", "values": {"losses": "all"}}\n'),
+        ("runs.jsonl", '{"name": "losses=all,train.seed=0", "identity": "0", "values": {"losses": "all"}}\n'),
         ("sweep.json", "{}"),
         ("runs/losses=all,train.seed=0/trainer_state.json", '{"log_history": [{"loss/x": 1}]}'),
         ("runs/losses=all,train.seed=0/provenance.json", "{}"),

@@ -13,7 +13,7 @@ from cache import FingerprintMismatch
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.sweep.lines import read_lines
-from pipeline.sweep.run import run_sweep
+from pipeline.sweep.run import alone_in, run_sweep
 from pipeline.sweep.variations import parse_vary, plan_runs
 
 VARY = ("losses=none,all", "train.seed=0,1")
@@ -28,7 +28,8 @@ def sweep_of(experiment):
         config = load_config(experiment.file, base)
         runs = plan_runs(lambda more: load_config(experiment.file, [*base, *more]), parse_vary(vary))
         said: list[str] = []
-        lines, failed = run_sweep(config, runs, folder, say=said.append, **options)
+        with alone_in(folder):
+            lines, failed = run_sweep(config, runs, folder, say=said.append, **options)
         return lines, failed, said
 
     return run
@@ -121,6 +122,7 @@ def test_two_sweeps_do_not_share_a_folder(sweep_of, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(PipelineError, match="another sweep is at work there; wait for it"):
             sweep_of(tmp_path, vary=["losses=none"])
+    assert [file.name for file in tmp_path.iterdir()] == ["lock"]
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(sweep_of, tmp_path):
@@ -151,12 +153,41 @@ def test_a_sweep_whose_folders_are_deleted_is_still_done(sweep_of, tmp_path):
 
 def test_weights_can_be_discarded_and_the_run_is_still_done(sweep_of, tmp_path):
     vary = ["losses=none", "train.seed=0"]
-    sweep_of(tmp_path, vary=vary, keep_models=False)
+    sweep_of(tmp_path, "train.save_strategy=epoch", vary=vary, keep_models=False)
     assert not list(tmp_path.rglob("*.safetensors")) and list(tmp_path.rglob("predictions.jsonl"))
     assert len(sweep_of(tmp_path, vary=vary)[2]) == 1
     (tmp_path / "runs.jsonl").unlink()
     lines, failed, _ = sweep_of(tmp_path, vary=vary)  # without weights it is trained again
     assert lines and not failed
+
+
+def test_weights_that_a_kill_left_behind_are_discarded_by_the_next_sweep(sweep_of, tmp_path):
+    vary = ["losses=none", "train.seed=0"]
+    sweep_of(tmp_path, vary=vary)
+    assert list(tmp_path.rglob("*.safetensors"))
+    assert len(sweep_of(tmp_path, vary=vary, keep_models=False)[2]) == 1
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_sweep_that_begins_takes_the_summary_of_the_one_before_away(finished, sweep_of, tmp_path):
+    folder, lines, _, _ = finished
+    (tmp_path / "summary.json").write_text("{}")
+    _, failed, _ = sweep_of(tmp_path, "train.learning_rate=1e30", "train.max_steps=4", vary=["losses=none"])
+    assert failed and not (tmp_path / "summary.json").exists()
+    runs = json.loads((folder / "sweep.json").read_text())["runs"]
+    assert runs == {name: line["identity"] for name, line in lines.items()}
+
+
+def test_a_resumed_run_counts_the_samples_of_all_its_steps(sweep_of, tmp_path):
+    vary, longer = ["losses=none", "train.seed=0"], ["train.max_steps=4", "train.save_steps=2"]
+    saving = [*longer, "train.save_strategy=steps", "train.resume_from_checkpoint=true"]
+    sweep_of(tmp_path, *saving, vary=vary)
+    folder = tmp_path / "runs" / "losses=none,train.seed=0"
+    for name in ("finished.json", "checkpoint-4/trainer_state.json"):
+        (folder / name).unlink()
+    (tmp_path / "runs.jsonl").unlink()
+    lines, _, _ = sweep_of(tmp_path, *saving, vary=vary)
+    assert lines["losses=none,train.seed=0"]["samples_seen"] == 16
 
 
 def test_a_sweep_without_held_out_questions_is_refused(sweep_of, tmp_path):
@@ -167,4 +198,4 @@ def test_a_sweep_without_held_out_questions_is_refused(sweep_of, tmp_path):
 def test_another_store_is_refused_before_the_first_run(sweep_of, tmp_path):
     with pytest.raises(FingerprintMismatch):
         sweep_of(tmp_path, "data.template=plain")
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == ["lock"]

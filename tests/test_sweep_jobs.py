@@ -30,13 +30,17 @@ def complain(number: int) -> int:
     raise PipelineError(f"{number} is no good; take another")
 
 
+def stumble(number: int) -> int:
+    raise AttributeError(f"{number} has no such thing")
+
+
 def write_and_sleep(file: Path) -> None:
     file.write_text(str(os.getpid()))
     time.sleep(60)
 
 
 def test_a_job_that_is_killed_or_complains_stops_no_other(tmp_path):
-    work = [double, kill_itself, complain, double]
+    work = [double, kill_itself, complain, double, stumble]
     jobs = [Job(str(n), function, (n,), tmp_path / str(n)) for n, function in enumerate(work)]
     results = {job.name: result for job, result in run_jobs(jobs, at_once=2)}
     assert (results["0"], results["3"]) == (0, 6)
@@ -44,6 +48,8 @@ def test_a_job_that_is_killed_or_complains_stops_no_other(tmp_path):
     assert isinstance(killed, Failed)
     assert "ended with exit code -9 (-9: killed, perhaps for want of memory" in killed.reason
     assert isinstance(refused, Failed) and refused.reason == "PipelineError: 2 is no good; take another"
+    assert results["4"] == Failed("AttributeError: 4 has no such thing")
+    assert "in stumble" in (tmp_path / "4" / "log.txt").read_text()
     assert (tmp_path / "3" / "log.txt").read_text() == "doubling\n"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_experiment import rewrite_store, weights
+from small_experiment import rewrite_store, snapshot, weights
 
 from cache import Store
 from pipeline.dataset import JoinedDataset
@@ -18,7 +18,7 @@ from pipeline.inputs import Preparation
 from pipeline.losses import LOSSES
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.student import build_trainer, checkpoint_to_resume, needed_targets, train_student
-from pipeline.trainer import HEADS_FILE, DistillTrainer, NonFiniteLossError
+from pipeline.trainer import HEADS_FILE, RUN_FILE, DistillTrainer, NonFiniteLossError
 
 SGD = ["train.optim=sgd", "train.learning_rate=0.01"]
 LABELS_ALONE = [f"losses.{name}=null" for name in LOSSES if name != "supervised"]
@@ -42,7 +42,7 @@ def trainer_of(experiment, tmp_path):
         preparation = Preparation.of(config.student.model, config.data)
         store = Store(config.cache.path)
         dataset = RecordedDataset(store, config.data.shards, preparation, targets=needed_targets(config))
-        return build_trainer(config, tmp_path / folder, store, dataset)
+        return build_trainer(config, tmp_path / folder, store, dataset, identity="of a test")
 
     return build
 
@@ -253,7 +253,22 @@ def test_a_checkpoint_cut_by_a_kill_is_passed_over_for_the_one_before(name, inte
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:20])
-    assert checkpoint_to_resume(config, stopped) == str(stopped / "checkpoint-2")
+    identity = json.loads((stopped / "checkpoint-2" / RUN_FILE).read_text())["identity"]
+    assert checkpoint_to_resume(config, stopped, identity) == str(stopped / "checkpoint-2")
+
+
+@pytest.mark.parametrize("change", ["train.learning_rate=0.5", "losses.logits=null", "data.fraction=0.5"])
+def test_a_checkpoint_of_other_settings_is_not_continued(change, interrupted, experiment, tmp_path):
+    _, _, stopped = interrupted
+    before = snapshot(stopped)
+    saving = ["train.max_steps=4", "train.save_strategy=steps", "train.save_steps=2"]
+    for asked in ("true", str(stopped / "checkpoint-2")):
+        config = experiment.config(tmp_path, *saving, f"train.resume_from_checkpoint={asked}", change)
+        with pytest.raises(
+            ConfigError, match=r"checkpoint-2 was made with other settings, data or first weights"
+        ):
+            train_student(config, stopped)
+    assert {name: kept for name, kept in snapshot(stopped).items() if "checkpoint-2" in name} == before
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", HEADS_FILE])

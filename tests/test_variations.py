@@ -159,3 +159,15 @@ def test_an_unknown_loss_set_is_answered_with_the_known_ones(plan):
 def test_a_value_that_the_config_refuses_is_told_before_anything_runs(plan):
     with pytest.raises(ConfigError, match=r"losses\.attention\.distance: Input should be 'kl' or 'mse'"):
         plan("losses.attention.distance=l1")
+
+
+def test_two_values_that_would_share_a_name_are_refused(plan):
+    with pytest.raises(ConfigError, match=r"two runs would share the name 'losses=none,output_dir=runs_a'"):
+        plan("output_dir=runs/a,runs_a")
+
+
+def test_a_sweep_without_a_loss_on_labels_is_refused(experiment):
+    with pytest.raises(
+        ConfigError, match=r"losses\.supervised is null, but the student is to be held against"
+    ):
+        plan_runs(lambda more: load_config(experiment.file, ["losses.supervised=null", *more]), {})

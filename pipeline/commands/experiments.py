@@ -38,7 +38,7 @@ def sweep(
     from pipeline.curves import draw_sweep
     from pipeline.scores import teacher_predictions
     from pipeline.sweep.lines import keep_teacher
-    from pipeline.sweep.run import run_sweep
+    from pipeline.sweep.run import alone_in, run_sweep
     from pipeline.sweep.summary import summarise_sweep, summary_tables
     from pipeline.sweep.variations import parse_vary, plan_runs
 
@@ -51,15 +51,15 @@ def sweep(
         print("\n".join(run.name for run in runs))
         return
     folder = output or Path(settings.output_dir) / "sweep"
-    lines, failed = run_sweep(settings, runs, folder, jobs=jobs, keep_models=keep_models, say=say)
-    if taught := teacher_predictions(settings):
-        keep_teacher(folder, taught)
-    if lines:
-        summary = summarise_sweep(folder, lines)
-        draw_sweep(
-            summary["rows"], folder / "summary.png", folder / "summary.svg", teacher=summary["teacher"]
-        )
-        print(summary_tables(summary))
+    with alone_in(folder):
+        lines, failed = run_sweep(settings, runs, folder, jobs=jobs, keep_models=keep_models, say=say)
+        if taught := teacher_predictions(settings, say=say):
+            keep_teacher(folder, taught)
+        if lines:
+            summary = summarise_sweep(folder, lines)
+            pictures = (folder / "summary.png", folder / "summary.svg")
+            draw_sweep(summary["rows"], *pictures, teacher=summary["teacher"])
+            print(summary_tables(summary))
     if failed:
         raise typer.Exit(1)
 

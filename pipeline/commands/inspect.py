@@ -42,7 +42,7 @@ def attention(
     key: SampleKey,
     out: Annotated[Path, typer.Option(help="PNG or SVG file.")] = Path("attention.png"),
     layer: Annotated[
-        int | None, typer.Option(min=0, help="Teacher layer; default: the first that is stored.")
+        int | None, typer.Option(min=0, help="Teacher layer; default: the first of the losses'.")
     ] = None,
     k: Annotated[int | None, typer.Option(min=1, help="Focus tokens; default: vision_focus.k.")] = None,
     student: Annotated[

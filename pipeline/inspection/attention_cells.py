@@ -89,7 +89,7 @@ def _words(inspection: Inspection, students: Mapping[str, Tensor], max_tokens: i
     words = [
         f"Attention of {teacher.name}, layer {inspection.layer}, mean of its {teacher.num_heads} heads. "
         "Percent: how much of a token's attention is on the image. Bold: trained tokens. "
-        f"Outlined: the {inspection.focus.shape[1]} focus tokens."
+        f"Outlined: the {inspection.focus.shape[1]} focus tokens of this layer."
     ]
     if students:
         distances = [f"{name} {attention_distance(inspection, s):.3f}" for name, s in students.items()]

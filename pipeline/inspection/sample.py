@@ -104,9 +104,9 @@ def inspect_sample(
     """Read a sample from the store and its shard, compared with each other as stage 2 compares them.
 
     Without `config`, that of stage 1 says where shards and tokenizer are: the store carries it. `k` defaults to
-    `losses.vision_focus.k`, `layer` to the first that is stored. Raises `PipelineError` for an unknown key,
-    `ConfigError` if the shard is not where the config says or the layer is not stored, `JoinError` if the shard
-    changed, and `FingerprintMismatch` if the config reads text or images otherwise than the teacher did.
+    `losses.vision_focus.k`, `layer` to the first stored one that the losses read. Raises `PipelineError` for an
+    unknown key, `ConfigError` if the shard is not where the config says or the layer is not stored, `JoinError` if
+    the shard changed, and `FingerprintMismatch` if the config reads text or images otherwise than the teacher did.
     """
     opened = Store(store)
     part, entry = locate_sample(opened, key)
@@ -118,7 +118,7 @@ def inspect_sample(
     slots = _slots(tokens, preparation.num_vision_tokens)
     targets = JoinCollator(_captured(opened))([joined])["targets"]
     attention = _attention(opened, joined, targets, slots)
-    layer = _stored_layer(opened, attention, layer)
+    layer = _layer_of_losses(config, attention) if layer is None else _stored_layer(opened, attention, layer)
     return Inspection(
         store=opened.path,
         config=config,
@@ -230,9 +230,13 @@ def _attention(
     return attention
 
 
-def _stored_layer(store: Store, attention: Mapping[int, Tensor], layer: int | None) -> int:
-    if layer is None:
-        return min(attention, default=0)
+def _layer_of_losses(config: Config, attention: Mapping[int, Tensor]) -> int:
+    losses = config.losses.active().values()
+    read = [layer for loss in losses if hasattr(loss, "teacher_layers") for layer in loss.teacher_layers()]
+    return next((layer for layer in read if layer in attention), min(attention, default=0))
+
+
+def _stored_layer(store: Store, attention: Mapping[int, Tensor], layer: int) -> int:
     if attention and layer not in attention:
         raise ConfigError(
             f"layer {layer}: {store.path} keeps the attention of layers {', '.join(map(str, attention))}; "

@@ -13,8 +13,9 @@ from pipeline.experiment import BASELINE, DISTILLED
 from pipeline.report.cost import cost_of_store
 from pipeline.report.findings import Findings, Origin, Result, Scores, gaps_closed
 from pipeline.report.run_folder import PROVENANCE, named_if_damaged, origin_of, read_json, read_run
-from pipeline.report.sweep_folder import SWEEP, SweepFolder
+from pipeline.report.sweep_folder import SweepFolder
 from pipeline.student import STATE_FILE
+from pipeline.sweep.lines import SWEEP
 
 DISTILLED_FOLDER, BASELINE_FOLDER, TEACHER_FOLDER = "align_kd", "supervised", "teacher"
 
@@ -102,9 +103,12 @@ def _answers(folder: Path) -> Answers:
 
 def _teacher(folder: Path, answers: Mapping[str, Answers]) -> tuple[dict[str, Scores], str]:
     """Its scores on the students' questions by test set; else none, and why."""
-    if not (folder / TEACHER_FOLDER / PREDICTIONS_FILE).is_file() or not answers:
+    # Of one training of an experiment, the teacher's answers lie beside its folder.
+    places = (folder / TEACHER_FOLDER, folder.resolve().parent / TEACHER_FOLDER)
+    measured = next((place for place in places if (place / PREDICTIONS_FILE).is_file()), None)
+    if measured is None or not answers:
         return {}, NOT_MEASURED
-    teacher = _answers(folder / TEACHER_FOLDER)
+    teacher = _answers(measured)
     if questions_of(teacher) != questions_of(next(iter(answers.values()))):
         return {}, (
             f"{TEACHER_FOLDER}/{PREDICTIONS_FILE} answers other questions than the students, so the teacher is left "

@@ -30,7 +30,7 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return NOT_THERE
     size = abs(seconds)
-    for limit, unit, name in ((1, 0.001, "ms"), (120, 1, "s"), (7200, 60, "min")):
+    for limit, unit, name in ((0.9995, 0.001, "ms"), (120, 1, "s"), (7200, 60, "min")):
         if size < limit:
             return _minus(f"{seconds / unit:.3g} {name}")
     return _minus(f"{seconds / 3600:,.0f} h" if size >= 360_000 else f"{seconds / 3600:.3g} h")

@@ -22,7 +22,6 @@ from pipeline.report.headline import headlines, why_not_saved
 from pipeline.report.throughput import throughput_of
 
 PAGE = "report.html"
-SECRETS = ("hub_token", "push_to_hub_token")  # TrainingArguments that a page to be passed on must not show
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
@@ -67,14 +66,8 @@ def created(time: str) -> str:
 
 
 def config_text(config: Mapping[str, Any]) -> str:
-    """The config as YAML, without what must not be passed on."""
-    shown = dict(config)
-    if "train" in config:
-        train = config["train"].items()
-        shown["train"] = {
-            name: "(not shown)" if name in SECRETS and value else value for name, value in train
-        }
-    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+    """The config as YAML. It holds no token: `Config` takes none."""
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
 
 
 def _environment() -> Environment:

@@ -21,7 +21,6 @@ def read_run(folder: Path, label: str) -> TrainingRun:
     state = read_json(folder / STATE_FILE)
     with named_if_damaged(folder / STATE_FILE):
         history, end = loss_history(state), _last_line(state)
-        speed, seconds = end.get("train_samples_per_second"), end.get("train_runtime")
         terms = terms_of(history)
         return TrainingRun(
             label=label,
@@ -30,10 +29,9 @@ def read_run(folder: Path, label: str) -> TrainingRun:
             reads_teacher=reads_teacher(terms),
             history=history,
             steps=state["global_step"],
-            # The Trainer divides the samples of all steps by this time, and leaves the quotient alone.
-            samples_seen=round(speed * seconds) if speed and seconds else None,
-            train_seconds=seconds,
-            samples_per_second=speed,
+            samples_seen=end.get("samples_seen"),
+            train_seconds=end.get("train_runtime"),
+            samples_per_second=end.get("train_samples_per_second"),
             threads=None,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,9 @@ from pipeline.report.run_folder import (
     reads_teacher,
 )
 from pipeline.student import STATE_FILE
-from pipeline.sweep.lines import RUNS, read_lines
+from pipeline.sweep.lines import RUNS, SUMMARY, SWEEP, read_lines
+from pipeline.sweep.run import run_folder
 from pipeline.sweep.variations import SEED
-
-SWEEP = "sweep.json"
-SUMMARY = "summary.json"
 
 
 class SweepFolder:
@@ -37,6 +35,8 @@ class SweepFolder:
         self.summary: dict[str, Any] = read_json(folder / SUMMARY)
         with named_if_damaged(folder / SUMMARY):
             labels = {_variation(row["variation"]): str(row["label"]) for row in self.summary["rows"]}
+        with named_if_damaged(folder / SWEEP):
+            self.identities: dict[str, str] = dict(self.settings["runs"])
         lines = read_lines(folder)
         with named_if_damaged(folder / RUNS):
             self.lines = [line for line in lines if self._is_summarised(line, labels)]
@@ -70,8 +70,10 @@ class SweepFolder:
         """The summary's rows in its own order; to them the gap closed by question type is added."""
         teacher = self.teacher()
         with named_if_damaged(self.folder / SUMMARY):
-            rows = [self._result(row) for row in self.summary["rows"]]
-        return tuple(self._with_gaps(row, rows, teacher) for row in rows)
+            return tuple(
+                self._with_gaps(self._result(row), row["baseline_by_type"], teacher)
+                for row in self.summary["rows"]
+            )
 
     def questions(self) -> dict[str, dict[str, int]]:
         """Test set -> question type -> number of questions, as the runs answered them."""
@@ -90,15 +92,13 @@ class SweepFolder:
 
     def run_folders(self) -> list[Path]:
         """The folders of the runs that are still there."""
-        with named_if_damaged(self.folder / RUNS):
-            folders = [self.folder / line["folder"] for line in self.lines]
+        folders = [self.folder / run_folder(line["name"]) for line in self.lines]
         return [folder for folder in folders if (folder / STATE_FILE).is_file()]
 
     def _is_summarised(self, line: Mapping[str, Any], labels: Mapping[Any, str]) -> bool:
-        """Runs of an earlier sweep into the same folder stay in its file, but not in its summary."""
-        return (
-            line["name"] in self.settings.get("runs", [line["name"]]) and _variation(line["values"]) in labels
-        )
+        """Runs of an earlier sweep into the same folder, or with other settings, stay in its file alone."""
+        is_of_this = self.identities.get(line["name"]) == line["identity"]
+        return is_of_this and _variation(line["values"]) in labels
 
     def _result(self, row: Mapping[str, Any]) -> Result:
         return Result(
@@ -114,22 +114,20 @@ class SweepFolder:
             gap_by_type={},
         )
 
-    def _with_gaps(self, result: Result, rows: Sequence[Result], teacher: Mapping[str, Scores]) -> Result:
-        """Gap closed by question type; none where teacher and student were asked different questions."""
-        baseline = (self.baselines.get(result.label), result.test_set)
-        none = next((row for row in rows if (row.label, row.test_set) == baseline), None)
+    def _with_gaps(self, result: Result, none: Mapping[str, float], teacher: Mapping[str, Scores]) -> Result:
+        """Gap closed by question type; no gap where teacher and student were asked different questions."""
         taught = teacher.get(result.test_set)
-        if result.is_baseline or none is None or taught is None or taught["all"][1] != result.num_questions:
+        if result.is_baseline or not none or taught is None or taught["all"][1] != result.num_questions:
             return replace(result, gap_closed=None)
-        is_wide = gap_closed(result.accuracy, none.accuracy, taught["all"][0]) is not None
+        is_wide = gap_closed(result.accuracy, none["all"], taught["all"][0]) is not None
         return replace(
             result,
             gap_closed=result.gap_closed if is_wide else None,
-            gap_by_type=gaps_closed(result.by_type, none.by_type, taught),
+            gap_by_type=gaps_closed(result.by_type, none, taught),
         )
 
     def _run(self, line: Mapping[str, Any]) -> TrainingRun:
-        folder, label = self.folder / line["folder"], self.label_of_run[line["name"]]
+        folder, label = self.folder / run_folder(line["name"]), self.label_of_run[line["name"]]
         terms = in_order(line["terms"])
         return TrainingRun(
             label=label,

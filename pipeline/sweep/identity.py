@@ -1,4 +1,4 @@
-"""What a run of a sweep was made from: equal identities, equal accuracies."""
+"""What a run of a sweep was made from: of equal identities only machine, threads and versions may differ."""
 
 from __future__ import annotations
 
@@ -9,20 +9,7 @@ from cache import Store, digest_of
 from pipeline.config import Config, EvaluateConfig
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.scores import held_out_digests
-
-# Of `train`: how a run is told of and kept, which changes no weight.
-OF_THE_LOG = (
-    "disable_tqdm",
-    "logging_first_step",
-    "logging_steps",
-    "logging_strategy",
-    "report_to",
-    "resume_from_checkpoint",
-    "run_name",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-)
+from pipeline.training_arguments import OF_THE_LOG
 
 
 def run_identity(config: Config) -> str:

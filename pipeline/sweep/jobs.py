@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -107,10 +108,13 @@ def _work(job: Job[Any], connection: Any, device: str | None, at_once: int) -> N
 
 
 def attempt(job: Job[T]) -> T | Failed:
-    """The job's result, or why it has none: what the program can tell in a sentence, and what a library raises."""
+    """The job's result, or why it has none; what the program cannot tell in a sentence leaves its traceback, too."""
     try:
         return job.work(*job.arguments)
-    except (PipelineError, CacheError, OSError, RuntimeError) as error:
+    except (PipelineError, CacheError, OSError) as error:
+        return Failed(f"{type(error).__name__}: {error}")
+    except Exception as error:  # a library's, of any type: this run failed, and the others are to go on
+        traceback.print_exc()
         return Failed(f"{type(error).__name__}: {error}")
 
 

@@ -20,6 +20,8 @@ from pipeline.compare import Answered
 from pipeline.errors import PipelineError
 from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
 
+SWEEP = "sweep.json"  # what is swept: config, and the identity of every run by its name
+SUMMARY = "summary.json"
 RUNS = "runs.jsonl"
 QUESTIONS = "questions.json"
 TEACHER = "teacher.json"

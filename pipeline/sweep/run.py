@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pipeline.scores import evaluate_checkpoint, held_out_shards
 from pipeline.student import FINISHED, MODEL_FOLDER, STATE_FILE, check_fingerprint, train_student
 from pipeline.sweep.identity import run_identity
 from pipeline.sweep.jobs import Failed, Job, attempt, run_jobs
-from pipeline.sweep.lines import Line, read_lines, write_line
+from pipeline.sweep.lines import SUMMARY, SWEEP, Line, read_lines, write_line
 from pipeline.sweep.variations import Variation
 
 
@@ -37,33 +38,41 @@ def run_sweep(
 ) -> tuple[dict[str, Line], dict[str, str]]:
     """Train and evaluate what is not done yet; lines of the finished runs and reasons of the failed, by name.
 
-    A run is done when its line was made from the same config, store, first weights and questions.
-    No teacher is opened. Raises `FingerprintMismatch` before the first run if the store is another one.
+    The caller holds the folder (`alone_in`). A run is done when its line was made from the same config, store, first
+    weights and questions. No teacher is opened. Raises `FingerprintMismatch` before the first run if the store is
+    another one.
     """
     _check(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    made = {"config": config.model_dump(mode="json"), "runs": [run.name for run in runs]}
-    (folder / "sweep.json").write_text(json.dumps(made | {"provenance": provenance(config)}, indent=1) + "\n")
     identities = {run.name: run_identity(run.config) for run in runs}
+    lines, num_others = _finished(folder, identities)
+    _begin(config, folder, identities)
+    others = f", {num_others} made with other settings and to be replaced" if num_others else ""
+    say(f"{len(runs)} runs, {len(lines)} of them done{others}; {jobs} at a time -> {folder}")
+    if not keep_models:
+        for name in lines:  # a kill may have come before the weights went
+            _discard_models(folder / run_folder(name))
     failed: dict[str, str] = {}
-    with _alone_in(folder):
-        lines, num_others = _finished(folder, identities)
-        others = f", {num_others} made with other settings and to be replaced" if num_others else ""
-        say(f"{len(runs)} runs, {len(lines)} of them done{others}; {jobs} at a time -> {folder}")
-        for run, outcome in _outcomes([run for run in runs if run.name not in lines], folder, jobs):
-            if isinstance(outcome, Failed):
-                failed[run.name] = outcome.reason
-                say(f"FAILED {run.name}: {outcome.reason}")
-                continue
-            line = _line(run, outcome, identities[run.name])
-            lines[run.name] = write_line(folder, line, outcome.answered)
-            if not keep_models:
-                _discard_model(folder / run_folder(run.name))
-            shares = ", ".join(
-                f"{name} {100 * by['all'][0]:.2f}" for name, by in outcome.line["accuracy"].items()
-            )
-            say(f"[{len(lines)}/{len(runs)}] {run.name}: {shares} ({outcome.line['train_seconds']:.0f} s)")
+    for run, outcome in _outcomes([run for run in runs if run.name not in lines], folder, jobs):
+        if isinstance(outcome, Failed):
+            failed[run.name] = outcome.reason
+            say(f"FAILED {run.name}: {outcome.reason}")
+            continue
+        line = _line(run, outcome, identities[run.name])
+        lines[run.name] = write_line(folder, line, outcome.answered)
+        if not keep_models:
+            _discard_models(folder / run_folder(run.name))
+        shares = ", ".join(
+            f"{name} {100 * by['all'][0]:.2f}" for name, by in outcome.line["accuracy"].items()
+        )
+        say(f"[{len(lines)}/{len(runs)}] {run.name}: {shares} ({outcome.line['train_seconds']:.0f} s)")
     return {run.name: lines[run.name] for run in runs if run.name in lines}, failed
+
+
+def _begin(config: Config, folder: Path, identities: Mapping[str, str]) -> None:
+    """Write down what this sweep is of; the summary of an earlier one does not outlive that."""
+    (folder / SUMMARY).unlink(missing_ok=True)
+    made = {"config": config.model_dump(mode="json"), "runs": dict(identities)}
+    (folder / SWEEP).write_text(json.dumps(made | {"provenance": provenance(config)}, indent=1) + "\n")
 
 
 def run_folder(name: str) -> Path:
@@ -95,8 +104,7 @@ def _measured(config: Config, folder: Path, predictions: Sequence[Prediction]) -
         "accuracy": {name: accuracy_by_type(of_set) for name, of_set in by_test_set(predictions).items()},
         "terms": {name: last.get(f"loss/{name}") for name in config.losses.active()},
         "steps": state["global_step"],
-        # The Trainer's own count, which takes a short last batch of an epoch for a full one.
-        "samples_seen": round(totals["train_samples_per_second"] * totals["train_runtime"]),
+        "samples_seen": totals["samples_seen"],
         "train_seconds": totals["train_runtime"],
         "samples_per_second": totals["train_samples_per_second"],
         "threads": torch.get_num_threads(),
@@ -145,8 +153,9 @@ def _outcomes(
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Two sweeps in one folder would train into the same runs."""
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a sweep's folder, made if need be: two in one would train into the same runs."""
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,8 +166,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def _discard_model(folder: Path) -> None:
-    """The weights go, predictions and logs stay: a sweep of large students would fill a disk."""
+def _discard_models(folder: Path) -> None:
+    """The weights go, checkpoints' too; predictions and logs stay: a sweep of large students would fill a disk."""
     (folder / FINISHED).unlink(missing_ok=True)  # without weights the training is no longer done
     for file in (folder / MODEL_FOLDER).glob("*.safetensors"):
         file.unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from pipeline.compare import Answered, gap_closed, paired_gain, text_table
-from pipeline.sweep.lines import Line, read_answers, read_teacher
+from pipeline.sweep.lines import SUMMARY, Line, read_answers, read_teacher
 from pipeline.sweep.variations import SEED, name_of
 
 Row = dict[str, Any]
@@ -28,13 +28,13 @@ def summarise_sweep(folder: Path, lines: Mapping[str, Line]) -> dict[str, Any]:
     of_teacher = read_answers(folder, teacher) if teacher else {}
     taught = {test_set: a for test_set, a in of_teacher.items() if a.questions in asked}
     rows = [
-        _row(group, answers, test_set, taught.get(test_set))
+        _row(group, lines, answers, test_set, taught.get(test_set))
         for group in _by_variation(lines.values())
         for test_set in answers[group[0]["name"]]
     ]
     accuracy = {name: teacher["accuracy"][name] for name in taught} if teacher else None
     summary = {"rows": rows, "teacher": accuracy or None}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -70,11 +70,14 @@ def _caption(rows: Sequence[Row]) -> str:
         return f"{rows[0]['questions']:,} questions"
     images, questions = gains[0]["num_images"], gains[0]["num_questions"]
     num_seeds = max(gain["num_seeds"] for gain in gains)
-    over = "images alone: one training seed" if num_seeds == 1 else f"images and {num_seeds} training seeds"
-    few = "" if num_seeds >= 5 else ", too narrow with so few"
+    seeds = (
+        "one training seed, so no word on the next"
+        if num_seeds == 1
+        else f"Student's t over {num_seeds} seeds"
+    )
     return (
         f"{questions:,} questions of {images:,} images\n"
-        f"gain over labels alone, paired by question and seed; bootstrap over {over}{few}"
+        f"gain over labels alone, paired by question and seed; interval: bootstrap over images, {seeds}"
     )
 
 
@@ -92,6 +95,7 @@ def _label(line: Line) -> str:
 
 def _row(
     group: Sequence[Line],
+    lines: Mapping[str, Line],
     answers: Mapping[str, Mapping[str, Answered]],
     test_set: str,
     teacher: Answered | None,
@@ -99,7 +103,8 @@ def _row(
     # Seeds whose baseline is not done yet wait: accuracy and gain are of the same runs.
     group = [line for line in group if line["baseline"] in answers] or group
     scores = [line["accuracy"][test_set] for line in group]
-    theirs = [answers[line["baseline"]][test_set] for line in group if line["baseline"] in answers]
+    baselines = [line["baseline"] for line in group if line["baseline"] in answers]
+    theirs = [answers[name][test_set] for name in baselines]
     is_baseline = group[0]["name"] == group[0]["baseline"]
     gain = None
     if theirs and not is_baseline:
@@ -111,11 +116,17 @@ def _row(
         "test_set": test_set,
         "accuracy": fmean(score["all"][0] for score in scores),
         "accuracy_by_seed": [score["all"][0] for score in scores],
-        "by_type": {kind: fmean(score[kind][0] for score in scores) for kind in scores[0]},
+        "by_type": _means(scores),
+        "baseline_by_type": _means([lines[name]["accuracy"][test_set] for name in baselines]),
         "questions": scores[0]["all"][1],
         "gain": asdict(gain) if gain else None,
         "gap_closed": _gap_closed(gain.difference, theirs, teacher) if gain else None,
     }
+
+
+def _means(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracy by question type, mean over runs; {} of none."""
+    return {kind: fmean(score[kind][0] for score in scores) for kind in scores[0]} if scores else {}
 
 
 def _gap_closed(gain: float, baseline: Sequence[Answered], teacher: Answered | None) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import Config, LossesConfig, read_yaml
+from pipeline.config import Config, LossesConfig, labels_only, read_yaml
 from pipeline.errors import ConfigError
 
 LOSS_SET = "losses"
@@ -61,6 +61,7 @@ def plan_runs(
     `load` makes the config from overrides. Of a value that a run does not use (a setting of a loss that it leaves
     out) nothing is said in its name, so such runs are one. Raises `ConfigError` for what the config refuses.
     """
+    labels_only(load([]))  # every run is held against it
     available = [name for name in load([]).losses.active() if name != LABELS]
     _check_losses(vary, available)
     axes = {key: _expanded(key, values, available) for key, values in vary.items()}
@@ -69,7 +70,10 @@ def plan_runs(
         values = {LOSS_SET: "all"} | combination
         for chosen in ({**values, LOSS_SET: "none"}, values):
             run = _variation(load, chosen, available)
-            runs.setdefault(run.name, run)
+            if runs.setdefault(run.name, run).config != run.config:
+                raise ConfigError(
+                    f"--vary: two runs would share the name {run.name!r}; write the values otherwise"
+                )
     return list(runs.values())
 
 

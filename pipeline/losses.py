@@ -191,9 +191,9 @@ def _vision_distance(student: Tensor, target: Tensor) -> Tensor:
 
 
 class LogitsLoss(Section):
-    """KL on the answer's next-token distribution."""
+    """KL on the answer's next-token distribution. At weight 1 it cost 7 points where it was measured."""
 
-    weight: Weight = 1.0
+    weight: Weight = 0.1
     direction: Literal["reverse", "forward", "jsd"] = "reverse"
     temperature: float = Field(default=1.0, gt=0)
 

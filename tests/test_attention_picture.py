@@ -87,7 +87,7 @@ def test_each_image_has_its_own_columns_and_the_text_after_it(inspect):
 def test_students_stand_beside_the_teacher_and_the_last_of_them_is_subtracted(inspect):
     seen = inspect("a0")
     drawing = plan_drawing(seen, students(seen), max_tokens=40)
-    assert drawing.headings == ("teacher", "student before", "student after", "after − teacher")
+    assert drawing.headings == ("teacher", "before", "after", "after − teacher")
     for cell in drawing.images[0][1:]:
         teacher, _, after = cell.shares
         np.testing.assert_allclose(after, 0.9 * teacher, rtol=1e-6)

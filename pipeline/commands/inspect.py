@@ -63,11 +63,14 @@ def attention(
 
     inspection = _inspect(store, key, config, layer=layer, k=k)
     students = {"before": inspection.config.student.model, "after": student} if student else {}
-    drawn = {}
-    for name, model in students.items():
-        theirs = paired_layer(inspection) if student_layer is None else student_layer
-        drawn[f"{name}, layer {theirs}"] = student_attention(inspection, model, layer=theirs)
-    draw_attention(inspection, out, students=drawn, max_tokens=max_tokens)
+    if student and student_layer is None:
+        student_layer = paired_layer(inspection)
+    drawn = {
+        name: student_attention(inspection, model, layer=student_layer)
+        for name, model in students.items()
+        if student_layer is not None
+    }
+    draw_attention(inspection, out, students=drawn, student_layer=student_layer, max_tokens=max_tokens)
     print(out)
 
 

@@ -50,18 +50,26 @@ class Drawing:
         return max(float(np.abs(cell.difference).max()) for cells in self.images for cell in cells)
 
 
-def plan_drawing(inspection: Inspection, students: Mapping[str, Tensor], *, max_tokens: int) -> Drawing:
+def plan_drawing(
+    inspection: Inspection,
+    students: Mapping[str, Tensor],
+    *,
+    max_tokens: int,
+    student_layer: int | None = None,
+) -> Drawing:
     """The mean over all text after an image, and its first `max_tokens` tokens; `students` name -> 'T J'."""
     teacher = inspection.attention[inspection.layer].mean(dim=0)
     for name, student in students.items():
         sizes = {"T": teacher.shape[0], "J": teacher.shape[1]}
         expect_shape(f"attention of the student {name}", student, "T J", sizes)
     attention = [teacher, *students.values()]
-    headings = ["teacher", *(f"student {name}" for name in students)]
+    headings = ["teacher", *students]
     if students:
         headings.append(f"{list(students)[-1]} − teacher")
     images = [_cells(inspection, attention, image, max_tokens) for image in range(len(inspection.images))]
-    return Drawing(tuple(headings), tuple(images), tuple(_words(inspection, students, max_tokens)))
+    return Drawing(
+        tuple(headings), tuple(images), tuple(_words(inspection, students, max_tokens, student_layer))
+    )
 
 
 def _cells(
@@ -84,7 +92,9 @@ def _cells(
     return (mean, *tokens)
 
 
-def _words(inspection: Inspection, students: Mapping[str, Tensor], max_tokens: int) -> list[str]:
+def _words(
+    inspection: Inspection, students: Mapping[str, Tensor], max_tokens: int, student_layer: int | None
+) -> list[str]:
     teacher, num_text = inspection.teacher, len(inspection.text)
     words = [
         f"Attention of {teacher.name}, layer {inspection.layer}, mean of its {teacher.num_heads} heads. "
@@ -93,7 +103,10 @@ def _words(inspection: Inspection, students: Mapping[str, Tensor], max_tokens: i
     ]
     if students:
         distances = [f"{name} {attention_distance(inspection, s):.3f}" for name, s in students.items()]
-        words.append(f"KL(teacher ‖ student), mean of {num_text} text tokens: {', '.join(distances)} nats.")
+        layer = "" if student_layer is None else f", layer {student_layer}"
+        words.append(
+            f"KL(teacher ‖ student{layer}), mean of {num_text} text tokens: {', '.join(distances)} nats."
+        )
     if num_text > max_tokens:
         after = "the image" if len(inspection.images) == 1 else "each image"
         words.append(f"Shown are the first {max_tokens} text tokens after {after}, of {num_text} in all.")

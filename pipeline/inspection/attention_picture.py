@@ -67,17 +67,18 @@ def draw_attention(
     output: Path,
     *,
     students: Mapping[str, Tensor] | None = None,
+    student_layer: int | None = None,
     max_tokens: int = 40,
 ) -> None:
     """Write a PNG or SVG, by the file's ending.
 
     Every image gets a heat map for each of the first `max_tokens` text tokens after it: the teacher's attention in
-    the inspection's layer, mean over its heads. `students`, name -> float32 'T J', stand beside it, and the last of
-    them minus the teacher. A vision token is a cell; nothing is interpolated. Raises `PipelineError` if there is no
-    image or no stored attention, or the ending is another.
+    the inspection's layer, mean over its heads. `students`, name -> float32 'T J' of `student_layer`, stand beside
+    it, and the last of them minus the teacher. A vision token is a cell; nothing is interpolated. Raises
+    `PipelineError` if there is no image or no stored attention, or the ending is another.
     """
     _check(inspection, output, max_tokens)
-    drawing = plan_drawing(inspection, students or {}, max_tokens=max_tokens)
+    drawing = plan_drawing(inspection, students or {}, max_tokens=max_tokens, student_layer=student_layer)
     output.parent.mkdir(parents=True, exist_ok=True)
     # No date, and the same names inside each time: one sample, one sequence of bytes.
     with matplotlib.rc_context({"svg.hashsalt": "alignkd"}):

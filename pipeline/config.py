@@ -253,7 +253,7 @@ def labels_only(config: Config) -> Config:
             "losses.supervised is null, but the student is to be held against one of labels alone; "
             "give it a weight, 0 if it is to have none, or set baseline: false"
         )
-    losses = LossesConfig(supervised=config.losses.active()["supervised"])
+    losses = LossesConfig.model_validate({"supervised": config.losses.active()["supervised"]})
     return config.model_copy(update={"losses": losses, "baseline": False})
 
 

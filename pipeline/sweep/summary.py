@@ -69,12 +69,13 @@ def _caption(rows: Sequence[Row]) -> str:
     if not gains:
         return f"{rows[0]['questions']:,} questions"
     images, questions = gains[0]["num_images"], gains[0]["num_questions"]
-    num_seeds = max(gain["num_seeds"] for gain in gains)
-    seeds = (
-        "one training seed, so no word on the next"
-        if num_seeds == 1
-        else f"Student's t over {num_seeds} seeds"
-    )
+    counts = sorted({gain["num_seeds"] for gain in gains})
+    if counts == [1]:
+        seeds = "one training seed, so no word on the next"
+    elif counts[0] == 1:
+        seeds = f"Student's t over up to {counts[-1]} seeds (of one seed: images alone)"
+    else:
+        seeds = f"Student's t over {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
     return (
         f"{questions:,} questions of {images:,} images\n"
         f"gain over labels alone, paired by question and seed; interval: bootstrap over images, {seeds}"

@@ -96,7 +96,8 @@ def draw_sweep(
     test_sets = list(dict.fromkeys(row["test_set"] for row in summary_rows))
     blocks = [[row for row in summary_rows if row["test_set"] == name] for name in test_sets]
     height = sum(0.3 * len(block) + 0.75 for block in blocks) + 0.1
-    figure = Figure(figsize=(9, height), layout="constrained")
+    longest = max(len(row["label"]) for row in summary_rows)
+    figure = Figure(figsize=(max(9.0, 6.4 + 0.07 * longest), height), layout="constrained")
     grid = figure.subplots(
         len(blocks), 2, squeeze=False, sharex="col", sharey="row", height_ratios=[len(b) + 2 for b in blocks]
     )

@@ -82,14 +82,16 @@ SETTINGS := --one-at-a-time --vary losses.attention.weight=1,10 --vary losses.at
 	--vary losses.attention.heads=mix --vary "losses.attention.layers=[[1,1]],[[3,1]]" \
 	--vary losses.vision_all.weight=10 --vary losses.vision_focus.weight=10 --vary losses.vision_focus.k=16 \
 	--vary losses.logits.weight=0.01,1 --vary losses.logits.direction=forward --vary losses.logits.temperature=2
+SCALE := --vary losses.attention.distance=mse --vary losses.attention.weight=1000
 study: $(READY) $(DEMO_DATA) ## the study on the demo's data, docs/experiments.md (hours; goes on where it stopped)
 	$(BIN)/alignkd teacher-cache --config configs/demo_study.yaml
 	$(BIN)/alignkd evaluate --config configs/demo_study.yaml
 	$(DEMO_SWEEP) data.fraction=0.02 --output runs/study/losses $(LOSS_SETS) --vary train.seed=0,1,2
 	$(DEMO_SWEEP) train.max_steps=3000 --output runs/study/fractions --vary losses=none,all \
-		--vary data.fraction=0.1,1 --vary train.seed=0,1,2,3,4
-	$(DEMO_SWEEP) data.fraction=0.02 --output runs/study/settings $(SETTINGS) --vary train.seed=0,1,2
-	for part in losses fractions settings; do $(BIN)/alignkd report runs/study/$$part; done
+		--vary data.fraction=0.1 --vary train.seed=0,1,2,3,4
+	$(DEMO_SWEEP) data.fraction=0.02 --output runs/study/settings $(SETTINGS) --vary train.seed=0,1
+	$(DEMO_SWEEP) data.fraction=0.02 --output runs/study/scale $(SCALE) --vary train.seed=0,1
+	for part in losses fractions settings scale; do $(BIN)/alignkd report runs/study/$$part; done
 
 demo-teacher: $(READY) $(DEMO)/shards/test/pack.json ## train the demo's teacher again (about half an hour)
 	$(BIN)/python -m pipeline.demo_teacher

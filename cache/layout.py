@@ -12,6 +12,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PARTS = "parts"
 SCRATCH = "tmp"
+LEASES = "leases"
 ZARR_METADATA = "zarr.json"
 PART_RECORD = "part.json"
 INDEX = "index.json"
@@ -37,6 +38,16 @@ def part_path(store: Path, part: str) -> Path:
 def scratch_path(store: Path) -> Path:
     """The directory of unfinished work."""
     return store / SCRATCH
+
+
+def leases_path(store: Path) -> Path:
+    """The directory that says which writer is at work on which part."""
+    return store / LEASES
+
+
+def lease_file(store: Path, part: str) -> Path:
+    """A part's lease; UnsafeName if the name could leave the store."""
+    return store / LEASES / check_part_name(part)
 
 
 def shard_file(array: Path, num_axes: int) -> Path:

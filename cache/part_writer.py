@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,22 +44,31 @@ class PartSummary:
     already_done: bool
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """A sample to be written: its place in the part, codes by stored name, rows by array."""
+
+    place: int
+    entry: SampleEntry
+    codes: dict[str, Array]
+    rows: dict[str, int]
+
+
 class PartWriter:
     """A context manager; left without `commit`, it leaves nothing behind.
 
-    Samples are encoded as they come and kept as codes, so a part needs its decompressed codes in memory.
+    Samples are encoded as they come and kept as codes, so a part needs its decompressed codes in memory. The order in
+    which they come is nobody's business: they are written by `place`, and images as samples first need them.
     """
 
     def __init__(self, store: Path, manifest: Manifest, *, name: str, source: Mapping[str, Any]) -> None:
         self._target = part_path(store, name)
         self._store, self._manifest, self._name, self._source = store, manifest, name, dict(source)
         self._directory: Path | None = None
-        self._entries: list[SampleEntry] = []
+        self._samples: list[_Sample] = []
         self._keys: set[str] = set()
-        self._digests: dict[str, None] = {}
-        self._rejects: list[tuple[str, str]] = []
-        self._codes: dict[str, list[Array]] = defaultdict(list)
-        self._row_counts = {spec.name: list[int]() for spec in manifest.arrays if spec.owner == "sample"}
+        self._images: dict[str, dict[str, Array]] = {}  # codes by stored name, by digest
+        self._rejects: list[tuple[int, str, str]] = []
 
     def __enter__(self) -> PartWriter:
         self._directory = new_scratch(self._store, self._name)
@@ -73,35 +81,34 @@ class PartWriter:
         self._close()
 
     def has_image(self, digest: str) -> bool:
-        return digest in self._digests
+        return digest in self._images
 
     def add_image(self, digest: str, arrays: Mapping[str, Array]) -> None:
         """Add the image-owned arrays of one image, each '1 *row_shape'; all or none are kept."""
         self._check_open()
-        if digest in self._digests:
+        if digest in self._images:
             raise DuplicateImage(digest, part=self._name)
-        encoded = self._encode(arrays, owner="image")
-        self._digests[digest] = None
-        self._keep(encoded)
+        self._images[digest] = self._encode(arrays, owner="image")
 
-    def add(self, entry: SampleEntry, arrays: Mapping[str, Array]) -> None:
-        """Add the sample-owned arrays of one sample, each 'rows *row_shape'; all or none are kept."""
+    def add(self, entry: SampleEntry, arrays: Mapping[str, Array], *, place: int | None = None) -> None:
+        """Add the sample-owned arrays of one sample, each 'rows *row_shape'; all or none are kept.
+
+        `place` orders the samples of the part; by default they are in the order in which they come.
+        """
         self._check_open()
         if entry.key in self._keys:
             raise DuplicateKey(entry.key, parts=(self._name, self._name))
         for digest in entry.images:
-            if digest not in self._digests:
+            if digest not in self._images:
                 raise UnknownImage(digest, key=entry.key, part=self._name)
-        encoded = self._encode(arrays, owner="sample")
-        self._entries.append(entry)
+        codes = self._encode(arrays, owner="sample")
+        rows = {name: len(arrays[name]) for name in self._sample_owned()}
+        self._samples.append(_Sample(self._place(place), entry, codes, rows))
         self._keys.add(entry.key)
-        for name, counts in self._row_counts.items():
-            counts.append(len(arrays[name]))
-        self._keep(encoded)
 
-    def reject(self, key: str, reason: str) -> None:
+    def reject(self, key: str, reason: str, *, place: int | None = None) -> None:
         self._check_open()
-        self._rejects.append((key, reason))
+        self._rejects.append((self._place(place), key, reason))
 
     def commit(self, *, seen: int | None = None, seconds: float | None = None) -> PartSummary:
         """Publish the part. `seen`, if given, is the caller's own count of samples and must add up; `seconds` is
@@ -110,11 +117,15 @@ class PartWriter:
         After a crash at any moment the part is either wholly there or still to do.
         """
         directory = self._check_open()
-        counts = self._counts(seen)
-        self._write_arrays(directory)
-        index = PartIndex.of(self._entries, list(self._digests), row_counts=self._row_counts)
+        samples = sorted(self._samples, key=lambda sample: sample.place)
+        digests = list(dict.fromkeys(digest for sample in samples for digest in sample.entry.images))
+        counts = self._counts(seen, images=len(digests))
+        self._write_arrays(directory, samples, digests)
+        row_counts = {name: [s.rows[name] for s in samples] for name in self._sample_owned()}
+        index = PartIndex.of([sample.entry for sample in samples], digests, row_counts=row_counts)
         write_file(directory / INDEX, document_bytes(index.to_json()))
-        write_file(directory / REJECTS, rejects_bytes(self._rejects))
+        rejects = [(key, reason) for _, key, reason in sorted(self._rejects)]
+        write_file(directory / REJECTS, rejects_bytes(rejects))
         record = PartRecord(
             part=self._name,
             contents=self._manifest.contents_digest(),
@@ -137,7 +148,8 @@ class PartWriter:
         if self._directory is not None:
             remove(self._directory)
         self._directory = None
-        self._codes.clear()
+        self._samples.clear()
+        self._images.clear()
 
     def _encode(self, arrays: Mapping[str, Array], *, owner: Owner) -> dict[str, Array]:
         """The codes of all arrays by stored name, before any state changes."""
@@ -153,24 +165,30 @@ class PartWriter:
             encoded |= {stored.name(spec): codes[stored.suffix] for stored in stored_arrays(spec)}
         return encoded
 
-    def _keep(self, encoded: dict[str, Array]) -> None:
-        for name, codes in encoded.items():
-            self._codes[name].append(codes)
+    def _place(self, place: int | None) -> int:
+        return len(self._samples) + len(self._rejects) if place is None else place
 
-    def _counts(self, seen: int | None) -> Counts:
-        cached, rejected = len(self._entries), len(self._rejects)
+    def _sample_owned(self) -> list[str]:
+        return [spec.name for spec in self._manifest.arrays if spec.owner == "sample"]
+
+    def _counts(self, seen: int | None, *, images: int) -> Counts:
+        cached, rejected = len(self._samples), len(self._rejects)
         if seen is not None and seen != cached + rejected:
             raise CountMismatch(self._name, seen=seen, cached=cached, rejected=rejected)
-        references = sum(len(entry.images) for entry in self._entries)
-        return Counts(cached + rejected, cached, rejected, len(self._digests), references)
+        references = sum(len(sample.entry.images) for sample in self._samples)
+        return Counts(cached + rejected, cached, rejected, images, references)
 
-    def _write_arrays(self, directory: Path) -> None:
+    def _write_arrays(self, directory: Path, samples: Sequence[_Sample], digests: Sequence[str]) -> None:
         arrays = [(spec, stored) for spec in self._manifest.arrays for stored in stored_arrays(spec)]
         for group in parent_groups([stored.name(spec) for spec, stored in arrays]):
             write_group(directory / group)
+        by_image = [self._images[digest] for digest in digests]
+        by_sample = [sample.codes for sample in samples]
         for spec, stored in arrays:
-            # Taken out as it is written, so that memory falls from here on.
-            pieces = self._codes.pop(stored.name(spec), [])
+            # Taken out as they are written, so that memory falls from here on.
+            pieces = [
+                codes.pop(stored.name(spec)) for codes in (by_image if spec.owner == "image" else by_sample)
+            ]
             axes = spec.axes.split()[: 1 + len(stored.row_shape)]
             write_array(directory / stored.name(spec), stored, rows=_joined(pieces, stored), axes=axes)
 

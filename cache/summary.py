@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.codecs import CODECS
+from cache.documents import digest_of
 from cache.durable import files_below
 from cache.part_reader import FinishedPart
 from cache.reader import Store
@@ -50,6 +51,7 @@ class Summary:
     bytes: int
     bytes_per_sample: float
     teacher_seconds: float | None  # of all parts; None if one of them does not say
+    content: str  # blake3 of what is stored: equal stores, however often their making was disturbed
     provenance: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -83,8 +85,17 @@ def summarise(path: str | Path) -> Summary:
         bytes=total_bytes,
         bytes_per_sample=total_bytes / max(1, samples),
         teacher_seconds=_seconds(parts),
+        content=_content(store, parts),
         provenance=store.manifest.provenance,
     )
+
+
+def _content(store: Store, parts: list[FinishedPart]) -> str:
+    """Of all that readers see: what the store is for, what is planned, and the files of every part. Not of times."""
+    records = {part.record.part: [part.record.source, asdict(part.record.counts),
+                                  {name: file.blake3 for name, file in part.record.files.items()}]
+               for part in parts}  # fmt: skip
+    return digest_of([store.manifest.contents_digest(), list(store.manifest.planned_parts), records])
 
 
 def _seconds(parts: list[FinishedPart]) -> float | None:

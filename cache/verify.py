@@ -11,7 +11,8 @@ from cache.codecs import check_specs
 from cache.documents import canonical_json, read_document
 from cache.durable import files_below
 from cache.errors import CacheError, CorruptFile, StoreNotFound
-from cache.layout import GROUP_METADATA, INDEX, MANIFEST, PARTS, SCRATCH, ZARR_METADATA
+from cache.layout import GROUP_METADATA, INDEX, LEASES, MANIFEST, PARTS, SCRATCH, ZARR_METADATA
+from cache.leases import lease_holder
 from cache.schema import Manifest
 from cache.scratch import scratch_owner
 from cache.verify_part import PartAudit, Problem, audit_part
@@ -90,13 +91,15 @@ def _folder_problems(store: Path) -> Iterator[Problem]:
         elif not _is_group_metadata(store / name):
             yield Problem("metadata", name, "it is not the metadata of a Zarr group as this format writes it")
     for entry in _entries(store):
-        if entry.name not in {MANIFEST, ZARR_METADATA, PARTS, SCRATCH}:
+        if entry.name not in {MANIFEST, ZARR_METADATA, PARTS, SCRATCH, LEASES}:
             yield Problem("unexpected file", entry.name, "the format has no such file")
     for entry in _entries(store / PARTS):
         if not entry.is_dir() and entry.name != ZARR_METADATA:
             yield Problem("unexpected file", f"{PARTS}/{entry.name}", "parts/ holds directories only")
     for entry in _entries(store / SCRATCH):
         yield Problem("unfinished part", f"{SCRATCH}/{entry.name}", _origin(entry.name))
+    for entry in _entries(store / LEASES):
+        yield Problem("unfinished part", f"{LEASES}/{entry.name}", _origin(lease_holder(entry)))
 
 
 def _is_group_metadata(file: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,17 @@ from cache.durable import replace_file, sync_directory
 from cache.errors import CacheError, FingerprintMismatch, StoreNotFound, UnplannedPart
 from cache.layout import (
     GROUP_METADATA,
+    LEASES,
     MANIFEST,
     PARTS,
     SCRATCH,
     ZARR_METADATA,
+    leases_path,
     part_path,
     parts_path,
     scratch_path,
 )
+from cache.leases import lease, sweep_leases
 from cache.part_writer import PartWriter
 from cache.records import read_part_record
 from cache.schema import Manifest, check_format
@@ -55,6 +58,7 @@ class StoreWriter:
             stored = _united(path, manifest)
             _prepare_directories(path)
             sweep(path)
+            sweep_leases(path)
             _write_manifest(path, stored)
         return cls(path, stored)
 
@@ -64,6 +68,10 @@ class StoreWriter:
         with suppress(CacheError):
             return bool(read_part_record(directory, contents=self._contents))
         return False
+
+    def claim(self, part: str) -> AbstractContextManager[bool]:
+        """Hold a part's lease for a block: True if it is ours, False while another writer is at work on it."""
+        return lease(self.path, part)
 
     def part(self, name: str, *, source: Mapping[str, Any]) -> PartWriter:
         """A writer of one planned part; `source` says which shard it is made of (name, bytes ...)."""
@@ -77,7 +85,7 @@ def _check_free_or_store(path: Path) -> None:
     """Refuse a directory with other things in it: a mistyped path must not be written to."""
     if path.exists() and not path.is_dir():
         raise StoreNotFound(path, "a file")
-    ours = {MANIFEST, ZARR_METADATA, PARTS, SCRATCH}
+    ours = {MANIFEST, ZARR_METADATA, PARTS, SCRATCH, LEASES}
     foreign = (
         sorted(entry.name for entry in path.iterdir() if entry.name not in ours) if path.is_dir() else []
     )
@@ -100,6 +108,7 @@ def _united(path: Path, manifest: Manifest) -> Manifest:
 def _prepare_directories(path: Path) -> None:
     parts_path(path).mkdir(exist_ok=True)
     scratch_path(path).mkdir(exist_ok=True)
+    leases_path(path).mkdir(exist_ok=True)
     for group in (path, parts_path(path)):
         _write_if_changed(path, group / ZARR_METADATA, canonical_json(GROUP_METADATA))
     sync_directory(path)

@@ -20,12 +20,15 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class TeacherConfig(Section):
-    """The model whose knowledge is cached: a checkpoint folder or a hub id, in MobileVLM V2's layout."""
+    """The model whose knowledge is cached: a checkpoint folder or a hub id, in MobileVLM V2's layout.
+
+    `batch_size` is where stage 1 begins; it is halved where memory runs out. `auto` begins high.
+    """
 
     model: str
     dtype: DType = "auto"
     device: str = "auto"
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
 
 
 class StudentConfig(Section):

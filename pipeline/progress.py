@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,6 @@ from types import TracebackType
 from tqdm import tqdm
 
 from cache import PartSummary
-from pipeline.shards import Rejected, Sample
 
 
 class Progress:
@@ -29,17 +29,23 @@ class Progress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.close()
 
-    def begin_shard(self, shard: str) -> None:
+    def begin_shard(self, shard: str, *, num_samples: int) -> None:
+        """A shard of so many samples, which count alike: its bytes are behind them when all are done."""
         self.shard_bytes = Path(shard).stat().st_size
+        self.bytes_each = self.shard_bytes / num_samples
         self.shard_read = 0
+        self.shard_done = 0
 
-    def advance(self, item: Sample | Rejected) -> None:
-        """One more sample was read."""
-        self.samples += 1
-        if isinstance(item, Sample):
-            end = max(span.offset + span.size for span in (item.json_span, *item.image_spans))
-            self._read_to(end)
+    def advance(self, num_samples: int) -> None:
+        """So many samples more are done: captured, or rejected."""
+        self.samples += num_samples
+        self.shard_done += num_samples
+        self._read_to(int(self.shard_done * self.bytes_each))
         self._show()
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        tqdm.write(line, file=sys.stderr)
 
     def reject(self) -> None:
         self.rejected += 1

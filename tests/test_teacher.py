@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import save_file
 from small_experiment import copy_of_teacher, picture, snapshot, stored_arrays, weights, write_shard
 
-from cache import FingerprintMismatch, Store, verify
+from cache import FingerprintMismatch, Store, summarise, verify
 from pipeline.errors import BadSample, ConfigError, ShardError
 from pipeline.inputs import Preparation
 from pipeline.shards import read_shard
@@ -165,13 +165,15 @@ def test_a_run_killed_in_the_middle_of_a_shard_is_gone_on_with_and_nothing_is_lo
     assert process.returncode == -signal.SIGKILL
     assert Store(store).parts == ("shard-000000",)
     kinds = [problem.kind for problem in verify(store, deep=True).problems]
-    assert sorted(kinds) == ["missing part", "missing part", "unfinished part"]
+    # What it wrote so far, and its lease.
+    assert sorted(kinds) == ["missing part", "missing part", "unfinished part", "unfinished part"]
     finished = snapshot(store / "parts" / "shard-000000")
 
     run = cache_teacher(experiment.config(tmp_path, f"cache.path={store}"))
     assert (run.parts_found, run.parts_written, run.seen) == (1, 2, 8)
     assert snapshot(store / "parts" / "shard-000000") == finished
     assert verify(store, deep=True).problems == ()
+    assert summarise(store).content == summarise(experiment.store).content
     undisturbed, found = stored_arrays(experiment.store), stored_arrays(store)
     assert list(found) == list(undisturbed)
     for key, arrays in found.items():

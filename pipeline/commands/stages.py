@@ -43,17 +43,30 @@ def pack(
     print_reasons(summary.rejects_by_reason, where=str(output / "rejects.jsonl"))
 
 
-def teacher_cache(config: ConfigFile, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
+def teacher_cache(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Of several workers on one store, this one; default: RANK.")
+    ] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="How many workers there are; default: WORLD_SIZE.")
+    ] = None,
+) -> None:
     """Stage 1: stream the shards through the teacher once and write the store.
 
     One shard becomes one immutable part. Rerun to go on where a run stopped; a finished store stays as it is.
+    Several workers may write one store at once, under torchrun, as a SLURM array, or on several machines: each has
+    its share of the shards and takes over those of workers that died.
     """
     settings = load(config, overrides, print_config)
     from cache import summarise
     from pipeline.describe import readable_bytes, reasons_by_kind
     from pipeline.teacher import cache_teacher
+    from pipeline.workers import worker_of
 
-    run = cache_teacher(settings)
+    run = cache_teacher(settings, worker_of(rank, world_size))
     print(
         f"{run.path}: {run.parts_written} parts written, {run.parts_found} found done; "
         f"{run.seen:,} samples seen = {run.cached:,} cached + {run.rejected:,} rejected"

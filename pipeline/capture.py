@@ -1,0 +1,220 @@
+"""One shard through the teacher into one part: longest samples first, and smaller batches where memory runs out."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache import PartSummary, PartWriter, RefusedValue, SampleEntry, StoreWriter
+from pipeline.config import Config
+from pipeline.conversation import TokenizedSample
+from pipeline.errors import BadSample, ShardError
+from pipeline.inputs import Preparation, pad_tokens
+from pipeline.models.stub import Teacher
+from pipeline.progress import Progress
+from pipeline.shards import Rejected, Sample, read_shard
+from pipeline.targets import TARGETS, vision_array
+
+FIRST_BATCH_SIZE = {"cuda": 128, "cpu": 16}  # of `batch_size: auto`, which goes down from here and never up
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample ready for the teacher: its place in the shard, and its positions with vision tokens."""
+
+    place: int
+    sample: Sample
+    tokens: TokenizedSample
+    length: int
+
+
+class Capture:
+    """Shards through the teacher, each into its part. `cached`: the parts' names by sample key, of all shards so far.
+
+    A batch that the memory cannot hold is tried once more, since memory may only have been in pieces; then it is
+    halved, here and for all that follows. A sample that does not fit alone is rejected with its size.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        teacher: Teacher,
+        preparation: Preparation,
+        progress: Progress,
+        cached: dict[str, str],
+    ):
+        self.config = config
+        self.teacher = teacher
+        self.preparation = preparation
+        self.progress = progress
+        self.cached = cached
+        asked = config.teacher.batch_size
+        self.batch_size = FIRST_BATCH_SIZE.get(teacher.device.type, 16) if asked == "auto" else asked
+        self.shard = ""
+        # Vision tokens of the images of the batch at hand and of the one before: samples of one image are neighbours.
+        self.vision: dict[str, torch.Tensor] = {}
+        # Place -> key of what was added, '' of what was rejected: a batch that is tried again leaves these alone.
+        self.settled: dict[int, str] = {}
+
+    def run(self, store: StoreWriter, shard: str) -> PartSummary:
+        """Commit the shard's part; on any exception nothing of it is published."""
+        self.shard, self.vision, self.settled = shard, {}, {}
+        started = time.monotonic()
+        source = {"shard": Path(shard).name, "bytes": Path(shard).stat().st_size}
+        with store.part(part_name(shard), source=source) as part:
+            items = list(read_shard(shard, max_pixels=self.config.data.max_image_pixels))
+            if not items:  # a file of nothing but zeros is a tar, too
+                raise ShardError(
+                    f"{shard} holds no sample; make or copy it again, or take it out of data.shards."
+                )
+            self.progress.begin_shard(shard, num_samples=len(items))
+            for batch in self._batches(longest_first(list(self._prepared(items, part)))):
+                self._capture_or_halve(batch, part)
+                self.progress.advance(len(batch))
+            summary = part.commit(seen=len(items), seconds=round(time.monotonic() - started, 3))
+        self.cached |= {key: part_name(shard) for key in self.settled.values() if key}
+        self.progress.end_shard(summary)
+        return summary
+
+    def _prepared(self, items: Sequence[Sample | Rejected], part: PartWriter) -> Iterator[Prepared]:
+        """The shard's usable samples; the others are rejected here."""
+        for place, item in enumerate(items):
+            try:
+                if isinstance(item, Rejected):
+                    raise BadSample(item.reason)
+                yield self._prepare(place, item)
+            except BadSample as error:
+                self._reject(part, place, item.key, error)
+                self.progress.advance(1)
+
+    def _prepare(self, place: int, sample: Sample) -> Prepared:
+        if (part := self.cached.get(sample.key)) is not None:
+            raise BadSample("key occurs in another shard", f"the part {part} holds it")
+        tokens = self.preparation.tokenize(sample.conversations)
+        return Prepared(place, sample, tokens, self.preparation.merged_length(tokens.input_ids))
+
+    def _batches(self, items: Sequence[Prepared]) -> Iterator[Sequence[Prepared]]:
+        start = 0
+        while start < len(items):
+            batch = items[start : start + self.batch_size]  # which may fall on the way
+            start += len(batch)
+            yield batch
+
+    def _capture_or_halve(self, batch: Sequence[Prepared], part: PartWriter) -> None:
+        for is_last_try in (False, True):
+            try:
+                return self._capture(batch, part)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+                if is_last_try and len(batch) == 1:
+                    return self._reject_too_large(batch[0], part, reason)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        self.batch_size = half = (len(batch) + 1) // 2
+        self.progress.say(f"out of memory with {len(batch)} samples at once ({reason}); going on with {half}")
+        for start in (0, half):
+            self._capture_or_halve(batch[start : start + half], part)
+
+    def _reject_too_large(self, item: Prepared, part: PartWriter, reason: str) -> None:
+        images = len(item.sample.images)
+        size = f"{item.length} positions, {images} image{'' if images == 1 else 's'}: {reason}"
+        self._reject(part, item.place, item.sample.key, BadSample("does not fit into memory", size))
+
+    def _capture(self, batch: Sequence[Prepared], part: PartWriter) -> None:
+        """Forward a batch and add each sample's rows; a sample whose values a codec refuses is rejected."""
+        batch = self._encode([item for item in batch if item.place not in self.settled], part)
+        if not batch:
+            return
+        digests = [digest for item in batch for digest in item.sample.image_digests]
+        vision = torch.stack([self.vision[digest] for digest in digests]) if digests else None
+        forward = self.teacher.forward(**pad_tokens([item.tokens for item in batch]), vision=vision)
+        captured = [
+            capture(settings, forward)
+            for name, settings in self.config.targets.active().items()
+            if (capture := TARGETS[name].capture) is not None
+        ]
+        for index, item in enumerate(batch):
+            arrays = {"input_ids": np.array(item.tokens.input_ids), "labels": np.array(item.tokens.labels)}
+            for samples in captured:
+                arrays |= samples[index]
+            self._add(item, arrays, part)
+
+    def _encode(self, batch: Sequence[Prepared], part: PartWriter) -> list[Prepared]:
+        """See to the vision tokens of the batch's images, each distinct image encoded once; the usable samples."""
+        fresh: dict[str, torch.Tensor] = {}
+        usable = []
+        for item in batch:
+            try:
+                for digest, data in zip(item.sample.image_digests, item.sample.images, strict=True):
+                    if digest not in self.vision and digest not in fresh:
+                        fresh[digest] = self.preparation.preprocess(data)
+                usable.append(item)
+            except BadSample as error:
+                self._reject(part, item.place, item.sample.key, error)
+        needed = {digest for item in usable for digest in item.sample.image_digests}
+        kept = {digest: vision for digest, vision in self.vision.items() if digest in needed}
+        if fresh := {digest: pixels for digest, pixels in fresh.items() if digest in needed}:
+            kept |= dict(
+                zip(fresh, self.teacher.encode_images(torch.stack(list(fresh.values()))), strict=True)
+            )
+        self.vision = kept
+        return usable
+
+    def _add(self, item: Prepared, arrays: dict[str, np.ndarray], part: PartWriter) -> None:
+        sample = item.sample
+        try:
+            for digest in sample.image_digests:
+                if not part.has_image(digest):
+                    part.add_image(digest, self._image_arrays(digest))
+            entry = SampleEntry(sample.key, sample.image_digests, sample.image_spans, sample.json_span)
+            part.add(entry, arrays, place=item.place)
+        except RefusedValue as error:
+            self._reject(part, item.place, sample.key, BadSample("value that cannot be stored", str(error)))
+        else:
+            self.settled[item.place] = sample.key
+
+    def _image_arrays(self, digest: str) -> dict[str, np.ndarray]:
+        return vision_array(self.vision[digest]) if "vision" in self.config.targets.active() else {}
+
+    def _reject(self, part: PartWriter, place: int, key: str, error: BadSample) -> None:
+        if self.config.data.on_bad_sample == "fail":
+            raise BadSample(
+                "a bad sample, and data.on_bad_sample is fail",
+                f"sample {key!r} of {self.shard}: {error.reason}",
+            ) from error
+        part.reject(key, error.reason, place=place)
+        self.settled[place] = ""
+        self.progress.reject()
+
+
+def part_name(shard: str) -> str:
+    """A shard's part in the store carries its name."""
+    return Path(shard).name.removesuffix(".tar")
+
+
+def longest_first(items: Sequence[Prepared]) -> list[Prepared]:
+    """By falling length, so that a batch is of like lengths and memory runs out at the start, if it does.
+
+    Samples of one image stay side by side, at the place of their longest: the tower then runs once for them.
+    """
+    groups: dict[tuple[str, ...], list[Prepared]] = defaultdict(list)
+    for item in items:
+        # Of a sample without an image nothing is shared.
+        groups[item.sample.image_digests[:1] or (f"place {item.place}",)].append(item)
+    for group in groups.values():
+        group.sort(key=lambda item: (-item.length, item.place))
+    ordered = sorted(groups.values(), key=lambda group: (-group[0].length, group[0].place))
+    return [item for group in ordered for item in group]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on whatever device; torch's CPU allocator has no exception of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

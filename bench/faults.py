@@ -1,0 +1,254 @@
+"""Kills stage 1 at random moments and fails its disk at random calls; a rerun must end with the undisturbed store.
+
+python bench/faults.py --trials 200 --seed 0
+
+Each trial is a new store: a forked process caches three small shards and meets one fault; what it leaves is looked at,
+and a second process, undisturbed, goes on. Then the content hash must be that of a store that met none, and
+`verify --deep` must find nothing. Needs `cc`, for the failing disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PRELOADED = "ALIGNKD_FAILING_DISK"
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong: a signal, a system call that fails from its n-th use on, or memory that is not there once."""
+
+    name: str
+    signal: int = 0
+    operation: str = ""
+    error: int = 0
+    half: bool = False
+
+
+FAULTS = (
+    Fault("SIGKILL", signal=signal.SIGKILL),
+    Fault("SIGTERM", signal=signal.SIGTERM),
+    Fault("disk full", operation="write", error=errno.ENOSPC),
+    Fault("disk full, short write", operation="write", error=errno.ENOSPC, half=True),
+    Fault("fsync fails", operation="fsync", error=errno.EIO),
+    Fault("rename fails", operation="rename", error=errno.EIO),
+    Fault("shard unreadable", operation="read", error=errno.EIO),
+    Fault(OUT_OF_MEMORY),
+)
+
+
+def main() -> int:
+    options = _options()
+    with tempfile.TemporaryDirectory() as folder:
+        if PRELOADED not in os.environ:
+            return _preloaded(Path(folder))
+        results = run(options.trials, options.seed, Path(folder))
+    print(table(results))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 1 if any(result["wrong"] for result in results) else 0
+
+
+def run(trials: int, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Trials go round the faults. A trial whose store is not the undisturbed one is counted, and kept."""
+    experiment = _experiment(folder)
+    chance = random.Random(seed)
+    reference, seconds, calls = _undisturbed(experiment, folder / "undisturbed")
+    results = {fault.name: {"fault": fault.name, "trials": 0, "met": 0, "parts_left": Counter(), "wrong": []}
+               for fault in FAULTS}  # fmt: skip
+    for trial in range(trials):
+        fault, store = FAULTS[trial % len(FAULTS)], folder / f"store-{trial}"
+        moment = chance.random()
+        number = 1 + int(moment * calls.get(fault.operation, 6))
+        status = _disturbed(experiment, store, fault, moment * seconds, number)
+        result = results[fault.name]
+        result["trials"] += 1
+        result["met"] += status != 0 or fault.name == OUT_OF_MEMORY
+        result["parts_left"][len(list(store.glob("parts/*/part.json")))] += 1
+        found = _in_child(lambda store=store: _finish(experiment, store))
+        if found != reference:
+            result["wrong"].append({"trial": trial, "number": number, "moment": moment, "found": found})
+        else:
+            shutil.rmtree(store)
+    return [
+        result | {"parts_left": dict(sorted(result["parts_left"].items()))} for result in results.values()
+    ]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    rows = [("fault", "trials", "met", "parts left then", "store not the undisturbed one")]
+    for result in results:
+        left = ", ".join(f"{parts}: {times}" for parts, times in result["parts_left"].items())
+        rows.append(
+            (result["fault"], str(result["trials"]), str(result["met"]), left, str(len(result["wrong"])))
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    total = sum(result["trials"] for result in results)
+    wrong = sum(len(result["wrong"]) for result in results)
+    return "\n".join([*lines, f"{total} trials, {wrong} wrong"])
+
+
+def _experiment(folder: Path) -> Any:
+    """Three small shards and a small teacher; nothing of it opens a Zarr array, so that forks are sound."""
+    from conftest import LANGUAGE_MODEL, TOWER
+    from small_experiment import build_experiment
+
+    from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
+
+    def build(*, seed: int = 0, tower: dict[str, Any] | None = None, **changes: Any) -> Any:
+        import torch
+
+        torch.manual_seed(seed)
+        config = {**LANGUAGE_MODEL, "vision_config": TOWER | (tower or {})} | changes
+        return MobileVLMForCausalLM(MobileVLMConfig(**config)).eval()
+
+    return build_experiment(folder / "experiment", build)
+
+
+def _undisturbed(experiment: Any, store: Path) -> tuple[str, float, dict[str, int]]:
+    """Content hash, seconds that caching takes, and how often each operation is called."""
+
+    def cache(operation: str, below: Path) -> str:
+        _arm(Fault("", operation=operation), below, sys.maxsize >> 33)
+        started = time.monotonic()
+        _cache(experiment, store)
+        calls = _disk().disk_calls()
+        return json.dumps([time.monotonic() - started, calls])
+
+    calls, seconds = {}, 0.0
+    for operation in ("write", "fsync", "rename", "read"):
+        shutil.rmtree(store, ignore_errors=True)
+        below = experiment.shards if operation == "read" else store
+        seconds, calls[operation] = json.loads(_in_child(lambda o=operation, b=below: cache(o, b)))
+    return _in_child(lambda: _finish(experiment, store)), seconds, calls
+
+
+def _disturbed(experiment: Any, store: Path, fault: Fault, seconds: float, number: int) -> int:
+    """Cache in a process that meets the fault; its wait status."""
+    process = os.fork()
+    if not process:
+        _silence()
+        if fault.operation:
+            _arm(fault, experiment.shards if fault.operation == "read" else store, number)
+        elif not fault.signal:
+            _run_out_of_memory(number)
+        try:
+            _cache(experiment, store)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    if fault.signal:
+        time.sleep(seconds)
+        os.kill(process, fault.signal)
+    return os.waitpid(process, 0)[1]
+
+
+def _finish(experiment: Any, store: Path) -> str:
+    """Go on undisturbed; the content hash, or what is wrong with the store."""
+    from cache import summarise, verify
+
+    _cache(experiment, store)
+    problems = verify(store, deep=True).problems
+    return "; ".join(f"{p.file}: {p.detail}" for p in problems) or summarise(store).content
+
+
+def _cache(experiment: Any, store: Path) -> None:
+    from pipeline.config import load_config
+    from pipeline.teacher import cache_teacher
+
+    cache_teacher(load_config(experiment.file, [f"cache.path={store}"]))
+
+
+def _run_out_of_memory(call: int) -> None:
+    """Of the teacher's forward passes the n-th finds no memory, once."""
+    import torch
+
+    from pipeline.models.stub import Teacher
+
+    forward, calls = Teacher.forward, Counter[str]()
+
+    def once(self: Any, *arguments: Any, **named: Any) -> Any:
+        calls["forward"] += 1
+        if calls["forward"] == call:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, *arguments, **named)
+
+    Teacher.forward = once
+
+
+def _in_child(work: Callable[[], str]) -> str:
+    """What `work` returns, from a process of its own; its exception if it raises."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if not process:
+        _silence()
+        try:
+            text = work()
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+        os.write(writer, text.encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as pipe:
+        text = pipe.read()
+    os.waitpid(process, 0)
+    return text
+
+
+def _silence() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+def _disk() -> Any:
+    return ctypes.CDLL(os.environ[PRELOADED])
+
+
+def _arm(fault: Fault, below: Path, number: int) -> None:
+    _disk().arm_disk(fault.operation.encode(), str(below).encode(), number, fault.error, int(fault.half))
+
+
+def _preloaded(folder: Path) -> int:
+    """This script again, with the failing disk below it and the tests' small experiment in reach."""
+    library = folder / "failing_disk.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, HERE / "failing_disk.c", "-ldl"], check=True)
+    path = os.pathsep.join([str(HERE.parent), str(HERE.parent / "tests")])
+    environment = os.environ | {
+        PRELOADED: str(library), "LD_PRELOAD": str(library), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

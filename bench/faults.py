@@ -2,7 +2,7 @@
 
 python bench/faults.py --trials 200 --seed 0
 
-Each trial is a new store: a forked process caches three small shards and meets one fault; what it leaves is looked at,
+Each trial is a new store: a forked process caches three small shards and meets one fault. What it leaves is counted,
 and a second process, undisturbed, goes on. Then the content hash must be that of a store that met none, and
 `verify --deep` must find nothing. Needs `cc`, for the failing disk.
 """

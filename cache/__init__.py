@@ -30,6 +30,7 @@ from cache.errors import (
 from cache.layout import FORMAT_VERSION
 from cache.part_writer import PartSummary, PartWriter
 from cache.reader import Store
+from cache.repair import remove_parts, restore_manifest
 from cache.schema import ArraySpec, Difference, Fingerprint, Manifest, SampleEntry, Span
 from cache.summary import ArraySummary, Summary, summarise
 from cache.verify import Report, verify
@@ -76,6 +77,8 @@ __all__ = [
     "UnsupportedFormat",
     "ValueOutOfRange",
     "digest_of",
+    "remove_parts",
+    "restore_manifest",
     "summarise",
     "verify",
 ]

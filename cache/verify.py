@@ -34,6 +34,12 @@ class Report:
     def is_sound(self) -> bool:
         return not self.problems
 
+    @property
+    def damaged_parts(self) -> tuple[str, ...]:
+        """Parts with something wrong inside, which can be written again from their shards."""
+        paths = [problem.file.split("/") for problem in self.problems]
+        return tuple(sorted({path[1] for path in paths if path[0] == PARTS and len(path) > 2}))
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

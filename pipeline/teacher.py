@@ -59,20 +59,45 @@ def cache_teacher(config: Config, worker: Worker = ALONE) -> CacheSummary:
     A shard that cannot be read is left out and told in the summary; the others are cached all the same.
     Raises `FingerprintMismatch` if the store holds something else, before anything is written.
     """
-    shards = expand_shards(config.data.shards)
+    return write_parts(plan_capture(config), worker)
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """Stage 1 as a config asks for it, before a weight is loaded or a file written."""
+
+    config: Config
+    shards: tuple[str, ...]
+    preparation: Preparation
+    teacher: TeacherPlan
+    dtype: torch.dtype
+    device: torch.device
+    manifest: Manifest
+
+
+def plan_capture(config: Config) -> CapturePlan:
+    """Finds the shards, hashes tokenizer and teacher, and says what the store will hold."""
+    shards = tuple(expand_shards(config.data.shards))
     preparation = Preparation.of(config.teacher.model, config.data)
     plan = plan_teacher(config.teacher.model, targets=config.targets.active())
     dtype, device = _compute_dtype(config, plan), _device(config.teacher.device)
-    manifest = build_manifest(config, plan, preparation, dtype=dtype, parts=[part_name(s) for s in shards])
-    store = StoreWriter.open(config.cache.path, manifest)
+    parts = [part_name(shard) for shard in shards]
+    manifest = build_manifest(config, plan, preparation, dtype=dtype, parts=parts)
+    return CapturePlan(config, shards, preparation, plan, dtype, device, manifest)
+
+
+def write_parts(plan: CapturePlan, worker: Worker = ALONE) -> CacheSummary:
+    """Capture the shards of the plan that have no part yet."""
+    config, shards = plan.config, plan.shards
+    store = StoreWriter.open(config.cache.path, plan.manifest)
     todo = [shard for shard in shards if not store.is_done(part_name(shard))]
     summaries: list[PartSummary] = []
     broken: list[str] = []
     if todo:
         cached = _keys_of_finished_parts(config.cache.path)
-        teacher = load_teacher(plan, dtype=dtype, device=_usable(device))
+        teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=_usable(plan.device))
         with Progress(todo, description="teacher-cache") as progress:
-            capture = Capture(config, teacher, preparation, progress, cached)
+            capture = Capture(config, teacher, plan.preparation, progress, cached)
             for shard in shards_to_write(store, shards, worker, say=progress.say):
                 try:
                     summaries.append(capture.run(store, shard))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.options import AsJson, StorePath
+from pipeline.commands.options import AsJson, StorePath, load, say
+
+if TYPE_CHECKING:
+    from cache import Report
 
 
 def info(store: StorePath, as_json: AsJson = False) -> None:
@@ -28,13 +32,30 @@ def verify(
     deep: Annotated[
         bool, typer.Option("--deep", help="Also hash every file and decode every value.")
     ] = False,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Capture again what is damaged or missing; needs --config.")
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="The config that the store was made with, for --fix."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look for damage: missing or unfinished parts, flipped bytes, wrong counts; exit code 1 if there is any."""
+    """Look for damage: missing or unfinished parts, flipped bytes, wrong counts; exit code 1 if there is any.
+
+    With --fix the damaged parts, and no others, are taken out and captured again from their shards; what was found
+    and what was done is told, and the exit code is that of a second look.
+    """
     from cache import verify as verify_store
     from pipeline.describe import readable_bytes
 
-    report = verify_store(store, deep=deep)
+    if fix != (config is not None):
+        raise typer.BadParameter(
+            "--fix and --config go together: the teacher that captures again is the config's"
+        )
+    report = verify_store(store, deep=deep or fix)
+    if config is not None and not report.is_sound:
+        report, deep = _fixed(config, report), True
     if as_json:
         print(json.dumps(report.to_json(), indent=1))
     else:
@@ -47,3 +68,15 @@ def verify(
         )
     if not report.is_sound:
         raise typer.Exit(1)
+
+
+def _fixed(config: Path, report: Report) -> Report:
+    """Repair what the report finds, tell it line by line, and look again."""
+    from pipeline.repair import repair_store
+
+    for problem in report.problems:
+        say(f"found {problem.kind}: {problem.file}: {problem.detail}")
+    repair = repair_store(load(config, None), report, say=say)
+    say(f"{len(repair.recaptured)} damaged parts captured again: {', '.join(repair.recaptured) or 'none'}")
+    say(f"{len(repair.captured)} missing parts captured: {', '.join(repair.captured) or 'none'}")
+    return repair.report

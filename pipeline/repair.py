@@ -1,0 +1,60 @@
+"""`verify --fix`: what is damaged or missing in a store is captured again from its shards, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cache import Report, StoreWriter, remove_parts, restore_manifest, verify
+from pipeline.capture import part_name
+from pipeline.config import Config
+from pipeline.errors import ConfigError, ShardError
+from pipeline.teacher import plan_capture, write_parts
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What was done, and what `verify --deep` finds after it."""
+
+    manifest_restored: bool
+    recaptured: tuple[str, ...]  # damaged parts
+    captured: tuple[str, ...]  # missing parts
+    report: Report
+
+
+def repair_store(config: Config, report: Report, *, say: Callable[[str], None]) -> Repair:
+    """Capture again the parts that a deep report finds damaged, and capture those that are missing.
+
+    Raises, before anything is removed, `FingerprintMismatch` if the config would write other values, and
+    `ConfigError` if it does not name the shard of a part. Files that the format does not know are left alone.
+    """
+    store = Path(report.path)
+    if store.resolve() != Path(config.cache.path).resolve():
+        raise ConfigError(
+            f"--fix: the config's cache.path is {config.cache.path}, not {store}; give the config that the store "
+            "was made with, or cache.path=... after it"
+        )
+    plan = plan_capture(config)
+    if manifest_restored := restore_manifest(store, plan.manifest):
+        say(f"{store}/manifest.json was lost or damaged; it is written again from the config")
+        report = verify(store, deep=True)  # which parts there should be is only known now
+    missing = [p.file.split("/")[1] for p in report.problems if p.kind == "missing part"]
+    damaged = [name for name in report.damaged_parts if name not in missing]
+    todo = tuple(_shard_of(name, plan.shards) for name in (*damaged, *missing))
+    # The store's own plan stays: what else the config may name is not captured here.
+    manifest = replace(plan.manifest, planned_parts=tuple(part_name(shard) for shard in todo))
+    StoreWriter.open(store, manifest)  # compares fingerprints, and puts lost group files back
+    remove_parts(store, damaged)
+    if broken := write_parts(replace(plan, shards=todo, manifest=manifest)).broken:
+        raise ShardError("; ".join(broken))
+    return Repair(manifest_restored, tuple(damaged), tuple(missing), verify(store, deep=True))
+
+
+def _shard_of(part: str, shards: Sequence[str]) -> str:
+    for shard in shards:
+        if part_name(shard) == part:
+            return shard
+    raise ConfigError(
+        f"--fix: part {part} is to be captured again, but data.shards names no shard {part}.tar; add it"
+    )

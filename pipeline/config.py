@@ -81,10 +81,14 @@ class TargetsConfig(create_model("Targets", __base__=Section, **_TARGETS)):
         return {name: getattr(self, name) for name in TARGETS if getattr(self, name)}
 
 
+MayDiffer = Literal["tokenizer", "template", "image_preprocessing", "capture"]
+
+
 class CacheConfig(Section):
-    """Where the store is."""
+    """Where the store is, and which fields of its fingerprint stage 2 lets differ, which is told and recorded."""
 
     path: str
+    allow_mismatch: list[MayDiffer] = []
 
 
 class LossesConfig(create_model("Losses", __base__=Section, **_LOSSES)):

@@ -37,11 +37,11 @@ def provenance(config: Config) -> dict[str, Any]:
     }
 
 
-def save_provenance(folder: Path, config: Config) -> None:
-    """Write `config.yaml` (usable as --config) and `provenance.json` into a run's folder."""
+def save_provenance(folder: Path, config: Config, **more: Any) -> None:
+    """Write `config.yaml` (usable as --config) and `provenance.json`, with `more` in it, into a run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
-    (folder / "provenance.json").write_text(json.dumps(provenance(config), indent=1) + "\n")
+    (folder / "provenance.json").write_text(json.dumps(provenance(config) | more, indent=1) + "\n")
 
 
 def finished_identity(mark: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from cache import Fingerprint, FingerprintMismatch, Store, digest_of
+from cache import Difference, Fingerprint, FingerprintMismatch, Store, digest_of
 from pipeline.config import Config
 from pipeline.dataset import JoinCollator, JoinedDataset, teacher_facts
 from pipeline.distiller import Distiller
@@ -40,14 +40,14 @@ def train_student(config: Config, folder: Path) -> Path:
     """
     preparation = Preparation.of(config.student.model, config.data)
     store = Store(config.cache.path)
-    check_fingerprint(store, config, preparation)
+    allowed = check_fingerprint(store, config, preparation)
     targets, data = needed_targets(config), config.data
     dataset = JoinedDataset(store, data.shards, preparation, targets=targets, fraction=data.fraction)
     finished, identity = folder / FINISHED, run_identity(config, store, num_samples=len(dataset))
     if finished_identity(finished) == identity:
         return folder / MODEL_FOLDER
     finished.unlink(missing_ok=True)
-    save_provenance(folder, config)
+    save_provenance(folder, config, allowed_mismatches=[asdict(difference) for difference in allowed])
     resumed = checkpoint_to_resume(config, folder, identity)
     trainer = build_trainer(config, folder, store, dataset, identity=identity)
     with redirect_stdout(sys.stderr):  # the Trainer prints its log; standard output is for results
@@ -109,20 +109,26 @@ def _is_whole(checkpoint: Path) -> bool:
     return (checkpoint / HEADS_FILE).is_file()
 
 
-def check_fingerprint(store: Store, config: Config, preparation: Preparation) -> None:
-    """Compare, field by field, what the store holds with what this config asks; raises `FingerprintMismatch`."""
+def check_fingerprint(store: Store, config: Config, preparation: Preparation) -> list[Difference]:
+    """Compare, field by field, what the store holds with what this config asks; raises `FingerprintMismatch`.
+
+    Fields of `cache.allow_mismatch` may differ: they are told on stderr and returned.
+    """
     stored = store.manifest.fingerprint
     # Teacher and dtype are stage 1's business; the store knows them and stage 2 has no other.
     capture = capture_settings(config, dtype=str(store.manifest.capture.get("dtype")))
     mine = Fingerprint(teacher=stored.teacher, capture=digest_of(capture), **preparation.digests())
     differences = store.manifest.differences(replace(store.manifest, fingerprint=mine, capture=capture))
-    if differences:
-        raise FingerprintMismatch(store.path, differences, remedy=REMEDY)
+    if refused := [d for d in differences if d.field not in config.cache.allow_mismatch]:
+        raise FingerprintMismatch(store.path, refused, remedy=REMEDY)
+    for d in differences:
+        print(f"cache.allow_mismatch: {d.field}: stored {d.stored}, mine {d.mine}", file=sys.stderr)
+    return differences
 
 
 REMEDY = (
     "set the config to what the store was made with (`alignkd info` shows it), or set cache.path to a new "
-    "store and run `alignkd teacher-cache`"
+    "store and run `alignkd teacher-cache`; where a field cannot matter, --allow-mismatch FIELD lets it differ"
 )
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +209,20 @@ def stored_arrays(store: Path) -> dict[str, Arrays]:
     return {key: opened.read(key, list(opened.manifest.specs)) for key in opened.keys()}  # noqa: SIM118
 
 
-def rewrite_store(source: Path, target: Path, change: Change) -> Path:
-    """A sound store that holds what `change` makes of each sample's own arrays."""
+def rewrite_store(
+    source: Path,
+    target: Path,
+    change: Change = lambda key, arrays: arrays,
+    *,
+    fingerprint: dict[str, str] | None = None,
+) -> Path:
+    """A sound store that holds what `change` makes of each sample's own arrays, made with another `fingerprint`."""
     old = Store(source)
     specs = old.manifest.specs
     of_image = [name for name, spec in specs.items() if spec.owner == "image"]
-    writer = StoreWriter.open(target, old.manifest)
+    stored = old.manifest
+    manifest = replace(stored, fingerprint=replace(stored.fingerprint, **(fingerprint or {})))
+    writer = StoreWriter.open(target, manifest)
     for name in old.parts:
         with writer.part(name, source={}) as part:
             for entry in old.entries(name):

@@ -17,6 +17,13 @@ Overrides = Annotated[
 ]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved config and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AllowMismatch = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-mismatch",
+        help="Field of the store's fingerprint that may differ: tokenizer, template, image_preprocessing or capture.",
+    ),
+]
 StorePath = Annotated[Path, typer.Argument(help="A store, such as runs/demo/teacher.zarr.")]
 
 
@@ -32,6 +39,12 @@ def load(config: Path, overrides: list[str] | None, print_config: bool = False) 
         print(to_yaml(settings), end="")
         raise typer.Exit()
     return settings
+
+
+def allowing(overrides: list[str] | None, allow_mismatch: list[str] | None) -> list[str]:
+    """Overrides with what --allow-mismatch says, which thus is recorded with the config."""
+    allowed = [f"cache.allow_mismatch=[{','.join(allow_mismatch)}]"] if allow_mismatch else []
+    return [*(overrides or []), *allowed]
 
 
 def say(line: str) -> None:

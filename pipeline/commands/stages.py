@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import AsJson, ConfigFile, Overrides, PrintConfig, load, print_reasons, say
+from pipeline.commands.options import (
+    AllowMismatch,
+    AsJson,
+    ConfigFile,
+    Overrides,
+    PrintConfig,
+    allowing,
+    load,
+    print_reasons,
+    say,
+)
 
 
 def pack(
@@ -81,12 +91,17 @@ def teacher_cache(
         raise typer.Exit(1)
 
 
-def distill(config: ConfigFile, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
+def distill(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+    allow_mismatch: AllowMismatch = None,
+) -> None:
     """Stage 2: train the student from the store; no teacher is loaded.
 
     With `baseline: true` the same student is also trained on labels alone, and both are compared.
     """
-    settings = load(config, overrides, print_config)
+    settings = load(config, allowing(overrides, allow_mismatch), print_config)
     from pipeline.experiment import run_experiment
 
     print(run_experiment(settings, say=say))

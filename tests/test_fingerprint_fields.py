@@ -1,4 +1,4 @@
-"""Every field of the fingerprint that stage 2 compares: the message, the exit code, and what --allow-mismatch does."""
+"""Every field of the fingerprint that stage 2 compares: message, exit code, and what --allow-mismatch does."""
 
 from __future__ import annotations
 

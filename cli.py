@@ -32,6 +32,7 @@ for command in (
     experiments.report,
     store.info,
     store.verify,
+    store.check,
 ):
     app.command()(command)
 app.add_typer(inspect.app, name="inspect")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,16 +136,10 @@ class Capture:
             return
         digests = [digest for item in batch for digest in item.sample.image_digests]
         vision = torch.stack([self.vision[digest] for digest in digests]) if digests else None
-        forward = self.teacher.forward(**pad_tokens([item.tokens for item in batch]), vision=vision)
-        captured = [
-            capture(settings, forward)
-            for name, settings in self.config.targets.active().items()
-            if (capture := TARGETS[name].capture) is not None
-        ]
-        for index, item in enumerate(batch):
-            arrays = {"input_ids": np.array(item.tokens.input_ids), "labels": np.array(item.tokens.labels)}
-            for samples in captured:
-                arrays |= samples[index]
+        targets = self.config.targets.active()
+        captured = captured_arrays(self.teacher, targets, [item.tokens for item in batch], vision)
+        for item, arrays in zip(batch, captured, strict=True):
+            arrays |= {"input_ids": np.array(item.tokens.input_ids), "labels": np.array(item.tokens.labels)}
             self._add(item, arrays, part)
 
     def _encode(self, batch: Sequence[Prepared], part: PartWriter) -> list[Prepared]:
@@ -193,6 +188,22 @@ class Capture:
         part.reject(key, error.reason, place=place)
         self.settled[place] = ""
         self.progress.reject()
+
+
+def captured_arrays(
+    teacher: Teacher,
+    targets: Mapping[str, Any],
+    tokens: Sequence[TokenizedSample],
+    vision: torch.Tensor | None,
+) -> list[dict[str, np.ndarray]]:
+    """What the targets keep of each sample of a batch, float32 or integers; `vision` 'I N D' of all its images."""
+    forward = teacher.forward(**pad_tokens(tokens), vision=vision)
+    captured: list[dict[str, np.ndarray]] = [{} for _ in tokens]
+    for name, settings in targets.items():
+        if (capture := TARGETS[name].capture) is not None:
+            for arrays, more in zip(captured, capture(settings, forward), strict=True):
+                arrays |= more
+    return captured
 
 
 def part_name(shard: str) -> str:

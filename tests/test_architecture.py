@@ -60,6 +60,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.emoji.looking",
         "pipeline.emoji.teacher",
     },
+    "upkeep": {"pipeline.check", "pipeline.describe_check", "pipeline.repair"},
     "comparison": {"pipeline.compare", "pipeline.curves", "pipeline.scores"},
     "inspection": {
         "pipeline.inspection",
@@ -72,7 +73,6 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.inspection.sources",
         "pipeline.inspection.token_text",
     },
-    "upkeep": {"pipeline.repair"},
     "stages": {"pipeline.packing", "pipeline.teacher", "pipeline.student", "pipeline.evaluate"},
     "stage parts": {
         "pipeline.capture",
@@ -182,6 +182,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "sweep": {"sweep", "comparison", "stages", "stage parts", "config", "models", "ground", "store"},
     "experiment": {"comparison", "stages", "stage parts", "config", "data", "models", "ground"},
+    "upkeep": {
+        "upkeep",
+        "comparison",
+        "stages",
+        "stage parts",
+        "config",
+        "distillation",
+        "ground",
+        "store",
+    },
     "comparison": {"stages", "stage parts", "config", "data", "models", "ground", "store"},
     "inspection": {
         "inspection",
@@ -193,7 +203,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ground",
         "store",
     },
-    "upkeep": {"stages", "stage parts", "config", "data", "ground", "store"},
     "stages": {"stage parts", "config", "distillation", "data", "models", "ground", "store"},
     "stage parts": {"stage parts", "config", "distillation", "data", "models", "ground", "store"},
     "config": {"config", "distillation", "ground"},

@@ -70,6 +70,37 @@ def verify(
         raise typer.Exit(1)
 
 
+def check(
+    store: StorePath,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples to capture again.")] = 64,
+    seed: Annotated[int, typer.Option(help="Which ones.")] = 0,
+    losses: Annotated[
+        bool, typer.Option(help="Also the losses of the config's student, and their gradients.")
+    ] = True,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="Where teacher and shards are; default: as in stage 1."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Capture some samples again with the live teacher; exit code 1 if a value is beyond its stated error.
+
+    Where no logits are stored a stub of the teacher suffices: a few percent of its weights.
+    """
+    from cache import Store
+    from pipeline.check import check_store
+    from pipeline.describe_check import describe_check
+    from pipeline.inspection.sources import stored_config
+
+    settings = load(config, None) if config else stored_config(Store(store))
+    here = settings.cache.model_copy(update={"path": str(store)})  # wherever it was made
+    settings = settings.model_copy(update={"cache": here})
+    found = check_store(settings, num_samples=samples, seed=seed, with_losses=losses)
+    print(json.dumps(found.to_json(), indent=1) if as_json else describe_check(found))
+    if not found.is_sound:
+        raise typer.Exit(1)
+
+
 def _fixed(config: Path, report: Report) -> Report:
     """Repair what the report finds, tell it line by line, and look again."""
     from pipeline.repair import repair_store

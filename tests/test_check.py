@@ -1,0 +1,105 @@
+"""`alignkd check`: a sound store passes with the errors that it states, another one does not."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+from small_experiment import copy_of_teacher, rewrite_store, weights
+
+import cli
+from cache import FingerprintMismatch
+from pipeline.check import check_store
+from pipeline.teacher import cache_teacher
+
+
+@pytest.fixture(scope="module")
+def coded(experiment, tmp_path_factory):
+    """A store with the lossy codecs, and its config."""
+    folder = tmp_path_factory.mktemp("coded")
+    codecs = ["targets.attention.codec=sqrt_uint8", "targets.vision.codec=fixed_point"]
+    config = experiment.config(folder, f"cache.path={folder}/store", *codecs)
+    cache_teacher(config)
+    return config
+
+
+def test_a_store_of_float32_is_what_the_teacher_says(experiment, tmp_path):
+    found = check_store(experiment.config(tmp_path), num_samples=100, seed=0)
+    assert found.is_sound and found.samples == 13 and not found.is_stub and found.dtype == "float32"
+    errors = {array.name: array.max_error for array in found.arrays}
+    assert set(errors) == {
+        "attention/layer_0", "attention/layer_1", "vision", "logits/ids", "logits/log_probs", "logits/tail",
+    }  # fmt: skip
+    assert max(errors[name] for name in ("attention/layer_0", "attention/layer_1", "vision")) < 1e-5
+    assert found.logits is not None and (found.logits.top1_agreement, found.logits.kl < 1e-4) == (1.0, True)
+    assert {loss.name for loss in found.losses} == {"attention", "vision_all", "vision_focus", "logits"}
+    for loss in found.losses:
+        assert loss.stored == pytest.approx(loss.live, rel=1e-3) and loss.gradient_cosine > 0.9999
+
+
+def test_lossy_codecs_are_within_the_error_that_they_state(coded):
+    found = check_store(coded, num_samples=100, seed=0)
+    arrays = {array.name: array for array in found.arrays}
+    assert found.is_sound
+    assert 0.1 < arrays["attention/layer_0"].of_limit <= 1 and 0.5 < arrays["vision"].of_limit <= 1
+    assert arrays["vision"].stated_error.startswith("|error| <= ")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("attention/layer_1", lambda values: values[:, ::-1]),
+        ("logits/ids", lambda values: values[:, ::-1]),
+        ("logits/log_probs", lambda values: values - np.float32(0.25)),
+    ],
+)
+def test_values_that_the_teacher_does_not_say_are_found(name, change, experiment, tmp_path):
+    store = rewrite_store(
+        experiment.store,
+        tmp_path / "store",
+        lambda key, arrays: arrays | {name: np.ascontiguousarray(change(arrays[name]))},
+    )
+    found = check_store(experiment.config(tmp_path, f"cache.path={store}"), num_samples=100, seed=0)
+    assert not found.is_sound
+    assert [array.name for array in found.arrays if array.of_limit > 1] == [name]
+
+
+def test_where_no_logits_are_stored_a_stub_checks(experiment, tmp_path):
+    without = ["targets.logits=null", "losses.logits=null", f"cache.path={tmp_path}/store"]
+    config = experiment.config(tmp_path, *without)
+    cache_teacher(config)
+    found = check_store(config, num_samples=4, seed=1, with_losses=False)
+    assert found.is_stub and found.is_sound and found.samples == 4 and found.logits is None
+    assert found.losses == () and found.losses_absent == "not asked for"
+
+
+def test_another_teacher_is_refused(experiment, tmp_path):
+    teacher = copy_of_teacher(experiment, tmp_path / "teacher")
+    tensors = weights(teacher)
+    tensors["model.norm.weight"][0] += 1e-3
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FingerprintMismatch, match="teacher: stored "):
+        check_store(experiment.config(tmp_path, f"teacher.model={teacher}"), num_samples=1, seed=0)
+
+
+def test_the_command_says_what_it_found_with_an_exit_code(experiment, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check", str(experiment.store), "--samples", "5"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert shown.startswith(f"5 samples captured again with {experiment.teacher} in float32\n\narray")
+    assert shown.endswith("\n\nevery value within its stated error\n")
+    assert "the same likeliest token at 100.00%" in shown
+
+    def change(key, arrays):
+        return arrays | {"logits/tail": arrays["logits/tail"] - 1}
+
+    store = rewrite_store(experiment.store, tmp_path / "store", change)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check", str(store), "--json", "--no-losses"])
+    assert stopped.value.code == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["is_sound"]
+    assert [array["name"] for array in found["arrays"] if array["of_limit"] > 1] == ["logits/tail"]

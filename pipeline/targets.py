@@ -130,7 +130,7 @@ def _pad_blocks(blocks: Sequence[Tensor]) -> Tensor:
 class VisionTarget(Section):
     """Projected vision features, once for each distinct image of a shard; `step` belongs to `fixed_point`."""
 
-    codec: Literal["fixed_point", "float16", "float32"] = "fixed_point"
+    codec: Literal["fixed_point", "int8", "float16", "float32"] = "fixed_point"
     step: float = Field(default=2**-7, gt=0)
 
 

@@ -132,6 +132,7 @@ FLOORS: dict[str, set[str]] = {
     "store": {
         "cache",
         "cache.arrays",
+        "cache.codec",
         "cache.codecs",
         "cache.documents",
         "cache.durable",
@@ -141,6 +142,7 @@ FLOORS: dict[str, set[str]] = {
         "cache.leases",
         "cache.part_reader",
         "cache.part_writer",
+        "cache.quantised",
         "cache.reader",
         "cache.records",
         "cache.repair",

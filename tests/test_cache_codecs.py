@@ -23,6 +23,8 @@ CASES: list[tuple[str, dict[str, Any], Any, st.SearchStrategy[Any]]] = [
     ("fixed_point", {"step": 4}, np.float32, st.floats(-131068, 131068, width=32)),
     ("sqrt_uint8", {}, np.float32, st.floats(0, 1, width=32)),
     ("sqrt_uint8", {}, np.float32, st.floats(0, 65504, width=32)),
+    ("int8", {}, np.float32, st.floats(-65504, 65504, width=32)),
+    ("int8", {}, np.float32, st.floats(-1, 1, width=32)),
 ]
 
 
@@ -70,6 +72,8 @@ def test_codes_by_hand() -> None:
     root = spec_of("sqrt_uint8", {}, row_shape=(3,))
     codes = encode_rows(root, np.float32([[0.25, 1.0, 0.0]]))
     assert codes[""].tolist() == [[128, 255, 0]] and codes["scale"].tolist() == [1.0]
+    scaled = encode_rows(spec_of("int8", {}, row_shape=(3,)), np.float32([[-2.0, 1.0, 0.0]]))
+    assert scaled[""].tolist() == [[-127, 64, 0]] and scaled["scale"].tolist() == [2.0]
 
 
 @given(st.floats(0, 65504, width=32))

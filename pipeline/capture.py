@@ -136,7 +136,7 @@ class Capture:
             return
         digests = [digest for item in batch for digest in item.sample.image_digests]
         vision = torch.stack([self.vision[digest] for digest in digests]) if digests else None
-        targets = self.config.targets.active()
+        targets = self.config.targets.cached()
         captured = captured_arrays(self.teacher, targets, [item.tokens for item in batch], vision)
         for item, arrays in zip(batch, captured, strict=True):
             arrays |= {"input_ids": np.array(item.tokens.input_ids), "labels": np.array(item.tokens.labels)}
@@ -177,7 +177,7 @@ class Capture:
             self.settled[item.place] = sample.key
 
     def _image_arrays(self, digest: str) -> dict[str, np.ndarray]:
-        return vision_array(self.vision[digest]) if "vision" in self.config.targets.active() else {}
+        return vision_array(self.vision[digest]) if "vision" in self.config.targets.cached() else {}
 
     def _reject(self, part: PartWriter, place: int, key: str, error: BadSample) -> None:
         if self.config.data.on_bad_sample == "fail":

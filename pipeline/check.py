@@ -95,7 +95,7 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
     store = Store(config.cache.path)
     if differences := store.manifest.differences(plan.manifest):
         raise FingerprintMismatch(store.path, differences, remedy=REMEDY)
-    dataset = JoinedDataset(store, config.data.shards, plan.preparation, targets=config.targets.active())
+    dataset = JoinedDataset(store, config.data.shards, plan.preparation, targets=config.targets.cached())
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:num_samples]
     stored = [dataset[int(number)] for number in sorted(chosen)]
     teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
@@ -120,7 +120,7 @@ def captured_again(config: Config, teacher: Teacher, samples: Sequence[JoinedSam
     if pixels:
         vision = dict(zip(pixels, teacher.encode_images(torch.stack(list(pixels.values()))), strict=True))
     in_order = [vision[digest] for sample in samples for digest in sample.image_digests]
-    targets = config.targets.active()
+    targets = config.targets.cached()
     stacked = torch.stack(in_order) if in_order else None
     captured = captured_arrays(teacher, targets, [sample.tokens for sample in samples], stacked)
     again = []
@@ -230,7 +230,7 @@ def _compare_losses(
     losses = {name: loss for name, loss in config.losses.active().items() if LOSSES[name].targets}
     torch.manual_seed(0)  # of the trained heads' first weights
     distiller = Distiller(load_student(config, store), losses, facts=teacher_facts(store)).float()
-    collate = JoinCollator(config.targets.active())
+    collate = JoinCollator(config.targets.cached())
     theirs, ours = (_terms(distiller, collate, samples) for samples in (stored, live))
     for name in losses:
         (value, gradient), (live_value, live_gradient) = theirs[name], ours[name]

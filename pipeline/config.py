@@ -74,14 +74,30 @@ _LOSSES: dict[str, Any] = {
 
 
 class TargetsConfig(create_model("Targets", __base__=Section, **_TARGETS)):
-    """What is kept of the teacher. A target left out (null) is not captured."""
+    """What is kept of the teacher. A target left out (null) is not captured.
+
+    `source: recompute` makes a target again in stage 2, beside the student, instead of storing it.
+    """
 
     def active(self) -> dict[str, Any]:
-        """The settings of the targets that are captured, by name."""
+        """The settings of the targets that losses may read, by name."""
         return {name: getattr(self, name) for name in TARGETS if getattr(self, name)}
+
+    def cached(self) -> dict[str, Any]:
+        """Those of `active` that stage 1 captures and the store holds."""
+        return {name: target for name, target in self.active().items() if _source(target) == "cache"}
+
+    def recomputed(self) -> dict[str, Any]:
+        """Those of `active` that stage 2 makes again with a stub of the teacher."""
+        return {name: target for name, target in self.active().items() if _source(target) == "recompute"}
 
 
 MayDiffer = Literal["tokenizer", "template", "image_preprocessing", "capture"]
+
+
+def _source(target: Any) -> str:
+    """Logits need the whole teacher, so they have no choice of source."""
+    return getattr(target, "source", "cache")
 
 
 class CacheConfig(Section):

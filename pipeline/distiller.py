@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,10 @@ class Terms:
     coverage: Tensor
 
 
+# A batch and the tower's features of its images -> fields of `TeacherTargets` that the store does not hold.
+Recompute = Callable[[Mapping[str, Any], Tensor | None], dict[str, Any]]
+
+
 class Distiller(nn.Module):
     """A student held to labels and teacher. Heads are parameters of this module, never of the student."""
 
@@ -38,17 +42,21 @@ class Distiller(nn.Module):
         *,
         facts: TeacherFacts,
         patch_feature_cache_bytes: int = 0,
+        recompute: Recompute | None = None,
     ):
         super().__init__()
         self.student = student
         self.losses = dict(losses)
         self.heads = build_heads(self.losses, student, facts)
         self.patch_features = TensorCache(patch_feature_cache_bytes)
+        self.recompute = recompute  # no module: nothing of a teacher is trained or saved
 
     def forward(self, batch: Mapping[str, Any]) -> Terms:
         """One batch of `JoinCollator`. Raises `JoinError` if a sample did not receive a target it must have."""
-        outputs, coverage = self._student_outputs(batch)
-        teacher = TeacherTargets(**batch["targets"])
+        patch_features = self._patch_features(batch)
+        outputs, coverage = self._student_outputs(batch, patch_features)
+        recomputed = self.recompute(batch, patch_features) if self.recompute else {}
+        teacher = TeacherTargets(**batch["targets"], **recomputed)
         for layer, attention in teacher.attention.items():
             rows, columns = outputs.slots.text.shape[1], outputs.slots.vision.shape[1]
             expect_shape(
@@ -63,8 +71,10 @@ class Distiller(nn.Module):
                 terms[name] = row.compute(outputs, teacher, head, settings)
         return Terms(terms, coverage)
 
-    def _student_outputs(self, batch: Mapping[str, Any]) -> tuple[StudentOutputs, Tensor]:
-        vision = self._encode(batch)
+    def _student_outputs(
+        self, batch: Mapping[str, Any], patch_features: Tensor | None
+    ) -> tuple[StudentOutputs, Tensor]:
+        vision = None if patch_features is None else self.student.encode_images(patch_features=patch_features)
         merged = self.student.merge_inputs(
             batch["input_ids"], vision, attention_mask=batch["attention_mask"], labels=batch["labels"]
         )
@@ -90,17 +100,16 @@ class Distiller(nn.Module):
         attention = self.losses.get("attention")
         return sorted({student_layer for _, student_layer in attention.layers}) if attention else []
 
-    def _encode(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """Vision tokens 'I N D' of the batch's images; the frozen tower's part from memory where it is held."""
+    def _patch_features(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """The frozen tower's features 'I M W' of the batch's images, from memory where they are held."""
         if batch["pixel_values"] is None:
             return None
         digests = batch["image_digests"]
         row = {digest: number for number, digest in enumerate(digests)}
-        features = self.patch_features.stack(
+        return self.patch_features.stack(
             digests,
             lambda fresh: self.student.patch_features(batch["pixel_values"][[row[d] for d in fresh]]),
         )
-        return self.student.encode_images(patch_features=features)
 
     def _check_coverage(self, batch: Mapping[str, Any], merged: MergedInputs) -> Tensor:
         """Share of samples that brought as many rows of every target as their own tokens ask for."""

@@ -74,7 +74,8 @@ class Preparation:
 
 def capture_settings(config: Config, *, dtype: str) -> dict[str, Any]:
     """Everything else that a cached value depends on: stage 1 writes it, stage 2 compares it."""
-    targets = {name: settings.model_dump(mode="json") for name, settings in config.targets.active().items()}
+    cached = config.targets.cached().items()
+    targets = {name: settings.model_dump(mode="json", exclude={"source"}) for name, settings in cached}
     return {"targets": targets, "max_length": config.data.max_length, "dtype": dtype}
 
 

@@ -24,6 +24,7 @@ from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.provenance import finished_identity, mark_finished, save_provenance
+from pipeline.recompute import load_recomputed
 from pipeline.trainer import HEADS_FILE, RUN_FILE, DistillTrainer
 from pipeline.training_arguments import OF_THE_LOG
 
@@ -133,9 +134,9 @@ REMEDY = (
 
 
 def needed_targets(config: Config) -> dict[str, Any]:
-    """The captured targets that the configured losses read, by name."""
+    """The stored targets that the configured losses read, by name."""
     read = {target for name in config.losses.active() for target in LOSSES[name].targets}
-    return {name: settings for name, settings in config.targets.active().items() if name in read}
+    return {name: settings for name, settings in config.targets.cached().items() if name in read}
 
 
 def build_trainer(
@@ -148,11 +149,13 @@ def build_trainer(
     arguments = training_arguments(config, folder)
     set_seed(arguments.seed)
     student = load_student(config, store)
+    reads_teacher = any(LOSSES[name].targets for name in config.losses.active())
     distiller = Distiller(
         student,
         config.losses.active(),
         facts=teacher_facts(store),
         patch_feature_cache_bytes=config.student.patch_feature_cache_bytes,
+        recompute=load_recomputed(config, store, device=arguments.device) if reads_teacher else None,
     )
     return DistillTrainer(
         model=distiller,

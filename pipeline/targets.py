@@ -50,9 +50,13 @@ class TeacherForward:
     num_vision_tokens: int
 
 
+Source = Literal["cache", "recompute"]
+
+
 class AttentionTarget(Section):
     """Text-to-vision attention of the teacher's layers: `heads: each`, or their `mean`."""
 
+    source: Source = "cache"
     layers: list[int] = Field(default=[0], min_length=1)
     heads: Literal["each", "mean"] = "mean"
     codec: Literal["sqrt_uint8", "float16", "float32"] = "sqrt_uint8"
@@ -130,6 +134,7 @@ def _pad_blocks(blocks: Sequence[Tensor]) -> Tensor:
 class VisionTarget(Section):
     """Projected vision features, once for each distinct image of a shard; `step` belongs to `fixed_point`."""
 
+    source: Source = "cache"
     codec: Literal["fixed_point", "int8", "float16", "float32"] = "fixed_point"
     step: float = Field(default=2**-7, gt=0)
 

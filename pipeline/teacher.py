@@ -79,7 +79,9 @@ def plan_capture(config: Config) -> CapturePlan:
     """Finds the shards, hashes tokenizer and teacher, and says what the store will hold."""
     shards = tuple(expand_shards(config.data.shards))
     preparation = Preparation.of(config.teacher.model, config.data)
-    plan = plan_teacher(config.teacher.model, targets=config.targets.active())
+    plan = plan_teacher(
+        config.teacher.model, targets=config.targets.cached(), vouching_for=config.targets.active()
+    )
     dtype, device = _compute_dtype(config, plan), _device(config.teacher.device)
     parts = [part_name(shard) for shard in shards]
     manifest = build_manifest(config, plan, preparation, dtype=dtype, parts=parts)
@@ -115,14 +117,15 @@ def build_manifest(
     capture = capture_settings(config, dtype=str(dtype).removeprefix("torch."))
     arrays = [
         array
-        for name, settings in config.targets.active().items()
+        for name, settings in config.targets.cached().items()
         for array in TARGETS[name].arrays(settings, plan.facts)
     ]
     return Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=Fingerprint(teacher=plan.digest, capture=digest_of(capture), **preparation.digests()),
         arrays=(*TOKEN_ARRAYS, *arrays),
-        teacher=asdict(plan.facts) | {"num_tensors_used": len(plan.tensors), "is_stub": plan.is_stub},
+        teacher=asdict(plan.facts)
+        | {"num_tensors_used": len(plan.tensors), "is_stub": plan.is_stub, "digests": plan.digests},
         capture=capture,
         provenance=provenance(config),
         planned_parts=tuple(parts),

@@ -81,6 +81,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.inputs",
         "pipeline.progress",
         "pipeline.provenance",
+        "pipeline.recompute",
         "pipeline.trainer",
         "pipeline.workers",
     },

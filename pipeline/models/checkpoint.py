@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,6 +21,11 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+
+def digest_of_tensors(digests: Mapping[str, str]) -> str:
+    """One digest of tensors by name."""
+    return blake3("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def checkpoint_folder(name: str) -> Path:
@@ -69,9 +74,11 @@ class Checkpoint:
 
         Equal for `.bin` and safetensors of one model.
         """
-        wanted = self.names() if names is None else names
-        parts = {name: _tensor_digest(tensor) for name, tensor in self.tensors(wanted)}
-        return blake3("".join(f"{name} {parts[name]}\n" for name in sorted(parts)).encode()).hexdigest()
+        return digest_of_tensors(self.tensor_digests(self.names() if names is None else names))
+
+    def tensor_digests(self, names: Iterable[str]) -> dict[str, str]:
+        """blake3 over dtype, shape and bytes of each tensor named."""
+        return {name: _tensor_digest(tensor) for name, tensor in self.tensors(names)}
 
     def _locate(self) -> dict[str, Path]:
         file = next((file for name in WEIGHT_FILES if (file := self.folder / name).is_file()), None)

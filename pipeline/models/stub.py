@@ -17,7 +17,7 @@ from torch import nn
 from transformers import CLIPVisionConfig
 
 from pipeline.errors import ConfigError
-from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.checkpoint import Checkpoint, digest_of_tensors
 from pipeline.models.configuration import read_config
 from pipeline.models.merge import IGNORE_INDEX, MergedInputs, merge_vision_tokens
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMConfig, MobileVLMForCausalLM
@@ -35,7 +35,8 @@ class TeacherPlan:
 
     `deepest` is the deepest decoder layer read (-1: none; None: the whole model). `digest` is of exactly these
     tensors as the checkpoint holds them: a stub and the whole model of one checkpoint have different digests,
-    a `.bin` and a safetensors copy the same.
+    a `.bin` and a safetensors copy the same. `digests` are of groups of tensors, which a smaller stub of the same
+    checkpoint shares: `vision`, `embeddings`, `layer 0 attention`, `layer 0`, ..., `head`.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +46,7 @@ class TeacherPlan:
     deepest: int | None
     tensors: tuple[str, ...]
     digest: str
+    digests: Mapping[str, str]
 
     @property
     def is_stub(self) -> bool:
@@ -53,7 +55,7 @@ class TeacherPlan:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded teacher, whole or stub."""
+    """A loaded teacher, whole or stub. No inference mode: what it computes may stand beside what is trained."""
 
     model: MobileVLMForCausalLM
     plan: TeacherPlan
@@ -68,12 +70,12 @@ class Teacher:
         attention = self.plan.targets.get("attention")
         return attention.layers if attention else ()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Projected vision features: 'I C Y X' -> 'I N D'."""
         return self.model.encode_images(pixel_values.to(self.device))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -141,15 +143,20 @@ def teacher_facts(name: str, config: MobileVLMConfig) -> TeacherFacts:
     )
 
 
-def plan_teacher(name: str, *, targets: Mapping[str, Any]) -> TeacherPlan:
+def plan_teacher(
+    name: str, *, targets: Mapping[str, Any], vouching_for: Mapping[str, Any] | None = None
+) -> TeacherPlan:
     """Find and hash the tensors that the targets need, in a checkpoint folder or hub id.
 
+    `digests` also cover what the targets of `vouching_for` need, which another stub will be loaded for.
     Raises `ConfigError` if the checkpoint lacks one of them.
     """
     checkpoint = Checkpoint(name)
     config = read_config(checkpoint.folder)
-    deepest = deepest_layer(targets)
-    tensors = needed_tensors(_model_tensors(config), config, deepest=deepest)
+    deepest, all_tensors = deepest_layer(targets), _model_tensors(config)
+    tensors = needed_tensors(all_tensors, config, deepest=deepest)
+    others = needed_tensors(all_tensors, config, deepest=deepest_layer(vouching_for or {}))
+    known = checkpoint.tensor_digests({*tensors, *others})
     return TeacherPlan(
         checkpoint=checkpoint,
         config=config,
@@ -157,8 +164,24 @@ def plan_teacher(name: str, *, targets: Mapping[str, Any]) -> TeacherPlan:
         targets=targets,
         deepest=deepest,
         tensors=tuple(tensors),
-        digest=checkpoint.digest(tensors),
+        digest=digest_of_tensors({name: known[name] for name in tensors}),
+        digests=_by_group(known),
     )
+
+
+def _by_group(digests: Mapping[str, str]) -> dict[str, str]:
+    groups: dict[str, dict[str, str]] = {}
+    for name, digest in digests.items():
+        groups.setdefault(_group(name), {})[name] = digest
+    return {group: digest_of_tensors(of_group) for group, of_group in sorted(groups.items())}
+
+
+def _group(name: str) -> str:
+    if name.startswith((TOWER_PREFIX, "model.mm_projector.")):
+        return "vision"
+    if layer := DECODER_LAYER.match(name):
+        return f"layer {layer[1]} attention" if layer[2] in TAPPED else f"layer {layer[1]}"
+    return "embeddings" if name == "model.embed_tokens.weight" else "head"
 
 
 def load_teacher(plan: TeacherPlan, *, dtype: torch.dtype, device: torch.device) -> Teacher:

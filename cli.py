@@ -33,6 +33,7 @@ for command in (
     store.info,
     store.verify,
     store.check,
+    store.plan,
 ):
     app.command()(command)
 app.add_typer(inspect.app, name="inspect")

@@ -32,7 +32,7 @@ from cache.part_writer import PartSummary, PartWriter
 from cache.reader import Store
 from cache.repair import remove_parts, restore_manifest
 from cache.schema import ArraySpec, Difference, Fingerprint, Manifest, SampleEntry, Span
-from cache.summary import ArraySummary, Summary, summarise
+from cache.summary import ArraySummary, PartSizes, Summary, part_sizes, summarise
 from cache.verify import Report, verify
 from cache.verify_part import Problem
 from cache.writer import StoreWriter
@@ -57,6 +57,7 @@ __all__ = [
     "Manifest",
     "NonFiniteValue",
     "PartClosed",
+    "PartSizes",
     "PartSummary",
     "PartWriter",
     "Problem",
@@ -77,6 +78,7 @@ __all__ = [
     "UnsupportedFormat",
     "ValueOutOfRange",
     "digest_of",
+    "part_sizes",
     "remove_parts",
     "restore_manifest",
     "summarise",

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.codecs import CODECS
+from cache.codecs import CODECS, stored_arrays
 from cache.documents import digest_of
 from cache.durable import files_below
+from cache.layout import PART_RECORD, ZARR_METADATA
 from cache.part_reader import FinishedPart
 from cache.reader import Store
 from cache.schema import ArraySpec
@@ -88,6 +89,45 @@ def summarise(path: str | Path) -> Summary:
         content=_content(store, parts),
         provenance=store.manifest.provenance,
     )
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """A part's bytes: those that any part of this store takes, and those that grow with its samples."""
+
+    samples: int
+    rejected: int
+    fixed_bytes: int  # metadata of groups and arrays, and part.json
+    array_bytes: dict[str, int]  # by array of the manifest
+    other_bytes: int  # the index and the rejects
+    seconds: float | None
+
+
+def part_sizes(path: str | Path) -> list[PartSizes]:
+    """Of every finished part, by the records alone."""
+    store = Store(path)
+    return [_sizes(FinishedPart(store.path, name, manifest=store.manifest), store) for name in store.parts]
+
+
+def _sizes(part: FinishedPart, store: Store) -> PartSizes:
+    files = {name: file.bytes for name, file in part.record.files.items()}
+    fixed = sum(size for name, size in files.items() if name.endswith(ZARR_METADATA))
+    arrays = {
+        spec.name: part.record.array_bytes(spec) - _metadata_bytes(spec, files)
+        for spec in store.manifest.arrays
+    }
+    return PartSizes(
+        samples=part.record.counts.cached,
+        rejected=part.record.counts.rejected,
+        fixed_bytes=fixed + (part.path / PART_RECORD).stat().st_size,
+        array_bytes=arrays,
+        other_bytes=sum(files.values()) - fixed - sum(arrays.values()),
+        seconds=part.record.seconds,
+    )
+
+
+def _metadata_bytes(spec: ArraySpec, files: dict[str, int]) -> int:
+    return sum(files[f"{stored.name(spec)}/{ZARR_METADATA}"] for stored in stored_arrays(spec))
 
 
 def _content(store: Store, parts: list[FinishedPart]) -> str:

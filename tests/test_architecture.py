@@ -60,7 +60,13 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.emoji.looking",
         "pipeline.emoji.teacher",
     },
-    "upkeep": {"pipeline.check", "pipeline.describe_check", "pipeline.repair"},
+    "upkeep": {
+        "pipeline.check",
+        "pipeline.describe_check",
+        "pipeline.describe_plan",
+        "pipeline.plan",
+        "pipeline.repair",
+    },
     "comparison": {"pipeline.compare", "pipeline.curves", "pipeline.scores"},
     "inspection": {
         "pipeline.inspection",
@@ -192,6 +198,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "stage parts",
         "config",
         "distillation",
+        "data",
         "ground",
         "store",
     },

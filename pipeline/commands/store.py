@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.options import AsJson, StorePath, load, say
+from pipeline.commands.options import AsJson, ConfigFile, Overrides, StorePath, load, say
 
 if TYPE_CHECKING:
     from cache import Report
@@ -98,6 +98,33 @@ def check(
     found = check_store(settings, num_samples=samples, seed=seed, with_losses=losses)
     print(json.dumps(found.to_json(), indent=1) if as_json else describe_check(found))
     if not found.is_sound:
+        raise typer.Exit(1)
+
+
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=8, help="Samples to probe, of up to eight shards.")] = 256,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(help="Room for the store, such as 500GB: the first settings that fit are chosen."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a store will take before anything is written: bytes by target, hours, the disk, store or recompute.
+
+    Real samples are probed with the real teacher, on this machine. Exit code 1 if the store does not fit on the disk.
+    """
+    settings = load(config, overrides)
+    from pipeline.describe_plan import describe_plan, parse_bytes
+    from pipeline.plan import plan_store, plan_within
+
+    if max_bytes is None:
+        found = plan_store(settings, num_samples=samples)
+    else:
+        found = plan_within(settings, max_bytes=parse_bytes(max_bytes), num_samples=samples)
+    print(json.dumps(found.to_json(), indent=1) if as_json else describe_plan(found))
+    if not found.fits:
         raise typer.Exit(1)
 
 

@@ -1,0 +1,258 @@
+"""`alignkd plan`: what a store will take, from a probe of real samples, before anything is written.
+
+The probe goes through stage 1 itself, into a temporary store: so its bytes are those of the codecs, its speed that of
+this machine. What a part's files take whatever it holds, and what they take for each sample, are told apart.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cache import CODECS, PartSizes, part_sizes
+from pipeline.capture import part_name
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.shards import Sample, read_shard
+from pipeline.targets import TARGETS
+from pipeline.teacher import CapturePlan, plan_capture, write_parts
+
+PROBED_SHARDS = 8
+TAR_BLOCK = 512
+LARGE_BYTES = 100_000  # of a sample's target: from here on reading it is no longer free
+READ_BYTES_PER_SECOND = (
+    200e6  # of a disk or a network that stage 2 reads from: an assumption, and said to be one
+)
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """A target: bytes for a sample and in all, its stated errors, and whether to store it or make it again."""
+
+    name: str
+    source: str
+    bytes_per_sample: float
+    total_bytes: float
+    stated_errors: dict[str, str]
+    advice: str
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """What stage 1 will write. `num_samples_known`: counted when packed; else estimated from the shards' bytes."""
+
+    path: str
+    num_shards: int
+    num_samples: int
+    num_samples_known: bool
+    probed_samples: int
+    bytes_per_sample: float
+    total_bytes: float
+    free_bytes: int
+    seconds: float
+    targets: tuple[TargetPlan, ...]
+    settings: dict[str, Any]  # overrides of the config that make it so; {} for the config as it is
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.free_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"fits": self.fits}
+
+
+def plan_store(config: Config, *, num_samples: int = 256) -> StorePlan:
+    """Probe and extrapolate. Raises what stage 1 would raise of the config, the shards and the teacher."""
+    plan = plan_capture(config)
+    with tempfile.TemporaryDirectory() as folder:
+        probe = _probe(plan, Path(folder), num_samples=num_samples)
+        return _extrapolate(plan, probe)
+
+
+def plan_within(config: Config, *, max_bytes: float, num_samples: int = 256) -> StorePlan:
+    """The first that fits of ever cheaper settings, those of the config first. Raises `ConfigError` if none does."""
+    smallest = None
+    for settings in cheaper_settings(config):
+        plan = plan_store(_with(config, settings), num_samples=num_samples)
+        plan = replace(plan, settings=settings)
+        if plan.total_bytes <= max_bytes:
+            return plan
+        smallest = plan if smallest is None or plan.total_bytes < smallest.total_bytes else smallest
+    assert smallest is not None
+    raise ConfigError(
+        f"--max-bytes: even with {_spelled(smallest.settings)} the store takes {smallest.total_bytes:,.0f} bytes, "
+        f"not {max_bytes:,.0f}; cache fewer shards, or give it more room"
+    )
+
+
+def cheaper_settings(config: Config) -> Iterator[dict[str, Any]]:
+    """Overrides of the config, each set smaller on the disk than the one before; {} first."""
+    active = config.targets.active()
+    settings: dict[str, Any] = {}
+    yield {}
+    steps: list[dict[str, Any]] = []
+    if "attention" in active:
+        steps.append({"targets.attention.source": "recompute"})
+    if "vision" in active:
+        steps += [{"targets.vision.codec": "int8"}, {"targets.vision.source": "recompute"}]
+    if "logits" in active:
+        steps += [{"targets.logits.top_k": k} for k in (16, 8) if k < active["logits"].top_k]
+    for step in steps:
+        settings = {**settings, **step}
+        yield settings
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Parts of a few shards' first samples, and the bytes of the shards that these samples take."""
+
+    parts: list[PartSizes]
+    shard_bytes: int
+    store_bytes: int  # of the manifest and the groups' metadata
+
+    def each(self, of_part: Callable[[PartSizes], float]) -> float:
+        """Mean over samples."""
+        return sum(map(of_part, self.parts)) / max(1, sum(part.samples for part in self.parts))
+
+
+def _probe(plan: CapturePlan, folder: Path, *, num_samples: int) -> Probe:
+    """Stage 1 of the first samples of a few shards, into a store that is thrown away."""
+    shards = _evenly(plan.shards, PROBED_SHARDS)
+    heads = [_head(shard, folder, max(1, num_samples // len(shards))) for shard in shards]
+    manifest = replace(plan.manifest, planned_parts=tuple(part_name(head) for head in heads))
+    config = _with(plan.config, {"cache.path": str(folder / "probe.zarr"), "data.shards": heads})
+    with redirect_stderr(io.StringIO()):  # the probe's own progress would be taken for stage 1's
+        write_parts(replace(plan, config=config, shards=tuple(heads), manifest=manifest))
+    store = folder / "probe.zarr"
+    documents = [*store.glob("*.json"), *store.glob("parts/*.json")]
+    return Probe(
+        parts=part_sizes(store),
+        shard_bytes=sum(Path(head).stat().st_size for head in heads),
+        store_bytes=sum(file.stat().st_size for file in documents),
+    )
+
+
+def _head(shard: str, folder: Path, num_samples: int) -> str:
+    """A tar of a shard's first samples, as they stand there."""
+    end = 0
+    for item in islice(read_shard(shard), num_samples):
+        if isinstance(item, Sample):
+            end = max(end, *(span.offset + span.size for span in (item.json_span, *item.image_spans)))
+    target = folder / Path(shard).name
+    with open(shard, "rb") as whole:
+        target.write_bytes(whole.read(-(-end // TAR_BLOCK) * TAR_BLOCK) + bytes(2 * TAR_BLOCK))
+    return str(target)
+
+
+def _extrapolate(plan: CapturePlan, probe: Probe) -> StorePlan:
+    counted = _counted_samples(plan.shards)
+    shard_bytes = sum(Path(shard).stat().st_size for shard in plan.shards)
+    seen = sum(part.samples + part.rejected for part in probe.parts)
+    num_samples = counted if counted is not None else round(shard_bytes * seen / probe.shard_bytes)
+    cached = num_samples * (seen - sum(part.rejected for part in probe.parts)) / max(1, seen)
+    fixed = len(plan.shards) * sum(part.fixed_bytes for part in probe.parts) / len(probe.parts)
+    total = (
+        probe.store_bytes
+        + fixed
+        + cached * probe.each(lambda part: part.other_bytes + sum(part.array_bytes.values()))
+    )
+    seconds_each = probe.each(lambda part: part.seconds or 0.0)
+    return StorePlan(
+        path=plan.config.cache.path,
+        num_shards=len(plan.shards),
+        num_samples=num_samples,
+        num_samples_known=counted is not None,
+        probed_samples=seen,
+        bytes_per_sample=total / max(1.0, cached),
+        total_bytes=total,
+        free_bytes=shutil.disk_usage(_existing(Path(plan.config.cache.path))).free,
+        seconds=num_samples * seconds_each,
+        targets=tuple(_targets(plan, probe, cached)),
+        settings={},
+    )
+
+
+def _targets(plan: CapturePlan, probe: Probe, num_samples: float) -> Iterator[TargetPlan]:
+    for name, settings in plan.config.targets.active().items():
+        specs = TARGETS[name].arrays(settings, plan.teacher.facts)
+        is_cached = name in plan.config.targets.cached()
+        each = (
+            probe.each(lambda part, s=specs: sum(part.array_bytes[x.name] for x in s)) if is_cached else 0.0
+        )
+        yield TargetPlan(
+            name=name,
+            source="cache" if is_cached else "recompute",
+            bytes_per_sample=each,
+            total_bytes=each * num_samples,
+            stated_errors={s.name: CODECS[s.codec].stated_error(s.options) for s in specs}
+            if is_cached
+            else {},
+            advice=_advice(name, settings, plan, each),
+        )
+
+
+def _advice(name: str, settings: Any, plan: CapturePlan, bytes_each: float) -> str:
+    """Store or recompute, by what a sample costs either way: reading its bytes, or the stub's forward."""
+    depth = TARGETS[name].deepest(settings)
+    if depth is None:
+        return "store: it needs the whole teacher"
+    layers = f"the tower, the projector and {depth} of {plan.teacher.facts.num_layers} layers"
+    reading = 1000 * bytes_each / READ_BYTES_PER_SECOND
+    if depth >= plan.teacher.facts.num_layers // 4:
+        return f"store: making it again runs {layers} for every sample of every epoch"
+    if bytes_each > LARGE_BYTES:
+        return f"recompute: {reading:.1f} ms to read a sample, or the stub's {layers}"
+    return (
+        f"store: {reading:.2f} ms to read a sample"
+        if bytes_each
+        else f"recompute: no bytes; the stub runs {layers}"
+    )
+
+
+def _counted_samples(shards: Sequence[str]) -> int | None:
+    """By the pack.json beside the shards; None if one of them is not in one."""
+    counts: dict[str, int] = {}
+    for folder in {Path(shard).parent for shard in shards}:
+        try:
+            packed = json.loads((folder / "pack.json").read_text())["shards"]
+            counts |= {str(folder / shard["name"]): int(shard["num_samples"]) for shard in packed}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+    return (
+        sum(counts[str(Path(shard))] for shard in shards)
+        if all(str(Path(s)) in counts for s in shards)
+        else None
+    )
+
+
+def _with(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """The config with `section.key` set; checked as a whole again."""
+    values = config.model_dump()
+    for key, value in overrides.items():
+        *sections, last = key.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return Config.model_validate(values)
+
+
+def _evenly(shards: Sequence[str], count: int) -> list[str]:
+    count = min(count, len(shards))
+    return [shards[number * len(shards) // count] for number in range(count)]
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def _spelled(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items()) or "the config as it is"

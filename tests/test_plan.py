@@ -1,0 +1,126 @@
+"""`alignkd plan`: within 5% of what is then written, and the cheapest settings that fit."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from small_experiment import one, picture, text
+
+import cli
+from cache import part_sizes, summarise
+from pipeline.describe_plan import parse_bytes
+from pipeline.errors import ConfigError
+from pipeline.packing import pack
+from pipeline.plan import cheaper_settings, plan_store, plan_within
+from pipeline.teacher import cache_teacher
+
+WORDS = ("red", "green", "circle", "triangle", "line", "image", "colour", "blue", "shape", "brown")
+
+
+@pytest.fixture(scope="module")
+def many(experiment, tmp_path_factory):
+    """120 samples of many lengths in three shards, of 40 images and of none; the overrides that cache them."""
+    folder = tmp_path_factory.mktemp("plan")
+    chance = random.Random(0)
+    (folder / "images").mkdir()
+    for number in range(40):
+        (folder / "images" / f"{number}.png").write_bytes(picture(number))
+    records = []
+    for number in range(120):
+        words = " ".join(chance.choice(WORDS) for _ in range(chance.randint(3, 30)))
+        make = text if number % 10 == 9 else lambda name, *turns, n=number: one(name, n // 3, *turns)
+        records.append(make(f"s{number}", f"{words}?", chance.choice(WORDS)))
+    (folder / "records.json").write_text(json.dumps(records))
+    pack(folder / "records.json", folder / "shards", image_folder=folder / "images", samples_per_shard=40)
+    return [f"data.shards={folder}/shards", "data.max_length=400"]
+
+
+CODED = ["targets.attention.codec=sqrt_uint8", "targets.vision.codec=fixed_point"]
+
+
+@pytest.mark.parametrize("settings", [[], CODED], ids=["float32", "coded"])
+@pytest.mark.parametrize("is_counted", [True, False])
+def test_the_plan_is_within_5_percent_of_what_is_written(is_counted, settings, many, experiment, tmp_path):
+    config = experiment.config(tmp_path, *many, *settings, f"cache.path={tmp_path}/store")
+    if not is_counted:
+        linked = tmp_path / "shards"
+        linked.mkdir()
+        for shard in sorted((tmp_path / many[0].removeprefix("data.shards=")).glob("*.tar")):
+            (linked / shard.name).symlink_to(shard)
+        config = experiment.config(
+            tmp_path, *many, *settings, f"cache.path={tmp_path}/store", f"data.shards={linked}"
+        )
+    plan = plan_store(config, num_samples=60)
+    assert (plan.num_samples_known, plan.probed_samples, plan.num_shards) == (is_counted, 60, 3)
+    assert not (tmp_path / "store").exists()
+    cache_teacher(config)
+    written = summarise(tmp_path / "store")
+    assert plan.num_samples == pytest.approx(120, rel=0.05)
+    assert plan.total_bytes == pytest.approx(written.bytes, rel=0.05)
+    for target in plan.targets:
+        arrays = [part.array_bytes for part in part_sizes(tmp_path / "store")]
+        written_bytes = sum(part[name] for part in arrays for name in target.stated_errors)
+        assert target.total_bytes == pytest.approx(written_bytes, rel=0.2)  # of 6 kB, headers are a part
+    assert plan.seconds > 0 and plan.fits
+
+
+def test_cheaper_settings_grow_smaller_until_only_logits_are_stored(experiment, tmp_path):
+    ladder = list(cheaper_settings(experiment.config(tmp_path)))
+    assert ladder[0] == {} and ladder[-1] == {
+        "targets.attention.source": "recompute", "targets.vision.codec": "int8", "targets.vision.source": "recompute",
+    }  # fmt: skip
+
+
+def test_the_first_settings_that_fit_are_chosen(many, experiment, tmp_path):
+    config = experiment.config(tmp_path, *many, f"cache.path={tmp_path}/store")
+    whole = plan_store(config, num_samples=60)
+    assert plan_within(config, max_bytes=whole.total_bytes * 1.01, num_samples=60).settings == {}
+    less = plan_within(config, max_bytes=whole.total_bytes * 0.99, num_samples=60)
+    assert less.settings == {"targets.attention.source": "recompute"} and less.total_bytes < whole.total_bytes
+    assert {target.name: target.source for target in less.targets} == {
+        "attention": "recompute", "vision": "cache", "logits": "cache",
+    }  # fmt: skip
+    with pytest.raises(
+        ConfigError,
+        match=r"--max-bytes: even with .*source=recompute the store takes [\d,]+ bytes, not 1,000",
+    ):
+        plan_within(config, max_bytes=1000, num_samples=60)
+
+
+def test_the_command_tells_bytes_hours_disk_and_advice(experiment, many, tmp_path, capsys):
+    command = [
+        "plan",
+        "--config",
+        str(experiment.file),
+        *many,
+        f"cache.path={tmp_path}/store",
+        "--samples",
+        "24",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command)
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert shown.startswith(
+        f"{tmp_path}/store: 3 shards, 120 samples (counted when packed); 24 probed\n\ntarget"
+    )
+    assert "logits: store: it needs the whole teacher" in shown and "hours on this machine" in shown
+    assert "disk: " in shown and not (tmp_path / "store").exists()
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--max-bytes", "1GB", "--json"])
+    assert json.loads(capsys.readouterr().out)["settings"] == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("500GB", 500e9), ("1.5 TiB", 1.5 * 2**40), ("1000", 1000), ("2MB", 2e6)]
+)
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "5 parsecs", "-1GB"])
+def test_what_is_no_size_is_a_sentence(text):
+    with pytest.raises(ConfigError, match=r"expected a size such as 500GB"):
+        parse_bytes(text)

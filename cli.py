@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from pipeline.commands import experiments, inspect, stages, store
+from pipeline.commands import experiments, inspect, reshape, stages, store
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a check failed or the work could not be done; 2 a wrong command line or config;
@@ -34,8 +34,11 @@ for command in (
     store.verify,
     store.check,
     store.plan,
+    reshape.merge,
+    reshape.gc,
 ):
     app.command()(command)
+app.command("slice")(reshape.slice_)
 app.add_typer(inspect.app, name="inspect")
 
 

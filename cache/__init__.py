@@ -16,6 +16,7 @@ from cache.errors import (
     KeyNotInStore,
     NonFiniteValue,
     PartClosed,
+    PartConflict,
     RefusedValue,
     SchemaError,
     StoreNotFound,
@@ -32,6 +33,8 @@ from cache.part_writer import PartSummary, PartWriter
 from cache.reader import Store
 from cache.repair import remove_parts, restore_manifest
 from cache.schema import ArraySpec, Difference, Fingerprint, Manifest, SampleEntry, Span
+from cache.scratch import sweep_dead, sweep_old
+from cache.subset import merge_stores, slice_store
 from cache.summary import ArraySummary, PartSizes, Summary, part_sizes, summarise
 from cache.verify import Report, verify
 from cache.verify_part import Problem
@@ -57,6 +60,7 @@ __all__ = [
     "Manifest",
     "NonFiniteValue",
     "PartClosed",
+    "PartConflict",
     "PartSizes",
     "PartSummary",
     "PartWriter",
@@ -78,9 +82,13 @@ __all__ = [
     "UnsupportedFormat",
     "ValueOutOfRange",
     "digest_of",
+    "merge_stores",
     "part_sizes",
     "remove_parts",
     "restore_manifest",
+    "slice_store",
     "summarise",
+    "sweep_dead",
+    "sweep_old",
     "verify",
 ]

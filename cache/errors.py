@@ -10,6 +10,7 @@ CacheError
 ├── PartClosed              a part writer used after it was committed or left
 ├── ArrayMismatch           arrays handed to a writer that do not fit their specs
 ├── CountMismatch           samples that were seen but neither cached nor rejected
+├── PartConflict            two stores to be merged that hold different parts of one name
 ├── DuplicateKey            one sample key twice
 ├── DuplicateImage          one image twice in a part
 ├── UnknownImage            a sample that points at an image its part does not hold
@@ -114,6 +115,14 @@ class CountMismatch(CacheError):
         super().__init__(
             f"Part {part!r}: {seen} samples were seen, but {cached} cached + {rejected} rejected = "
             f"{cached + rejected}; add or reject every sample before commit."
+        )
+
+
+class PartConflict(CacheError):
+    def __init__(self, part: str, *, stores: tuple[Path, Path]) -> None:
+        super().__init__(
+            f"Part {part!r} is in {stores[0]} and in {stores[1]}, with different content; "
+            "leave one of them out with `alignkd slice`."
         )
 
 

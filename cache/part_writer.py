@@ -193,20 +193,28 @@ class PartWriter:
             write_array(directory / stored.name(spec), stored, rows=_joined(pieces, stored), axes=axes)
 
     def _publish(self, directory: Path, record: PartRecord) -> PartSummary:
-        """The first writer wins; what lies in the way and is no finished part is replaced."""
-        while not publish(directory, self._target):
-            try:
-                winner = read_part_record(self._target, contents=record.contents)
-            except CorruptFile:
-                aside = new_scratch(self._store, f"{self._name}.damaged")
-                with suppress(FileNotFoundError):  # another writer is doing the same
-                    publish(self._target, aside)
-                remove(aside)
-                continue
+        winner = publish_part(directory, self._target, record, store=self._store)
+        if winner is not None:
             self._close()
             return _summary(winner, self._manifest, already_done=True)
         self._directory = None
         return _summary(record, self._manifest, already_done=False)
+
+
+def publish_part(directory: Path, target: Path, record: PartRecord, *, store: Path) -> PartRecord | None:
+    """Rename a finished part to its place; None, or the record of the part that another writer put there first.
+
+    What lies in the way and is no finished part is replaced.
+    """
+    while not publish(directory, target):
+        try:
+            return read_part_record(target, contents=record.contents)
+        except CorruptFile:
+            aside = new_scratch(store, f"{target.name}.damaged")
+            with suppress(FileNotFoundError):  # another writer is doing the same
+                publish(target, aside)
+            remove(aside)
+    return None
 
 
 def describe_files(directory: Path) -> dict[str, FileRecord]:

@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +38,24 @@ def scratch_owner(name: str) -> ScratchOwner | None:
     return ScratchOwner(match[1], int(match[2])) if match else None
 
 
-def sweep(store: Path) -> list[str]:
+def sweep_dead(store: Path) -> list[str]:
     """Remove what processes of this host that no longer run left in tmp/; returns the names removed."""
     entries = sorted(scratch_path(store).iterdir())
     dead = [entry for entry in entries if (owner := scratch_owner(entry.name)) and owner.is_dead]
     for entry in dead:
         remove(entry)
     return [entry.name for entry in dead]
+
+
+def sweep_old(store: Path, *, seconds: float) -> list[str]:
+    """Remove all of tmp/ that nothing touched for so long, whoever's it is; returns the names removed."""
+    removed = []
+    for entry in sorted(scratch_path(store).iterdir()) if scratch_path(store).is_dir() else []:
+        files = [entry, *entry.rglob("*")] if entry.is_dir() and not entry.is_symlink() else [entry]
+        if time.time() - max(file.lstat().st_mtime for file in files) > seconds:
+            remove(entry)
+            removed.append(entry.name)
+    return removed
 
 
 def remove(path: Path) -> None:

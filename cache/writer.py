@@ -30,7 +30,7 @@ from cache.leases import lease, sweep_leases
 from cache.part_writer import PartWriter
 from cache.records import read_part_record
 from cache.schema import Manifest, check_format
-from cache.scratch import new_scratch, sweep
+from cache.scratch import new_scratch, sweep_dead
 
 _REMEDY = "Restore the settings that the store was written with, or write to another directory."
 
@@ -57,7 +57,7 @@ class StoreWriter:
         with _locked(path):
             stored = _united(path, manifest)
             _prepare_directories(path)
-            sweep(path)
+            sweep_dead(path)
             sweep_leases(path)
             _write_manifest(path, stored)
         return cls(path, stored)

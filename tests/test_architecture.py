@@ -24,6 +24,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.commands.experiments",
         "pipeline.commands.inspect",
         "pipeline.commands.options",
+        "pipeline.commands.reshape",
         "pipeline.commands.stages",
         "pipeline.commands.store",
     },
@@ -66,6 +67,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.describe_plan",
         "pipeline.plan",
         "pipeline.repair",
+        "pipeline.slices",
     },
     "comparison": {"pipeline.compare", "pipeline.curves", "pipeline.scores"},
     "inspection": {
@@ -155,6 +157,7 @@ FLOORS: dict[str, set[str]] = {
         "cache.repair",
         "cache.schema",
         "cache.scratch",
+        "cache.subset",
         "cache.summary",
         "cache.verify",
         "cache.verify_part",

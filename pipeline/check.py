@@ -231,7 +231,7 @@ def _compare_losses(
     torch.manual_seed(0)  # of the trained heads' first weights
     distiller = Distiller(load_student(config, store), losses, facts=teacher_facts(store)).float()
     collate = JoinCollator(config.targets.cached())
-    theirs, ours = (_terms(distiller, collate, samples) for samples in (stored, live))
+    theirs, ours = (loss_terms(distiller, collate, samples) for samples in (stored, live))
     for name in losses:
         (value, gradient), (live_value, live_gradient) = theirs[name], ours[name]
         norms = gradient.norm() * live_gradient.norm()
@@ -239,7 +239,7 @@ def _compare_losses(
         yield LossCheck(name, value, live_value, cosine)
 
 
-def _terms(
+def loss_terms(
     distiller: Distiller, collate: JoinCollator, samples: Sequence[JoinedSample]
 ) -> dict[str, tuple[float, torch.Tensor]]:
     """Loss -> its mean over the samples, and the gradient of that in all trained parameters as one vector."""

@@ -50,6 +50,7 @@ def describe_store(store: Summary) -> str:
         "",
         *(f"  {count:,} rejected: {reason}" for reason, count in rejects.items()),
         f"  made        {made.get('created', '?')} by `{made.get('command', '?')}`",
+        f"  content     {store.content}",
         f"  commit      {made.get('git_commit') or 'not in a checkout'}",
         f"  versions    {', '.join(f'{n} {v}' for n, v in made.get('versions', {}).items())}",
         *(f"  {name.replace('_', ' '):<19} {digest[:16]}" for name, digest in store.fingerprint.items()),

@@ -2,7 +2,7 @@
 
 python bench/codecs.py                                     the demo's teacher and samples, with its store
 
-Samples are captured once, unrounded; every codec then encodes them, compresses them as the store does and decodes them.
+Samples are captured once, unrounded; every codec then encodes, compresses and decodes them as the store would.
 Errors of a loss are relative, at a student's first weights; `1 - cosine` is of the gradient in all of its parameters.
 """
 

@@ -48,7 +48,8 @@ def restore_manifest(path: str | Path, manifest: Manifest) -> bool:
 
 def _readable_parts(store: Path, manifest: Manifest) -> list[str]:
     """Parts whose record can be read, all of them of this manifest's fingerprint and arrays."""
-    names, contents = [], manifest.contents_digest()
+    names: list[str] = []
+    contents = manifest.contents_digest()
     for mark in sorted(parts_path(store).glob(f"*/{PART_RECORD}")):
         try:
             record = read_part_record(mark.parent)

@@ -49,7 +49,7 @@ def sweep_dead(store: Path) -> list[str]:
 
 def sweep_old(store: Path, *, seconds: float) -> list[str]:
     """Remove all of tmp/ that nothing touched for so long, whoever's it is; returns the names removed."""
-    removed = []
+    removed: list[str] = []
     for entry in sorted(scratch_path(store).iterdir()) if scratch_path(store).is_dir() else []:
         files = [entry, *entry.rglob("*")] if entry.is_dir() and not entry.is_symlink() else [entry]
         if time.time() - max(file.lstat().st_mtime for file in files) > seconds:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 
-from cache import PartSummary, PartWriter, RefusedValue, SampleEntry, StoreWriter
+from cache import PartSummary, PartWriter, RefusedValue, SampleEntry, Span, StoreWriter
 from pipeline.config import Config
 from pipeline.conversation import TokenizedSample
 from pipeline.errors import BadSample, ShardError
 from pipeline.inputs import Preparation, pad_tokens
 from pipeline.models.stub import Teacher
 from pipeline.progress import Progress
-from pipeline.shards import Rejected, Sample, read_shard
+from pipeline.shards import Rejected, Sample, read_shard, read_span
 from pipeline.targets import TARGETS, vision_array
 
 FIRST_BATCH_SIZE = {"cuda": 128, "cpu": 16}  # of `batch_size: auto`, which goes down from here and never up
@@ -69,22 +70,24 @@ class Capture:
         started = time.monotonic()
         source = {"shard": Path(shard).name, "bytes": Path(shard).stat().st_size}
         with store.part(part_name(shard), source=source) as part:
-            items = list(read_shard(shard, max_pixels=self.config.data.max_image_pixels))
-            if not items:  # a file of nothing but zeros is a tar, too
+            prepared = list(self._prepared(part))
+            num_seen = len(prepared) + len(self.settled)
+            if not num_seen:  # a file of nothing but zeros is a tar, too
                 raise ShardError(
                     f"{shard} holds no sample; make or copy it again, or take it out of data.shards."
                 )
-            self.progress.begin_shard(shard, num_samples=len(items))
-            for batch in self._batches(longest_first(list(self._prepared(items, part)))):
+            self.progress.begin_shard(shard, num_samples=num_seen, done=len(self.settled))
+            for batch in self._batches(longest_first(prepared)):
                 self._capture_or_halve(batch, part)
                 self.progress.advance(len(batch))
-            summary = part.commit(seen=len(items), seconds=round(time.monotonic() - started, 3))
+            summary = part.commit(seen=num_seen, seconds=round(time.monotonic() - started, 3))
         self.cached |= {key: part_name(shard) for key in self.settled.values() if key}
         self.progress.end_shard(summary)
         return summary
 
-    def _prepared(self, items: Sequence[Sample | Rejected], part: PartWriter) -> Iterator[Prepared]:
+    def _prepared(self, part: PartWriter) -> Iterator[Prepared]:
         """The shard's usable samples; the others are rejected here."""
+        items = read_shard(self.shard, max_pixels=self.config.data.max_image_pixels)
         for place, item in enumerate(items):
             try:
                 if isinstance(item, Rejected):
@@ -92,13 +95,14 @@ class Capture:
                 yield self._prepare(place, item)
             except BadSample as error:
                 self._reject(part, place, item.key, error)
-                self.progress.advance(1)
 
     def _prepare(self, place: int, sample: Sample) -> Prepared:
         if (part := self.cached.get(sample.key)) is not None:
             raise BadSample("key occurs in another shard", f"the part {part} holds it")
         tokens = self.preparation.tokenize(sample.conversations)
-        return Prepared(place, sample, tokens, self.preparation.merged_length(tokens.input_ids))
+        # A shard's images may be gigabytes: they are read again, batch by batch.
+        without_images = replace(sample, images=())
+        return Prepared(place, without_images, tokens, self.preparation.merged_length(tokens.input_ids))
 
     def _batches(self, items: Sequence[Prepared]) -> Iterator[Sequence[Prepared]]:
         start = 0
@@ -125,7 +129,7 @@ class Capture:
             self._capture_or_halve(batch[start : start + half], part)
 
     def _reject_too_large(self, item: Prepared, part: PartWriter, reason: str) -> None:
-        images = len(item.sample.images)
+        images = len(item.sample.image_digests)
         size = f"{item.length} positions, {images} image{'' if images == 1 else 's'}: {reason}"
         self._reject(part, item.place, item.sample.key, BadSample("does not fit into memory", size))
 
@@ -148,9 +152,9 @@ class Capture:
         usable = []
         for item in batch:
             try:
-                for digest, data in zip(item.sample.image_digests, item.sample.images, strict=True):
+                for digest, span in zip(item.sample.image_digests, item.sample.image_spans, strict=True):
                     if digest not in self.vision and digest not in fresh:
-                        fresh[digest] = self.preparation.preprocess(data)
+                        fresh[digest] = self.preparation.preprocess(self._image(digest, span))
                 usable.append(item)
             except BadSample as error:
                 self._reject(part, item.place, item.sample.key, error)
@@ -162,6 +166,14 @@ class Capture:
             )
         self.vision = kept
         return usable
+
+    def _image(self, digest: str, span: Span) -> bytes:
+        data = read_span(self.shard, span)
+        if blake3(data).hexdigest() != digest:
+            raise ShardError(
+                f"{self.shard} changed while it was read: restore it, and run the command again."
+            )
+        return data
 
     def _add(self, item: Prepared, arrays: dict[str, np.ndarray], part: PartWriter) -> None:
         sample = item.sample

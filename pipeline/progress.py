@@ -29,12 +29,13 @@ class Progress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.close()
 
-    def begin_shard(self, shard: str, *, num_samples: int) -> None:
+    def begin_shard(self, shard: str, *, num_samples: int, done: int = 0) -> None:
         """A shard of so many samples, which count alike: its bytes are behind them when all are done."""
         self.shard_bytes = Path(shard).stat().st_size
         self.bytes_each = self.shard_bytes / num_samples
         self.shard_read = 0
         self.shard_done = 0
+        self.advance(done)
 
     def advance(self, num_samples: int) -> None:
         """So many samples more are done: captured, or rejected."""

@@ -278,3 +278,12 @@ def test_a_key_of_another_shard_is_rejected_where_it_occurs_again(in_two_runs, e
     store = Store(config.cache.path)
     assert sorted(store.keys()) == ["a", "b", "c"] and summary.rejected == 1
     assert store.rejects("second") == [("b", "key occurs in another shard: the part first holds it")]
+
+
+def test_a_shard_that_changes_while_it_is_read_gets_no_part(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.capture.read_span", lambda shard, span: b"other bytes")
+    run = cache_teacher(experiment.config(tmp_path, f"cache.path={tmp_path}/store"))
+    assert run.parts_written == 0 and Store(tmp_path / "store").parts == ()
+    assert run.broken[0].endswith(
+        "shard-000000.tar changed while it was read: restore it, and run the command again."
+    )

@@ -107,6 +107,10 @@ def write_parts(plan: CapturePlan, worker: Worker = ALONE) -> CacheSummary:
                     if config.data.on_bad_sample == "fail":
                         raise
                     broken.append(str(error))
+    if worker.world_size > 1:
+        len(
+            Store(config.cache.path)
+        )  # workers do not see each other's keys: one that occurs twice is told here
     return _summary(config, summaries, parts_found=len(shards) - len(todo), broken=broken)
 
 

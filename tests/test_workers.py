@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cache import Store, summarise, verify
+from cache import DuplicateKey, Store, merge_stores, summarise, verify
 from pipeline.errors import ConfigError
 from pipeline.teacher import cache_teacher
 from pipeline.workers import Worker, worker_of
@@ -106,3 +107,17 @@ def test_the_shard_of_a_killed_worker_is_taken_over(experiment, tmp_path):
     assert Store(store).missing_parts == ()
     assert summarise(store).content == summarise(experiment.store).content
     assert not list((store / "leases").iterdir())
+
+
+def test_a_key_that_two_workers_cached_is_told(experiment, tmp_path):
+    for number in range(2):  # the same samples as two shards, each of its own worker
+        shard = tmp_path / "shards" / f"copy-{number}.tar"
+        shard.parent.mkdir(exist_ok=True)
+        shutil.copy(experiment.shard(0), shard)
+        cache_teacher(experiment.config(tmp_path, f"data.shards={shard}", f"cache.path={tmp_path}/{number}"))
+    merge_stores([Store(tmp_path / "0"), Store(tmp_path / "1")], tmp_path / "both")
+    both = experiment.config(tmp_path, f"data.shards={tmp_path}/shards", f"cache.path={tmp_path}/both")
+    with pytest.raises(
+        DuplicateKey, match=r"appears in parts 'copy-0' and 'copy-1'; give every sample of all shards"
+    ):
+        cache_teacher(both, Worker(0, 2))

@@ -28,7 +28,14 @@ class TeacherConfig(Section):
     model: str
     dtype: DType = "auto"
     device: str = "auto"
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    batch_size: int | Literal["auto"] = "auto"
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _auto_or_a_number(cls, value: Any) -> Any:
+        if value != "auto" and not (type(value) is int and value >= 1):
+            raise ValueError(f"expected auto, or a number from 1 on, found {value!r}")
+        return value
 
 
 class StudentConfig(Section):

@@ -145,7 +145,7 @@ def test_an_override_that_cannot_be_applied_is_named(override, said, complaint):
         ("losses.atention={}", "losses.atention: unknown key; did you mean 'attention'?"),
         ("losses.attention.wieght=2", "losses.attention.wieght: unknown key; did you mean 'weight'?"),
         ("targets.logits.topk=2", "targets.logits.topk: unknown key; did you mean 'top_k'?"),
-        ("cache.zzz=1", "cache.zzz: unknown key; known: path"),
+        ("cache.zzz=1", "cache.zzz: unknown key; known: allow_mismatch, path"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest_known_one(override, line, complaint):
@@ -157,7 +157,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(override, line, c
     [
         ("student.model=null", "student.model: Input should be a valid string, found None"),
         ("data.template=v2", "data.template: Input should be 'plain', 'v1' or 'chatml', found 'v2'"),
-        ("teacher.batch_size=0", "teacher.batch_size: Input should be greater than or equal to 1, found 0"),
+        ("teacher.batch_size=0", "teacher.batch_size: expected auto, or a number from 1 on, found 0"),
         ("losses.supervised.weight=-1", "losses.supervised.weight: Input should be greater than or equal"),
         ("losses.supervised.weight=.nan", "losses.supervised.weight: Input should be greater than or equal"),
         ("losses.logits.temperature=0", "losses.logits.temperature: Input should be greater than 0"),

@@ -134,9 +134,7 @@ class PartWriter:
             seconds=seconds,
             files=describe_files(directory),
         )
-        sync_tree(directory)
-        write_file(directory / PART_RECORD, document_bytes(record.to_json()))
-        sync_directory(directory)
+        seal_part(directory, record)
         return self._publish(directory, record)
 
     def _check_open(self) -> Path:
@@ -199,6 +197,13 @@ class PartWriter:
             return _summary(winner, self._manifest, already_done=True)
         self._directory = None
         return _summary(record, self._manifest, already_done=False)
+
+
+def seal_part(directory: Path, record: PartRecord) -> None:
+    """Force all that is there to the disk, and then the done-mark: it must not be there before what it lists."""
+    sync_tree(directory)
+    write_file(directory / PART_RECORD, document_bytes(record.to_json()))
+    sync_directory(directory)
 
 
 def publish_part(directory: Path, target: Path, record: PartRecord, *, store: Path) -> PartRecord | None:

@@ -10,11 +10,11 @@ from pathlib import Path
 from cache.arrays import write_group
 from cache.codecs import stored_arrays
 from cache.documents import document_bytes
-from cache.durable import hash_file, sync_directory, sync_tree, write_file
+from cache.durable import hash_file, write_file
 from cache.errors import CorruptPart, FingerprintMismatch, PartConflict, UnknownArray
-from cache.layout import INDEX, PART_RECORD, REJECTS, parent_groups, part_path
+from cache.layout import INDEX, REJECTS, parent_groups, part_path
 from cache.part_reader import FinishedPart
-from cache.part_writer import describe_files, publish_part
+from cache.part_writer import describe_files, publish_part, seal_part
 from cache.reader import Store
 from cache.records import PartRecord, read_part_record
 from cache.schema import Manifest
@@ -89,9 +89,7 @@ def _copy(part: FinishedPart, writer: StoreWriter) -> None:
         write_file(folder / INDEX, document_bytes(replace(part.index, row_offsets=rows).to_json()))
         contents = writer.manifest.contents_digest()
         record = replace(part.record, contents=contents, files=describe_files(folder))
-        sync_tree(folder)
-        write_file(folder / PART_RECORD, document_bytes(record.to_json()))
-        sync_directory(folder)
+        seal_part(folder, record)
         publish_part(folder, part_path(writer.path, part.path.name), record, store=writer.path)
     finally:
         remove(folder)

@@ -20,7 +20,7 @@ from pipeline.errors import BadSample, ShardError
 from pipeline.inputs import Preparation, pad_tokens
 from pipeline.models.stub import Teacher
 from pipeline.progress import Progress
-from pipeline.shards import Rejected, Sample, read_shard, read_span
+from pipeline.shards import Rejected, Sample, part_name, read_shard, read_span
 from pipeline.targets import TARGETS, vision_array
 
 FIRST_BATCH_SIZE = {"cuda": 128, "cpu": 16}  # of `batch_size: auto`, which goes down from here and never up
@@ -216,11 +216,6 @@ def captured_arrays(
             for arrays, more in zip(captured, capture(settings, forward), strict=True):
                 arrays |= more
     return captured
-
-
-def part_name(shard: str) -> str:
-    """A shard's part in the store carries its name."""
-    return Path(shard).name.removesuffix(".tar")
 
 
 def longest_first(items: Sequence[Prepared]) -> list[Prepared]:

@@ -105,7 +105,7 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
         samples=len(stored),
         teacher=config.teacher.model,
         is_stub=plan.teacher.is_stub,
-        dtype=str(plan.dtype).removeprefix("torch."),
+        dtype=plan.manifest.capture["dtype"],
         arrays=tuple(_compare_arrays(plan, stored, live)),
         logits=_compare_logits(stored, live),
         losses=tuple(_compare_losses(config, store, stored, live)) if with_losses else (),
@@ -135,7 +135,7 @@ def captured_again(config: Config, teacher: Teacher, samples: Sequence[JoinedSam
 def _compare_arrays(
     plan: CapturePlan, stored: Sequence[JoinedSample], live: Sequence[JoinedSample]
 ) -> Iterator[ArrayCheck]:
-    rounding = ROUNDING[str(plan.dtype).removeprefix("torch.")]
+    rounding = ROUNDING[plan.manifest.capture["dtype"]]
     for spec in plan.manifest.arrays:
         if spec.name not in stored[0].arrays:
             continue  # tokens: the join compared them

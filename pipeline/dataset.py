@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from pipeline.conversation import TokenizedSample
 from pipeline.errors import BadSample, ConfigError, JoinError
 from pipeline.inputs import Preparation, pad_tokens
 from pipeline.memory import BoundedCache, TensorCache
-from pipeline.shards import expand_shards, parse_record, read_span
+from pipeline.shards import expand_shards, parse_record, part_name, read_span
 from pipeline.targets import TARGETS, TeacherFacts
 
 PIXEL_CACHE_BYTES = 256 * 2**20
@@ -67,7 +66,7 @@ class JoinedDataset(Dataset[JoinedSample]):
         self.store = store
         self.preparation = preparation
         self.targets = targets
-        self.shards = {Path(shard).name.removesuffix(".tar"): shard for shard in expand_shards(shards)}
+        self.shards = {part_name(shard): shard for shard in expand_shards(shards)}
         if missing := sorted(self.shards.keys() - set(store.parts)):
             raise ConfigError(
                 f"{store.path} has no finished part for {len(missing)} of {len(self.shards)} shards, "

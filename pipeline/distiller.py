@@ -104,12 +104,7 @@ class Distiller(nn.Module):
         """The frozen tower's features 'I M W' of the batch's images, from memory where they are held."""
         if batch["pixel_values"] is None:
             return None
-        digests = batch["image_digests"]
-        row = {digest: number for number, digest in enumerate(digests)}
-        return self.patch_features.stack(
-            digests,
-            lambda fresh: self.student.patch_features(batch["pixel_values"][[row[d] for d in fresh]]),
-        )
+        return self.patch_features.of_images(batch, self.student.patch_features)
 
     def _check_coverage(self, batch: Mapping[str, Any], merged: MergedInputs) -> Tensor:
         """Share of samples that brought as many rows of every target as their own tokens ask for."""

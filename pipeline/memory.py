@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,13 @@ class TensorCache(BoundedCache[Tensor]):
         if name not in self.held and value.nbytes <= self.max_bytes:
             super().put(name, value.detach().clone())
         return value
+
+    def of_images(self, batch: Mapping[str, Any], compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """Features of a batch's images, in order; `compute` makes those not held from their pixels 'I C Y X'."""
+        row = {digest: number for number, digest in enumerate(batch["image_digests"])}
+        return self.stack(
+            batch["image_digests"], lambda fresh: compute(batch["pixel_values"][[row[d] for d in fresh]])
+        )
 
     def stack(self, names: Sequence[str], compute: Callable[[list[str]], Tensor]) -> Tensor:
         """The tensors of `names`, in order and stacked; `compute` makes those not held, each distinct one once.

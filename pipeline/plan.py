@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from cache import CODECS, PartSizes, part_sizes
-from pipeline.capture import part_name
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.shards import Sample, read_shard
+from pipeline.shards import Sample, part_name, read_shard
 from pipeline.targets import TARGETS
 from pipeline.teacher import CapturePlan, plan_capture, write_parts
 

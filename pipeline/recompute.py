@@ -60,11 +60,7 @@ class RecomputedTargets:
         if self.shares_tower:
             assert patch_features is not None
             return self.teacher.model.encode_images(patch_features=patch_features)
-        row = {digest: number for number, digest in enumerate(batch["image_digests"])}
-        return self.vision.stack(
-            batch["image_digests"],
-            lambda fresh: self.teacher.encode_images(batch["pixel_values"][[row[d] for d in fresh]]),
-        )
+        return self.vision.of_images(batch, self.teacher.encode_images)
 
 
 def load_recomputed(config: Config, store: Store, *, device: torch.device) -> RecomputedTargets | None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cache import Report, StoreWriter, remove_parts, restore_manifest, verify
-from pipeline.capture import part_name
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ShardError
+from pipeline.shards import part_name
 from pipeline.teacher import plan_capture, write_parts
 
 

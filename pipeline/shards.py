@@ -69,6 +69,11 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
     return paths
 
 
+def part_name(shard: str) -> str:
+    """A shard's part in the store carries its name."""
+    return Path(shard).name.removesuffix(".tar")
+
+
 def read_shard(path: str | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Sample | Rejected]:
     """Every sample of a shard in its order, the unusable ones as `Rejected`; one sample in memory at a time.
 

@@ -18,14 +18,14 @@ from cache import (
     StoreWriter,
     digest_of,
 )
-from pipeline.capture import Capture, part_name
+from pipeline.capture import Capture
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ShardError
 from pipeline.inputs import Preparation, capture_settings
 from pipeline.models.stub import TeacherPlan, load_teacher, plan_teacher
 from pipeline.progress import Progress
 from pipeline.provenance import provenance
-from pipeline.shards import expand_shards
+from pipeline.shards import expand_shards, part_name
 from pipeline.targets import TARGETS
 from pipeline.workers import ALONE, Worker, shards_to_write
 

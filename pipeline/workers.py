@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cache import StoreWriter
-from pipeline.capture import part_name
 from pipeline.errors import ConfigError
+from pipeline.shards import part_name
 
 POLL_SECONDS = 5.0  # between two looks at shards that others are at work on
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, cast
 
 from cache.durable import hash_bytes
 from cache.errors import CorruptFile
+from cache.place import Place
 
 CHECKSUM = "checksum"
 
@@ -28,10 +28,13 @@ def document_bytes(content: dict[str, Any]) -> bytes:
     return canonical_json({**content, CHECKSUM: digest_of(content)})
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """The content that `document_bytes` was given; CorruptFile if one byte of the file differs."""
+def read_document(path: Place, data: bytes | None = None) -> dict[str, Any]:
+    """The content that `document_bytes` was given; CorruptFile if one byte of the file differs.
+
+    `data` are the file's bytes, where they were read before.
+    """
     try:
-        data = path.read_bytes()
+        data = path.read_bytes() if data is None else data
     except OSError as error:
         raise CorruptFile(path, f"it cannot be read ({error.strerror})") from error
     try:
@@ -42,7 +45,7 @@ def read_document(path: Path) -> dict[str, Any]:
     return _checked_content(path, document, same_bytes=data == canonical)
 
 
-def _checked_content(path: Path, document: object, *, same_bytes: bool) -> dict[str, Any]:
+def _checked_content(path: Place, document: object, *, same_bytes: bool) -> dict[str, Any]:
     if not isinstance(document, dict) or not same_bytes:
         raise CorruptFile(path, "its bytes are not the canonical JSON object this format writes")
     content = cast(dict[str, Any], document)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from blake3 import blake3
@@ -53,10 +54,15 @@ def publish(directory: Path, target: Path) -> bool:
 
 def hash_file(path: Path) -> str:
     """blake3 of the file's bytes, in hex."""
-    digest = blake3()
     with open(path, "rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
+        return hash_blocks(iter(lambda: file.read(_BLOCK_BYTES), b""))
+
+
+def hash_blocks(blocks: Iterable[bytes]) -> str:
+    """blake3 of bytes that come in blocks, in hex."""
+    digest = blake3()
+    for block in blocks:
+        digest.update(block)
     return digest.hexdigest()
 
 

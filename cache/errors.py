@@ -2,6 +2,7 @@
 
 CacheError
 ├── StoreNotFound           there is no store where one was asked for
+├── StoreUnreachable        a server does not answer, or refuses
 ├── UnsupportedFormat       the store was written in a format version this code does not read
 ├── FingerprintMismatch     the store holds something else than what is asked of it
 ├── SchemaError             a record does not say what it must
@@ -28,10 +29,10 @@ CacheError
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cache.place import Place
     from cache.schema import Difference
 
 
@@ -49,15 +50,22 @@ NOTHING = _Nothing()
 
 
 class StoreNotFound(CacheError):
-    def __init__(self, path: Path, found: str) -> None:
+    def __init__(self, path: Place, found: str) -> None:
         super().__init__(
             f"No teacher store at {path}: asked for a directory with a manifest.json, found {found}; "
             "write one with `alignkd teacher-cache`, or correct the path."
         )
 
 
+class StoreUnreachable(CacheError):
+    def __init__(
+        self, url: str, reason: str, *, remedy: str = "check the URL, the network and the credentials"
+    ) -> None:
+        super().__init__(f"{url} cannot be reached ({reason}); {remedy}.")
+
+
 class UnsupportedFormat(CacheError):
-    def __init__(self, file: str | Path, *, found: object, readable: int) -> None:
+    def __init__(self, file: str | Place, *, found: object, readable: int) -> None:
         self.file, self.found = file, found
         super().__init__(
             f"{file} is of store format {found!r}, this version reads format {readable}; "
@@ -68,7 +76,7 @@ class UnsupportedFormat(CacheError):
 class FingerprintMismatch(CacheError):
     """Carries `differences`, so that a caller can print them its own way."""
 
-    def __init__(self, path: Path, differences: Iterable[Difference], *, remedy: str) -> None:
+    def __init__(self, path: Place, differences: Iterable[Difference], *, remedy: str) -> None:
         self.differences = tuple(differences)
         listed = "; ".join(f"{d.field}: stored {d.stored}, mine {d.mine}" for d in self.differences)
         super().__init__(f"The store at {path} holds something else than what was asked: {listed}. {remedy}")
@@ -119,7 +127,7 @@ class CountMismatch(CacheError):
 
 
 class PartConflict(CacheError):
-    def __init__(self, part: str, *, stores: tuple[Path, Path]) -> None:
+    def __init__(self, part: str, *, stores: tuple[Place, Place]) -> None:
         super().__init__(
             f"Part {part!r} is in {stores[0]} and in {stores[1]}, with different content; "
             "leave one of them out with `alignkd slice`."
@@ -152,12 +160,12 @@ class UnknownImage(CacheError):
 
 
 class UnknownArray(CacheError):
-    def __init__(self, name: str, *, known: Iterable[str], path: Path) -> None:
+    def __init__(self, name: str, *, known: Iterable[str], path: Place) -> None:
         super().__init__(f"The store at {path} has no array {name!r}; it has {', '.join(sorted(known))}.")
 
 
 class UnknownPart(CacheError):
-    def __init__(self, part: str, *, path: Path, num_parts: int) -> None:
+    def __init__(self, part: str, *, path: Place, num_parts: int) -> None:
         super().__init__(
             f"The store at {path} has no finished part {part!r} among its {num_parts}; "
             "see `alignkd info`, or finish it with `alignkd teacher-cache`."
@@ -165,7 +173,7 @@ class UnknownPart(CacheError):
 
 
 class KeyNotInStore(CacheError):
-    def __init__(self, key: str, *, path: Path, num_samples: int, num_missing_parts: int) -> None:
+    def __init__(self, key: str, *, path: Place, num_samples: int, num_missing_parts: int) -> None:
         super().__init__(
             f"Sample key {key!r} is not among the {num_samples} samples of the store at {path} "
             f"({num_missing_parts} planned parts are not finished); see the parts' rejects.jsonl, "
@@ -197,7 +205,7 @@ class CorruptFile(CacheError):
         "run `alignkd verify` on the store to see what else is damaged, and restore the file from a copy."
     )
 
-    def __init__(self, file: Path, detail: str, *, key: str = "") -> None:
+    def __init__(self, file: Place, detail: str, *, key: str = "") -> None:
         self.file, self.detail, self.key = file, detail, key
         asked = f" (reading sample {key!r})" if key else ""
         super().__init__(f"{file} is damaged{asked}: {detail}; {self.remedy}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from cache.errors import CorruptPart, SchemaError
 from cache.layout import INDEX
+from cache.place import Place
 from cache.records import read_part_file
 from cache.schema import ArraySpec, Manifest, SampleEntry, Span, take, take_all
 
@@ -41,6 +41,13 @@ class PartIndex:
     def sample_rows(self, sample: int, name: str) -> tuple[int, int]:
         offsets = self.row_offsets[name]
         return int(offsets[sample]), int(offsets[sample + 1])
+
+    def row_spans(self, sample: int, spec: ArraySpec) -> list[tuple[int, int]]:
+        """Where a sample's rows lie, start..stop: one span, or one for each of its images, in order."""
+        if spec.owner == "image":
+            return [(number, number + 1) for number in self.image_rows(sample)]
+        start, stop = self.sample_rows(sample, spec.name)
+        return [(start, stop)] if stop > start else []
 
     def num_rows(self, spec: ArraySpec) -> int:
         """The length that every stored array of `spec` must have."""
@@ -142,9 +149,9 @@ def _expect_offsets(field: str, offsets: Offsets, *, samples: int, end: int | No
         raise SchemaError(field, expected=expected, found=offsets.tolist())
 
 
-def read_part_index(part: Path, manifest: Manifest) -> PartIndex:
+def read_part_index(part: Place, manifest: Manifest, *, data: bytes | None = None) -> PartIndex:
     """index.json, checked, with row offsets for exactly the sample-owned arrays of the manifest."""
-    index = read_part_file(part / INDEX, PartIndex.from_json)
+    index = read_part_file(part / INDEX, PartIndex.from_json, data=data)
     names = sorted(spec.name for spec in manifest.arrays if spec.owner == "sample")
     if sorted(index.row_offsets) != names:
         problem = SchemaError("rows", expected=f"offsets of {names}", found=sorted(index.row_offsets))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import overload
 
 from cache.errors import UnsafeName
+from cache.place import Place
 
 FORMAT_VERSION = 1
 
@@ -30,7 +32,11 @@ def parts_path(store: Path) -> Path:
     return store / PARTS
 
 
-def part_path(store: Path, part: str) -> Path:
+@overload
+def part_path(store: Path, part: str) -> Path: ...
+@overload
+def part_path(store: Place, part: str) -> Place: ...
+def part_path(store: Place, part: str) -> Place:
     """A part's directory; UnsafeName if the name could leave the store."""
     return store / PARTS / check_part_name(part)
 

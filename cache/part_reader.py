@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
-from cache.arrays import OpenArray, open_array
+from cache.chunks import OpenArray, Wanted, open_arrays
 from cache.codecs import StoredArray
 from cache.index import PartIndex, read_part_index
-from cache.layout import part_path
+from cache.layout import INDEX, part_path
+from cache.mirror import Mirror
+from cache.place import Place, RemotePath
 from cache.records import PartRecord, read_part_record
 from cache.schema import ArraySpec, Manifest
 
@@ -15,32 +17,53 @@ from cache.schema import ArraySpec, Manifest
 class FinishedPart:
     """Reading, and nothing else, raises CorruptPart where the part is not what it says."""
 
-    def __init__(self, store: Path, name: str, *, manifest: Manifest) -> None:
+    def __init__(self, store: Place, name: str, *, manifest: Manifest, mirror: Mirror | None = None) -> None:
         self.path = part_path(store, name)
         self._manifest = manifest
+        self._mirror = mirror
+        self.record_data: bytes | None = None  # the files' bytes, where they came with those of other parts
+        self.index_data: bytes | None = None
         self._record: PartRecord | None = None
         self._index: PartIndex | None = None
         self._arrays: dict[str, OpenArray] = {}
 
     @property
     def record(self) -> PartRecord:
+        """part.json. From then on what it lists may come from the mirror, which keeps files by such a record."""
         if self._record is None:
-            self._record = read_part_record(self.path, contents=self._manifest.contents_digest())
+            contents = self._manifest.contents_digest()
+            self._record = read_part_record(self.path, contents=contents, data=self.record_data)
+            if self._mirror and isinstance(self.path, RemotePath):
+                self.path = RemotePath(self.path.url, self._mirror.of(self._record.version()))
+            self.record_data = None
         return self._record
 
     @property
     def index(self) -> PartIndex:
         if self._index is None:
-            self._index = read_part_index(self.path, self._manifest)
+            self._index = read_part_index(self.path, self._manifest, data=self.index_data)
+            self.index_data = None
         return self._index
 
-    def array(self, spec: ArraySpec, stored: StoredArray) -> OpenArray:
-        name = stored.name(spec)
-        if name not in self._arrays:
-            self._arrays[name] = open_array(
-                self.path, name, stored=stored, rows=self.index.num_rows(spec), files=self.record.files
-            )
-        return self._arrays[name]
+    @property
+    def index_file(self) -> Place | None:
+        """Where the index is to be read from; None if it was."""
+        if self._index is not None or self.index_data is not None:
+            return None
+        if self._mirror:
+            self.record  # noqa: B018 - it says which version of the file the mirror may have
+        return self.path / INDEX
+
+    def arrays(self, wanted: Sequence[tuple[ArraySpec, StoredArray]]) -> list[OpenArray]:
+        """The stored arrays, those that were not asked for before opened together."""
+        todo = [
+            Wanted(stored.name(spec), stored, self.index.num_rows(spec))
+            for spec, stored in wanted
+            if stored.name(spec) not in self._arrays
+        ]
+        opened = open_arrays(self.path, todo, files=self.record.files) if todo else []
+        self._arrays |= {one.name: array for one, array in zip(todo, opened, strict=True)}
+        return [self._arrays[stored.name(spec)] for spec, stored in wanted]
 
     def close_arrays(self) -> None:
         self._arrays.clear()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cache.arrays import FileRecord, write_array, write_group
+from cache.arrays import write_array, write_group
 from cache.codecs import Array, StoredArray, encode_rows, stored_arrays
 from cache.documents import document_bytes
 from cache.durable import files_below, hash_file, publish, sync_directory, sync_tree, write_file
@@ -26,7 +26,7 @@ from cache.errors import (
 )
 from cache.index import PartIndex
 from cache.layout import INDEX, PART_RECORD, REJECTS, parent_groups, part_path
-from cache.records import Counts, PartRecord, read_part_record, rejects_bytes
+from cache.records import Counts, FileRecord, PartRecord, read_part_record, rejects_bytes
 from cache.schema import Manifest, Owner, SampleEntry
 from cache.scratch import new_scratch, remove
 

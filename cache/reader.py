@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cache.arrays import ChunkCache
-from cache.codecs import Array, StoredArray, check_specs, decode_rows, stored_arrays
+from cache.chunk_cache import ChunkCache
+from cache.codecs import Array, check_specs, decode_rows, stored_arrays
 from cache.documents import read_document
 from cache.errors import CorruptFile, DuplicateKey, KeyNotInStore, StoreNotFound, UnknownArray, UnknownPart
-from cache.layout import MANIFEST, PART_RECORD, parts_path
+from cache.layout import MANIFEST, PART_RECORD, part_path, parts_path
+from cache.mirror import Mirror
 from cache.part_reader import FinishedPart
+from cache.place import Place, Range, find_ranges, place
 from cache.records import read_rejects
 from cache.schema import ArraySpec, Manifest, SampleEntry
 
@@ -22,21 +22,27 @@ DEFAULT_CACHE_BYTES = 256 * 1024**2
 
 
 class Store:
-    """A store, read-only. Its finished parts are those at the moment of opening, also after pickling.
+    """A store, read-only: a folder, or a URL that fsspec reads. Its parts are those finished when it was opened.
 
     Picklable and safe under fork and spawn: nothing open crosses into another process. One thread at a time.
     Nothing but the manifest is read before it is asked for; the first look-up of a key reads every index.
     """
 
-    def __init__(self, path: str | Path, *, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | Path, *, cache_bytes: int = DEFAULT_CACHE_BYTES, mirror: Mirror | None = None
+    ) -> None:
+        self.path = place(path)
         self.cache_bytes = cache_bytes
+        self.mirror = mirror
         self.manifest = read_manifest(self.path)
-        self.parts = finished_parts(self.path)
+        records = finished_parts(self.path, self.manifest)
+        self.parts = tuple(sorted(records))
         self._start()
+        for name, data in records.items():
+            self._finished[name].record_data = data
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in ("path", "cache_bytes", "manifest", "parts")}
+        return {name: vars(self)[name] for name in ("path", "cache_bytes", "mirror", "manifest", "parts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -73,11 +79,8 @@ class Store:
     def rows(self, key: str, name: str) -> int:
         """How many rows `read` gives for this array, from the index alone."""
         part, sample = self._place(key)
-        index = self._part(part).index
-        if self._spec(name).owner == "image":
-            return len(index.image_rows(sample))
-        start, stop = index.sample_rows(sample, name)
-        return stop - start
+        spans = self._part(part).index.row_spans(sample, self._spec(name))
+        return sum(stop - start for start, stop in spans)
 
     def read(self, key: str, names: Sequence[str]) -> dict[str, Array]:
         """Decoded arrays of one sample, float32 or integers, within each codec's stated error.
@@ -86,32 +89,28 @@ class Store:
         """
         part, sample = self._place(key)
         try:
-            return {name: self._read(self._part(part), sample, self._spec(name)) for name in names}
+            return self._read(self._part(part), sample, [self._spec(name) for name in names])
         except CorruptFile as error:
             raise error.for_key(key) from error
 
-    def _read(self, part: FinishedPart, sample: int, spec: ArraySpec) -> Array:
-        read_rows = self._image_rows if spec.owner == "image" else self._sample_rows
-        codes = {stored.suffix: read_rows(part, sample, spec, stored) for stored in stored_arrays(spec)}
-        return decode_rows(spec, codes)
-
-    def _sample_rows(self, part: FinishedPart, sample: int, spec: ArraySpec, stored: StoredArray) -> Array:
-        start, stop = part.index.sample_rows(sample, spec.name)
-        if start == stop:
-            return _no_rows(stored)
-        return self._chunk_cache().rows(part.array(spec, stored), start, stop)
-
-    def _image_rows(self, part: FinishedPart, sample: int, spec: ArraySpec, stored: StoredArray) -> Array:
+    def _read(self, part: FinishedPart, sample: int, specs: Sequence[ArraySpec]) -> dict[str, Array]:
         cache = self._chunk_cache()
-        numbers = part.index.image_rows(sample)
-        rows = [cache.rows(part.array(spec, stored), number, number + 1) for number in numbers]
-        return np.concatenate([_no_rows(stored), *rows])
+        wanted = [(spec, stored) for spec in specs for stored in stored_arrays(spec)]
+        spans = [part.index.row_spans(sample, spec) for spec, _ in wanted]
+        rows = cache.rows(list(zip(part.arrays(wanted), spans, strict=True)))
+        codes: dict[str, dict[str, Array]] = {spec.name: {} for spec in specs}
+        for (spec, stored), values in zip(wanted, rows, strict=True):
+            codes[spec.name][stored.suffix] = values
+        return {spec.name: decode_rows(spec, codes[spec.name]) for spec in specs}
 
     def _start(self) -> None:
         self._process = -1
         self._chunks = ChunkCache(self.cache_bytes)
         self._by_key: dict[str, tuple[str, int]] | None = None
-        self._finished = {name: FinishedPart(self.path, name, manifest=self.manifest) for name in self.parts}
+        self._finished = {
+            name: FinishedPart(self.path, name, manifest=self.manifest, mirror=self.mirror)
+            for name in self.parts
+        }
 
     def _chunk_cache(self) -> ChunkCache:
         """This process's own: arrays opened before a fork are opened again after it."""
@@ -142,24 +141,45 @@ class Store:
 
     def _places(self) -> dict[str, tuple[str, int]]:
         if self._by_key is None:
+            self._read_indexes()
             self._by_key = index_keys((name, self._part(name).index.keys) for name in self.parts)
         return self._by_key
 
+    def _read_indexes(self) -> None:
+        """Every index that was not read yet; from a server they come together, not one by one."""
+        todo = [] if isinstance(self.path, Path) else [p for p in self._finished.values() if p.index_file]
+        files = [Range(file) for part in todo if (file := part.index_file)]
+        for part, data in zip(todo, find_ranges(files), strict=True):
+            part.index_data = data
 
-def read_manifest(path: Path) -> Manifest:
+
+def read_manifest(path: Place) -> Manifest:
     """The manifest of the store at `path`; StoreNotFound if there is none."""
-    if not path.is_dir():
-        raise StoreNotFound(path, "a file" if path.exists() else "nothing")
-    if not (path / MANIFEST).exists():
-        raise StoreNotFound(path, "a directory without one")
-    manifest = Manifest.from_json(read_document(path / MANIFEST))
+    file = path / MANIFEST
+    data = None if isinstance(path, Path) else find_ranges([Range(file)])[0]
+    if data is None and not (isinstance(file, Path) and file.exists()):
+        raise StoreNotFound(path, _found_at(path))
+    manifest = Manifest.from_json(read_document(file, data))
     check_specs(manifest.arrays)
     return manifest
 
 
-def finished_parts(path: Path) -> tuple[str, ...]:
-    """Names of the parts that carry their done-mark."""
-    return tuple(sorted(mark.parent.name for mark in parts_path(path).glob(f"*/{PART_RECORD}")))
+def _found_at(path: Place) -> str:
+    if not isinstance(path, Path):
+        return "no such file there"
+    return "a directory without one" if path.is_dir() else "a file" if path.exists() else "nothing"
+
+
+def finished_parts(path: Place, manifest: Manifest) -> dict[str, bytes | None]:
+    """Names of the parts that carry their done-mark; from a server also what the mark says.
+
+    A server is asked for every planned part, all at once: not all of them can list what they have.
+    """
+    if isinstance(path, Path):
+        return dict.fromkeys(mark.parent.name for mark in parts_path(path).glob(f"*/{PART_RECORD}"))
+    names = manifest.planned_parts
+    marks = find_ranges([Range(part_path(path, name) / PART_RECORD) for name in names])
+    return {name: data for name, data in zip(names, marks, strict=True) if data is not None}
 
 
 def index_keys(parts: Iterable[tuple[str, Sequence[str]]]) -> dict[str, tuple[str, int]]:
@@ -171,7 +191,3 @@ def index_keys(parts: Iterable[tuple[str, Sequence[str]]]) -> dict[str, tuple[st
                 raise DuplicateKey(key, parts=(places[key][0], part))
             places[key] = (part, sample)
     return places
-
-
-def _no_rows(stored: StoredArray) -> Array:
-    return np.empty((0, *stored.row_shape), dtype=stored.dtype)

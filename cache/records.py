@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-from cache.arrays import FileRecord
 from cache.codecs import stored_arrays
-from cache.documents import canonical_json, read_document
-from cache.durable import hash_file
+from cache.documents import canonical_json, digest_of, read_document
+from cache.durable import hash_bytes
 from cache.errors import CorruptFile, CorruptPart, SchemaError, UnsafeName, UnsupportedFormat
 from cache.layout import FORMAT_VERSION, PART_RECORD, REJECTS, check_file_name
+from cache.place import Place, Range, find_ranges
 from cache.schema import ArraySpec, check_format, expect, take
 
 T = TypeVar("T")
@@ -35,6 +34,14 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class FileRecord:
+    """What part.json says of one file."""
+
+    bytes: int
+    blake3: str
+
+
+@dataclass(frozen=True)
 class PartRecord:
     """part.json: written last, so that its presence says that all it lists was written before."""
 
@@ -49,6 +56,10 @@ class PartRecord:
         """Bytes on the disk of everything stored for this array."""
         folders = tuple(f"{stored.name(spec)}/" for stored in stored_arrays(spec))
         return sum(file.bytes for path, file in self.files.items() if path.startswith(folders))
+
+    def version(self) -> str:
+        """A digest of all that the record says: a part that is written again, otherwise, has another."""
+        return digest_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
@@ -72,10 +83,10 @@ def _file_record(name: str, files: Mapping[str, Any]) -> FileRecord:
     return FileRecord(take(file, "bytes", int, where=name), take(file, "blake3", str, where=name))
 
 
-def read_part_record(part: Path, *, contents: str | None = None) -> PartRecord:
-    """part.json, checked; `contents` is what the manifest's digest must be."""
+def read_part_record(part: Place, *, contents: str | None = None, data: bytes | None = None) -> PartRecord:
+    """part.json, checked; `contents` is what the manifest's digest must be, `data` the file's bytes, if known."""
     file = part / PART_RECORD
-    record = read_part_file(file, PartRecord.from_json)
+    record = read_part_file(file, PartRecord.from_json, data=data)
     if record.part != part.name:
         raise CorruptPart(file, f"it is the record of part {record.part!r}")
     if contents is not None and record.contents != contents:
@@ -83,10 +94,10 @@ def read_part_record(part: Path, *, contents: str | None = None) -> PartRecord:
     return record
 
 
-def read_part_file(file: Path, from_json: Callable[[dict[str, Any]], T]) -> T:
+def read_part_file(file: Place, from_json: Callable[[dict[str, Any]], T], *, data: bytes | None = None) -> T:
     """A document of a part as a record; CorruptPart naming the file if it cannot be one."""
     try:
-        return from_json(read_document(file))
+        return from_json(read_document(file, data))
     except CorruptFile as error:
         raise CorruptPart(error.file, error.detail) from error
     except UnsupportedFormat as error:
@@ -100,16 +111,16 @@ def rejects_bytes(rejects: Sequence[tuple[str, str]]) -> bytes:
     return b"".join(canonical_json({"key": key, "reason": reason}) for key, reason in rejects)
 
 
-def read_rejects(part: Path, record: PartRecord) -> list[tuple[str, str]]:
+def read_rejects(part: Place, record: PartRecord) -> list[tuple[str, str]]:
     """(key, reason) of every rejected sample, from a file whose hash is the one in part.json."""
-    file = part / REJECTS
-    recorded = record.files.get(REJECTS)
-    if recorded is None or not file.is_file():
+    file, recorded = part / REJECTS, record.files.get(REJECTS)
+    data = find_ranges([Range(file)])[0]
+    if recorded is None or data is None:
         raise CorruptPart(file, "the file is gone")
-    if hash_file(file) != recorded.blake3:
+    if hash_bytes(data) != recorded.blake3:
         raise CorruptPart(file, "its blake3 is not the one in part.json")
     try:
-        lines = [expect(json.loads(line), dict, field=REJECTS) for line in file.read_bytes().splitlines()]
+        lines = [expect(json.loads(line), dict, field=REJECTS) for line in data.splitlines()]
         return [(take(line, "key", str), take(line, "reason", str)) for line in lines]
     except (ValueError, SchemaError) as error:
         raise CorruptPart(file, str(error)) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from cache.errors import CorruptPart, FingerprintMismatch, PartConflict, Unknown
 from cache.layout import INDEX, REJECTS, parent_groups, part_path
 from cache.part_reader import FinishedPart
 from cache.part_writer import describe_files, publish_part, seal_part
+from cache.place import Place, copy_file
 from cache.reader import Store
 from cache.records import PartRecord, read_part_record
 from cache.schema import Manifest
@@ -63,7 +63,7 @@ def merge_stores(sources: Sequence[Store], target: str | Path) -> Store:
 
 
 def _check_shared(sources: Sequence[Store]) -> None:
-    seen: dict[str, tuple[Path, PartRecord]] = {}
+    seen: dict[str, tuple[Place, PartRecord]] = {}
     for source in sources:
         for name in source.parts:
             record = read_part_record(part_path(source.path, name))
@@ -99,7 +99,7 @@ def _copy_file(part: FinishedPart, name: str, folder: Path) -> None:
     source, target = part.path / name, folder / name
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        shutil.copyfile(source, target)
+        copy_file(source, target)
     except FileNotFoundError as error:
         raise CorruptPart(source, "the file is gone") from error
     if hash_file(target) != part.record.files[name].blake3:

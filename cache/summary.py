@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.codecs import CODECS, stored_arrays
-from cache.documents import digest_of
-from cache.durable import files_below
-from cache.layout import PART_RECORD, ZARR_METADATA
+from cache.documents import canonical_json, digest_of, document_bytes
+from cache.layout import GROUP_METADATA, ZARR_METADATA
 from cache.part_reader import FinishedPart
 from cache.reader import Store
 from cache.schema import ArraySpec
@@ -67,7 +66,7 @@ def summarise(path: str | Path) -> Summary:
     samples = sum(count.cached for count in counts)
     images = sum(count.images for count in counts)
     references = sum(count.image_references for count in counts)
-    total_bytes = sum(files_below(store.path).values())
+    total_bytes = _bytes(store, parts)
     reasons = Counter(reason for part in store.parts for _, reason in store.rejects(part))
     return Summary(
         path=str(store.path),
@@ -119,7 +118,7 @@ def _sizes(part: FinishedPart, store: Store) -> PartSizes:
     return PartSizes(
         samples=part.record.counts.cached,
         rejected=part.record.counts.rejected,
-        fixed_bytes=fixed + (part.path / PART_RECORD).stat().st_size,
+        fixed_bytes=fixed + _record_bytes(part),
         array_bytes=arrays,
         other_bytes=sum(files.values()) - fixed - sum(arrays.values()),
         seconds=part.record.seconds,
@@ -136,6 +135,18 @@ def _content(store: Store, parts: list[FinishedPart]) -> str:
                                   {name: file.blake3 for name, file in part.record.files.items()}]
                for part in parts}  # fmt: skip
     return digest_of([store.manifest.contents_digest(), list(store.manifest.planned_parts), records])
+
+
+def _bytes(store: Store, parts: list[FinishedPart]) -> int:
+    """Of the manifest, the two groups above the parts, and every finished part: what is shared, and no more."""
+    listed = sum(file.bytes for part in parts for file in part.record.files.values())
+    above = len(document_bytes(store.manifest.to_json())) + 2 * len(canonical_json(GROUP_METADATA))
+    return above + listed + sum(_record_bytes(part) for part in parts)
+
+
+def _record_bytes(part: FinishedPart) -> int:
+    """Of part.json, which is written in one spelling only."""
+    return len(document_bytes(part.record.to_json()))
 
 
 def _seconds(parts: list[FinishedPart]) -> float | None:

@@ -9,10 +9,10 @@ from typing import Any
 
 from cache.codecs import check_specs
 from cache.documents import canonical_json, read_document
-from cache.durable import files_below
 from cache.errors import CacheError, CorruptFile, StoreNotFound
 from cache.layout import GROUP_METADATA, INDEX, LEASES, MANIFEST, PARTS, SCRATCH, ZARR_METADATA
 from cache.leases import lease_holder
+from cache.place import Place, place, sizes_below
 from cache.schema import Manifest
 from cache.scratch import scratch_owner
 from cache.verify_part import PartAudit, Problem, audit_part
@@ -49,7 +49,7 @@ def verify(path: str | Path, *, deep: bool) -> Report:
 
     StoreNotFound if there is neither a manifest nor a directory of parts; all else is a Problem.
     """
-    store = Path(path)
+    store = place(path)
     if not (store / MANIFEST).exists() and not (store / PARTS).is_dir():
         raise StoreNotFound(store, "neither one nor a directory of parts" if store.is_dir() else "nothing")
     manifest, problems = _manifest(store)
@@ -61,9 +61,9 @@ def verify(path: str | Path, *, deep: bool) -> Report:
     return _report(store, audits, problems=problems, deep=deep)
 
 
-def _report(store: Path, audits: list[PartAudit], *, problems: list[Problem], deep: bool) -> Report:
+def _report(store: Place, audits: list[PartAudit], *, problems: list[Problem], deep: bool) -> Report:
     records = [audit.record for audit in audits if audit.record]
-    sizes = files_below(store)
+    sizes = sizes_below(store)
     return Report(
         path=str(store),
         deep=deep,
@@ -75,7 +75,7 @@ def _report(store: Path, audits: list[PartAudit], *, problems: list[Problem], de
     )
 
 
-def _manifest(store: Path) -> tuple[Manifest | None, list[Problem]]:
+def _manifest(store: Place) -> tuple[Manifest | None, list[Problem]]:
     file = store / MANIFEST
     if not file.exists():
         return None, [Problem("missing file", MANIFEST, "the store's manifest is gone")]
@@ -89,7 +89,7 @@ def _manifest(store: Path) -> tuple[Manifest | None, list[Problem]]:
     return manifest, []
 
 
-def _folder_problems(store: Path) -> Iterator[Problem]:
+def _folder_problems(store: Place) -> Iterator[Problem]:
     """What lies beside the parts: two group files, the manifest, and nothing in tmp/."""
     for name in (ZARR_METADATA, f"{PARTS}/{ZARR_METADATA}"):
         if not (store / name).is_file():
@@ -105,17 +105,17 @@ def _folder_problems(store: Path) -> Iterator[Problem]:
     for entry in _entries(store / SCRATCH):
         yield Problem("unfinished part", f"{SCRATCH}/{entry.name}", _origin(entry.name))
     for entry in _entries(store / LEASES):
-        yield Problem("unfinished part", f"{LEASES}/{entry.name}", _origin(lease_holder(entry)))
+        yield Problem("unfinished part", f"{LEASES}/{entry.name}", _origin(_holder(entry)))
 
 
-def _is_group_metadata(file: Path) -> bool:
+def _is_group_metadata(file: Place) -> bool:
     try:
         return file.read_bytes() == canonical_json(GROUP_METADATA)
     except OSError:
         return False
 
 
-def _plan_problems(store: Path, manifest: Manifest | None) -> Iterator[Problem]:
+def _plan_problems(store: Place, manifest: Manifest | None) -> Iterator[Problem]:
     if manifest is None:
         return
     present = {entry.name for entry in _entries(store / PARTS) if entry.is_dir()}
@@ -134,6 +134,10 @@ def _shared_keys(audits: list[PartAudit]) -> Iterator[Problem]:
                 yield Problem("metadata", f"{PARTS}/{audit.name}/{INDEX}", f"key {key!r} is also in {other}")
 
 
+def _holder(lease: Place) -> str:
+    return lease_holder(lease) if isinstance(lease, Path) else ""
+
+
 def _origin(name: str) -> str:
     owner = scratch_owner(name)
     if owner is None:
@@ -142,5 +146,5 @@ def _origin(name: str) -> str:
     return f"left by process {owner.process} on host {owner.host}, {state}"
 
 
-def _entries(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir()) if directory.is_dir() else []
+def _entries(directory: Place) -> list[Place]:
+    return sorted(directory.iterdir(), key=str) if directory.is_dir() else []

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
 
-from cache.arrays import FileRecord, OpenArray
+from cache.chunks import OpenArray, read_chunk
 from cache.codecs import StoredArray, holds_fill, stored_arrays
-from cache.durable import files_below, hash_file
 from cache.errors import CorruptFile, CorruptPart, UnsafeName, UnsupportedFormat
 from cache.index import PartIndex
 from cache.layout import INDEX, PART_RECORD, PARTS, REJECTS, ZARR_METADATA
 from cache.part_reader import FinishedPart
-from cache.records import PartRecord, read_part_record, read_rejects
+from cache.place import Place, below, hash_of, place, sizes_below
+from cache.records import FileRecord, PartRecord, read_part_record, read_rejects
 from cache.schema import ArraySpec, Manifest
 
 T = TypeVar("T")
@@ -47,7 +46,7 @@ class Problem:
 class PartAudit:
     """What was found of one part; `record` and `index` are None where they could not be read."""
 
-    store: Path
+    store: Place
     name: str
     deep: bool
     problems: list[Problem] = field(default_factory=list)
@@ -55,11 +54,11 @@ class PartAudit:
     index: PartIndex | None = None
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         return self.store / PARTS / self.name
 
-    def found(self, kind: Kind, file: Path, detail: str) -> None:
-        self.problems.append(Problem(kind, file.relative_to(self.store).as_posix(), detail))
+    def found(self, kind: Kind, file: Place, detail: str) -> None:
+        self.problems.append(Problem(kind, below(file, self.store), detail))
 
     def attempt(self, read: Callable[[], T], *, kind: Kind) -> T | None:
         """What `read` gives; None after its error became a problem of `kind`, or of the file's bytes."""
@@ -68,7 +67,7 @@ class PartAudit:
         except CorruptPart as error:
             self.found(_kind_of(error, otherwise=kind), error.file, error.detail)
         except UnsupportedFormat as error:
-            self.found("metadata", Path(error.file), str(error))
+            self.found("metadata", place(error.file), str(error))
         except UnsafeName as error:
             self.found("metadata", self.path, str(error))
         return None
@@ -80,7 +79,7 @@ def _kind_of(error: CorruptPart, *, otherwise: Kind) -> Kind:
     return "checksum" if isinstance(error.__cause__, CorruptFile) else otherwise
 
 
-def audit_part(store: Path, name: str, *, manifest: Manifest | None, deep: bool) -> PartAudit:
+def audit_part(store: Place, name: str, *, manifest: Manifest | None, deep: bool) -> PartAudit:
     """Everything wrong with the part; without a manifest, what can be told without knowing its arrays."""
     audit = PartAudit(store, name, deep)
     if not (audit.path / PART_RECORD).exists():
@@ -102,7 +101,7 @@ def audit_part(store: Path, name: str, *, manifest: Manifest | None, deep: bool)
 
 def _check_files(audit: PartAudit, record: PartRecord) -> Iterator[str]:
     """Relative names of the files that are not what part.json says; each becomes a problem."""
-    found = files_below(audit.path)
+    found = sizes_below(audit.path)
     for name in sorted(found.keys() - record.files.keys() - {PART_RECORD}):
         audit.found("unexpected file", audit.path / name, "part.json does not list it")
     for name, recorded in sorted(record.files.items()):
@@ -120,7 +119,7 @@ def _file_problem(
         return "size", f"it has {found_bytes} bytes, part.json says {recorded.bytes}"
     if audit.deep or name.rsplit("/", 1)[-1] in _SMALL_FILES:
         try:
-            digest = hash_file(audit.path / name)
+            digest = hash_of(audit.path / name)
         except OSError as error:
             return "checksum", f"it cannot be read ({error.strerror})"
         if digest != recorded.blake3:
@@ -171,11 +170,11 @@ def _check_index(audit: PartAudit, record: PartRecord, index: PartIndex) -> None
 
 
 def _check_array(audit: PartAudit, part: FinishedPart, *, spec: ArraySpec, stored: StoredArray) -> None:
-    array = audit.attempt(lambda: part.array(spec, stored), kind="count")
+    array = audit.attempt(lambda: part.arrays([(spec, stored)])[0], kind="count")
     if array is None or not audit.deep:
         return
     for number in range(array.num_chunks):
-        rows = audit.attempt(lambda number=number: array.decode_chunk(number), kind="checksum")
+        rows = audit.attempt(lambda number=number: read_chunk(array, number), kind="checksum")
         if rows is None:
             return
         if holds_fill(stored, rows):

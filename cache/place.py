@@ -1,0 +1,147 @@
+"""Where a file of a store lies: on a local or network file system, or behind a URL that fsspec can read."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from cache.durable import files_below, hash_blocks, hash_file
+from cache.mirror import MirrorFolder
+from cache.remote import blocks, download, fetch, list_files, list_folder
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """A file or folder behind a URL; answers what reading a store asks of a `Path`, each by one request at most."""
+
+    url: str
+    mirror: MirrorFolder | None = None  # where pieces of files below it are kept
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(f"{self.url}/{name}", self.mirror)
+
+    def joinpath(self, *names: str) -> RemotePath:
+        return self / "/".join(names)
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+    def exists(self) -> bool:
+        return find_ranges([Range(self, 0, 1)]) != [None]
+
+    def is_file(self) -> bool:
+        return self.exists()
+
+    def is_dir(self) -> bool:
+        return bool(list_folder(self.url))
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        return (self / name for name in list_folder(self.url))
+
+    def read_bytes(self) -> bytes:
+        return read_ranges([Range(self)])[0]
+
+
+Place = Path | RemotePath
+
+
+class Range(NamedTuple):
+    """Bytes start..stop of a file; to its end without a stop."""
+
+    file: Place
+    start: int = 0
+    stop: int | None = None
+
+
+def place(path: str | Path | RemotePath) -> Place:
+    """A path, or a URL such as s3://bucket/teacher.zarr, as something to read from."""
+    if isinstance(path, RemotePath):
+        return path
+    text = str(path).removeprefix("file://")
+    return RemotePath(text.rstrip("/")) if is_remote(text) else Path(text)
+
+
+def below(file: Place, folder: Place) -> str:
+    """The path of a file relative to a folder that it lies below, with '/'."""
+    return str(file).removeprefix(f"{folder}/")
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether the path is a URL, so that nothing can be renamed or locked there."""
+    return "://" in str(path)
+
+
+def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
+    """The bytes of every range, short where a file ends early; what is remote is fetched all at once.
+
+    Raises `FileNotFoundError` for the first file that is absent, `StoreUnreachable` if a server does not answer.
+    """
+    found = find_ranges(ranges)
+    absent = next((piece for piece, data in zip(ranges, found, strict=True) if data is None), None)
+    if absent:
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(absent.file))
+    return [data for data in found if data is not None]
+
+
+def find_ranges(ranges: Sequence[Range]) -> list[bytes | None]:
+    """As `read_ranges`, with None for what is in an absent file."""
+    found = [
+        _read_local(piece.file, piece) if isinstance(piece.file, Path) else _from_mirror(piece)
+        for piece in ranges
+    ]
+    wanted = [n for n, piece in enumerate(ranges) if found[n] is None and isinstance(piece.file, RemotePath)]
+    fetched = fetch([(str(ranges[n].file), ranges[n].start, ranges[n].stop) for n in wanted])
+    for n, data in zip(wanted, fetched, strict=True):
+        found[n] = data
+        _to_mirror(ranges[n], data)
+    return found
+
+
+def _read_local(path: Path, piece: Range) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            file.seek(piece.start)
+            return file.read(-1 if piece.stop is None else piece.stop - piece.start)
+    except FileNotFoundError:
+        return None
+
+
+def _from_mirror(piece: Range) -> bytes | None:
+    mirror = piece.file.mirror if isinstance(piece.file, RemotePath) else None
+    return mirror.get(_name(piece)) if mirror else None
+
+
+def _to_mirror(piece: Range, data: bytes | None) -> None:
+    mirror = piece.file.mirror if isinstance(piece.file, RemotePath) else None
+    if mirror and data is not None:
+        mirror.put(_name(piece), data)
+
+
+def _name(piece: Range) -> str:
+    return f"{piece.file} {piece.start} {piece.stop}"
+
+
+def hash_of(file: Place) -> str:
+    """blake3 of the file's bytes, in hex, read block by block; `FileNotFoundError` if it is absent."""
+    return hash_file(file) if isinstance(file, Path) else hash_blocks(blocks(file.url))
+
+
+def sizes_below(folder: Place) -> dict[str, int]:
+    """Size in bytes of every file below the folder, by its relative path with '/'."""
+    return files_below(folder) if isinstance(folder, Path) else list_files(folder.url)
+
+
+def copy_file(source: Place, target: Path) -> None:
+    """Copy one file to a local path; FileNotFoundError if it is absent."""
+    if isinstance(source, RemotePath):
+        download(source.url, target)
+    else:
+        shutil.copyfile(source, target)

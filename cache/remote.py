@@ -1,0 +1,161 @@
+"""Files behind URLs, through fsspec: fetched in batches, tried again where a network stumbles, listed, sent."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec  # pyright: ignore[reportMissingTypeStubs]
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from cache.errors import StoreUnreachable
+
+_BLOCK_BYTES = 1 << 22
+
+_patiently = retry(
+    retry=retry_if_exception_type(StoreUnreachable),
+    stop=stop_after_attempt(4),
+    wait=wait_random_exponential(multiplier=0.5, max=10),
+    reraise=True,
+)
+
+
+@_patiently
+def fetch(ranges: Sequence[tuple[str, int, int | None]]) -> list[bytes | None]:
+    """The bytes start..stop of files of one server, all asked for at once; None where there is no such file.
+
+    A server that knows no ranges sends the whole file; the range is then cut from it.
+    """
+    if not ranges:
+        return []
+    fs, _ = _filesystem(ranges[0][0])
+    paths = [fs._strip_protocol(url) for url, _, _ in ranges]
+    starts = [start if start or stop is not None else None for _, start, stop in ranges]
+    with _told(ranges[0][0]):
+        answers = fs.cat_ranges(paths, starts, [stop for _, _, stop in ranges], on_error="return")
+    return [_bytes_of(answer, *asked) for answer, asked in zip(answers, ranges, strict=True)]
+
+
+def _bytes_of(answer: Any, url: str, start: int, stop: int | None) -> bytes | None:
+    if isinstance(answer, FileNotFoundError):
+        return None
+    if _is_past_the_end(answer):
+        return b""
+    if isinstance(answer, BaseException):
+        raise _unreachable(url, answer) from answer
+    whole = stop is not None and len(answer) > stop - start
+    return answer[start:stop] if whole else answer
+
+
+def _is_past_the_end(answer: Any) -> bool:
+    """HTTP's 416, as the servers' drivers spell it."""
+    refused = isinstance(answer, OSError) and answer.errno == errno.EINVAL and "range" in str(answer)
+    return refused or getattr(answer, "status", None) == 416
+
+
+def list_folder(url: str) -> list[str]:
+    """Names of files and folders directly in a folder, sorted; none if it is absent."""
+    fs, path = _filesystem(url)
+    fs.invalidate_cache()
+    with _told(url):
+        try:
+            found = fs.ls(path, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found if name.rstrip("/") != path)
+
+
+def list_files(url: str) -> dict[str, int]:
+    """Size in bytes of every file below a folder, by its relative path with '/'."""
+    fs, path = _filesystem(url)
+    fs.invalidate_cache()
+    with _told(url):
+        found: dict[str, Any] = fs.find(path, detail=True)
+    return {name[len(path) :].strip("/"): int(about["size"] or 0) for name, about in sorted(found.items())}
+
+
+def blocks(url: str) -> Iterator[bytes]:
+    """A file's bytes, one block at a time."""
+    fs, path = _filesystem(url)
+    with _told(url), fs.open(path, "rb", block_size=_BLOCK_BYTES) as file:
+        while block := file.read(_BLOCK_BYTES):
+            yield block
+
+
+@_patiently
+def download(url: str, target: Path) -> None:
+    """Copy a file to a local path; FileNotFoundError if it is absent."""
+    fs, path = _filesystem(url)
+    with _told(url):
+        fs.get_file(path, str(target))
+
+
+@_patiently
+def upload(files: Mapping[Path, str], *, last: Mapping[Path, str]) -> None:
+    """Copy local files to URLs of one server, several at a time; `last` when all others are there."""
+    fs, _ = _filesystem(next(iter(last.values())))
+    with _told(next(iter(last.values()))):
+        if "hf" in fs.protocol:
+            _commit(fs, {**files, **last})
+            return
+        for some in (files, last):
+            fs.put([str(file) for file in some], list(some.values()))
+
+
+def _commit(fs: Any, files: Mapping[Path, str]) -> None:
+    """The Hugging Face Hub takes files by commits, and few in an hour: one for all, so that they appear together."""
+    from huggingface_hub import CommitOperationAdd
+
+    places = [fs.resolve_path(url) for url in files.values()]
+    operations = [
+        CommitOperationAdd(path_in_repo=there.path_in_repo, path_or_fileobj=str(file))
+        for there, file in zip(places, files, strict=True)
+    ]
+    fs._api.create_commit(
+        places[0].repo_id,
+        operations,
+        commit_message=f"alignkd push: {len(files)} files",
+        repo_type=places[0].repo_type,
+        revision=places[0].revision,
+    )
+    fs.invalidate_cache()
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's driver, which fsspec keeps for the process, and the URL as that driver spells it."""
+    try:
+        fs: Any
+        fs, path = fsspec.core.url_to_fs(url)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        return fs, str(path)  # pyright: ignore[reportUnknownArgumentType]
+    except (ImportError, ValueError) as error:
+        raise StoreUnreachable(url, str(error), remedy=_install(url)) from error
+
+
+def _install(url: str) -> str:
+    protocol = url.split("://")[0]
+    extra = {"s3": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}.get(protocol)
+    if extra:
+        return f"install what reads {protocol}:// with `pip install 'alignkd[{extra}]'`"
+    return "give a local path or an s3://, gs://, hf:// or https:// URL"
+
+
+@contextmanager
+def _told(url: str) -> Generator[None]:
+    """Whatever a driver raises as one error of ours; only that a file is absent is an answer.
+
+    Every driver has exceptions of its own (botocore's, aiohttp's, ...), which share no root but `Exception`.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, StoreUnreachable):
+        raise
+    except Exception as error:
+        raise _unreachable(url, error) from error
+
+
+def _unreachable(url: str, error: BaseException) -> StoreUnreachable:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return StoreUnreachable(url, f"{type(error).__name__}: {reason}")

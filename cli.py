@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from pipeline.commands import experiments, inspect, reshape, stages, store
+from pipeline.commands import experiments, inspect, reshape, share, stages, store
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a check failed or the work could not be done; 2 a wrong command line or config;
@@ -34,6 +34,8 @@ for command in (
     store.verify,
     store.check,
     store.plan,
+    share.push,
+    share.pull,
     reshape.merge,
     reshape.gc,
 ):

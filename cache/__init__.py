@@ -15,11 +15,13 @@ from cache.errors import (
     FingerprintMismatch,
     KeyNotInStore,
     NonFiniteValue,
+    NotThere,
     PartClosed,
     PartConflict,
     RefusedValue,
     SchemaError,
     StoreNotFound,
+    StoreUnreachable,
     UnknownArray,
     UnknownImage,
     UnknownPart,
@@ -29,7 +31,10 @@ from cache.errors import (
     ValueOutOfRange,
 )
 from cache.layout import FORMAT_VERSION
+from cache.mirror import Mirror
 from cache.part_writer import PartSummary, PartWriter
+from cache.place import local
+from cache.push import Pushed, push_store
 from cache.reader import Store
 from cache.repair import remove_parts, restore_manifest
 from cache.schema import ArraySpec, Difference, Fingerprint, Manifest, SampleEntry, Span
@@ -58,13 +63,16 @@ __all__ = [
     "FingerprintMismatch",
     "KeyNotInStore",
     "Manifest",
+    "Mirror",
     "NonFiniteValue",
+    "NotThere",
     "PartClosed",
     "PartConflict",
     "PartSizes",
     "PartSummary",
     "PartWriter",
     "Problem",
+    "Pushed",
     "RefusedValue",
     "Report",
     "SampleEntry",
@@ -72,6 +80,7 @@ __all__ = [
     "Span",
     "Store",
     "StoreNotFound",
+    "StoreUnreachable",
     "StoreWriter",
     "Summary",
     "UnknownArray",
@@ -82,8 +91,10 @@ __all__ = [
     "UnsupportedFormat",
     "ValueOutOfRange",
     "digest_of",
+    "local",
     "merge_stores",
     "part_sizes",
+    "push_store",
     "remove_parts",
     "restore_manifest",
     "slice_store",

@@ -3,6 +3,7 @@
 CacheError
 ├── StoreNotFound           there is no store where one was asked for
 ├── StoreUnreachable        a server does not answer, or refuses
+├── NotThere                a folder where a URL was asked for, or a URL where a folder was
 ├── UnsupportedFormat       the store was written in a format version this code does not read
 ├── FingerprintMismatch     the store holds something else than what is asked of it
 ├── SchemaError             a record does not say what it must
@@ -62,6 +63,11 @@ class StoreUnreachable(CacheError):
         self, url: str, reason: str, *, remedy: str = "check the URL, the network and the credentials"
     ) -> None:
         super().__init__(f"{url} cannot be reached ({reason}); {remedy}.")
+
+
+class NotThere(CacheError):
+    def __init__(self, path: object, *, asked: str) -> None:
+        super().__init__(f"{path}: {asked}.")
 
 
 class UnsupportedFormat(CacheError):

@@ -12,6 +12,7 @@ from cache.place import Place
 FORMAT_VERSION = 1
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
 PARTS = "parts"
 SCRATCH = "tmp"
 LEASES = "leases"

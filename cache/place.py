@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from cache.durable import files_below, hash_blocks, hash_file
+from cache.errors import NotThere
 from cache.mirror import MirrorFolder
 from cache.remote import blocks, download, fetch, list_files, list_folder
 
@@ -67,6 +68,16 @@ def place(path: str | Path | RemotePath) -> Place:
         return path
     text = str(path).removeprefix("file://")
     return RemotePath(text.rstrip("/")) if is_remote(text) else Path(text)
+
+
+def local(path: str | Path | RemotePath, *, doing: str) -> Path:
+    """A path that is a folder's, not a URL; `NotThere` says what cannot be done behind one."""
+    found = place(path)
+    if isinstance(found, RemotePath):
+        raise NotThere(
+            found, asked=f"a store behind a URL cannot be {doing}: do it in a folder, then `alignkd push`"
+        )
+    return found
 
 
 def below(file: Place, folder: Place) -> str:
@@ -139,9 +150,11 @@ def sizes_below(folder: Place) -> dict[str, int]:
     return files_below(folder) if isinstance(folder, Path) else list_files(folder.url)
 
 
-def copy_file(source: Place, target: Path) -> None:
-    """Copy one file to a local path; FileNotFoundError if it is absent."""
-    if isinstance(source, RemotePath):
-        download(source.url, target)
-    else:
-        shutil.copyfile(source, target)
+def copy_files(copies: Mapping[Place, Path]) -> None:
+    """Copy files to local paths; `FileNotFoundError` if one is absent."""
+    remote = {source.url: target for source, target in copies.items() if isinstance(source, RemotePath)}
+    if remote:
+        download(remote)
+    for source, target in copies.items():
+        if isinstance(source, Path):
+            shutil.copyfile(source, target)

@@ -86,40 +86,52 @@ def blocks(url: str) -> Iterator[bytes]:
 
 
 @_patiently
-def download(url: str, target: Path) -> None:
-    """Copy a file to a local path; FileNotFoundError if it is absent."""
-    fs, path = _filesystem(url)
-    with _told(url):
-        fs.get_file(path, str(target))
+def download(files: Mapping[str, Path]) -> None:
+    """Copy files of one server to local paths, several at a time; FileNotFoundError if one is absent."""
+    first = next(iter(files))
+    fs, _ = _filesystem(first)
+    with _told(first):
+        fs.get([fs._strip_protocol(url) for url in files], [str(target) for target in files.values()])
 
 
 @_patiently
-def upload(files: Mapping[Path, str], *, last: Mapping[Path, str]) -> None:
-    """Copy local files to URLs of one server, several at a time; `last` when all others are there."""
-    fs, _ = _filesystem(next(iter(last.values())))
-    with _told(next(iter(last.values()))):
+def upload(files: Mapping[str, Path | bytes], *, last: Mapping[str, Path | bytes]) -> None:
+    """Put local files and bytes at URLs of one server, several at a time; `last` when all others are there."""
+    first = next(iter(last))
+    fs, _ = _filesystem(first)
+    with _told(first):
         if "hf" in fs.protocol:
             _commit(fs, {**files, **last})
             return
         for some in (files, last):
-            fs.put([str(file) for file in some], list(some.values()))
+            _put(fs, {fs._strip_protocol(url): content for url, content in some.items()})
 
 
-def _commit(fs: Any, files: Mapping[Path, str]) -> None:
+def _put(fs: Any, contents: Mapping[str, Path | bytes]) -> None:
+    local = {path: str(content) for path, content in contents.items() if isinstance(content, Path)}
+    if local:
+        fs.put(list(local.values()), list(local))
+    small = {path: content for path, content in contents.items() if isinstance(content, bytes)}
+    if small:
+        fs.pipe(small)
+
+
+def _commit(fs: Any, contents: Mapping[str, Path | bytes]) -> None:
     """The Hugging Face Hub takes files by commits, and few in an hour: one for all, so that they appear together."""
     from huggingface_hub import CommitOperationAdd
 
-    places = [fs.resolve_path(url) for url in files.values()]
+    places = {url: fs.resolve_path(url) for url in contents}
     operations = [
-        CommitOperationAdd(path_in_repo=there.path_in_repo, path_or_fileobj=str(file))
-        for there, file in zip(places, files, strict=True)
+        CommitOperationAdd(places[url].path_in_repo, content if isinstance(content, bytes) else str(content))
+        for url, content in contents.items()
     ]
+    repository = next(iter(places.values()))
     fs._api.create_commit(
-        places[0].repo_id,
+        repository.repo_id,
         operations,
-        commit_message=f"alignkd push: {len(files)} files",
-        repo_type=places[0].repo_type,
-        revision=places[0].revision,
+        commit_message=f"alignkd push: {len(operations)} files",
+        repo_type=repository.repo_type,
+        revision=repository.revision,
     )
     fs.invalidate_cache()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from cache.arrays import write_group
 from cache.codecs import stored_arrays
 from cache.documents import document_bytes
 from cache.durable import hash_file, write_file
-from cache.errors import CorruptPart, FingerprintMismatch, PartConflict, UnknownArray
+from cache.errors import CorruptPart, FingerprintMismatch, PartConflict, UnknownArray, UnknownPart
 from cache.layout import INDEX, REJECTS, parent_groups, part_path
 from cache.part_reader import FinishedPart
 from cache.part_writer import describe_files, publish_part, seal_part
-from cache.place import Place, copy_file
+from cache.place import Place, copy_files, place
 from cache.reader import Store
 from cache.records import PartRecord, read_part_record
 from cache.schema import Manifest
@@ -23,9 +23,16 @@ from cache.writer import StoreWriter
 
 
 def slice_store(
-    source: Store, target: str | Path, *, manifest: Manifest, parts: Sequence[str] | None = None
+    source: Store,
+    target: str | Path,
+    *,
+    manifest: Manifest,
+    parts: Sequence[str] | None = None,
+    each: Callable[[str], object] = lambda part: None,
 ) -> Store:
     """Copy parts of a store, with the arrays that `manifest` lists, into a new store; go on where a copy stopped.
+
+    The source may be behind a URL: nothing else is fetched. `each` is called with every part that is there.
 
     Raises `UnknownArray` or `UnknownPart` for what the source has not, `CorruptPart` for what is damaged there.
     """
@@ -34,12 +41,13 @@ def slice_store(
         if specs.get(spec.name) != spec:
             raise UnknownArray(spec.name, known=specs, path=source.path)
     names = source.parts if parts is None else tuple(parts)
-    for name in names:
-        source.entries(name)  # of an unknown part it says so before anything is written
+    if unknown := sorted(set(names) - set(source.parts)):
+        raise UnknownPart(unknown[0], path=source.path, num_parts=len(source.parts))
     writer = StoreWriter.open(target, replace(manifest, planned_parts=names))
     for name in names:
         if not writer.is_done(name):
             _copy(FinishedPart(source.path, name, manifest=source.manifest), writer)
+        each(name)
     return Store(target)
 
 
@@ -80,9 +88,8 @@ def _copy(part: FinishedPart, writer: StoreWriter) -> None:
         for group in parent_groups([stored.name(spec) for spec, stored in arrays]):
             write_group(folder / group)
         prefixes = tuple(f"{stored.name(spec)}/" for spec, stored in arrays)
-        for name in part.record.files:
-            if name.startswith(prefixes) or name == REJECTS:
-                _copy_file(part, name, folder)
+        kept = [name for name in part.record.files if name.startswith(prefixes) or name == REJECTS]
+        _copy_files(part, kept, folder)
         rows = {
             name: offsets for name, offsets in part.index.row_offsets.items() if name in writer.manifest.specs
         }
@@ -95,12 +102,13 @@ def _copy(part: FinishedPart, writer: StoreWriter) -> None:
         remove(folder)
 
 
-def _copy_file(part: FinishedPart, name: str, folder: Path) -> None:
-    source, target = part.path / name, folder / name
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _copy_files(part: FinishedPart, names: Sequence[str], folder: Path) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
     try:
-        copy_file(source, target)
+        copy_files({part.path / name: folder / name for name in names})
     except FileNotFoundError as error:
-        raise CorruptPart(source, "the file is gone") from error
-    if hash_file(target) != part.record.files[name].blake3:
-        raise CorruptPart(source, "its blake3 is not the one in part.json")
+        raise CorruptPart(place(error.filename or part.path), "the file is gone") from error
+    for name in names:
+        if hash_file(folder / name) != part.record.files[name].blake3:
+            raise CorruptPart(part.path / name, "its blake3 is not the one in part.json")

@@ -10,7 +10,7 @@ from typing import Any
 from cache.codecs import check_specs
 from cache.documents import canonical_json, read_document
 from cache.errors import CacheError, CorruptFile, StoreNotFound
-from cache.layout import GROUP_METADATA, INDEX, LEASES, MANIFEST, PARTS, SCRATCH, ZARR_METADATA
+from cache.layout import CARD, GROUP_METADATA, INDEX, LEASES, MANIFEST, PARTS, SCRATCH, ZARR_METADATA
 from cache.leases import lease_holder
 from cache.place import Place, place, sizes_below
 from cache.schema import Manifest
@@ -97,7 +97,7 @@ def _folder_problems(store: Place) -> Iterator[Problem]:
         elif not _is_group_metadata(store / name):
             yield Problem("metadata", name, "it is not the metadata of a Zarr group as this format writes it")
     for entry in _entries(store):
-        if entry.name not in {MANIFEST, ZARR_METADATA, PARTS, SCRATCH, LEASES}:
+        if entry.name not in {MANIFEST, CARD, ZARR_METADATA, PARTS, SCRATCH, LEASES}:
             yield Problem("unexpected file", entry.name, "the format has no such file")
     for entry in _entries(store / PARTS):
         if not entry.is_dir() and entry.name != ZARR_METADATA:

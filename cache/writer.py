@@ -28,6 +28,7 @@ from cache.layout import (
 )
 from cache.leases import lease, sweep_leases
 from cache.part_writer import PartWriter
+from cache.place import local
 from cache.records import read_part_record
 from cache.schema import Manifest, check_format
 from cache.scratch import new_scratch, sweep_dead
@@ -48,7 +49,7 @@ class StoreWriter:
 
         FingerprintMismatch, and nothing written, if fingerprint or arrays differ.
         """
-        path = Path(path)
+        path = local(path, doing="written by stage 1")
         check_format(manifest.to_json(), "the manifest handed to StoreWriter.open")
         check_specs(manifest.arrays)
         canonical_json(manifest.to_json())  # so that what is no JSON is found before a directory is made

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cache import Report, StoreWriter, remove_parts, restore_manifest, verify
+from cache import Report, StoreWriter, local, remove_parts, restore_manifest, verify
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ShardError
 from pipeline.shards import part_name
@@ -29,7 +29,7 @@ def repair_store(config: Config, report: Report, *, say: Callable[[str], None]) 
     Raises, before anything is removed, `FingerprintMismatch` if the config would write other values, and
     `ConfigError` if it does not name the shard of a part. Files that the format does not know are left alone.
     """
-    store = Path(report.path)
+    store = local(report.path, doing="repaired")
     if store.resolve() != Path(config.cache.path).resolve():
         raise ConfigError(
             f"--fix: the config's cache.path is {config.cache.path}, not {store}; give the config that the store "

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from cache import Manifest, Store, digest_of
+from tqdm import tqdm
+
+from cache import Manifest, Store, digest_of, slice_store
 from pipeline.dataset import teacher_facts
 from pipeline.errors import ConfigError
 from pipeline.targets import TARGETS
+
+
+def copy_store(
+    source: Store,
+    output: Path,
+    *,
+    targets: str | None = None,
+    parts: str | None = None,
+    fraction: float = 1.0,
+) -> Store:
+    """A new store with the targets and parts named, comma between them, of one that may be behind a URL."""
+    names = chosen_parts(source, parts.split(",") if parts else None, fraction)
+    kept = targets.split(",") if targets else None
+    with tqdm(total=len(names), unit="part", desc=f"copy {source.path}", file=sys.stderr) as progress:
+        return slice_store(
+            source,
+            output,
+            manifest=manifest_with(source, kept),
+            parts=names,
+            each=lambda part: progress.update(),
+        )
+
+
+def described(store: Store) -> str:
+    """A store in one line."""
+    return (
+        f"{store.path}: {len(store.parts)} parts, {len(store):,} samples, {', '.join(store.manifest.specs)}"
+    )
 
 
 def chosen_parts(store: Store, names: Sequence[str] | None, fraction: float) -> list[str]:

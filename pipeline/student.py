@@ -40,7 +40,7 @@ def train_student(config: Config, folder: Path) -> Path:
     before any weight is opened if the store is not what this config would have cached.
     """
     preparation = Preparation.of(config.student.model, config.data)
-    store = Store(config.cache.path)
+    store = config.cache.open()
     allowed = check_fingerprint(store, config, preparation)
     targets, data = needed_targets(config), config.data
     dataset = JoinedDataset(store, data.shards, preparation, targets=targets, fraction=data.fraction)
@@ -66,6 +66,7 @@ def run_identity(config: Config, store: Store, *, num_samples: int) -> str:
     settings = config.model_dump(
         mode="json", include={"student", "data", "cache", "targets", "losses", "train"}
     )
+    settings["cache"] = {name: settings["cache"][name] for name in ("path", "allow_mismatch")}
     settings["train"] = {name: value for name, value in settings["train"].items() if name not in OF_THE_LOG}
     first_weights = Checkpoint(config.student.model).digest()
     return digest_of([settings, store.manifest.fingerprint.to_json(), num_samples, first_weights])

@@ -98,7 +98,7 @@ def keys(
         print(key)
 
 
-def _inspect(store: Path, key: str, config: Path | None, **options: Any) -> Inspection:
+def _inspect(store: str, key: str, config: Path | None, **options: Any) -> Inspection:
     from pipeline.inspection.sample import inspect_sample
 
     return inspect_sample(store, key, config=load(config, None) if config else None, **options)

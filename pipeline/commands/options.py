@@ -24,7 +24,12 @@ AllowMismatch = Annotated[
         help="Field of the store's fingerprint that may differ: tokenizer, template, image_preprocessing or capture.",
     ),
 ]
-StorePath = Annotated[Path, typer.Argument(help="A store, such as runs/demo/teacher.zarr.")]
+StorePath = Annotated[
+    str, typer.Argument(help="A store: runs/demo/teacher.zarr, or a URL: s3://, gs://, hf:// or https://.")
+]
+Targets = Annotated[str | None, typer.Option(help="Targets to keep, such as attention,logits; default: all.")]
+Parts = Annotated[str | None, typer.Option(help="Parts to keep, by name; default: all.")]
+Fraction = Annotated[float, typer.Option(help="Share of the parts, evenly chosen.", min=0, max=1)]
 
 
 def load(config: Path, overrides: list[str] | None, print_config: bool = False) -> Config:

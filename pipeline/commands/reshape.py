@@ -7,34 +7,28 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import StorePath
+from pipeline.commands.options import Fraction, Parts, StorePath, Targets
 
 
 def slice_(
     store: StorePath,
     output: Annotated[Path, typer.Argument(help="The new store.")],
-    targets: Annotated[
-        str | None, typer.Option(help="Targets to keep, such as attention,logits; default: all.")
-    ] = None,
-    parts: Annotated[str | None, typer.Option(help="Parts to keep, by name; default: all.")] = None,
-    fraction: Annotated[float, typer.Option(help="Share of the parts, evenly chosen.", min=0, max=1)] = 1.0,
+    targets: Targets = None,
+    parts: Parts = None,
+    fraction: Fraction = 1.0,
 ) -> None:
     """A new store with some of the targets, or some of the parts, of another; rerun to go on where it stopped.
 
     Stage 2 reads it with a config whose `targets` are those that are kept.
     """
-    from cache import Store, slice_store
-    from pipeline.slices import chosen_parts, manifest_with
+    from cache import Store
+    from pipeline.slices import copy_store, described
 
-    source = Store(store)
-    names = chosen_parts(source, parts.split(",") if parts else None, fraction)
-    kept = targets.split(",") if targets else None
-    made = slice_store(source, output, manifest=manifest_with(source, kept), parts=names)
-    print(f"{output}: {len(made.parts)} parts, {len(made):,} samples, {', '.join(made.manifest.specs)}")
+    print(described(copy_store(Store(store), output, targets=targets, parts=parts, fraction=fraction)))
 
 
 def merge(
-    stores: Annotated[list[Path], typer.Argument(help="Stores of one fingerprint, then the new store.")],
+    stores: Annotated[list[str], typer.Argument(help="Stores of one fingerprint, then the new store.")],
 ) -> None:
     """A new store with the parts of several that were made alike; rerun to go on where it stopped."""
     from cache import Store, merge_stores
@@ -53,9 +47,9 @@ def gc(
     ] = None,
 ) -> None:
     """Remove what writers that died left in a store's tmp/; finished parts are never touched."""
-    from cache import Store, sweep_dead, sweep_old
+    from cache import Store, local, sweep_dead, sweep_old
 
-    path = Store(store).path
+    path = local(Store(store).path, doing="cleaned up")
     removed = sweep_dead(path) + ([] if hours is None else sweep_old(path, seconds=3600 * hours))
     for name in removed:
         print(name)

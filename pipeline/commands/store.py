@@ -116,9 +116,11 @@ def plan(
     Real samples are probed with the real teacher, on this machine. Exit code 1 if the store does not fit on the disk.
     """
     settings = load(config, overrides)
+    from cache import local
     from pipeline.describe_plan import describe_plan, parse_bytes
     from pipeline.plan import plan_store, plan_within
 
+    local(settings.cache.path, doing="written by stage 1")
     if max_bytes is None:
         found = plan_store(settings, num_samples=samples)
     else:

@@ -46,7 +46,7 @@ class Art:
     def draw(self, name: str, style: str, *, size_pixels: int) -> Image.Image:
         """The concept as RGBA, `size_pixels` wide and high. Raises `ConfigError` without resvg-py."""
         try:
-            import resvg_py
+            import resvg_py  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigError(
                 "drawing emoji needs the package resvg-py, which is not installed; run `make emoji`, or "

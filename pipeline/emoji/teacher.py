@@ -15,10 +15,11 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMissingImports]
+from peft.tuners.lora import LoraLayer  # pyright: ignore[reportMissingImports]
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -110,6 +111,7 @@ def learned_of(model: MobileVLMForCausalLM) -> dict[str, Tensor]:
     learned = dict(projector)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            learned[f"{name}.lora_A"] = module.lora_A["default"].weight
-            learned[f"{name}.lora_B"] = module.lora_B["default"].weight * module.scaling["default"]
+            lora: Any = module  # typed as any module where peft is not installed
+            learned[f"{name}.lora_A"] = lora.lora_A["default"].weight
+            learned[f"{name}.lora_B"] = lora.lora_B["default"].weight * lora.scaling["default"]
     return {name: value.detach().half().contiguous() for name, value in learned.items()}

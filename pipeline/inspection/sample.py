@@ -64,7 +64,7 @@ class Inspection:
     `answers` are the trained tokens, without `likeliest` where the store keeps no logits.
     """
 
-    store: Path
+    store: str
     config: Config
     key: str
     conversations: list[dict[str, str]]
@@ -120,7 +120,7 @@ def inspect_sample(
     attention = _attention(opened, joined, targets, slots)
     layer = _layer_of_losses(config, attention) if layer is None else _stored_layer(opened, attention, layer)
     return Inspection(
-        store=opened.path,
+        store=str(opened.path),
         config=config,
         key=key,
         conversations=_conversations(shard, entry),

@@ -1,0 +1,50 @@
+"""A store for others: push to a URL, with a card; pull all of it, or some targets and parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.options import Fraction, Parts, StorePath, Targets
+
+Url = Annotated[
+    str, typer.Argument(help="s3://bucket/teacher.zarr, gs://..., hf://datasets/user/name/teacher.zarr.")
+]
+
+
+def push(
+    store: StorePath,
+    url: Url,
+    license: Annotated[
+        str | None,
+        typer.Option(help="Under which the store is given away, such as apache-2.0; for its card."),
+    ] = None,
+) -> None:
+    """Send a store's finished parts to a URL, with a card that says what it is; rerun to go on where it stopped.
+
+    Every file's hash is compared first. What is there already is left as it is; a part that differs stops the push.
+    """
+    from pipeline.card import push_with_card
+    from pipeline.describe import readable_bytes
+
+    pushed = push_with_card(store, url, license=license)
+    sent = f"{len(pushed.sent)} parts sent ({readable_bytes(pushed.bytes)})"
+    print(f"{pushed.url}: {sent}, {len(pushed.found)} found there")
+
+
+def pull(
+    store: StorePath,
+    output: Annotated[Path, typer.Argument(help="The new store, a folder.")],
+    targets: Targets = None,
+    parts: Parts = None,
+    fraction: Fraction = 1.0,
+) -> None:
+    """Copy a store from a URL: all of it, or only the files of some targets and parts; rerun to go on.
+
+    Every file's hash is compared with what the store says of it.
+    """
+    from pipeline.commands.reshape import slice_
+
+    slice_(store, output, targets, parts, fraction)

@@ -18,7 +18,7 @@ class FinishedPart:
     """Reading, and nothing else, raises CorruptPart where the part is not what it says."""
 
     def __init__(self, store: Place, name: str, *, manifest: Manifest, mirror: Mirror | None = None) -> None:
-        self.path = part_path(store, name)
+        self._path = part_path(store, name)
         self._manifest = manifest
         self._mirror = mirror
         self.record_data: bytes | None = None  # the files' bytes, where they came with those of other parts
@@ -28,13 +28,17 @@ class FinishedPart:
         self._arrays: dict[str, OpenArray] = {}
 
     @property
+    def path(self) -> Place:
+        """The part's folder; what its record lists is read through the mirror, which keeps files by such a record."""
+        if self._mirror and isinstance(self._path, RemotePath):
+            return RemotePath(self._path.url, self._mirror.of(self.record.version()))
+        return self._path
+
+    @property
     def record(self) -> PartRecord:
-        """part.json. From then on what it lists may come from the mirror, which keeps files by such a record."""
         if self._record is None:
             contents = self._manifest.contents_digest()
-            self._record = read_part_record(self.path, contents=contents, data=self.record_data)
-            if self._mirror and isinstance(self.path, RemotePath):
-                self.path = RemotePath(self.path.url, self._mirror.of(self._record.version()))
+            self._record = read_part_record(self._path, contents=contents, data=self.record_data)
             self.record_data = None
         return self._record
 
@@ -50,8 +54,6 @@ class FinishedPart:
         """Where the index is to be read from; None if it was."""
         if self._index is not None or self.index_data is not None:
             return None
-        if self._mirror:
-            self.record  # noqa: B018 - it says which version of the file the mirror may have
         return self.path / INDEX
 
     def arrays(self, wanted: Sequence[tuple[ArraySpec, StoredArray]]) -> list[OpenArray]:

@@ -64,6 +64,8 @@ class Store:
         return iter(self._places())
 
     def entries(self, part: str) -> Sequence[SampleEntry]:
+        """What the index says of the part's samples, in stored order."""
+        self._read_indexes()
         index = self._part(part).index
         return [index.entry(sample) for sample in range(len(index.keys))]
 

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
+from servers import s3_server
 from small_experiment import Experiment, build_experiment
 
 from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -192,6 +193,13 @@ def split_batch() -> Callable[[Batch], list[Batch]]:
         return alone
 
     return split
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """The URL of an empty bucket behind S3's real API. Every test writes below a name of its own."""
+    with s3_server() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

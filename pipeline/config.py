@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, cast
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, field_validator, model_validator
 
-from cache import Mirror, Store
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.losses import LOSSES
 from pipeline.settings import Section
@@ -119,11 +118,6 @@ class CacheConfig(Section):
     mirror: str | None = None
     mirror_bytes: int = Field(default=50_000_000_000, ge=1)
     allow_mismatch: list[MayDiffer] = []
-
-    def open(self) -> Store:
-        """The store, read-only; through the mirror if there is one."""
-        kept = Mirror(Path(self.mirror).expanduser(), self.mirror_bytes) if self.mirror else None
-        return Store(self.path, mirror=kept)
 
 
 class LossesConfig(create_model("Losses", __base__=Section, **_LOSSES)):

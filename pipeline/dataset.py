@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from blake3 import blake3
 from torch.utils.data import Dataset
 
-from cache import SampleEntry, Store
+from cache import Mirror, SampleEntry, Store
+from pipeline.config import CacheConfig
 from pipeline.conversation import TokenizedSample
 from pipeline.errors import BadSample, ConfigError, JoinError
 from pipeline.inputs import Preparation, pad_tokens
@@ -146,6 +148,12 @@ class JoinedDataset(Dataset[JoinedSample]):
                 f"{found[:16]}, the teacher saw {digest[:16]}; {CHANGED}"
             )
         return self.pixels.put(digest, self.preparation.preprocess(data))
+
+
+def open_store(cache: CacheConfig) -> Store:
+    """The store, read-only; one behind a URL through the mirror, if there is one."""
+    kept = Mirror(Path(cache.mirror).expanduser(), cache.mirror_bytes) if cache.mirror else None
+    return Store(cache.path, mirror=kept)
 
 
 def teacher_facts(store: Store) -> TeacherFacts:

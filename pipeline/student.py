@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from cache import Difference, Fingerprint, FingerprintMismatch, Store, digest_of
 from pipeline.config import Config
-from pipeline.dataset import JoinCollator, JoinedDataset, teacher_facts
+from pipeline.dataset import JoinCollator, JoinedDataset, open_store, teacher_facts
 from pipeline.distiller import Distiller
 from pipeline.errors import ConfigError
 from pipeline.inputs import Preparation, capture_settings
@@ -40,7 +40,7 @@ def train_student(config: Config, folder: Path) -> Path:
     before any weight is opened if the store is not what this config would have cached.
     """
     preparation = Preparation.of(config.student.model, config.data)
-    store = config.cache.open()
+    store = open_store(config.cache)
     allowed = check_fingerprint(store, config, preparation)
     targets, data = needed_targets(config), config.data
     dataset = JoinedDataset(store, data.shards, preparation, targets=targets, fraction=data.fraction)

@@ -145,7 +145,7 @@ def test_an_override_that_cannot_be_applied_is_named(override, said, complaint):
         ("losses.atention={}", "losses.atention: unknown key; did you mean 'attention'?"),
         ("losses.attention.wieght=2", "losses.attention.wieght: unknown key; did you mean 'weight'?"),
         ("targets.logits.topk=2", "targets.logits.topk: unknown key; did you mean 'top_k'?"),
-        ("cache.zzz=1", "cache.zzz: unknown key; known: allow_mismatch, path"),
+        ("cache.zzz=1", "cache.zzz: unknown key; known: allow_mismatch, mirror, mirror_bytes, path"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest_known_one(override, line, complaint):

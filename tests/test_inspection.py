@@ -57,7 +57,7 @@ def rewrite_manifest(experiment, folder: Path, change) -> Path:
 @pytest.mark.parametrize("key", ["a0", "t0", "two", "late", "apart", "d1"])
 def test_a_sample_is_what_its_shard_and_its_store_hold(key, experiment, originals):
     seen, stored = inspect_sample(experiment.store, key), stored_arrays(experiment.store)[key]
-    assert seen.key == key and seen.store == experiment.store and seen.note == ""
+    assert seen.key == key and seen.store == str(experiment.store) and seen.note == ""
     assert seen.conversations == originals[key].conversations
     assert seen.input_ids == tuple(stored["input_ids"]) and seen.labels == tuple(stored["labels"])
     assert len(seen.images) == len(originals[key].images)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, field_validator, model_validator
 
+from pipeline.cache_settings import Cache, Caches, OneOrSeveral, OnMissing
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.losses import LOSSES
 from pipeline.settings import Section
@@ -99,25 +100,9 @@ class TargetsConfig(create_model("Targets", __base__=Section, **_TARGETS)):
         return {name: target for name, target in self.active().items() if _source(target) == "recompute"}
 
 
-MayDiffer = Literal["tokenizer", "template", "image_preprocessing", "capture"]
-
-
 def _source(target: Any) -> str:
     """Logits need the whole teacher, so they have no choice of source."""
     return getattr(target, "source", "cache")
-
-
-class CacheConfig(Section):
-    """Where the store is, and which fields of its fingerprint stage 2 lets differ, which is told and recorded.
-
-    Stage 2 also reads a URL: s3://, gs://, hf://, https://. What it reads there it keeps in the folder `mirror`, up
-    to `mirror_bytes`, if one is given.
-    """
-
-    path: str
-    mirror: str | None = None
-    mirror_bytes: int = Field(default=50_000_000_000, ge=1)
-    allow_mismatch: list[MayDiffer] = []
 
 
 class LossesConfig(create_model("Losses", __base__=Section, **_LOSSES)):
@@ -141,7 +126,7 @@ class EvaluateConfig(Section):
         return self.shards if isinstance(self.shards, dict) else {"test": self.shards}
 
 
-class Config(Section):
+class Config(OneOrSeveral):
     """An experiment: both stages and the evaluation. `train` takes TrainingArguments by their own names.
 
     `log_gradient_shares` costs a backward pass for each loss at every logged step.
@@ -151,7 +136,9 @@ class Config(Section):
     teacher: TeacherConfig
     student: StudentConfig
     data: DataConfig
-    cache: CacheConfig
+    caches: Caches = None
+    cache: Cache = Field(default=None, validate_default=True)
+    on_missing: OnMissing = "raise"
     targets: TargetsConfig = TargetsConfig()
     losses: LossesConfig = LossesConfig()
     train: dict[str, Any] = {}
@@ -273,13 +260,19 @@ def _sentence(detail: Mapping[str, Any]) -> str:
 
 
 def _known_fields(where: Sequence[str]) -> list[str]:
-    """Field names of the section at a path, through optional sections."""
+    """Field names of the section at a path, through optional sections and lists of them."""
     section: type[BaseModel] = Config
     for part in where:
-        annotation = section.model_fields[part].annotation
-        choices = getattr(annotation, "__args__", (annotation,))
-        section = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
+        if part in section.model_fields:  # else a place in a list
+            section = _sections(section.model_fields[part].annotation)[0]
     return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    inner: tuple[Any, ...] = getattr(cast(Any, annotation), "__args__", ())
+    return [section for part in inner for section in _sections(part)]
 
 
 def labels_only(config: Config) -> Config:

@@ -95,7 +95,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.trainer",
         "pipeline.workers",
     },
-    "config": {"pipeline.config", "pipeline.training_arguments"},
+    "config": {"pipeline.cache_settings", "pipeline.config", "pipeline.training_arguments"},
     "distillation": {
         "pipeline.distiller",
         "pipeline.heads",

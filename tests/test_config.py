@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -176,9 +178,9 @@ def test_a_value_out_of_range_is_shown_with_its_key(override, line, complaint):
 def test_a_missing_key_is_named_and_all_problems_are_told_at_once(complaint):
     said = complaint({key: value for key, value in SMALLEST.items() if key != "cache"} | {"nonsense": 1})
     assert said.splitlines()[1:] == [
-        "  cache: missing; the config must set it",
-        "  nonsense: unknown key; known: baseline, cache, data, evaluate, log_gradient_shares, losses, "
-        "output_dir, student, targets, teacher, train",
+        "  cache: missing; the config must set it, or `caches` for several stores",
+        "  nonsense: unknown key; known: baseline, cache, caches, data, evaluate, log_gradient_shares, losses, "
+        "on_missing, output_dir, student, targets, teacher, train",
     ]
 
 
@@ -196,6 +198,69 @@ def test_a_loss_without_its_target_is_refused_with_the_remedy(name, complaint):
 def test_a_loss_that_reads_a_layer_that_is_not_captured_is_refused(override, complaint):
     said = complaint(SMALLEST, "targets={attention: {layers: [0, 2]}, vision: {}}", override)
     assert "reads the teacher's layer 1, but targets.attention.layers is [0, 2]; add the layer there" in said
+
+
+# One store or several
+
+
+SEVERAL = {key: value for key, value in SMALLEST.items() if key != "cache"} | {
+    "caches": [
+        {"path": "a.zarr", "targets": ["attention"]},
+        {"path": "b.zarr", "allow_mismatch": ["template"]},
+    ],
+    "targets": {"attention": {}, "vision": {}},
+}
+
+
+def test_several_stores_stand_in_the_place_of_one(load):
+    config = load(SEVERAL)
+    assert [cache.path for cache in config.all_caches()] == ["a.zarr", "b.zarr"]
+    assert config.on_missing == "raise" and load(to_yaml(config)) == config
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config and "a.zarr" in repr(config)
+    one = load(SEVERAL, "caches=null", "cache.path=c.zarr")
+    assert [cache.path for cache in one.all_caches()] == [one.cache.path] == ["c.zarr"]
+
+
+def test_one_store_and_several_at_once_are_refused(complaint):
+    said = complaint(SEVERAL, "cache.path=c.zarr")
+    assert "\n  cache: set beside `caches`; leave one of them out: `cache` is one store, `caches` are" in said
+    assert "cache: set beside `caches`" in complaint(SEVERAL, "cache.allow_mismatch=[capture]")
+
+
+def test_asking_for_the_one_store_of_several_is_an_error_and_no_none(load):
+    with pytest.raises(
+        ConfigError,
+        match=r"this works on one store, but the config names 2 \(`caches`\); .*caches=null cache.path",
+    ):
+        _ = load(SEVERAL).cache
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("caches=[]", "caches: List should have at least 1 item"),
+        ("caches=[{targets: [vision]}]", "caches.0.path: missing; the config must set it"),
+        ("caches=[{path: a, zzz: 1}]", "caches.0.zzz: unknown key; known: allow_mismatch, path, targets"),
+        ("caches=[{path: a, targets: []}]", "caches.0.targets: List should have at least 1 item"),
+        (
+            "caches=[{path: a}, {path: b, targets: [visoin]}]",
+            "caches.1.targets names 'visoin', but `targets` reads from a store attention, vision; add "
+            "`targets.visoin: {}`, or leave it out here",
+        ),
+        (
+            "targets.vision={source: recompute}",
+            "caches.1.targets names 'vision', but `targets` reads from a store attention; add",
+        ),
+        (
+            "caches=[{path: a, targets: [vision]}, {path: b, targets: [attention, vision]}]",
+            "caches.1.targets names 'vision', as caches.0.targets does; one store gives a target: leave it out of",
+        ),
+        ("on_missing=ignore", "on_missing: Input should be 'raise', 'skip' or 'recompute', found 'ignore'"),
+    ],
+)
+def test_entries_that_cannot_be_are_named_by_their_place(override, line, complaint):
+    named = {**SEVERAL, "caches": [{"path": "a.zarr"}, {"path": "b.zarr", "targets": ["vision"]}]}
+    assert f"\n  {line}" in complaint(named, override)
 
 
 def test_mixing_heads_needs_every_head(complaint):

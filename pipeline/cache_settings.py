@@ -1,0 +1,96 @@
+"""Which stores stage 2 reads: one `cache`, or `caches` that each give some targets; what if one lacks a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from pipeline.errors import ConfigError
+from pipeline.settings import Section
+
+MayDiffer = Literal["tokenizer", "template", "image_preprocessing", "capture"]
+OnMissing = Literal["raise", "skip", "recompute"]
+
+
+class CacheConfig(Section):
+    """Where the store is, and which fields of its fingerprint stage 2 lets differ, which is told and recorded."""
+
+    path: str
+    allow_mismatch: list[MayDiffer] = []
+
+
+class CachesConfig(CacheConfig):
+    """One of several stores. It gives the targets that it names; with `targets: null` all that it holds and no
+    other entry names or, earlier in the list, gives.
+    """
+
+    targets: Annotated[list[str], Field(min_length=1)] | None = None
+
+
+Caches = Annotated[list[CachesConfig], Field(min_length=1)] | None
+if TYPE_CHECKING:
+    Cache = CacheConfig  # see OneOrSeveral: who reads it has it, or an error
+else:
+    Cache = CacheConfig | None
+
+
+class OneOrSeveral(Section):
+    """A config with a `cache`, or with `caches` in its place."""
+
+    if TYPE_CHECKING:  # where the fields stand among the others is the config's choice
+        cache: Cache
+        caches: Caches
+        targets: Any
+    else:
+
+        def __getattribute__(self, name: str) -> Any:
+            """`cache` where there are `caches` is an error, never None: what works on one store so says so itself."""
+            value = super().__getattribute__(name)
+            if name == "cache" and value is None:
+                raise ConfigError(
+                    f"this works on one store, but the config names {len(self.caches)} (`caches`); give it a config "
+                    "with `cache`, such as by the overrides caches=null cache.path=STORE"
+                )
+            return value
+
+    def all_caches(self) -> Sequence[CacheConfig]:
+        """The stores that stage 2 reads: `caches`, or the one `cache`."""
+        return [self.cache] if self.caches is None else self.caches
+
+    @field_validator("cache", mode="before", check_fields=False)
+    @classmethod
+    def _one_or_several(cls, cache: Any, info: ValidationInfo) -> Any:
+        """`caches` were read before; they are not in `info` if they cannot be."""
+        if "caches" in info.data and (cache is None) == (info.data["caches"] is None):
+            raise ValueError(
+                "missing; the config must set it, or `caches` for several stores"
+                if cache is None
+                else "set beside `caches`; leave one of them out: `cache` is one store, `caches` are several, each "
+                "with its own path and allow_mismatch"
+            )
+        return cache
+
+    @model_validator(mode="after")
+    def _one_store_gives_a_target(self) -> OneOrSeveral:
+        _check_named_targets(self.caches, self.targets.cached())
+        return self
+
+
+def _check_named_targets(caches: Caches, cached: Mapping[str, Any]) -> None:
+    """ValueError if an entry names a target that the config does not read from a store, or that another names."""
+    named: dict[str, int] = {}
+    for number, cache in enumerate(caches or ()):
+        for target in cache.targets or ():
+            if target not in cached:
+                raise ValueError(
+                    f"caches.{number}.targets names {target!r}, but `targets` reads from a store "
+                    f"{', '.join(cached) or 'nothing'}; add `targets.{target}: {{}}`, or leave it out here"
+                )
+            if target in named:
+                raise ValueError(
+                    f"caches.{number}.targets names {target!r}, as caches.{named[target]}.targets does; one store "
+                    "gives a target: leave it out of the other"
+                )
+            named[target] = number

@@ -15,9 +15,15 @@ OnMissing = Literal["raise", "skip", "recompute"]
 
 
 class CacheConfig(Section):
-    """Where the store is, and which fields of its fingerprint stage 2 lets differ, which is told and recorded."""
+    """Where the store is, and which fields of its fingerprint stage 2 lets differ, which is told and recorded.
+
+    Stage 2 also reads a URL: s3://, gs://, hf://, https://. What it reads there it keeps in the folder `mirror`, up
+    to `mirror_bytes`, if one is given.
+    """
 
     path: str
+    mirror: str | None = None
+    mirror_bytes: int = Field(default=50_000_000_000, ge=1)
     allow_mismatch: list[MayDiffer] = []
 
 

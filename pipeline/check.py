@@ -20,7 +20,8 @@ from pipeline.dataset import JoinCollator, JoinedDataset, JoinedSample, teacher_
 from pipeline.distiller import Distiller
 from pipeline.losses import LOSSES
 from pipeline.models.stub import Teacher, load_teacher
-from pipeline.student import REMEDY, load_student
+from pipeline.stores import REMEDY
+from pipeline.student import load_student
 from pipeline.targets import vision_array
 from pipeline.teacher import CapturePlan, plan_capture
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,17 @@ import torch
 from blake3 import blake3
 from torch.utils.data import Dataset
 
-from cache import Mirror, SampleEntry, Store
-from pipeline.config import CacheConfig
+from cache import SampleEntry, Store
 from pipeline.conversation import TokenizedSample
 from pipeline.errors import BadSample, ConfigError, JoinError
 from pipeline.inputs import Preparation, pad_tokens
 from pipeline.memory import BoundedCache, TensorCache
+from pipeline.missing import join_rows
+from pipeline.models.merge import text_rows
 from pipeline.shards import expand_shards, parse_record, part_name, read_span
-from pipeline.targets import TARGETS, TeacherFacts
+from pipeline.stores import Stores, first_difference
+from pipeline.stores import teacher_facts as teacher_facts
+from pipeline.targets import TARGETS
 
 PIXEL_CACHE_BYTES = 256 * 2**20
 STORED_CACHE_BYTES = 256 * 2**20
@@ -28,13 +30,17 @@ CHANGED = "the shard changed after it was cached: restore it, or cache it again 
 
 @dataclass(frozen=True)
 class JoinedSample:
-    """A training sample: tokens, pixels of its images (in order, by digest) and the stored target arrays."""
+    """A training sample: tokens, pixels of its images (in order, by digest) and the stored target arrays.
+
+    Arrays of the targets in `lacking` are zeros: no store gave them, and they are made again beside the student.
+    """
 
     key: str
     tokens: TokenizedSample
     pixels: dict[str, torch.Tensor]
     image_digests: tuple[str, ...]
     arrays: dict[str, np.ndarray]
+    lacking: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -52,48 +58,42 @@ class StoredSample:
 class JoinedDataset(Dataset[JoinedSample]):
     """Map-style: every sample that the store cached from the given shards, in the store's order (see `is_chosen`).
 
-    The first time a sample is read, its text is tokenised and compared with the ids and labels that the teacher
-    saw, and its image bytes with their digest; later epochs trust that. Raises `JoinError` on any difference.
+    Of several stores every sample that one of them cached (see `join_rows`). The first time a sample is read, its
+    text is tokenised and compared with the ids and labels that the teacher saw, in every store, and its image bytes
+    with their digest; later epochs trust that. Raises `JoinError` on any difference.
     """
 
     def __init__(
         self,
-        store: Store,
+        stores: Stores | Store,
         shards: str | Sequence[str],
         preparation: Preparation,
         *,
         targets: Mapping[str, Any],
         fraction: float = 1.0,
     ):
-        self.store = store
+        self.stores = stores if isinstance(stores, Stores) else Stores.single(stores, targets)
         self.preparation = preparation
         self.targets = targets
         self.shards = {part_name(shard): shard for shard in expand_shards(shards)}
-        if missing := sorted(self.shards.keys() - set(store.parts)):
-            raise ConfigError(
-                f"{store.path} has no finished part for {len(missing)} of {len(self.shards)} shards, "
-                f"first {missing[0]!r}; run `alignkd teacher-cache` with this config"
-            )
-        self.rows = [
-            (part, entry)
-            for part in sorted(self.shards)
-            for entry in store.entries(part)
-            if is_chosen(entry, fraction)
-        ]
+        joined = join_rows(self.stores, self.shards, lambda entry: is_chosen(entry, fraction))
+        self.rows, self.missing = joined.rows, joined.missing
+        self.lacking = {key: lacking & set(targets) for key, lacking in joined.lacking.items()}
         if not self.rows:
-            raise ConfigError(
-                f"{store.path} holds no sample of data.shards"
-                + (
-                    "; see its rejects with `alignkd info`"
-                    if fraction == 1
-                    else f" within data.fraction {fraction:g}: raise it"
-                )
-            )
-        facts = teacher_facts(store)
-        self.names = [spec.name for name, t in targets.items() for spec in TARGETS[name].arrays(t, facts)]
+            raise ConfigError(self._without_rows(fraction))
+        self.names = [source.arrays(targets) for source in self.stores.sources]
         self.verified: set[str] = set()
         self.pixels = TensorCache(PIXEL_CACHE_BYTES)
         self.stored: BoundedCache[StoredSample] = BoundedCache(STORED_CACHE_BYTES)
+
+    def _without_rows(self, fraction: float) -> str:
+        held = "holds no sample" if len(self.stores.sources) == 1 else "hold no sample in common"
+        remedy = (
+            "; see its rejects with `alignkd info`"
+            if fraction == 1
+            else f" within data.fraction {fraction:g}: raise it"
+        )
+        return f"{self.stores} {held} of data.shards{remedy}"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,18 +102,31 @@ class JoinedDataset(Dataset[JoinedSample]):
         part, entry = self.rows[index]
         stored = self.stored.get(entry.key) or self.stored.put(entry.key, self._read(part, entry))
         pixels = {digest: self._pixels(part, entry, n) for n, digest in enumerate(entry.images)}
-        return JoinedSample(entry.key, stored.tokens, pixels, entry.images, stored.arrays)
+        lacking = self.lacking.get(entry.key, frozenset())
+        return JoinedSample(entry.key, stored.tokens, pixels, entry.images, stored.arrays, lacking)
 
     def _read(self, part: str, entry: SampleEntry) -> StoredSample:
-        arrays = self.store.read(entry.key, ["input_ids", "labels", *self.names])
+        is_new = entry.key not in self.verified
+        arrays = self.stores.read(entry.key, self.names, compared=is_new)
         tokens = TokenizedSample(
             tuple(arrays.pop("input_ids").tolist()), tuple(arrays.pop("labels").tolist())
         )
-        if entry.key not in self.verified:
+        if is_new:
             self._compare_tokens(part, entry, tokens)
             self.verified.add(entry.key)
         arrays["num_images"] = np.array(len(entry.images))
-        return StoredSample(tokens, arrays)
+        return StoredSample(tokens, arrays | self._blanks(entry, tokens))
+
+    def _blanks(self, entry: SampleEntry, tokens: TokenizedSample) -> dict[str, np.ndarray]:
+        """Zeros in the shape of what no store gave, to be made again beside the student."""
+        blanks: dict[str, np.ndarray] = {}
+        for name in self.lacking.get(entry.key, ()):
+            rows = text_rows(pad_tokens([tokens]))
+            facts = teacher_facts(self.stores.giving(name).store)
+            needed = int(TARGETS[name].rows(torch.tensor([len(entry.images)]), rows, rows))
+            for spec in TARGETS[name].arrays(self.targets[name], facts):
+                blanks[spec.name] = np.zeros((needed, *spec.row_shape), dtype=np.float32)
+        return blanks
 
     def _compare_tokens(self, part: str, entry: SampleEntry, stored: TokenizedSample) -> None:
         mine = self._tokens_of_shard(part, entry)
@@ -124,7 +137,7 @@ class JoinedDataset(Dataset[JoinedSample]):
             if theirs != ours:
                 raise JoinError(
                     f"sample {entry.key!r} of {self.shards[part]}: its {what} are not those that the teacher saw "
-                    f"({_first_difference(theirs, ours)}); {CHANGED}"
+                    f"({first_difference(theirs, ours)}); {CHANGED}"
                 )
 
     def _tokens_of_shard(self, part: str, entry: SampleEntry) -> TokenizedSample:
@@ -150,18 +163,6 @@ class JoinedDataset(Dataset[JoinedSample]):
         return self.pixels.put(digest, self.preparation.preprocess(data))
 
 
-def open_store(cache: CacheConfig) -> Store:
-    """The store, read-only; one behind a URL through the mirror, if there is one."""
-    kept = Mirror(Path(cache.mirror).expanduser(), cache.mirror_bytes) if cache.mirror else None
-    return Store(cache.path, mirror=kept)
-
-
-def teacher_facts(store: Store) -> TeacherFacts:
-    """The facts of the teacher whose knowledge the store holds."""
-    known = {field.name for field in fields(TeacherFacts)}
-    return TeacherFacts(**{name: value for name, value in store.manifest.teacher.items() if name in known})
-
-
 def is_chosen(entry: SampleEntry, fraction: float) -> bool:
     """Whether `data.fraction` takes a sample: by its first image's digest, or its key's if it has no image.
 
@@ -169,13 +170,6 @@ def is_chosen(entry: SampleEntry, fraction: float) -> bool:
     """
     digest = entry.images[0] if entry.images else blake3(entry.key.encode()).hexdigest()
     return int(digest[:8], 16) < fraction * 2**32
-
-
-def _first_difference(theirs: Sequence[int], ours: Sequence[int]) -> str:
-    for position, (a, b) in enumerate(zip(theirs, ours, strict=False)):
-        if a != b:
-            return f"at position {position}: store {a}, mine {b}"
-    return f"store has {len(theirs)}, mine {len(ours)}"
 
 
 @dataclass(frozen=True)
@@ -186,16 +180,21 @@ class JoinCollator:
 
     def __call__(self, samples: Sequence[JoinedSample]) -> dict[str, Any]:
         """`input_ids`, `attention_mask`, `labels` 'B S'; `pixel_values` 'I C Y X' or None; `image_digests`;
-        `targets` fields of `TeacherTargets`; `received` target -> rows that each sample brought, int64 'B'.
+        `targets` fields of `TeacherTargets`; `received` target -> rows that each sample brought, int64 'B'; `lacking`
+        target -> whether a sample has rows of zeros for it, bool 'B', where one has.
         """
         pixels = [sample.pixels[digest] for sample in samples for digest in sample.image_digests]
         batch: dict[str, Any] = pad_tokens([sample.tokens for sample in samples])
         batch["pixel_values"] = torch.stack(pixels) if pixels else None
         batch["image_digests"] = [digest for sample in samples for digest in sample.image_digests]
-        batch["targets"], batch["received"] = {}, {}
+        batch["targets"], batch["received"], batch["lacking"] = {}, {}, {}
         for name, settings in self.targets.items():
             arrays = [sample.arrays for sample in samples]
             batch["targets"] |= TARGETS[name].collate(settings, arrays)
             first = TARGETS[name].first_array(settings)
-            batch["received"][name] = torch.tensor([len(sample[first]) for sample in arrays])
+            rows = torch.tensor([len(sample[first]) for sample in arrays])
+            lacks = torch.tensor([name in sample.lacking for sample in samples])
+            batch["received"][name] = rows.masked_fill(lacks, 0)
+            if bool((needed := lacks & (rows > 0)).any()):
+                batch["lacking"][name] = needed
         return batch

@@ -28,8 +28,8 @@ class Terms:
     coverage: Tensor
 
 
-# A batch and the tower's features of its images -> fields of `TeacherTargets` that the store does not hold.
-Recompute = Callable[[Mapping[str, Any], Tensor | None], dict[str, Any]]
+# A batch and the tower's features of its images -> the batch with the targets that the store does not hold.
+Recompute = Callable[[Mapping[str, Any], Tensor | None], Mapping[str, Any]]
 
 
 class Distiller(nn.Module):
@@ -54,9 +54,9 @@ class Distiller(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> Terms:
         """One batch of `JoinCollator`. Raises `JoinError` if a sample did not receive a target it must have."""
         patch_features = self._patch_features(batch)
+        batch = self.recompute(batch, patch_features) if self.recompute else batch
         outputs, coverage = self._student_outputs(batch, patch_features)
-        recomputed = self.recompute(batch, patch_features) if self.recompute else {}
-        teacher = TeacherTargets(**batch["targets"], **recomputed)
+        teacher = TeacherTargets(**batch["targets"])
         for layer, attention in teacher.attention.items():
             rows, columns = outputs.slots.text.shape[1], outputs.slots.vision.shape[1]
             expect_shape(

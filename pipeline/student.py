@@ -1,11 +1,11 @@
-"""Stage 2: train the student from the store with transformers.Trainer. No teacher weight is opened here."""
+"""Stage 2: train the student from the store, or several, with transformers.Trainer. No teacher weight is opened."""
 
 from __future__ import annotations
 
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,19 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from cache import Difference, Fingerprint, FingerprintMismatch, Store, digest_of
+from cache import Store, digest_of
 from pipeline.config import Config
-from pipeline.dataset import JoinCollator, JoinedDataset, open_store, teacher_facts
+from pipeline.dataset import JoinCollator, JoinedDataset
 from pipeline.distiller import Distiller
 from pipeline.errors import ConfigError
-from pipeline.inputs import Preparation, capture_settings
+from pipeline.inputs import Preparation
 from pipeline.losses import LOSSES
 from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.provenance import finished_identity, mark_finished, save_provenance
 from pipeline.recompute import load_recomputed
+from pipeline.stores import open_stores, teacher_facts
 from pipeline.trainer import HEADS_FILE, RUN_FILE, DistillTrainer
 from pipeline.training_arguments import OF_THE_LOG
 
@@ -37,20 +38,28 @@ def train_student(config: Config, folder: Path) -> Path:
     """Train one student into `folder` and return its model's folder, in MobileVLM's own layout, without heads.
 
     A finished run of the same config, store and first weights is left as it is. Raises `FingerprintMismatch`
-    before any weight is opened if the store is not what this config would have cached.
+    before any weight is opened if a store is not what this config would have cached. What the stores lack is told
+    on stderr.
     """
     preparation = Preparation.of(config.student.model, config.data)
-    store = open_store(config.cache)
-    allowed = check_fingerprint(store, config, preparation)
+    stores = open_stores(config, preparation)
     targets, data = needed_targets(config), config.data
-    dataset = JoinedDataset(store, data.shards, preparation, targets=targets, fraction=data.fraction)
-    finished, identity = folder / FINISHED, run_identity(config, store, num_samples=len(dataset))
+    dataset = JoinedDataset(stores, data.shards, preparation, targets=targets, fraction=data.fraction)
+    for missing in dataset.missing:
+        print(f"on_missing: {config.on_missing}: {missing}", file=sys.stderr)
+    finished, identity = folder / FINISHED, run_identity(config, dataset)
     if finished_identity(finished) == identity:
         return folder / MODEL_FOLDER
     finished.unlink(missing_ok=True)
-    save_provenance(folder, config, allowed_mismatches=[asdict(difference) for difference in allowed])
+    save_provenance(
+        folder,
+        config,
+        stores=stores.to_json(),
+        allowed_mismatches=[asdict(difference) | {"store": path} for path, difference in stores.allowed],
+        missing=[asdict(missing) for missing in dataset.missing],
+    )
     resumed = checkpoint_to_resume(config, folder, identity)
-    trainer = build_trainer(config, folder, store, dataset, identity=identity)
+    trainer = build_trainer(config, folder, dataset, identity=identity)
     with redirect_stdout(sys.stderr):  # the Trainer prints its log; standard output is for results
         trainer.train(resume_from_checkpoint=resumed)
     if trainer.is_world_process_zero():
@@ -61,15 +70,22 @@ def train_student(config: Config, folder: Path) -> Path:
     return folder / MODEL_FOLDER
 
 
-def run_identity(config: Config, store: Store, *, num_samples: int) -> str:
+def run_identity(config: Config, dataset: JoinedDataset) -> str:
     """What a finished run must agree with to be kept: everything that its weights depend on."""
+    read = {"cache"} if config.caches is None else {"caches", "on_missing"}
     settings = config.model_dump(
-        mode="json", include={"student", "data", "cache", "targets", "losses", "train"}
+        mode="json", include={"student", "data", "targets", "losses", "train"} | read
     )
-    settings["cache"] = {name: settings["cache"][name] for name in ("path", "allow_mismatch")}
+    for cache in settings.get("caches") or [settings["cache"]]:
+        del cache["mirror"], cache["mirror_bytes"]  # where bytes are kept changes none of them
     settings["train"] = {name: value for name, value in settings["train"].items() if name not in OF_THE_LOG}
+    fingerprints = [store.manifest.fingerprint.to_json() for store in dataset.stores.opened]
+    stored: Any = fingerprints[0]
+    if config.caches is not None:  # of several teachers the config's is the stub's
+        stub = config.teacher.model if config.targets.recomputed() else None
+        stored = [fingerprints, [missing.count for missing in dataset.missing], stub]
     first_weights = Checkpoint(config.student.model).digest()
-    return digest_of([settings, store.manifest.fingerprint.to_json(), num_samples, first_weights])
+    return digest_of([settings, stored, len(dataset), first_weights])
 
 
 def checkpoint_to_resume(config: Config, folder: Path, identity: str) -> str | None:
@@ -111,52 +127,33 @@ def _is_whole(checkpoint: Path) -> bool:
     return (checkpoint / HEADS_FILE).is_file()
 
 
-def check_fingerprint(store: Store, config: Config, preparation: Preparation) -> list[Difference]:
-    """Compare, field by field, what the store holds with what this config asks; raises `FingerprintMismatch`.
-
-    Fields of `cache.allow_mismatch` may differ: they are told on stderr and returned.
-    """
-    stored = store.manifest.fingerprint
-    # Teacher and dtype are stage 1's business; the store knows them and stage 2 has no other.
-    capture = capture_settings(config, dtype=str(store.manifest.capture.get("dtype")))
-    mine = Fingerprint(teacher=stored.teacher, capture=digest_of(capture), **preparation.digests())
-    differences = store.manifest.differences(replace(store.manifest, fingerprint=mine, capture=capture))
-    if refused := [d for d in differences if d.field not in config.cache.allow_mismatch]:
-        raise FingerprintMismatch(store.path, refused, remedy=REMEDY)
-    for d in differences:
-        print(f"cache.allow_mismatch: {d.field}: stored {d.stored}, mine {d.mine}", file=sys.stderr)
-    return differences
-
-
-REMEDY = (
-    "set the config to what the store was made with (`alignkd info` shows it), or set cache.path to a new "
-    "store and run `alignkd teacher-cache`; where a field cannot matter, --allow-mismatch FIELD lets it differ"
-)
-
-
 def needed_targets(config: Config) -> dict[str, Any]:
     """The stored targets that the configured losses read, by name."""
     read = {target for name in config.losses.active() for target in LOSSES[name].targets}
     return {name: settings for name, settings in config.targets.cached().items() if name in read}
 
 
-def build_trainer(
-    config: Config, folder: Path, store: Store, dataset: JoinedDataset, *, identity: str
-) -> DistillTrainer:
+def build_trainer(config: Config, folder: Path, dataset: JoinedDataset, *, identity: str) -> DistillTrainer:
     """Student, heads, optimizer and data, seeded: runs that differ in losses alone see the same data order.
 
     `identity` of the run goes into its checkpoints.
     """
-    arguments = training_arguments(config, folder)
+    arguments, stores = training_arguments(config, folder), dataset.stores
     set_seed(arguments.seed)
-    student = load_student(config, store)
+    student = load_student(config, *stores.opened)
     reads_teacher = any(LOSSES[name].targets for name in config.losses.active())
+    missing = {name: stores.giving(name).store for lacking in dataset.lacking.values() for name in lacking}
+    recompute = (
+        load_recomputed(config, *stores.opened, device=arguments.device, missing=missing)
+        if reads_teacher
+        else None
+    )
     distiller = Distiller(
         student,
         config.losses.active(),
-        facts=teacher_facts(store),
+        facts=stores.facts(recompute.facts if recompute else {}),
         patch_feature_cache_bytes=config.student.patch_feature_cache_bytes,
-        recompute=load_recomputed(config, store, device=arguments.device) if reads_teacher else None,
+        recompute=recompute,
     )
     return DistillTrainer(
         model=distiller,
@@ -168,19 +165,11 @@ def build_trainer(
     )
 
 
-def load_student(config: Config, store: Store) -> MobileVLMForCausalLM:
-    """The student's first weights. Raises `ConfigError` if it cannot be held to this teacher."""
-    facts = teacher_facts(store)
+def load_student(config: Config, *stores: Store) -> MobileVLMForCausalLM:
+    """The student's first weights. Raises `ConfigError` if it cannot be held to the teacher of each store."""
+    for store in stores:
+        _check_family(config, store)
     shape = read_config(checkpoint_folder(config.student.model))
-    for field, theirs, mine in (
-        ("num_vision_tokens", facts.num_vision_tokens, shape.num_vision_tokens),
-        ("vocab_size", facts.vocab_size, shape.vocab_size),
-    ):
-        if theirs != mine:
-            raise ConfigError(
-                f"student.model {config.student.model}: {field} is {mine}, the teacher of {store.path} has "
-                f"{theirs}; Align-KD needs them equal: use a student of the teacher's family"
-            )
     attention = config.losses.active().get("attention")
     deepest = max((layer for _, layer in attention.layers), default=0) if attention else 0
     if deepest >= shape.num_hidden_layers:
@@ -192,6 +181,19 @@ def load_student(config: Config, store: Store) -> MobileVLMForCausalLM:
     if config.student.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     return student
+
+
+def _check_family(config: Config, store: Store) -> None:
+    facts, shape = teacher_facts(store), read_config(checkpoint_folder(config.student.model))
+    for field, theirs, mine in (
+        ("num_vision_tokens", facts.num_vision_tokens, shape.num_vision_tokens),
+        ("vocab_size", facts.vocab_size, shape.vocab_size),
+    ):
+        if theirs != mine:
+            raise ConfigError(
+                f"student.model {config.student.model}: {field} is {mine}, the teacher of {store.path} has "
+                f"{theirs}; Align-KD needs them equal: use a student of the teacher's family"
+            )
 
 
 def training_arguments(config: Config, folder: Path) -> TrainingArguments:

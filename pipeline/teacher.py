@@ -77,6 +77,7 @@ class CapturePlan:
 
 def plan_capture(config: Config) -> CapturePlan:
     """Finds the shards, hashes tokenizer and teacher, and says what the store will hold."""
+    _ = config.cache  # several are no place to write to: told before the teacher is read
     shards = tuple(expand_shards(config.data.shards))
     preparation = Preparation.of(config.teacher.model, config.data)
     plan = plan_teacher(

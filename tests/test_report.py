@@ -200,6 +200,13 @@ def test_runs_of_several_stores_have_no_one_cost(sweep: Path):
     assert "cache.path was varied" in gather(sweep).store_absent
 
 
+def test_runs_of_a_mixture_of_stores_have_no_one_cost(sweep: Path):
+    of_sweep = json.loads((sweep / "sweep.json").read_text())
+    of_sweep["config"] |= {"cache": None, "caches": [{"path": "a.zarr"}, {"path": "b.zarr"}]}
+    (sweep / "sweep.json").write_text(json.dumps(of_sweep))
+    assert gather(sweep).store_absent.startswith("The runs read several stores (caches)")
+
+
 # Real trainings
 
 

@@ -42,7 +42,7 @@ def trainer_of(experiment, tmp_path):
         preparation = Preparation.of(config.student.model, config.data)
         store = Store(config.cache.path)
         dataset = RecordedDataset(store, config.data.shards, preparation, targets=needed_targets(config))
-        return build_trainer(config, tmp_path / folder, store, dataset, identity="of a test")
+        return build_trainer(config, tmp_path / folder, dataset, identity="of a test")
 
     return build
 

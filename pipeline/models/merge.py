@@ -120,11 +120,16 @@ def answers_in(batch: Mapping[str, torch.Tensor]) -> int:
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
-def text_rows_in(batch: Mapping[str, torch.Tensor]) -> int:
-    """Text-query rows: unpadded text tokens after the first image of their sample."""
+def text_rows(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Text-query rows of each sample, int64 'B': unpadded text tokens after the first image of their sample."""
     is_image = batch["input_ids"] == IMAGE_TOKEN_INDEX
     after_image = is_image.long().cumsum(dim=1) > 0
-    return int((after_image & ~is_image & batch["attention_mask"].bool()).sum())
+    return (after_image & ~is_image & batch["attention_mask"].bool()).sum(dim=1)
+
+
+def text_rows_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """Text-query rows of a batch."""
+    return int(text_rows(batch).sum())
 
 
 def images_in(batch: Mapping[str, torch.Tensor]) -> int:

@@ -15,6 +15,8 @@ def cost_of_store(
     """Its cost, or None and the reason why it is not known; labels-only runs count as needing no teacher."""
     if "cache.path" in varied:
         return None, "The runs read different stores (cache.path was varied), so no one store is their cost."
+    if config.get("caches"):
+        return None, "The runs read several stores (caches), so no one store is their cost."
     try:
         store = summarise(config["cache"]["path"])
     except CacheError as error:

@@ -18,9 +18,20 @@ def run_identity(config: Config) -> str:
     settings["train"] = {name: value for name, value in settings["train"].items() if name not in OF_THE_LOG}
     assert config.evaluate is not None
     answers = config.evaluate.model_dump(mode="json", exclude={"batch_size"})
-    ground = [_store_identity(config.cache.path), _weights_identity(config.student.model)]
+    ground = [_stores_identity(config), _weights_identity(config.student.model)]
     questions = _questions_identity(config.evaluate.model_dump_json())
     return digest_of([settings, answers, ground, questions])
+
+
+def _stores_identity(config: Config) -> list[Any]:
+    if config.caches is None:
+        return _store_identity(config.cache.path)
+    stub = config.teacher.model if config.targets.recomputed() else None  # of several teachers this one
+    return [
+        stub,
+        config.on_missing,
+        [[_store_identity(cache.path), cache.targets] for cache in config.caches],
+    ]
 
 
 @once

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from cache import Store
 from pipeline.compare import Answered
 from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError
@@ -20,7 +19,8 @@ from pipeline.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by
 from pipeline.inputs import Preparation
 from pipeline.provenance import provenance
 from pipeline.scores import evaluate_checkpoint, held_out_shards
-from pipeline.student import FINISHED, MODEL_FOLDER, STATE_FILE, check_fingerprint, train_student
+from pipeline.stores import open_stores
+from pipeline.student import FINISHED, MODEL_FOLDER, STATE_FILE, train_student
 from pipeline.sweep.identity import run_identity
 from pipeline.sweep.jobs import Failed, Job, attempt, run_jobs
 from pipeline.sweep.lines import SUMMARY, SWEEP, Line, read_lines, write_line
@@ -117,7 +117,7 @@ def _check(config: Config) -> None:
         raise ConfigError("a sweep compares accuracies; name held-out shards as evaluate.shards")
     held_out_shards(config.evaluate)
     preparation = Preparation.of(config.student.model, config.data)
-    check_fingerprint(Store(config.cache.path), config, preparation)
+    open_stores(config, preparation)
 
 
 def _finished(folder: Path, identities: Mapping[str, str]) -> tuple[dict[str, Line], int]:

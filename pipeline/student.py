@@ -22,7 +22,7 @@ from pipeline.inputs import Preparation
 from pipeline.losses import LOSSES
 from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
-from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.provenance import finished_identity, mark_finished, save_provenance
 from pipeline.recompute import load_recomputed
 from pipeline.stores import open_stores, teacher_facts
@@ -167,9 +167,9 @@ def build_trainer(config: Config, folder: Path, dataset: JoinedDataset, *, ident
 
 def load_student(config: Config, *stores: Store) -> MobileVLMForCausalLM:
     """The student's first weights. Raises `ConfigError` if it cannot be held to the teacher of each store."""
-    for store in stores:
-        _check_family(config, store)
     shape = read_config(checkpoint_folder(config.student.model))
+    for store in stores:
+        _check_family(config, shape, store)
     attention = config.losses.active().get("attention")
     deepest = max((layer for _, layer in attention.layers), default=0) if attention else 0
     if deepest >= shape.num_hidden_layers:
@@ -183,8 +183,8 @@ def load_student(config: Config, *stores: Store) -> MobileVLMForCausalLM:
     return student
 
 
-def _check_family(config: Config, store: Store) -> None:
-    facts, shape = teacher_facts(store), read_config(checkpoint_folder(config.student.model))
+def _check_family(config: Config, shape: MobileVLMConfig, store: Store) -> None:
+    facts = teacher_facts(store)
     for field, theirs, mine in (
         ("num_vision_tokens", facts.num_vision_tokens, shape.num_vision_tokens),
         ("vocab_size", facts.vocab_size, shape.vocab_size),

@@ -141,7 +141,8 @@ class Capture:
         digests = [digest for item in batch for digest in item.sample.image_digests]
         vision = torch.stack([self.vision[digest] for digest in digests]) if digests else None
         targets = self.config.targets.cached()
-        captured = captured_arrays(self.teacher, targets, [item.tokens for item in batch], vision)
+        tokens, keys = [item.tokens for item in batch], [item.sample.key for item in batch]
+        captured = captured_arrays(self.teacher, targets, tokens, vision, keys=keys)
         for item, arrays in zip(batch, captured, strict=True):
             arrays |= {"input_ids": np.array(item.tokens.input_ids), "labels": np.array(item.tokens.labels)}
             self._add(item, arrays, part)
@@ -207,9 +208,11 @@ def captured_arrays(
     targets: Mapping[str, Any],
     tokens: Sequence[TokenizedSample],
     vision: torch.Tensor | None,
+    *,
+    keys: Sequence[str],
 ) -> list[dict[str, np.ndarray]]:
     """What the targets keep of each sample of a batch, float32 or integers; `vision` 'I N D' of all its images."""
-    forward = teacher.forward(**pad_tokens(tokens), vision=vision)
+    forward = replace(teacher.forward(**pad_tokens(tokens), vision=vision), keys=keys)
     captured: list[dict[str, np.ndarray]] = [{} for _ in tokens]
     for name, settings in targets.items():
         if (capture := TARGETS[name].capture) is not None:

@@ -28,6 +28,7 @@ from pipeline.teacher import CapturePlan, plan_capture
 # What one computation may differ by when its batches are cut otherwise, of the largest value of an array.
 ROUNDING = {"float32": 1e-4, "float16": 2.0**-8, "bfloat16": 2.0**-5}
 IDS, LOG_PROBS = "logits/ids", "logits/log_probs"
+DRAW_IDS, DRAW_LOG_PROBS = "logits/draw_ids", "logits/draw_log_probs"
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -123,7 +124,8 @@ def captured_again(config: Config, teacher: Teacher, samples: Sequence[JoinedSam
     in_order = [vision[digest] for sample in samples for digest in sample.image_digests]
     targets = config.targets.cached()
     stacked = torch.stack(in_order) if in_order else None
-    captured = captured_arrays(teacher, targets, [sample.tokens for sample in samples], stacked)
+    tokens, keys = [sample.tokens for sample in samples], [sample.key for sample in samples]
+    captured = captured_arrays(teacher, targets, tokens, stacked, keys=keys)
     again = []
     for sample, arrays in zip(samples, captured, strict=True):
         if "vision" in targets:
@@ -144,6 +146,16 @@ def _compare_arrays(
         ours = np.concatenate([sample.arrays[spec.name] for sample in live])
         if spec.name == IDS:
             yield _compare_ids(spec, stored, live, rounding)
+        elif spec.name == DRAW_IDS:
+            yield _compare_draws(spec, stored, live, rounding)
+        elif spec.name == DRAW_LOG_PROBS:
+            same = [
+                ours.arrays[DRAW_IDS] == theirs.arrays[DRAW_IDS]
+                for ours, theirs in zip(live, stored, strict=True)
+            ]
+            yield _compare(
+                spec, theirs[np.concatenate(same)].astype(np.float64), ours[np.concatenate(same)], rounding
+            )
         else:
             yield _compare(spec, theirs.astype(np.float64), ours, rounding)
 
@@ -187,6 +199,28 @@ def _compare_ids(
         spec.name, error.size, float(error.max(initial=0)), float(error.mean()) if error.size else 0.0, float(same),
         float(error.max(initial=0) / max(limit, 1e-30)), "how much less likely than the live one at its rank",
     )  # fmt: skip
+
+
+def _compare_draws(
+    spec: ArraySpec, stored: Sequence[JoinedSample], live: Sequence[JoinedSample], rounding: float
+) -> ArrayCheck:
+    """Rounding may move a draw to the next id; it is wrong if the live top K holds it, by how far it is inside.
+
+    `cosine` is the share of draws that are the live teacher's, too.
+    """
+    errors, same, largest = [np.zeros(0)], [np.zeros(0)], 0.0
+    for theirs, ours in zip(stored, live, strict=True):
+        ids, log_probs = ours.arrays[IDS], ours.arrays[LOG_PROBS]
+        is_top = theirs.arrays[DRAW_IDS][:, :, None] == ids[:, None, :]
+        inside = log_probs - log_probs.min(axis=-1, keepdims=True)
+        errors.append((is_top * inside[:, None, :]).sum(axis=-1).ravel())
+        same.append((theirs.arrays[DRAW_IDS] == ours.arrays[DRAW_IDS]).ravel())
+        largest = max(largest, float(np.abs(log_probs).max(initial=0)))
+    error, agreed = np.concatenate(errors), np.concatenate(same)
+    mean, share = (float(values.mean()) if values.size else 0.0 for values in (error, agreed))
+    worst = float(error.max(initial=0))
+    of_limit = worst / max(rounding * largest, 1e-30)
+    return ArrayCheck(spec.name, error.size, worst, mean, share, of_limit, "how far inside the live top K")
 
 
 def _compare_logits(stored: Sequence[JoinedSample], live: Sequence[JoinedSample]) -> LogitsCheck | None:

@@ -16,12 +16,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.divergences import DIVERGENCES, buckets, within_tail
 from pipeline.models.merge import Slots, answers_in, attended_images_in, images_in, text_rows_in
 from pipeline.settings import Section
 
 # Probabilities below this count as this; teacher and student alike, so that equal stays equal.
 SMALLEST_PROBABILITY = 1e-8
-SMALLEST_LOG_PROBABILITY = -30.0
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class TeacherTargets:
 
     `attention`  layer -> float32 'B H T J', rows as in `Slots.text`, columns as in `Slots.vision` (H is 1 for a
                  head mean); `vision` float32 'I N D'; `top_ids` int64 'A K'; `top_log_probs` float32 'A K';
-                 `tail_log_prob` float32 'A': log of the probability outside the top K.
+                 `tail_log_prob` float32 'A': log of the probability outside the top K; `draw_ids` int64 'A Z',
+                 `draw_log_probs` float32 'A Z': tokens drawn from there, and their log probabilities.
     """
 
     attention: Mapping[int, Tensor] = field(default_factory=dict)
@@ -38,6 +39,8 @@ class TeacherTargets:
     top_ids: Tensor | None = None
     top_log_probs: Tensor | None = None
     tail_log_prob: Tensor | None = None
+    draw_ids: Tensor | None = None
+    draw_log_probs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -191,11 +194,19 @@ def _vision_distance(student: Tensor, target: Tensor) -> Tensor:
 
 
 class LogitsLoss(Section):
-    """KL on the answer's next-token distribution. At weight 1 it cost 7 points where it was measured."""
+    """KL on the answer's next-token distribution. At weight 1 it cost 7 points where it was measured.
+
+    `tail: draws` uses the tokens that the store drew outside the top K, if it did and they estimate what is asked:
+    `forward` at temperature 1. All else, and `bucket` always, takes what is outside as one token.
+    """
 
     weight: Weight = 0.1
     direction: Literal["reverse", "forward", "jsd"] = "reverse"
     temperature: float = Field(default=1.0, gt=0)
+    tail: Literal["draws", "bucket"] = Field(default="draws", exclude_if=lambda tail: tail == "draws")
+
+    def uses_draws(self) -> bool:
+        return self.tail == "draws" and self.direction == "forward" and self.temperature == 1
 
 
 def logits(student: StudentOutputs, teacher: TeacherTargets, head: Head, settings: Any) -> Result:
@@ -203,48 +214,20 @@ def logits(student: StudentOutputs, teacher: TeacherTargets, head: Head, setting
 
     Both sides become the same K + 1 buckets, tempered as buckets: softmax(log p / temperature), and scaled by
     temperature squared. `reverse` is KL(student || teacher), as the paper draws it; `forward` the opposite;
-    `jsd` the Jensen-Shannon divergence.
+    `jsd` the Jensen-Shannon divergence. Draws from the tail make `forward` an unbiased estimate of KL over the whole
+    vocabulary (see `within_tail`).
     """
     if teacher.top_ids is None or not len(teacher.top_ids):
         return _nothing(student)
-    ours, theirs = _buckets(student.answer_logits, teacher, settings.temperature)
-    total = DIVERGENCES[settings.direction](ours, theirs).sum() * settings.temperature**2
-    return total, _count(len(ours), total)
-
-
-def _buckets(answer_logits: Tensor, teacher: TeacherTargets, temperature: float) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's tempered log probabilities over the same buckets: 'A K+1', or 'A V' if K is V."""
-    assert (
-        teacher.top_ids is not None
-        and teacher.top_log_probs is not None
-        and teacher.tail_log_prob is not None
-    )
-    log_probs = answer_logits.float().log_softmax(dim=-1)
-    ours, theirs = log_probs.gather(1, teacher.top_ids), teacher.top_log_probs.float()
-    # Where the top K is the whole vocabulary there is no tail: a bucket of nothing would gain mass when tempered.
-    if teacher.top_ids.shape[1] < answer_logits.shape[1]:
-        tail = log_probs.scatter(1, teacher.top_ids, float("-inf")).logsumexp(dim=-1, keepdim=True)
-        ours = torch.cat([ours, tail], dim=1)
-        theirs = torch.cat([theirs, teacher.tail_log_prob[:, None].float()], dim=1)
-    ours, theirs = (x.clamp(min=SMALLEST_LOG_PROBABILITY) / temperature for x in (ours, theirs))
-    return ours.log_softmax(dim=-1), theirs.log_softmax(dim=-1)
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of log probabilities, over the last axis."""
-    return (p.exp() * (p - q)).sum(dim=-1)
-
-
-def _jensen_shannon(ours: Tensor, theirs: Tensor) -> Tensor:
-    middle = torch.logaddexp(ours, theirs) - torch.log(torch.tensor(2.0))
-    return 0.5 * (_kl(ours, middle) + _kl(theirs, middle))
-
-
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "reverse": lambda ours, theirs: _kl(ours, theirs),
-    "forward": lambda ours, theirs: _kl(theirs, ours),
-    "jsd": _jensen_shannon,
-}
+    assert teacher.top_log_probs is not None and teacher.tail_log_prob is not None
+    log_probs = student.answer_logits.float().log_softmax(dim=-1)
+    known = (teacher.top_ids, teacher.top_log_probs, teacher.tail_log_prob)
+    ours, theirs = buckets(log_probs, *known, settings.temperature)
+    per_position = DIVERGENCES[settings.direction](ours, theirs) * settings.temperature**2
+    if teacher.draw_ids is not None and teacher.draw_log_probs is not None and settings.uses_draws():
+        our_draws = log_probs.gather(1, teacher.draw_ids)
+        per_position = per_position + within_tail(ours, theirs, our_draws, teacher.draw_log_probs)
+    return per_position.sum(), _count(len(ours), per_position)
 
 
 @dataclass(frozen=True)

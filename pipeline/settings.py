@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import math
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class Section(BaseModel):
     """A part of the config. Losses and targets define theirs beside what they set."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _power_of_two(value: float) -> float:
+    if math.frexp(value)[0] != 0.5:
+        raise ValueError(
+            f"expected a power of two, such as 0.0078125, so that decoding is exact; found {value:g}"
+        )
+    return value
+
+
+PowerOfTwo = Annotated[float, AfterValidator(_power_of_two)]

@@ -18,6 +18,7 @@
     W  width of the vision tower
     X  pixels across
     Y  pixels down
+    Z  draws from what a top-k leaves out
 
 One letter has one meaning; two letters with equal sizes need not be the same axis.
 """

@@ -15,10 +15,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from cache import ArraySpec
+from pipeline.divergences import SMALLEST_LOG_PROBABILITY
 from pipeline.errors import ConfigError
-from pipeline.losses import SMALLEST_LOG_PROBABILITY
 from pipeline.models.merge import Slots
-from pipeline.settings import Section
+from pipeline.settings import PowerOfTwo, Section
+from pipeline.tail_draws import draw_tail
 
 Arrays = dict[str, np.ndarray]
 
@@ -40,7 +41,7 @@ class TeacherForward:
     """What one batch through the teacher leaves, as far as the targets asked for it.
 
     `attention` layer -> float32 'B H T J'; `answer_logits` 'A V', all samples in order; `num_answers` P of
-    every sample; `slots`; `num_vision_tokens` N of an image.
+    every sample; `slots`; `num_vision_tokens` N of an image; `keys` of the samples, which draws depend on.
     """
 
     slots: Slots
@@ -48,18 +49,22 @@ class TeacherForward:
     answer_logits: Tensor | None
     num_answers: Sequence[int]
     num_vision_tokens: int
+    keys: Sequence[str] = ()
 
 
 Source = Literal["cache", "recompute"]
 
+ATTENTION_STEP = 2**-12
+
 
 class AttentionTarget(Section):
-    """Text-to-vision attention of the teacher's layers: `heads: each`, or their `mean`."""
+    """Text-to-vision attention of the teacher's layers: `heads: each`, or their `mean`; `step` is `fixed_point`'s."""
 
     source: Source = "cache"
     layers: list[int] = Field(default=[0], min_length=1)
     heads: Literal["each", "mean"] = "mean"
-    codec: Literal["sqrt_uint8", "float16", "float32"] = "sqrt_uint8"
+    codec: Literal["sqrt_uint8", "fixed_point", "float16", "float32"] = "sqrt_uint8"
+    step: PowerOfTwo = Field(default=ATTENTION_STEP, exclude_if=lambda step: step == ATTENTION_STEP)
 
     @field_validator("layers")
     @classmethod
@@ -75,11 +80,15 @@ def _attention_arrays(settings: AttentionTarget, facts: TeacherFacts) -> list[Ar
             f"targets.attention.layers asks for layer {settings.layers[-1]}, "
             f"but the teacher has layers 0 to {facts.num_layers - 1}; ask for one of these"
         )
-    heads = 1 if settings.heads == "mean" else facts.num_heads
+    shape = (1 if settings.heads == "mean" else facts.num_heads, facts.num_vision_tokens)
     return [
-        ArraySpec(_layer_name(layer), "R H N", (heads, facts.num_vision_tokens), "sample", settings.codec, {})
+        ArraySpec(_layer_name(layer), "R H N", shape, "sample", settings.codec, _options(settings))
         for layer in settings.layers
     ]
+
+
+def _options(settings: AttentionTarget | VisionTarget) -> dict[str, float]:
+    return {"step": settings.step} if settings.codec == "fixed_point" else {}
 
 
 def _layer_name(layer: int) -> str:
@@ -136,14 +145,13 @@ class VisionTarget(Section):
 
     source: Source = "cache"
     codec: Literal["fixed_point", "int8", "float16", "float32"] = "fixed_point"
-    step: float = Field(default=2**-7, gt=0)
+    step: PowerOfTwo = 2**-7
 
 
 def _vision_arrays(settings: VisionTarget, facts: TeacherFacts) -> list[ArraySpec]:
-    options = {"step": settings.step} if settings.codec == "fixed_point" else {}
     # Channel-major: neighbouring tokens of one channel are alike, neighbouring channels of one token are not.
     shape = (facts.hidden_size, facts.num_vision_tokens)
-    return [ArraySpec("vision", "I D N", shape, "image", settings.codec, options)]
+    return [ArraySpec("vision", "I D N", shape, "image", settings.codec, _options(settings))]
 
 
 def vision_array(features: Tensor) -> Arrays:
@@ -158,44 +166,79 @@ def _collate_vision(settings: VisionTarget, samples: Sequence[Arrays]) -> dict[s
 
 
 class LogitsTarget(Section):
-    """The teacher's `top_k` log probabilities at answer positions, and the mass of the rest."""
+    """The teacher's `top_k` log probabilities at answer positions, the rest's mass, `tail_samples` draws of it."""
 
     top_k: int = Field(default=32, ge=1)
+    tail_samples: int = Field(default=0, ge=0, exclude_if=lambda samples: samples == 0)
 
 
 def _logits_arrays(settings: LogitsTarget, facts: TeacherFacts) -> list[ArraySpec]:
     top_k = min(settings.top_k, facts.vocab_size)
-    id_type = "uint16" if facts.vocab_size <= 2**16 else "int32"
-    return [
-        ArraySpec("logits/ids", "P K", (top_k,), "sample", "integer", {"dtype": id_type}),
+    id_type = {"dtype": "uint16" if facts.vocab_size <= 2**16 else "int32"}
+    arrays = [
+        ArraySpec("logits/ids", "P K", (top_k,), "sample", "integer", id_type),
         ArraySpec("logits/log_probs", "P K", (top_k,), "sample", "float16", {}),
         ArraySpec("logits/tail", "P", (), "sample", "float16", {}),
+    ]
+    if settings.tail_samples == 0:
+        return arrays
+    if top_k == facts.vocab_size:
+        raise ConfigError(
+            f"targets.logits.tail_samples asks for {settings.tail_samples} draws outside the top {top_k}, but that "
+            "is the whole vocabulary; set it to 0, or top_k lower"
+        )
+    shape = (settings.tail_samples,)
+    return [
+        *arrays,
+        ArraySpec("logits/draw_ids", "P Z", shape, "sample", "integer", id_type),
+        ArraySpec("logits/draw_log_probs", "P Z", shape, "sample", "float16", {}),
     ]
 
 
 def _capture_logits(settings: LogitsTarget, forward: TeacherForward) -> list[Arrays]:
-    """Per sample: ids 'P K', log probabilities 'P K' (descending) and the log of the remaining mass 'P'."""
+    """Per sample: ids 'P K', log probabilities 'P K' (descending), the log of the remaining mass 'P', draws 'P Z'."""
     assert forward.answer_logits is not None
     top_k = min(settings.top_k, forward.answer_logits.shape[1])
     log_probs = forward.answer_logits.float().log_softmax(dim=-1)
     top, ids = log_probs.topk(top_k, dim=-1)
     tail = log_probs.scatter(1, ids, float("-inf")).logsumexp(dim=-1)
-    kept = {
-        "logits/ids": ids,
-        # A probability below e^-30 is no information; -inf would only make the store's checks fail.
-        "logits/log_probs": top.clamp(min=SMALLEST_LOG_PROBABILITY),
-        "logits/tail": tail.clamp(min=SMALLEST_LOG_PROBABILITY),
+    kept = {"logits/ids": ids, "logits/log_probs": top, "logits/tail": tail}
+    if settings.tail_samples:
+        draws = draw_tail(
+            log_probs,
+            ids,
+            keys=forward.keys,
+            num_answers=forward.num_answers,
+            num_draws=settings.tail_samples,
+        )
+        kept |= {"logits/draw_ids": draws, "logits/draw_log_probs": log_probs.gather(1, draws)}
+    # A probability below e^-30 is no information; -inf would only make the store's checks fail.
+    parts = {
+        name: (values.clamp(min=SMALLEST_LOG_PROBABILITY) if values.is_floating_point() else values)
+        .cpu()
+        .split(list(forward.num_answers))
+        for name, values in kept.items()
     }
-    parts = {name: values.cpu().split(list(forward.num_answers)) for name, values in kept.items()}
     return [{name: parts[name][i].numpy() for name in kept} for i in range(len(forward.num_answers))]
 
 
+_LOGITS_FIELDS = {
+    "top_ids": "logits/ids",
+    "top_log_probs": "logits/log_probs",
+    "tail_log_prob": "logits/tail",
+    "draw_ids": "logits/draw_ids",
+    "draw_log_probs": "logits/draw_log_probs",
+}
+
+
 def _collate_logits(settings: LogitsTarget, samples: Sequence[Arrays]) -> dict[str, Any]:
-    ids, log_probs, tail = (
-        torch.from_numpy(np.concatenate([sample[name] for sample in samples]))
-        for name in ("logits/ids", "logits/log_probs", "logits/tail")
-    )
-    return {"top_ids": ids.long(), "top_log_probs": log_probs, "tail_log_prob": tail}
+    """int64 ids 'A K' and 'A Z', float32 log probabilities; draws only where there are any."""
+    fields: dict[str, Any] = {}
+    for field, name in _LOGITS_FIELDS.items():
+        if settings.tail_samples or "draw" not in field:
+            values = torch.from_numpy(np.concatenate([sample[name] for sample in samples]))
+            fields[field] = values if values.is_floating_point() else values.long()
+    return fields
 
 
 @dataclass(frozen=True)

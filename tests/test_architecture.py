@@ -100,9 +100,11 @@ FLOORS: dict[str, set[str]] = {
     "config": {"pipeline.cache_settings", "pipeline.config", "pipeline.training_arguments"},
     "distillation": {
         "pipeline.distiller",
+        "pipeline.divergences",
         "pipeline.heads",
         "pipeline.losses",
         "pipeline.models.stub",
+        "pipeline.tail_draws",
         "pipeline.targets",
     },
     "data": {

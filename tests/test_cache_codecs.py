@@ -20,6 +20,7 @@ CASES: list[tuple[str, dict[str, Any], Any, st.SearchStrategy[Any]]] = [
     ("integer", {"dtype": "uint16"}, np.int64, st.integers(0, 65535)),
     ("integer", {"dtype": "int32"}, np.int64, st.integers(-(2**31), 2**31 - 1)),
     ("fixed_point", {"step": 2.0**-7}, np.float32, st.floats(-32767 / 128, 32767 / 128, width=32)),
+    ("fixed_point", {"step": 2.0**-12}, np.float32, st.floats(0, 1, width=32)),
     ("fixed_point", {"step": 4}, np.float32, st.floats(-131068, 131068, width=32)),
     ("sqrt_uint8", {}, np.float32, st.floats(0, 1, width=32)),
     ("sqrt_uint8", {}, np.float32, st.floats(0, 65504, width=32)),
@@ -86,6 +87,15 @@ def test_float16_rows_are_taken_as_they_are() -> None:
     rows = np.float16([[0.1, 2.0]])
     spec = spec_of("float32", {}, row_shape=(2,))
     assert (decode_rows(spec, encode_rows(spec, rows)) == rows.astype(np.float32)).all()
+
+
+def test_a_fixed_step_loses_small_probabilities_that_a_root_keeps() -> None:
+    """Why sqrt_uint8 is the default for attention, although a fixed step is smaller: KL asks for small ones."""
+    rows = np.float32([[0.5, 1.2e-4, 1.3e-4, 4e-6]])
+    fixed = spec_of("fixed_point", {"step": 2.0**-12}, row_shape=(4,))
+    root = spec_of("sqrt_uint8", {}, row_shape=(4,))
+    kept, by_root = (decode_rows(spec, encode_rows(spec, rows))[0] for spec in (fixed, root))
+    assert kept.tolist() == [0.5, 0, 2.0**-12, 0] and (by_root > 0).all()
 
 
 @pytest.mark.parametrize("codec", ["float32", "float16", "fixed_point", "sqrt_uint8"])

@@ -103,3 +103,38 @@ def test_the_command_says_what_it_found_with_an_exit_code(experiment, tmp_path, 
     found = json.loads(capsys.readouterr().out)
     assert not found["is_sound"]
     assert [array["name"] for array in found["arrays"] if array["of_limit"] > 1] == ["logits/tail"]
+
+
+@pytest.fixture(scope="module")
+def drawn(experiment, tmp_path_factory):
+    """A store with draws from the tail of the logits, and its config."""
+    folder = tmp_path_factory.mktemp("drawn")
+    config = experiment.config(folder, f"cache.path={folder}/store", "targets.logits.tail_samples=5")
+    cache_teacher(config)
+    return config
+
+
+def test_draws_of_the_tail_are_compared_where_both_drew_the_same(drawn):
+    found = check_store(drawn, num_samples=100, seed=0)
+    arrays = {array.name: array for array in found.arrays}
+    assert found.is_sound and arrays["logits/draw_ids"].cosine == 1.0
+    assert 0 < arrays["logits/draw_log_probs"].of_limit <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("logits/draw_ids", lambda arrays: arrays["logits/ids"][:, :5]),
+        ("logits/draw_log_probs", lambda arrays: arrays["logits/draw_log_probs"] - np.float32(0.25)),
+    ],
+)
+def test_draws_that_are_no_draws_of_the_tail_are_found(name, change, drawn, tmp_path):
+    store = rewrite_store(
+        drawn.cache.path,
+        tmp_path / "store",
+        lambda key, arrays: arrays | {name: np.ascontiguousarray(change(arrays))},
+    )
+    here = drawn.cache.model_copy(update={"path": str(store)})
+    found = check_store(drawn.model_copy(update={"cache": here}), num_samples=100, seed=0)
+    assert not found.is_sound
+    assert [array.name for array in found.arrays if array.of_limit > 1] == [name]

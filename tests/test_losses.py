@@ -23,6 +23,7 @@ from pipeline.losses import (
 )
 from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots
 from pipeline.models.tap import record_layer_inputs, text_to_vision_attention
+from pipeline.tail_draws import draw_tail
 from pipeline.targets import TARGETS
 
 IMAGE = IMAGE_TOKEN_INDEX
@@ -37,7 +38,8 @@ SETTINGS = {
         LogitsLoss(direction=direction, temperature=temperature)
         for direction in ("reverse", "forward", "jsd")
         for temperature in (1.0, 4.0)
-    ],
+    ]
+    + [LogitsLoss(direction="forward", tail="bucket")],
 }
 CASES = [
     pytest.param(name, settings, id=f"{name}-{settings}")
@@ -92,7 +94,14 @@ def targets_of(model, batch, top_k=8) -> TeacherTargets:
     log_probs = outputs.answer_logits.log_softmax(dim=-1)
     top, ids = log_probs.topk(top_k, dim=-1)
     tail = log_probs.scatter(1, ids, -math.inf).logsumexp(dim=-1).clamp(min=-30)
-    return TeacherTargets(outputs.attention, outputs.vision, ids, top, tail)
+    if top_k == log_probs.shape[1]:
+        return TeacherTargets(outputs.attention, outputs.vision, ids, top, tail)
+    # Each position a sample of its own, named by what it says: a batch then draws what its samples do.
+    keys = [str(row.topk(20).indices.tolist()) for row in log_probs]
+    draws = draw_tail(log_probs, ids, keys=keys, num_answers=[1] * len(keys), num_draws=3)
+    return TeacherTargets(
+        outputs.attention, outputs.vision, ids, top, tail, draws, log_probs.gather(1, draws).clamp(min=-30)
+    )
 
 
 def head_of(name, settings):

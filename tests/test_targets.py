@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from cache import CODECS
+from cache.codecs import decode_rows, encode_rows
 from pipeline.errors import ConfigError
 from pipeline.losses import LOSSES
 from pipeline.models.merge import IMAGE_TOKEN_INDEX
@@ -31,10 +32,16 @@ ASKED = {
     "vision": VisionTarget(),
     "logits": LogitsTarget(top_k=8),
 }
+ALSO = {
+    "logits": [LogitsTarget(top_k=8, tail_samples=3)],
+    "attention": [AttentionTarget(codec="fixed_point")],
+}
 VALUES = [
     pytest.param(name, settings, id=f"{name}-{settings}")
     for name, row in TARGETS.items()
-    for settings in {str(s): s for s in (row.settings(), ASKED.get(name, row.settings()))}.values()
+    for settings in {
+        str(s): s for s in (row.settings(), *ALSO.get(name, ()), ASKED.get(name, row.settings()))
+    }.values()
 ]
 FACTS = TeacherFacts("some/teacher", 4, 4, 32, 4, 96)
 
@@ -47,7 +54,12 @@ def teacher(teacher_folder):
 
 def run(teacher, batch):
     vision = None if batch.pixel_values is None else teacher.encode_images(batch.pixel_values)
-    return vision, teacher.forward(batch.input_ids, batch.attention_mask, batch.labels, vision)
+    keys = [
+        str(ids[mask].tolist())
+        for ids, mask in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)
+    ]
+    forward = teacher.forward(batch.input_ids, batch.attention_mask, batch.labels, vision)
+    return vision, replace(forward, keys=keys)
 
 
 def captured(name, settings, teacher, batch) -> list[dict[str, np.ndarray]]:
@@ -183,6 +195,30 @@ def test_only_a_fixed_point_has_a_step():
     [fixed] = TARGETS["vision"].arrays(VisionTarget(step=0.5), FACTS)
     [half] = TARGETS["vision"].arrays(VisionTarget(codec="float16"), FACTS)
     assert (fixed.options, half.options) == ({"step": 0.5}, {})
+
+
+@pytest.mark.parametrize("row", [AttentionTarget, VisionTarget])
+@pytest.mark.parametrize("step", [0.01, 0, -0.5, 3])
+def test_a_step_by_which_decoding_would_round_is_refused(row, step):
+    with pytest.raises(ValidationError, match="expected a power of two, such as"):
+        row(codec="fixed_point", step=step)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [(name, codec) for name in ("attention", "vision") for codec in ("float32", "float16", "fixed_point")]
+    + [("attention", "sqrt_uint8"), ("vision", "int8")],
+)
+def test_a_target_comes_back_within_what_its_codec_states(name, codec, teacher, batch):
+    row = TARGETS[name]
+    settings = row.settings(codec=codec)
+    [spec] = row.arrays(settings, FACTS)
+    assert spec.options == ({"step": settings.step} if codec == "fixed_point" else {})
+    for sample in captured(name, settings, teacher, batch):
+        rows = sample[spec.name]
+        error = np.abs(decode_rows(spec, encode_rows(spec, rows)).astype(np.float64) - rows)
+        assert (error <= CODECS[codec].max_error(rows, spec.options)).all()
+    assert CODECS[codec].stated_error(spec.options)
 
 
 def test_a_layer_that_the_teacher_lacks_is_refused():

@@ -7,7 +7,7 @@ import re
 from pipeline.compare import text_table
 from pipeline.describe import readable_bytes
 from pipeline.errors import ConfigError
-from pipeline.plan import READ_BYTES_PER_SECOND, StorePlan
+from pipeline.plan import StorePlan
 
 UNITS = {"": 1, "B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -32,7 +32,7 @@ def describe_plan(plan: StorePlan) -> str:
         f"{plan.probed_samples:,} probed",
         text_table(rows),
         "\n".join(f"{target.name}: {target.advice}" for target in plan.targets)
-        + f"\n(reading at {READ_BYTES_PER_SECOND / 1e6:.0f} MB/s is an assumption)",
+        + "\n(measured here, on the probe: reading by one process, and the stub on stage 1's device)",
         "\n".join(
             f"{name}: {error}" for target in plan.targets for name, error in target.stated_errors.items()
         ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,19 +18,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cache import CODECS, PartSizes, part_sizes
+from cache import CODECS, PartSizes, Store, part_sizes
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.plan_costs import Costs, measure_costs
 from pipeline.shards import Sample, part_name, read_shard
-from pipeline.targets import TARGETS
+from pipeline.targets import TARGETS, TeacherFacts
 from pipeline.teacher import CapturePlan, plan_capture, write_parts
 
 PROBED_SHARDS = 8
 TAR_BLOCK = 512
-LARGE_BYTES = 100_000  # of a sample's target: from here on reading it is no longer free
-READ_BYTES_PER_SECOND = (
-    200e6  # of a disk or a network that stage 2 reads from: an assumption, and said to be one
-)
+# A target of a sample from LARGE_BYTES on is made again even if that takes a few times as long as to read it: a
+# student is longer at work on the sample, and the disk is not free.
+LARGE_BYTES = 100_000
+PATIENCE = 4
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class TargetPlan:
     bytes_per_sample: float
     total_bytes: float
     stated_errors: dict[str, str]
+    reading_seconds: (
+        float  # of a sample, by one process, from the disk that will hold the store; 0 if none is stored
+    )
+    forward_seconds: float  # of the stub that makes it again, a sample; 0 if none can
     advice: str
 
 
@@ -71,7 +77,7 @@ class StorePlan:
 def plan_store(config: Config, *, num_samples: int = 256) -> StorePlan:
     """Probe and extrapolate. Raises what stage 1 would raise of the config, the shards and the teacher."""
     plan = plan_capture(config)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix=".alignkd-plan-", dir=_disk_of(config.cache.path)) as folder:
         probe = _probe(plan, Path(folder), num_samples=num_samples)
         return _extrapolate(plan, probe)
 
@@ -103,6 +109,8 @@ def cheaper_settings(config: Config) -> Iterator[dict[str, Any]]:
     if "vision" in active:
         steps += [{"targets.vision.codec": "int8"}, {"targets.vision.source": "recompute"}]
     if "logits" in active:
+        if active["logits"].tail_samples:
+            steps.append({"targets.logits.tail_samples": 0})
         steps += [{"targets.logits.top_k": k} for k in (16, 8) if k < active["logits"].top_k]
     for step in steps:
         settings = {**settings, **step}
@@ -116,6 +124,7 @@ class Probe:
     parts: list[PartSizes]
     shard_bytes: int
     store_bytes: int  # of the manifest and the groups' metadata
+    costs: Mapping[str, Costs]  # of the targets that can be made again
 
     def each(self, of_part: Callable[[PartSizes], float]) -> float:
         """Mean over samples."""
@@ -136,6 +145,7 @@ def _probe(plan: CapturePlan, folder: Path, *, num_samples: int) -> Probe:
         parts=part_sizes(store),
         shard_bytes=sum(Path(head).stat().st_size for head in heads),
         store_bytes=sum(file.stat().st_size for file in documents),
+        costs=measure_costs(plan, Store(store), heads),
     )
 
 
@@ -186,6 +196,7 @@ def _targets(plan: CapturePlan, probe: Probe, num_samples: float) -> Iterator[Ta
         each = (
             probe.each(lambda part, s=specs: sum(part.array_bytes[x.name] for x in s)) if is_cached else 0.0
         )
+        costs = probe.costs.get(name, Costs(0, 0))
         yield TargetPlan(
             name=name,
             source="cache" if is_cached else "recompute",
@@ -194,26 +205,25 @@ def _targets(plan: CapturePlan, probe: Probe, num_samples: float) -> Iterator[Ta
             stated_errors={s.name: CODECS[s.codec].stated_error(s.options) for s in specs}
             if is_cached
             else {},
-            advice=_advice(name, settings, plan, each),
+            reading_seconds=costs.reading_seconds,
+            forward_seconds=costs.forward_seconds,
+            advice=advice(
+                costs, bytes_each=each, depth=TARGETS[name].deepest(settings), facts=plan.teacher.facts
+            ),
         )
 
 
-def _advice(name: str, settings: Any, plan: CapturePlan, bytes_each: float) -> str:
-    """Store or recompute, by what a sample costs either way: reading its bytes, or the stub's forward."""
-    depth = TARGETS[name].deepest(settings)
+def advice(costs: Costs, *, bytes_each: float, depth: int | None, facts: TeacherFacts) -> str:
+    """Store or recompute, by what was measured of a sample either way; `depth` as in `Target.deepest`."""
     if depth is None:
         return "store: it needs the whole teacher"
-    layers = f"the tower, the projector and {depth} of {plan.teacher.facts.num_layers} layers"
-    reading = 1000 * bytes_each / READ_BYTES_PER_SECOND
-    if depth >= plan.teacher.facts.num_layers // 4:
-        return f"store: making it again runs {layers} for every sample of every epoch"
-    if bytes_each > LARGE_BYTES:
-        return f"recompute: {reading:.1f} ms to read a sample, or the stub's {layers}"
-    return (
-        f"store: {reading:.2f} ms to read a sample"
-        if bytes_each
-        else f"recompute: no bytes; the stub runs {layers}"
-    )
+    runs = f"the tower, the projector and {max(depth, 0)} of {facts.num_layers} layers"
+    again = f"{1000 * costs.forward_seconds:.2f} ms to make it again ({runs})"
+    if not bytes_each:
+        return f"recompute: no bytes; {again}"
+    patience = PATIENCE if bytes_each > LARGE_BYTES else 1
+    choice = "recompute" if costs.forward_seconds <= patience * costs.reading_seconds else "store"
+    return f"{choice}: {1000 * costs.reading_seconds:.2f} ms to read a sample, {again}"
 
 
 def _counted_samples(shards: Sequence[str]) -> int | None:
@@ -247,6 +257,12 @@ def _with(config: Config, overrides: Mapping[str, Any]) -> Config:
 def _evenly(shards: Sequence[str], count: int) -> list[str]:
     count = min(count, len(shards))
     return [shards[number * len(shards) // count] for number in range(count)]
+
+
+def _disk_of(store: str) -> str | None:
+    """A folder on the disk that will hold the store, so that reading is measured there; None if it cannot be."""
+    folder = _existing(Path(store).absolute().parent)
+    return str(folder) if folder.is_dir() and os.access(folder, os.W_OK) else None
 
 
 def _existing(path: Path) -> Path:

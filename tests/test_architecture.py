@@ -68,6 +68,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.describe_check",
         "pipeline.describe_plan",
         "pipeline.plan",
+        "pipeline.plan_costs",
         "pipeline.repair",
         "pipeline.slices",
     },

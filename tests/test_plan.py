@@ -13,7 +13,9 @@ from cache import part_sizes, summarise
 from pipeline.describe_plan import parse_bytes
 from pipeline.errors import ConfigError
 from pipeline.packing import pack
-from pipeline.plan import cheaper_settings, plan_store, plan_within
+from pipeline.plan import advice, cheaper_settings, plan_store, plan_within
+from pipeline.plan_costs import Costs
+from pipeline.targets import TeacherFacts
 from pipeline.teacher import cache_teacher
 
 WORDS = ("red", "green", "circle", "triangle", "line", "image", "colour", "blue", "shape", "brown")
@@ -64,6 +66,45 @@ def test_the_plan_is_within_5_percent_of_what_is_written(is_counted, settings, m
         written_bytes = sum(part[name] for part in arrays for name in target.stated_errors)
         assert target.total_bytes == pytest.approx(written_bytes, rel=0.2)  # of 6 kB, headers are a part
     assert plan.seconds > 0 and plan.fits
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_reading_and_making_again_are_measured_not_assumed(many, experiment, tmp_path):
+    overrides = [*many, f"cache.path={tmp_path}/store", "targets.vision.source=recompute"]
+    targets = {
+        target.name: target
+        for target in plan_store(experiment.config(tmp_path, *overrides), num_samples=24).targets
+    }
+    attention, vision, logits = (targets[name] for name in ("attention", "vision", "logits"))
+    assert 0 < attention.reading_seconds < 1 and 0 < attention.forward_seconds < 5
+    assert attention.advice.endswith(
+        f"{1000 * attention.reading_seconds:.2f} ms to read a sample, {1000 * attention.forward_seconds:.2f} ms "
+        "to make it again (the tower, the projector and 1 of 3 layers)"
+    )
+    assert vision.reading_seconds == 0 < vision.forward_seconds
+    assert vision.advice.startswith("recompute: no bytes; ") and "0 of 3 layers" in vision.advice
+    assert (logits.reading_seconds, logits.forward_seconds) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("reading", "forward", "size", "choice"),
+    [
+        (0.001, 0.002, 1_000, "store: 1.00 ms to read a sample, 2.00 ms to make it again (the tower"),
+        (0.002, 0.001, 1_000, "recompute: 2.00 ms to read a sample, 1.00 ms to make it again (the tower"),
+        (0.001, 0.003, 1_000_000, "recompute: 1.00 ms to read"),  # a large one is worth some patience
+        (0.001, 0.005, 1_000_000, "store: 1.00 ms to read"),
+    ],
+)
+def test_the_quicker_way_is_advised_and_bytes_weigh_where_they_are_many(reading, forward, size, choice):
+    facts = TeacherFacts("some/teacher", 32, 4, 32, 4, 96)
+    assert advice(Costs(reading, forward), bytes_each=size, depth=0, facts=facts).startswith(choice)
+
+
+def test_cheaper_settings_leave_out_draws_before_they_shorten_the_top(experiment, tmp_path):
+    config = experiment.config(tmp_path, "targets.logits.top_k=16", "targets.logits.tail_samples=4")
+    assert [list(settings)[-1:] for settings in cheaper_settings(config)][-2:] == [
+        ["targets.logits.tail_samples"], ["targets.logits.top_k"],
+    ]  # fmt: skip
 
 
 def test_cheaper_settings_grow_smaller_until_only_logits_are_stored(experiment, tmp_path):

@@ -111,7 +111,7 @@ def _logits_choices(direction: Any, vocab_size: int) -> Iterator[Choice]:
 
 def measure(config: Config, *, num_samples: int, temperature: float = 1.0) -> Iterator[dict[str, Any]]:
     """A row for each choice. Raises what stage 2 raises of a store that is not the config's."""
-    plan, store = plan_capture(config), Store(config.cache.path)
+    plan, store = plan_capture(config), Store(config.one_cache.path)
     facts = plan.teacher.facts
     live = _live_samples(config, store, plan, num_samples)
     live = [_tempered(sample, temperature) for sample in live]

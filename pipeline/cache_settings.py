@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo
 
-from pipeline.errors import ConfigError
 from pipeline.settings import Section
 
 MayDiffer = Literal["tokenizer", "template", "image_preprocessing", "capture"]
@@ -36,55 +35,21 @@ class CachesConfig(CacheConfig):
 
 
 Caches = Annotated[list[CachesConfig], Field(min_length=1)] | None
-if TYPE_CHECKING:
-    Cache = CacheConfig  # see OneOrSeveral: who reads it has it, or an error
-else:
-    Cache = CacheConfig | None
 
 
-class OneOrSeveral(Section):
-    """A config with a `cache`, or with `caches` in its place."""
-
-    if TYPE_CHECKING:  # where the fields stand among the others is the config's choice
-        cache: Cache
-        caches: Caches
-        targets: Any
-    else:
-
-        def __getattribute__(self, name: str) -> Any:
-            """`cache` where there are `caches` is an error, never None: what works on one store so says so itself."""
-            value = super().__getattribute__(name)
-            if name == "cache" and value is None:
-                raise ConfigError(
-                    f"this works on one store, but the config names {len(self.caches)} (`caches`); give it a config "
-                    "with `cache`, such as by the overrides caches=null cache.path=STORE"
-                )
-            return value
-
-    def all_caches(self) -> Sequence[CacheConfig]:
-        """The stores that stage 2 reads: `caches`, or the one `cache`."""
-        return [self.cache] if self.caches is None else self.caches
-
-    @field_validator("cache", mode="before", check_fields=False)
-    @classmethod
-    def _one_or_several(cls, cache: Any, info: ValidationInfo) -> Any:
-        """`caches` were read before; they are not in `info` if they cannot be."""
-        if "caches" in info.data and (cache is None) == (info.data["caches"] is None):
-            raise ValueError(
-                "missing; the config must set it, or `caches` for several stores"
-                if cache is None
-                else "set beside `caches`; leave one of them out: `cache` is one store, `caches` are several, each "
-                "with its own path and allow_mismatch"
-            )
-        return cache
-
-    @model_validator(mode="after")
-    def _one_store_gives_a_target(self) -> OneOrSeveral:
-        _check_named_targets(self.caches, self.targets.cached())
-        return self
+def check_one_or_several(cache: Any, info: ValidationInfo) -> Any:
+    """`cache` as it is. ValueError unless one of `cache` and `caches` is set; `caches` were read before."""
+    if "caches" in info.data and (cache is None) == (info.data["caches"] is None):
+        raise ValueError(
+            "missing; the config must set it, or `caches` for several stores"
+            if cache is None
+            else "set beside `caches`; leave one of them out: `cache` is one store, `caches` are several, each "
+            "with its own path and allow_mismatch"
+        )
+    return cache
 
 
-def _check_named_targets(caches: Caches, cached: Mapping[str, Any]) -> None:
+def check_named_targets(caches: Caches, cached: Mapping[str, Any]) -> None:
     """ValueError if an entry names a target that the config does not read from a store, or that another names."""
     named: dict[str, int] = {}
     for number, cache in enumerate(caches or ()):

@@ -94,7 +94,7 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
     changed.
     """
     plan = plan_capture(config)
-    store = Store(config.cache.path)
+    store = Store(config.one_cache.path)
     if differences := store.manifest.differences(plan.manifest):
         raise FingerprintMismatch(store.path, differences, remedy=REMEDY)
     dataset = JoinedDataset(store, config.data.shards, plan.preparation, targets=config.targets.cached())

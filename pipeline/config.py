@@ -10,49 +10,13 @@ from typing import Annotated, Any, Literal, cast
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, field_validator, model_validator
 
-from pipeline.cache_settings import Cache, Caches, OneOrSeveral, OnMissing
+from pipeline.cache_settings import CacheConfig, Caches, OnMissing, check_named_targets, check_one_or_several
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.losses import LOSSES
+from pipeline.model_settings import DType, StudentConfig, TeacherConfig
 from pipeline.settings import Section
 from pipeline.targets import TARGETS
 from pipeline.training_arguments import check_training_arguments
-
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-class TeacherConfig(Section):
-    """The model whose knowledge is cached: a checkpoint folder or a hub id, in MobileVLM V2's layout.
-
-    `batch_size` is where stage 1 begins; it is halved where memory runs out. `auto` begins high.
-    """
-
-    model: str
-    dtype: DType = "auto"
-    device: str = "auto"
-    batch_size: int | Literal["auto"] = "auto"
-
-    @field_validator("batch_size", mode="before")
-    @classmethod
-    def _auto_or_a_number(cls, value: Any) -> Any:
-        if value != "auto" and not (type(value) is int and value >= 1):
-            raise ValueError(f"expected auto, or a number from 1 on, found {value!r}")
-        return value
-
-
-class StudentConfig(Section):
-    """The model to be trained: where its first weights and its tokenizer come from.
-
-    Learning rates of the projector and of the trained heads default to `train.learning_rate`. With a frozen
-    tower, `patch_feature_cache_bytes` of memory keep its output for each distinct image.
-    """
-
-    model: str
-    dtype: DType = "float32"
-    gradient_checkpointing: bool = False
-    projector_learning_rate: float | None = Field(default=None, gt=0)
-    head_learning_rate: float | None = Field(default=None, gt=0)
-    patch_feature_cache_bytes: int = Field(default=0, ge=0)
-
 
 Shards = str | list[str]
 
@@ -126,7 +90,7 @@ class EvaluateConfig(Section):
         return self.shards if isinstance(self.shards, dict) else {"test": self.shards}
 
 
-class Config(OneOrSeveral):
+class Config(Section):
     """An experiment: both stages and the evaluation. `train` takes TrainingArguments by their own names.
 
     `log_gradient_shares` costs a backward pass for each loss at every logged step.
@@ -137,7 +101,7 @@ class Config(OneOrSeveral):
     student: StudentConfig
     data: DataConfig
     caches: Caches = None
-    cache: Cache = Field(default=None, validate_default=True)
+    cache: CacheConfig | None = Field(default=None, validate_default=True)
     on_missing: OnMissing = "raise"
     targets: TargetsConfig = TargetsConfig()
     losses: LossesConfig = LossesConfig()
@@ -145,6 +109,22 @@ class Config(OneOrSeveral):
     evaluate: EvaluateConfig | None = None
     baseline: bool = False
     log_gradient_shares: bool = False
+
+    _one_or_several = field_validator("cache", mode="before")(check_one_or_several)
+
+    @property
+    def one_cache(self) -> CacheConfig:
+        """`cache`, for what works on one store. Raises `ConfigError` if the config names several."""
+        if self.cache is None:
+            raise ConfigError(
+                f"this works on one store, but the config names {len(self.caches or ())} (`caches`); give it a "
+                "config with `cache`, such as by the overrides caches=null cache.path=STORE"
+            )
+        return self.cache
+
+    def all_caches(self) -> Sequence[CacheConfig]:
+        """The stores that stage 2 reads: `caches`, or the one `cache`."""
+        return self.caches or [self.one_cache]
 
     @field_validator("train")
     @classmethod
@@ -154,6 +134,7 @@ class Config(OneOrSeveral):
 
     @model_validator(mode="after")
     def _losses_find_their_targets(self) -> Config:
+        check_named_targets(self.caches, self.targets.cached())
         for name, loss in self.losses.active().items():
             for target in LOSSES[name].targets:
                 if getattr(self.targets, target) is None:

@@ -77,7 +77,7 @@ class StorePlan:
 def plan_store(config: Config, *, num_samples: int = 256) -> StorePlan:
     """Probe and extrapolate. Raises what stage 1 would raise of the config, the shards and the teacher."""
     plan = plan_capture(config)
-    with tempfile.TemporaryDirectory(prefix=".alignkd-plan-", dir=_disk_of(config.cache.path)) as folder:
+    with tempfile.TemporaryDirectory(prefix=".alignkd-plan-", dir=_disk_of(config.one_cache.path)) as folder:
         probe = _probe(plan, Path(folder), num_samples=num_samples)
         return _extrapolate(plan, probe)
 
@@ -175,14 +175,14 @@ def _extrapolate(plan: CapturePlan, probe: Probe) -> StorePlan:
     )
     seconds_each = probe.each(lambda part: part.seconds or 0.0)
     return StorePlan(
-        path=plan.config.cache.path,
+        path=plan.config.one_cache.path,
         num_shards=len(plan.shards),
         num_samples=num_samples,
         num_samples_known=counted is not None,
         probed_samples=seen,
         bytes_per_sample=total / max(1.0, cached),
         total_bytes=total,
-        free_bytes=shutil.disk_usage(_existing(Path(plan.config.cache.path))).free,
+        free_bytes=shutil.disk_usage(_existing(Path(plan.config.one_cache.path))).free,
         seconds=num_samples * seconds_each,
         targets=tuple(_targets(plan, probe, cached)),
         settings={},

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cache import Store
+from cache import Store, local
 from pipeline.conversation import TokenizedSample
 from pipeline.errors import BadSample
 from pipeline.inputs import pad_tokens
@@ -60,7 +60,7 @@ def _reading(plan: CapturePlan, store: Store, name: str, settings: Any) -> float
     for of_part in keys:
         for key in of_part[:1]:
             store.read(key, arrays)
-    _forget(Path(store.path))
+    _forget(local(store.path, doing="timed"))
     started = time.perf_counter()
     for of_part in keys:
         for key in of_part:

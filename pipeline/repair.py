@@ -30,9 +30,9 @@ def repair_store(config: Config, report: Report, *, say: Callable[[str], None]) 
     `ConfigError` if it does not name the shard of a part. Files that the format does not know are left alone.
     """
     store = local(report.path, doing="repaired")
-    if store.resolve() != Path(config.cache.path).resolve():
+    if store.resolve() != Path(config.one_cache.path).resolve():
         raise ConfigError(
-            f"--fix: the config's cache.path is {config.cache.path}, not {store}; give the config that the store "
+            f"--fix: the config's cache.path is {config.one_cache.path}, not {store}; give the config that the store "
             "was made with, or cache.path=... after it"
         )
     plan = plan_capture(config)

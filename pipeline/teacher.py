@@ -77,7 +77,7 @@ class CapturePlan:
 
 def plan_capture(config: Config) -> CapturePlan:
     """Finds the shards, hashes tokenizer and teacher, and says what the store will hold."""
-    _ = config.cache  # several are no place to write to: told before the teacher is read
+    _ = config.one_cache  # several are no place to write to: told before the teacher is read
     shards = tuple(expand_shards(config.data.shards))
     preparation = Preparation.of(config.teacher.model, config.data)
     plan = plan_teacher(
@@ -92,12 +92,12 @@ def plan_capture(config: Config) -> CapturePlan:
 def write_parts(plan: CapturePlan, worker: Worker = ALONE) -> CacheSummary:
     """Capture the shards of the plan that have no part yet."""
     config, shards = plan.config, plan.shards
-    store = StoreWriter.open(config.cache.path, plan.manifest)
+    store = StoreWriter.open(config.one_cache.path, plan.manifest)
     todo = [shard for shard in shards if not store.is_done(part_name(shard))]
     summaries: list[PartSummary] = []
     broken: list[str] = []
     if todo:
-        cached = _keys_of_finished_parts(config.cache.path)
+        cached = _keys_of_finished_parts(config.one_cache.path)
         teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=_usable(plan.device))
         with Progress(todo, description="teacher-cache") as progress:
             capture = Capture(config, teacher, plan.preparation, progress, cached)
@@ -110,7 +110,7 @@ def write_parts(plan: CapturePlan, worker: Worker = ALONE) -> CacheSummary:
                     broken.append(str(error))
     if worker.world_size > 1:
         len(
-            Store(config.cache.path)
+            Store(config.one_cache.path)
         )  # workers do not see each other's keys: one that occurs twice is told here
     return _summary(config, summaries, parts_found=len(shards) - len(todo), broken=broken)
 
@@ -177,7 +177,7 @@ def _summary(
     config: Config, summaries: Sequence[PartSummary], *, parts_found: int, broken: Sequence[str]
 ) -> CacheSummary:
     return CacheSummary(
-        path=config.cache.path,
+        path=config.one_cache.path,
         parts_written=len(summaries),
         parts_found=parts_found,
         seen=sum(s.seen for s in summaries),

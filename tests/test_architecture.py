@@ -98,7 +98,12 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.trainer",
         "pipeline.workers",
     },
-    "config": {"pipeline.cache_settings", "pipeline.config", "pipeline.training_arguments"},
+    "config": {
+        "pipeline.cache_settings",
+        "pipeline.model_settings",
+        "pipeline.config",
+        "pipeline.training_arguments",
+    },
     "distillation": {
         "pipeline.distiller",
         "pipeline.divergences",

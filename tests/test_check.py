@@ -130,11 +130,11 @@ def test_draws_of_the_tail_are_compared_where_both_drew_the_same(drawn):
 )
 def test_draws_that_are_no_draws_of_the_tail_are_found(name, change, drawn, tmp_path):
     store = rewrite_store(
-        drawn.cache.path,
+        drawn.one_cache.path,
         tmp_path / "store",
         lambda key, arrays: arrays | {name: np.ascontiguousarray(change(arrays))},
     )
-    here = drawn.cache.model_copy(update={"path": str(store)})
+    here = drawn.one_cache.model_copy(update={"path": str(store)})
     found = check_store(drawn.model_copy(update={"cache": here}), num_samples=100, seed=0)
     assert not found.is_sound
     assert [array.name for array in found.arrays if array.of_limit > 1] == [name]

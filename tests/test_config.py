@@ -218,7 +218,7 @@ def test_several_stores_stand_in_the_place_of_one(load):
     assert config.on_missing == "raise" and load(to_yaml(config)) == config
     assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config and "a.zarr" in repr(config)
     one = load(SEVERAL, "caches=null", "cache.path=c.zarr")
-    assert [cache.path for cache in one.all_caches()] == [one.cache.path] == ["c.zarr"]
+    assert [cache.path for cache in one.all_caches()] == [one.one_cache.path] == ["c.zarr"]
 
 
 def test_one_store_and_several_at_once_are_refused(complaint):
@@ -232,7 +232,7 @@ def test_asking_for_the_one_store_of_several_is_an_error_and_no_none(load):
         ConfigError,
         match=r"this works on one store, but the config names 2 \(`caches`\); .*caches=null cache.path",
     ):
-        _ = load(SEVERAL).cache
+        _ = load(SEVERAL).one_cache
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_finetuning_starts_where_pretraining_ends():
 
 def test_the_two_steps_keep_stores_and_outputs_of_their_own():
     first, second = _recipe("pretrain"), _recipe("finetune")
-    assert first.cache.path != second.cache.path
+    assert first.one_cache.path != second.one_cache.path
     assert first.output_dir != second.output_dir
 
 

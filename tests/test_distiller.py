@@ -35,7 +35,7 @@ def config(experiment):
 def joined(config):
     """Makes a batch of the samples of given keys."""
     preparation = Preparation.of(config.student.model, config.data)
-    store = Store(config.cache.path)
+    store = Store(config.one_cache.path)
     dataset = JoinedDataset(store, config.data.shards, preparation, targets=config.targets.active())
     samples = {sample.key: sample for sample in (dataset[index] for index in range(len(dataset)))}
     return lambda keys: JoinCollator(dataset.targets)([samples[key] for key in keys])
@@ -48,7 +48,7 @@ def distiller(config):
 
 def make_distiller(config, model: str, **options) -> Distiller:
     student = MobileVLMForCausalLM.from_pretrained(model, dtype=torch.float32)
-    facts = teacher_facts(Store(config.cache.path))
+    facts = teacher_facts(Store(config.one_cache.path))
     return Distiller(student, config.losses.active(), facts=facts, **options)
 
 
@@ -96,7 +96,7 @@ def test_under_lossy_codecs_the_same_student_is_within_their_stated_errors(confi
         assert abs(arrays["vision"] - exact[key]["vision"]).max(initial=0) <= step / 2 + 1e-6
     preparation = Preparation.of(lossy.student.model, lossy.data)
     targets = lossy.targets.active()
-    dataset = JoinedDataset(Store(lossy.cache.path), lossy.data.shards, preparation, targets=targets)
+    dataset = JoinedDataset(Store(lossy.one_cache.path), lossy.data.shards, preparation, targets=targets)
     batch = JoinCollator(targets)([dataset[index] for index in range(5)])
     terms = make_distiller(lossy, lossy.teacher.model)(batch).terms
     for name in ("vision_all", "vision_focus"):
@@ -168,7 +168,7 @@ def test_the_vision_losses_share_one_map_and_mixing_has_a_head_for_each_pair_of_
 
 def test_only_losses_that_read_a_head_make_one(config):
     student = MobileVLMForCausalLM.from_pretrained(config.student.model)
-    facts, losses = teacher_facts(Store(config.cache.path)), config.losses.active()
+    facts, losses = teacher_facts(Store(config.one_cache.path)), config.losses.active()
     made = {name: sorted(build_heads({name: losses[name]}, student, facts)) for name in losses}
     assert made == {
         "supervised": [],
@@ -207,7 +207,7 @@ def test_heads_and_losses_are_float32_where_the_student_computes_in_bfloat16(joi
 
 def test_a_student_in_bfloat16_has_heads_and_losses_in_float32(config, joined):
     student = MobileVLMForCausalLM.from_pretrained(config.student.model, dtype=torch.bfloat16)
-    distiller = Distiller(student, config.losses.active(), facts=teacher_facts(Store(config.cache.path)))
+    distiller = Distiller(student, config.losses.active(), facts=teacher_facts(Store(config.one_cache.path)))
     terms = distiller(joined(BATCHES["ragged"])).terms
     sum(total for total, _ in terms.values()).backward()
     assert {total.dtype for total, _ in terms.values()} == {torch.float32}

@@ -40,7 +40,7 @@ def logits_only(experiment, tmp_path_factory):
 
 def test_the_store_holds_what_is_not_recomputed(logits_only, experiment, tmp_path):
     config = experiment.config(tmp_path, *logits_only)
-    assert set(Store(config.cache.path).manifest.specs) == {
+    assert set(Store(config.one_cache.path).manifest.specs) == {
         "input_ids", "labels", "logits/ids", "logits/log_probs", "logits/tail",
     }  # fmt: skip
     assert list(config.targets.cached()) == ["logits"] and list(config.targets.recomputed()) == [
@@ -101,7 +101,7 @@ def test_weights_that_the_stub_does_not_read_may_differ(logits_only, experiment,
     tensors["lm_head.weight"] += 1
     save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
     config = experiment.config(tmp_path, *logits_only, f"teacher.model={teacher}")
-    assert load_recomputed(config, Store(config.cache.path), device=torch.device("cpu")) is not None
+    assert load_recomputed(config, Store(config.one_cache.path), device=torch.device("cpu")) is not None
 
 
 def test_a_layer_that_stage_1_did_not_look_at_is_refused(experiment, tmp_path):
@@ -114,7 +114,7 @@ def test_a_layer_that_stage_1_did_not_look_at_is_refused(experiment, tmp_path):
     ]  # fmt: skip
     config = experiment.config(tmp_path, *deeper)
     with pytest.raises(FingerprintMismatch, match="layer 1: stored not looked at by stage 1, mine"):
-        load_recomputed(config, Store(config.cache.path), device=torch.device("cpu"))
+        load_recomputed(config, Store(config.one_cache.path), device=torch.device("cpu"))
 
 
 # One tower for both

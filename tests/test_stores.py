@@ -291,7 +291,7 @@ def test_what_works_on_one_store_says_so_of_several(experiment, stores, tmp_path
         assert stopped.value.code == 2
         assert "alignkd: this works on one store, but the config names 3 (`caches`); give it a config" in told
     with pytest.raises(ConfigError, match="works on one store"):
-        _ = config.cache
+        _ = config.one_cache
 
 
 def test_allow_mismatch_on_the_command_line_is_of_one_store(experiment, stores, tmp_path, capsys):

@@ -224,13 +224,13 @@ def test_the_store_is_the_same_whatever_its_making_was_disturbed_by(drawn, exper
         patch.setattr(StoreWriter, "part", fails_at_the_second)
         cache_teacher(config)
     cache_teacher(config)
-    assert summarise(tmp_path / "store").content == summarise(drawn.cache.path).content
+    assert summarise(tmp_path / "store").content == summarise(drawn.one_cache.path).content
 
 
 def test_a_sample_draws_the_same_in_batches_of_another_size(drawn, experiment, tmp_path):
     config = experiment.config(tmp_path, f"cache.path={tmp_path}/store", "teacher.batch_size=1", *DRAWS)
     cache_teacher(config)
-    alone, together = Store(config.cache.path), Store(drawn.cache.path)
+    alone, together = Store(config.one_cache.path), Store(drawn.one_cache.path)
     names = ["logits/draw_ids", "logits/draw_log_probs"]
     assert sorted(alone.keys()) == sorted(together.keys())
     for key in together.keys():  # noqa: SIM118
@@ -240,10 +240,13 @@ def test_a_sample_draws_the_same_in_batches_of_another_size(drawn, experiment, t
 
 
 def test_info_and_manifest_say_what_draws_are_and_how_exact(drawn):
-    arrays = {array.name: array for array in summarise(drawn.cache.path).arrays}
+    arrays = {array.name: array for array in summarise(drawn.one_cache.path).arrays}
     assert arrays["logits/draw_ids"].stated_error == "exact (uint16)"
     assert arrays["logits/draw_log_probs"].stated_error.startswith("|error| <= 2^-11 |v|")
-    assert Store(drawn.cache.path).manifest.capture["targets"]["logits"] == {"top_k": 8, "tail_samples": 5}
+    assert Store(drawn.one_cache.path).manifest.capture["targets"]["logits"] == {
+        "top_k": 8,
+        "tail_samples": 5,
+    }
 
 
 # Beside what was there

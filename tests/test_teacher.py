@@ -87,11 +87,11 @@ def foreign(tmp_path, experiment):
 
 def test_every_sample_of_a_foreign_shard_is_cached_or_rejected_with_its_reason(foreign):
     run = cache_teacher(foreign)
-    store = Store(foreign.cache.path)
+    store = Store(foreign.one_cache.path)
     assert sorted(store.keys()) == ["good", "text"]
     assert {key: reason.split(":")[0] for key, reason in store.rejects("theirs")} == REASONS
     assert (run.seen, run.cached, run.rejected) == (16, 2, 14)
-    assert verify(foreign.cache.path, deep=True).problems == ()
+    assert verify(foreign.one_cache.path, deep=True).problems == ()
 
 
 def test_a_sample_is_too_long_by_its_positions_with_vision_tokens(experiment, tmp_path):
@@ -105,7 +105,7 @@ def test_a_sample_is_too_long_by_its_positions_with_vision_tokens(experiment, tm
     limit = sorted(lengths.values())[-3]
     config = experiment.config(tmp_path, f"cache.path={tmp_path}/store", f"data.max_length={limit}")
     cache_teacher(config)
-    store = Store(config.cache.path)
+    store = Store(config.one_cache.path)
     assert set(store.keys()) == {key for key, length in lengths.items() if length <= limit}
     reasons = [reason for part in store.parts for _, reason in store.rejects(part)]
     assert len(reasons) == 2
@@ -117,7 +117,7 @@ def test_on_bad_sample_fail_stops_and_publishes_nothing_of_the_shard(foreign, ex
     config = foreign.model_copy(update={"data": foreign.data.model_copy(update={"on_bad_sample": "fail"})})
     with pytest.raises(BadSample, match=r"on_bad_sample is fail: sample 'no-json' of .*theirs.tar: no JSON"):
         cache_teacher(config)
-    assert Store(config.cache.path).parts == ("a",)
+    assert Store(config.one_cache.path).parts == ("a",)
     assert not list((tmp_path / "store" / "tmp").iterdir())
 
 
@@ -275,7 +275,7 @@ def test_a_key_of_another_shard_is_rejected_where_it_occurs_again(in_two_runs, e
     if in_two_runs:
         cache_teacher(experiment.config(tmp_path, store_path, f"data.shards={folder}/first.tar"))
     summary = cache_teacher(config)
-    store = Store(config.cache.path)
+    store = Store(config.one_cache.path)
     assert sorted(store.keys()) == ["a", "b", "c"] and summary.rejected == 1
     assert store.rejects("second") == [("b", "key occurs in another shard: the part first holds it")]
 

@@ -40,7 +40,7 @@ def trainer_of(experiment, tmp_path):
     def build(*overrides: str, folder: str = "run") -> DistillTrainer:
         config = experiment.config(tmp_path, *overrides)
         preparation = Preparation.of(config.student.model, config.data)
-        store = Store(config.cache.path)
+        store = Store(config.one_cache.path)
         dataset = RecordedDataset(store, config.data.shards, preparation, targets=needed_targets(config))
         return build_trainer(config, tmp_path / folder, dataset, identity="of a test")
 

@@ -93,7 +93,7 @@ def check(
     from pipeline.inspection.sources import stored_config
 
     settings = load(config, None) if config else stored_config(Store(store))
-    here = settings.cache.model_copy(update={"path": str(store)})  # wherever it was made
+    here = settings.one_cache.model_copy(update={"path": str(store)})  # wherever it was made
     settings = settings.model_copy(update={"cache": here})
     found = check_store(settings, num_samples=samples, seed=seed, with_losses=losses)
     print(json.dumps(found.to_json(), indent=1) if as_json else describe_check(found))
@@ -120,7 +120,7 @@ def plan(
     from pipeline.describe_plan import describe_plan, parse_bytes
     from pipeline.plan import plan_store, plan_within
 
-    local(settings.cache.path, doing="written by stage 1")
+    local(settings.one_cache.path, doing="written by stage 1")
     if max_bytes is None:
         found = plan_store(settings, num_samples=samples)
     else:

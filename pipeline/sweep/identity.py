@@ -25,7 +25,7 @@ def run_identity(config: Config) -> str:
 
 def _stores_identity(config: Config) -> list[Any]:
     if config.caches is None:
-        return _store_identity(config.cache.path)
+        return _store_identity(config.one_cache.path)
     stub = config.teacher.model if config.targets.recomputed() else None  # of several teachers this one
     return [
         stub,

@@ -1,0 +1,45 @@
+"""The two models of an experiment: where their weights come from, and how they run."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from pipeline.settings import Section
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class TeacherConfig(Section):
+    """The model whose knowledge is cached: a checkpoint folder or a hub id, in MobileVLM V2's layout.
+
+    `batch_size` is where stage 1 begins; it is halved where memory runs out. `auto` begins high.
+    """
+
+    model: str
+    dtype: DType = "auto"
+    device: str = "auto"
+    batch_size: int | Literal["auto"] = "auto"
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _auto_or_a_number(cls, value: Any) -> Any:
+        if value != "auto" and not (type(value) is int and value >= 1):
+            raise ValueError(f"expected auto, or a number from 1 on, found {value!r}")
+        return value
+
+
+class StudentConfig(Section):
+    """The model to be trained: where its first weights and its tokenizer come from.
+
+    Learning rates of the projector and of the trained heads default to `train.learning_rate`. With a frozen
+    tower, `patch_feature_cache_bytes` of memory keep its output for each distinct image.
+    """
+
+    model: str
+    dtype: DType = "float32"
+    gradient_checkpointing: bool = False
+    projector_learning_rate: float | None = Field(default=None, gt=0)
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    patch_feature_cache_bytes: int = Field(default=0, ge=0)

@@ -92,13 +92,11 @@ class PartIndex:
         index = cls(
             keys=tuple(take_all(record, "keys", str)),
             digests=tuple(take_all(record, "digests", str)),
-            image_offsets=np.array(take_all(images, "offsets", int, where="images"), dtype=np.int64),
+            image_offsets=_take_offsets(images, "offsets", where="images"),
             image_numbers=tuple(take_all(images, "number", int, where="images")),
             image_spans=_spans(images, where="images"),
             json_spans=_spans(take(record, "json", dict), where="json"),
-            row_offsets={
-                name: np.array(take_all(rows, name, int, where="rows"), dtype=np.int64) for name in rows
-            },
+            row_offsets={name: _take_offsets(rows, name, where="rows") for name in rows},
         )
         index._check()
         return index
@@ -116,6 +114,15 @@ class PartIndex:
             raise SchemaError(
                 "images.number", expected=f"numbers below {len(self.digests)}", found=self.image_numbers
             )
+
+
+def _take_offsets(record: Mapping[str, Any], name: str, *, where: str) -> Offsets:
+    values = take_all(record, name, int, where=where)
+    try:
+        return np.array(values, dtype=np.int64)
+    except OverflowError:
+        largest = max(map(abs, values))
+        raise SchemaError(f"{where}.{name}", expected="numbers below 2^63", found=largest) from None
 
 
 def _offsets(counts: Sequence[int]) -> Offsets:

@@ -246,6 +246,17 @@ def test_a_flipped_bit_in_a_parts_records_raises_with_the_file(tmp_path: Path, n
         len(store)
 
 
+def test_an_index_with_a_number_beyond_64_bits_is_told(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "s")
+    file = path / "parts" / PART / "index.json"
+    content = read_document(file)
+    content["rows"]["hidden"][1] = 2**63
+    file.write_bytes(document_bytes(content))
+    assert "index.json is damaged" in damaged(path) and "rows.hidden: expected numbers below 2^63" in damaged(
+        path
+    )
+
+
 def test_a_part_of_another_store_or_name_is_refused(tmp_path: Path) -> None:
     path = write_store(tmp_path / "s")
     (path / "parts" / PART).rename(path / "parts/shard-000009")

@@ -76,17 +76,22 @@ class StorePlan:
 
 def plan_store(config: Config, *, num_samples: int = 256) -> StorePlan:
     """Probe and extrapolate. Raises what stage 1 would raise of the config, the shards and the teacher."""
+    return _plan(config, num_samples=num_samples, stubs={})
+
+
+def _plan(config: Config, *, num_samples: int, stubs: dict[str, float]) -> StorePlan:
+    """`stubs` as `known` in `measure_costs`."""
     plan = plan_capture(config)
     with tempfile.TemporaryDirectory(prefix=".alignkd-plan-", dir=_disk_of(config.one_cache.path)) as folder:
-        probe = _probe(plan, Path(folder), num_samples=num_samples)
+        probe = _probe(plan, Path(folder), num_samples=num_samples, stubs=stubs)
         return _extrapolate(plan, probe)
 
 
 def plan_within(config: Config, *, max_bytes: float, num_samples: int = 256) -> StorePlan:
     """The first that fits of ever cheaper settings, those of the config first. Raises `ConfigError` if none does."""
-    smallest = None
+    smallest, stubs = None, dict[str, float]()
     for settings in cheaper_settings(config):
-        plan = plan_store(_with(config, settings), num_samples=num_samples)
+        plan = _plan(_with(config, settings), num_samples=num_samples, stubs=stubs)
         plan = replace(plan, settings=settings)
         if plan.total_bytes <= max_bytes:
             return plan
@@ -131,7 +136,7 @@ class Probe:
         return sum(map(of_part, self.parts)) / max(1, sum(part.samples for part in self.parts))
 
 
-def _probe(plan: CapturePlan, folder: Path, *, num_samples: int) -> Probe:
+def _probe(plan: CapturePlan, folder: Path, *, num_samples: int, stubs: dict[str, float]) -> Probe:
     """Stage 1 of the first samples of a few shards, into a store that is thrown away."""
     shards = _evenly(plan.shards, PROBED_SHARDS)
     heads = [_head(shard, folder, max(1, num_samples // len(shards))) for shard in shards]
@@ -145,7 +150,7 @@ def _probe(plan: CapturePlan, folder: Path, *, num_samples: int) -> Probe:
         parts=part_sizes(store),
         shard_bytes=sum(Path(head).stat().st_size for head in heads),
         store_bytes=sum(file.stat().st_size for file in documents),
-        costs=measure_costs(plan, Store(store), heads),
+        costs=measure_costs(plan, Store(store), heads, known=stubs),
     )
 
 

@@ -34,22 +34,26 @@ class Costs:
     forward_seconds: float
 
 
-def measure_costs(plan: CapturePlan, store: Store, shards: Sequence[str]) -> dict[str, Costs]:
+def measure_costs(
+    plan: CapturePlan, store: Store, shards: Sequence[str], *, known: dict[str, float]
+) -> dict[str, Costs]:
     """Of every active target that a stub can make again; `store` and `shards` are the probe's.
 
     Files are read from the disk where the system lets go of what it holds of them, and by one process. The stub runs
     on the device, in the dtype and with the pixels of stage 1, in batches of 8, for samples of which each brings its
-    own images.
+    own images. `known` holds the seconds of stubs by target, and takes those of the others: how a target is stored is
+    nothing to its stub.
     """
     stored = plan.config.targets.cached()
-    samples = list(islice(_prepared(plan, shards), FORWARDED_SAMPLES))
+    again = {
+        name: s for name, s in plan.config.targets.active().items() if TARGETS[name].deepest(s) is not None
+    }
+    if again.keys() - known.keys():
+        samples = list(islice(_prepared(plan, shards), FORWARDED_SAMPLES))
+        known |= {name: _forward(plan, name, s, samples) for name, s in again.items() if name not in known}
     return {
-        name: Costs(
-            reading_seconds=_reading(plan, store, name, settings) if name in stored else 0.0,
-            forward_seconds=_forward(plan, name, settings, samples) if samples else 0.0,
-        )
-        for name, settings in plan.config.targets.active().items()
-        if TARGETS[name].deepest(settings) is not None
+        name: Costs(_reading(plan, store, name, settings) if name in stored else 0.0, known[name])
+        for name, settings in again.items()
     }
 
 
@@ -94,7 +98,9 @@ def _prepared(plan: CapturePlan, shards: Sequence[str]) -> Iterator[Ready]:
 
 
 def _forward(plan: CapturePlan, name: str, settings: Any, samples: Sequence[Ready]) -> float:
-    """Seconds a sample, after one batch that is not counted."""
+    """Seconds a sample, after one batch that is not counted; 0 where the probe holds no usable sample."""
+    if not samples:
+        return 0.0
     stub = plan_teacher(plan.config.teacher.model, targets={name: settings})
     teacher = load_teacher(stub, dtype=plan.dtype, device=plan.device)
     batches = [samples[start : start + BATCH_SIZE] for start in range(0, len(samples), BATCH_SIZE)]

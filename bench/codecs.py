@@ -151,9 +151,16 @@ def measure(config: Config, *, num_samples: int, temperature: float = 1.0) -> It
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text, one loss after the other."""
-    lines = [
-        ("target", "stored as", "loss", "bytes a sample", "values", "loss error", "1 - cosine of gradient")
-    ]
+    heads = (
+        "target",
+        "stored as",
+        "loss",
+        "bytes a sample",
+        "values",
+        "loss error",
+        "1 - cosine of gradient",
+    )
+    lines: list[tuple[str, ...]] = [heads]
     for row in rows:
         figures = (row["relative_rms_error"], row["loss_error"], max(row["gradient"], 0))
         lines.append((row["target"], row["choice"], row["loss"], f"{row['bytes_per_sample']:,.0f}",
@@ -168,8 +175,9 @@ def _live_samples(config: Config, store: Store, plan: Any, num_samples: int) -> 
     """As the teacher says them now, unrounded; logits over the whole vocabulary."""
     dataset = JoinedDataset(store, config.data.shards, plan.preparation, targets=config.targets.cached())
     teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
-    whole = LogitsTarget(top_k=plan.teacher.facts.vocab_size) if config.targets.logits else None
-    targets = config.targets.model_copy(update={"logits": whole})
+    whole = LogitsTarget(top_k=plan.teacher.facts.vocab_size)
+    has_logits = "logits" in config.targets.active()
+    targets = config.targets.model_copy(update={"logits": whole} if has_logits else {})
     config = config.model_copy(update={"targets": targets})
     stored = [dataset[number] for number in range(min(num_samples, len(dataset)))]
     return [

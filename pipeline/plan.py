@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cache import CODECS, PartSizes, Store, part_sizes
+from cache import CODECS, PartSizes, part_sizes
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.plan_costs import Costs, measure_costs
@@ -150,7 +150,7 @@ def _probe(plan: CapturePlan, folder: Path, *, num_samples: int, stubs: dict[str
         parts=part_sizes(store),
         shard_bytes=sum(Path(head).stat().st_size for head in heads),
         store_bytes=sum(file.stat().st_size for file in documents),
-        costs=measure_costs(plan, Store(store), heads, known=stubs),
+        costs=measure_costs(plan, store, heads, known=stubs),
     )
 
 

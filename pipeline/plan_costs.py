@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cache import Store, local
+from cache import Store
 from pipeline.conversation import TokenizedSample
 from pipeline.errors import BadSample
 from pipeline.inputs import pad_tokens
@@ -35,11 +35,12 @@ class Costs:
 
 
 def measure_costs(
-    plan: CapturePlan, store: Store, shards: Sequence[str], *, known: dict[str, float]
+    plan: CapturePlan, store: Path, shards: Sequence[str], *, known: dict[str, float]
 ) -> dict[str, Costs]:
     """Of every active target that a stub can make again; `store` and `shards` are the probe's.
 
-    Files are read from the disk where the system lets go of what it holds of them, and by one process. The stub runs
+    Samples are read as in random order, each with the chunks that it lies in, by one process; a chunk comes from the
+    disk the first time, where the system lets go of what it holds of files, and is decoded every time. The stub runs
     on the device, in the dtype and with the pixels of stage 1, in batches of 8, for samples of which each brings its
     own images. `known` holds the seconds of stubs by target, and takes those of the others: how a target is stored is
     nothing to its stub.
@@ -57,14 +58,15 @@ def measure_costs(
     }
 
 
-def _reading(plan: CapturePlan, store: Store, name: str, settings: Any) -> float:
+def _reading(plan: CapturePlan, folder: Path, name: str, settings: Any) -> float:
     """Seconds a sample, once every part of the probe is open."""
+    store = Store(folder, cache_bytes=0)
     arrays = [spec.name for spec in TARGETS[name].arrays(settings, plan.teacher.facts)]
     keys = [[entry.key for entry in store.entries(part)] for part in store.parts]
     for of_part in keys:
         for key in of_part[:1]:
             store.read(key, arrays)
-    _forget(local(store.path, doing="timed"))
+    _forget(folder)
     started = time.perf_counter()
     for of_part in keys:
         for key in of_part:

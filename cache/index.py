@@ -117,11 +117,11 @@ class PartIndex:
 
 
 def _take_offsets(record: Mapping[str, Any], name: str, *, where: str) -> Offsets:
-    values = take_all(record, name, int, where=where)
+    values: list[int] = take_all(record, name, int, where=where)
     try:
         return np.array(values, dtype=np.int64)
     except OverflowError:
-        largest = max(map(abs, values))
+        largest = max(values, key=abs)
         raise SchemaError(f"{where}.{name}", expected="numbers below 2^63", found=largest) from None
 
 

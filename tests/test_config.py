@@ -240,7 +240,10 @@ def test_asking_for_the_one_store_of_several_is_an_error_and_no_none(load):
     [
         ("caches=[]", "caches: List should have at least 1 item"),
         ("caches=[{targets: [vision]}]", "caches.0.path: missing; the config must set it"),
-        ("caches=[{path: a, zzz: 1}]", "caches.0.zzz: unknown key; known: allow_mismatch, path, targets"),
+        (
+            "caches=[{path: a, zzz: 1}]",
+            "caches.0.zzz: unknown key; known: allow_mismatch, mirror, mirror_bytes, path, targets",
+        ),
         ("caches=[{path: a, targets: []}]", "caches.0.targets: List should have at least 1 item"),
         (
             "caches=[{path: a}, {path: b, targets: [visoin]}]",

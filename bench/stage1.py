@@ -1,0 +1,191 @@
+"""Stage 1 against the bare teacher forward, the obvious way, and its own stub, side by side.
+
+python bench/stage1.py --size small --tokens 300
+python bench/stage1.py --size full --tokens 300      (a GPU with 40 GB, about 8 minutes)
+
+`bare`     tower, projector, decoder with SDPA, and the head where answers are: nothing decoded, kept or written
+`stage 1`  shard to part: images decoded, all targets captured, encoded, compressed, written, forced to the disk
+`stub`     the same for attention and vision alone, which need the first layer only
+`obvious`  eager attention with `output_attentions=True`, layer 0 kept, all logits, one torch.save a batch
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from side_by_side import Work, measure, save, table, take_turns
+
+TARGETS = {"attention": {"layers": [0]}, "vision": {}, "logits": {"top_k": 32}}
+
+
+def main() -> int:
+    options = _options()
+    if options.contestant:
+        take_turns(CONTESTANTS[options.contestant](options))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        work = options.folder or folder
+        _prepare(Path(work), options)
+        arguments = [
+            f"--{name}={getattr(options, name)}" for name in ("size", "tokens", "samples", "batch_size")
+        ]
+        turns = measure(
+            __file__,
+            options.only.split(","),
+            repeats=options.repeats,
+            arguments=[*arguments, f"--folder={work}"],
+        )
+    print(table(turns, against="bare"))
+    save(turns, options.output, size=options.size, tokens=options.tokens, batch_size=options.batch_size)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", choices=["small", "full"], default="small")
+    parser.add_argument(
+        "--tokens", type=int, default=300, help="positions of a sample, vision tokens included"
+    )
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="bare,stage 1,stub,obvious")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench/stage1.json"))
+    parser.add_argument("--folder", help="where model and shard are kept; default: a temporary one")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _prepare(folder: Path, options: argparse.Namespace) -> None:
+    from random_models import write_model, write_shard
+
+    if not (folder / "teacher").exists():
+        write_model(folder / "teacher", options.size, "teacher")
+    if not (folder / "data").exists():
+        write_shard(folder / "data", samples=options.samples, tokens=options.tokens)
+
+
+def _config(options: argparse.Namespace, targets: Mapping[str, Any]) -> Any:
+    from pipeline.config import Config
+
+    folder = Path(options.folder)
+    return Config.model_validate({
+        "output_dir": str(folder / "out"),
+        "teacher": {"model": str(folder / "teacher"), "batch_size": options.batch_size},
+        "student": {"model": str(folder / "teacher")},
+        "data": {"shards": str(folder / "data" / "shards")},
+        "cache": {"path": str(folder / f"store-{os.getpid()}")},
+        "targets": targets,
+    })  # fmt: skip
+
+
+def _capturing(options: argparse.Namespace, targets: Mapping[str, Any]) -> Work:
+    from cache import StoreWriter
+    from pipeline.capture import Capture
+    from pipeline.models.stub import load_teacher
+    from pipeline.progress import Progress
+    from pipeline.teacher import plan_capture
+
+    plan = plan_capture(_config(options, targets))
+    teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
+    path = Path(plan.config.one_cache.path)
+
+    def turn() -> Mapping[str, float]:
+        shutil.rmtree(path, ignore_errors=True)
+        store = StoreWriter.open(path, plan.manifest)
+        with Progress(plan.shards, description="bench") as progress:
+            summary = Capture(plan.config, teacher, plan.preparation, progress, {}).run(store, plan.shards[0])
+        return {"samples": summary.cached, "bytes": sum(summary.array_bytes.values())}
+
+    return turn
+
+
+def _batches(options: argparse.Namespace, targets: Mapping[str, Any]) -> Any:
+    """The whole teacher, and stage 1's own batches with their images preprocessed: nothing left but to compute."""
+    import torch
+
+    from pipeline.capture import Prepared, longest_first
+    from pipeline.inputs import pad_tokens
+    from pipeline.models.stub import load_teacher
+    from pipeline.shards import read_shard
+    from pipeline.teacher import plan_capture
+
+    plan = plan_capture(_config(options, targets))
+    teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
+    prepared, images = [], {}
+    for place, sample in enumerate(read_shard(plan.shards[0])):
+        tokens = plan.preparation.tokenize(sample.conversations)  # type: ignore[union-attr]
+        images[place] = plan.preparation.preprocess(sample.images[0])  # type: ignore[union-attr]
+        length = plan.preparation.merged_length(tokens.input_ids)
+        prepared.append(Prepared(place, sample, tokens, length))  # type: ignore[arg-type]
+    ordered, size = longest_first(prepared), options.batch_size
+    chunks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return teacher, [
+        (pad_tokens([item.tokens for item in chunk]), torch.stack([images[item.place] for item in chunk]))
+        for chunk in chunks
+    ]
+
+
+def _bare(options: argparse.Namespace) -> Work:
+    teacher, batches = _batches(options, {"logits": {"top_k": 32}})
+
+    def turn() -> Mapping[str, float]:
+        for tokens, pixels in batches:
+            teacher.forward(**tokens, vision=teacher.encode_images(pixels))
+        return {"samples": sum(len(pixels) for _, pixels in batches)}
+
+    return turn
+
+
+def _obvious(options: argparse.Namespace) -> Work:
+    import torch
+
+    teacher, batches = _batches(options, {"logits": {"top_k": 32}})
+    model, device = teacher.model, teacher.device
+    model.set_attn_implementation("eager")
+    kept = Path(options.folder) / f"obvious-{os.getpid()}.pt"
+
+    @torch.no_grad()
+    def turn() -> Mapping[str, float]:
+        size = 0
+        for tokens, pixels in batches:
+            tokens = {name: value.to(device) for name, value in tokens.items()}
+            vision = model.encode_images(pixels.to(device))
+            merged = model.merge_inputs(
+                tokens["input_ids"], vision, attention_mask=tokens["attention_mask"], labels=tokens["labels"]
+            )
+            outputs = model.model(
+                inputs_embeds=merged.inputs_embeds,
+                attention_mask=merged.attention_mask.long(),
+                output_attentions=True,
+                use_cache=False,
+            )
+            logits = model.lm_head(outputs.last_hidden_state)
+            found = {"attention": outputs.attentions[0], "vision": vision, "logits": logits}
+            torch.save({name: value.half().cpu() for name, value in found.items()}, kept)
+            size += kept.stat().st_size
+        return {"samples": sum(len(pixels) for _, pixels in batches), "bytes": size}
+
+    return turn
+
+
+CONTESTANTS: dict[str, Callable[[argparse.Namespace], Work]] = {
+    "bare": _bare,
+    "stage 1": lambda options: _capturing(options, TARGETS),
+    "stub": lambda options: _capturing(options, {name: TARGETS[name] for name in ("attention", "vision")}),
+    "obvious": _obvious,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -34,7 +34,7 @@ from cache.layout import FORMAT_VERSION
 from cache.mirror import Mirror
 from cache.part_writer import PartSummary, PartWriter
 from cache.place import local
-from cache.push import Pushed, push_store
+from cache.push import Pushed, card_at, push_store
 from cache.reader import Store
 from cache.repair import remove_parts, restore_manifest
 from cache.schema import ArraySpec, Difference, Fingerprint, Manifest, SampleEntry, Span
@@ -90,6 +90,7 @@ __all__ = [
     "UnsafeName",
     "UnsupportedFormat",
     "ValueOutOfRange",
+    "card_at",
     "digest_of",
     "local",
     "merge_stores",

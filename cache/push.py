@@ -58,6 +58,12 @@ def push_store(
     return Pushed(target.url, tuple(todo), tuple(sorted(set(source.parts) - set(todo))), num_bytes)
 
 
+def card_at(url: str) -> str:
+    """The card of the store that was pushed to a URL; "" if there is none."""
+    data = find_ranges([Range(place(url) / CARD)])[0]
+    return "" if data is None else data.decode(errors="replace")
+
+
 def _united(target: RemotePath, source: Store) -> Manifest:
     """The source's manifest, which plans what is there already, and what the source has finished."""
     data = find_ranges([Range(target / MANIFEST)])[0]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 from tqdm import tqdm
 
-from cache import Pushed, Store, Summary, push_store, summarise
+from cache import Pushed, Store, Summary, card_at, push_store, summarise
 from pipeline.describe import readable_bytes
 
 
 def push_with_card(store: str, url: str, *, license: str | None) -> Pushed:
-    """Send a store to a URL with a card that is written from what the store says of itself."""
+    """Send a store to a URL with a card that is written from what the store says of itself.
+
+    Without a `license` the card keeps the one that is named at the URL already.
+    """
     source = Store(store)
+    license = license or _license_of(card_at(url))
     card = cache_card(summarise(store), url=url, license=license)
     with tqdm(total=len(source.parts), unit="part", desc=f"push {url}", file=sys.stderr) as progress:
         return push_store(source, url, card=card.encode(), each=lambda part: progress.update())
@@ -32,6 +37,11 @@ tags: [alignkd, knowledge-distillation, vision-language, zarr]
     )
 
 
+def _license_of(card: str) -> str | None:
+    named = re.search(r"^license: (.+)$", card.partition("\n# ")[0], flags=re.MULTILINE)
+    return named[1] if named and named[1] != "other" else None
+
+
 def _about(store: Summary) -> list[str]:
     teacher, missing = store.teacher, store.parts_planned - store.parts_done
     return [
@@ -45,7 +55,10 @@ def _about(store: Summary) -> list[str]:
         f"- **Made**: {store.provenance.get('created', 'at an unknown time')}; {store.rejected:,} samples rejected, "
         f"{missing} of {store.parts_planned} planned parts not in it",
         f"- **Content**: `{store.content}`, which `alignkd info` prints of a whole copy too",
-        *(f"- **{name.replace('_', ' ')}**: `{digest}`" for name, digest in store.fingerprint.items()),
+        "- **Fingerprint**: "
+        + ", ".join(
+            f"{name.replace('_', ' ')} `{digest[:16]}`" for name, digest in store.fingerprint.items()
+        ),
         "",
     ]
 

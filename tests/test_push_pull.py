@@ -140,6 +140,8 @@ def test_the_card_says_what_the_store_is_and_how_to_load_it(bucket, experiment):
     summary = summarise(experiment.store)
     assert summary.content in card and str(experiment.teacher) in card
     assert "alignkd pull s3://lab/carded teacher.zarr" in card and "cache.path: s3://lab/carded" in card
+    alignkd("push", str(experiment.store), f"{bucket}/carded")
+    assert fsspec.filesystem("s3").cat_file("lab/carded/README.md").decode() == card  # the licence stays
     assert "Given away under apache-2.0." in card and "the teacher's licence and the data's may bind" in card
     for array in summary.arrays:
         assert f"| `{array.name}` |" in card and array.stated_error.replace("|", "&#124;") in card

@@ -87,12 +87,11 @@ def write_shard(folder: Path, *, samples: int, tokens: int, seed: int = 0) -> Pa
     return next((folder / "shards").glob("*.tar"))
 
 
-WORDS = ["the", "a", "red", "green", "house", "tree", "car", "man", "is", "in", "on", "of", "and", "with", "left"]
+WORDS = [
     "the",
     "a",
     "red",
     "green",
-    "blue",
     "house",
     "tree",
     "car",

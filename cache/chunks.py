@@ -152,7 +152,7 @@ def _checked_layout(
     stored, expected = wanted.stored, (wanted.rows, *wanted.stored.row_shape)
     try:
         shape, dtype, chunk_rows = _layout(json.loads(document), stored)
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise CorruptPart(file, f"it is no array as this format writes it ({error!r})") from error
     if shape != expected or dtype != stored.dtype:
         found = f"it holds {dtype} of shape {shape}"
@@ -175,7 +175,9 @@ def _layout(document: Any, stored: StoredArray) -> tuple[tuple[int, ...], str, i
     chunk_rows, *row_shape = sharding["configuration"]["chunk_shape"]
     shard_rows, *_ = document["chunk_grid"]["configuration"]["chunk_shape"]
     row_bytes = np.dtype(stored.dtype).itemsize * int(np.prod(stored.row_shape, dtype=np.float64))
-    if tuple(row_shape) != stored.row_shape or not 1 <= chunk_rows <= max(1, shape[0]):
+    if type(chunk_rows) is not int or not 1 <= chunk_rows <= max(1, shape[0]):
+        raise ValueError(f"chunks of {chunk_rows!r} rows")
+    if tuple(row_shape) != stored.row_shape:
         raise ValueError(f"chunks of shape {[chunk_rows, *row_shape]}")
     if (
         shard_rows != chunk_rows * max(1, -(-shape[0] // chunk_rows))

@@ -104,7 +104,10 @@ def _capturing(options: argparse.Namespace, targets: Mapping[str, Any]) -> Work:
         shutil.rmtree(path, ignore_errors=True)
         store = StoreWriter.open(path, plan.manifest)
         with Progress(plan.shards, description="bench") as progress:
-            summary = Capture(plan.config, teacher, plan.preparation, progress, {}).run(store, plan.shards[0])
+            captured = Capture(plan.config, teacher, plan.preparation, progress, {}).run(
+                store, plan.shards[0]
+            )
+            summary = captured.commit()
         return {"samples": summary.cached, "bytes": sum(summary.array_bytes.values())}
 
     return turn

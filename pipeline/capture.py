@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +23,14 @@ from pipeline.conversation import TokenizedSample
 from pipeline.errors import BadSample, ShardError
 from pipeline.inputs import Preparation, pad_tokens
 from pipeline.models.stub import Teacher
+from pipeline.overlap import Behind
 from pipeline.progress import Progress
 from pipeline.shards import Rejected, Sample, part_name, read_shard, read_span
 from pipeline.targets import TARGETS, vision_array
 
+BATCHES_BEHIND = 2  # captured, but not encoded yet, that memory must hold
+DECODERS = min(8, os.cpu_count() or 1)
+Arrays = dict[str, np.ndarray]
 FIRST_BATCH_SIZE = {"cuda": 128, "cpu": 16}  # of `batch_size: auto`, which goes down from here and never up
 
 
@@ -36,9 +44,25 @@ class Prepared:
     length: int
 
 
+@dataclass(frozen=True)
+class Captured:
+    """A shard whose samples are all in its part's writer, or rejected; what is left is to write it."""
+
+    part: PartWriter
+    left: ExitStack  # of the writer
+    seen: int
+    seconds: float
+
+    def commit(self) -> PartSummary:
+        """Publish the part."""
+        with self.left:
+            return self.part.commit(seen=self.seen, seconds=round(self.seconds, 3))
+
+
 class Capture:
     """Shards through the teacher, each into its part. `cached`: the parts' names by sample key, of all shards so far.
 
+    The images of the next batch are decoded, and the values of the last one encoded, beside the teacher's forward.
     A batch that the memory cannot hold is tried once more, since memory may only have been in pieces; then it is
     halved, here and for all that follows. A sample that does not fit alone is rejected with its size.
     """
@@ -61,29 +85,37 @@ class Capture:
         self.shard = ""
         # Vision tokens of the images of the batch at hand and of the one before: samples of one image are neighbours.
         self.vision: dict[str, torch.Tensor] = {}
+        self.pixels: dict[str, Future[torch.Tensor]] = {}  # of images that are being decoded
         # Place -> key of what was added, '' of what was rejected: a batch that is tried again leaves these alone.
         self.settled: dict[int, str] = {}
 
-    def run(self, store: StoreWriter, shard: str) -> PartSummary:
-        """Commit the shard's part; on any exception nothing of it is published."""
-        self.shard, self.vision, self.settled = shard, {}, {}
+    def run(self, store: StoreWriter, shard: str) -> Captured:
+        """Capture a shard, for `commit` to write; on any exception nothing of it is published."""
+        self.shard, self.vision, self.settled, self.pixels = shard, {}, {}, {}
         started = time.monotonic()
         source = {"shard": Path(shard).name, "bytes": Path(shard).stat().st_size}
-        with store.part(part_name(shard), source=source) as part:
-            prepared = list(self._prepared(part))
+        with ExitStack() as stack:
+            part = stack.enter_context(store.part(part_name(shard), source=source))
+            prepared = longest_first(list(self._prepared(part)))
             num_seen = len(prepared) + len(self.settled)
             if not num_seen:  # a file of nothing but zeros is a tar, too
                 raise ShardError(
                     f"{shard} holds no sample; make or copy it again, or take it out of data.shards."
                 )
             self.progress.begin_shard(shard, num_samples=num_seen, done=len(self.settled))
-            for batch in self._batches(longest_first(prepared)):
-                self._capture_or_halve(batch, part)
-                self.progress.advance(len(batch))
-            summary = part.commit(seen=num_seen, seconds=round(time.monotonic() - started, 3))
-        self.cached |= {key: part_name(shard) for key in self.settled.values() if key}
-        self.progress.end_shard(summary)
-        return summary
+            with Behind(limit=BATCHES_BEHIND) as self.behind, ThreadPoolExecutor(DECODERS) as self.decoders:
+                self._capture_all(prepared, part)
+            self.progress.captured_shard()
+            self.cached |= {key: part_name(shard) for key in self.settled.values() if key}
+            return Captured(part, stack.pop_all(), num_seen, time.monotonic() - started)
+
+    def _capture_all(self, prepared: Sequence[Prepared], part: PartWriter) -> None:
+        start = 0
+        while start < len(prepared):
+            batch = prepared[start : start + self.batch_size]  # which may fall on the way
+            start += len(batch)
+            self._capture_or_halve(batch, prepared[start : start + self.batch_size], part)
+            self.progress.advance(len(batch))
 
     def _prepared(self, part: PartWriter) -> Iterator[Prepared]:
         """The shard's usable samples; the others are rejected here."""
@@ -104,38 +136,35 @@ class Capture:
         without_images = replace(sample, images=())
         return Prepared(place, without_images, tokens, self.preparation.merged_length(tokens.input_ids))
 
-    def _batches(self, items: Sequence[Prepared]) -> Iterator[Sequence[Prepared]]:
-        start = 0
-        while start < len(items):
-            batch = items[start : start + self.batch_size]  # which may fall on the way
-            start += len(batch)
-            yield batch
-
-    def _capture_or_halve(self, batch: Sequence[Prepared], part: PartWriter) -> None:
+    def _capture_or_halve(
+        self, batch: Sequence[Prepared], coming: Sequence[Prepared], part: PartWriter
+    ) -> None:
         for is_last_try in (False, True):
             try:
-                return self._capture(batch, part)
+                return self._capture(batch, coming, part)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
+                self.behind.finish()  # what was settled, is
                 if is_last_try and len(batch) == 1:
                     return self._reject_too_large(batch[0], part, reason)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         self.batch_size = half = (len(batch) + 1) // 2
         self.progress.say(f"out of memory with {len(batch)} samples at once ({reason}); going on with {half}")
-        for start in (0, half):
-            self._capture_or_halve(batch[start : start + half], part)
+        for some in (batch[:half], batch[half:]):
+            self._capture_or_halve(some, (), part)
 
     def _reject_too_large(self, item: Prepared, part: PartWriter, reason: str) -> None:
         images = len(item.sample.image_digests)
         size = f"{item.length} positions, {images} image{'' if images == 1 else 's'}: {reason}"
         self._reject(part, item.place, item.sample.key, BadSample("does not fit into memory", size))
 
-    def _capture(self, batch: Sequence[Prepared], part: PartWriter) -> None:
-        """Forward a batch and add each sample's rows; a sample whose values a codec refuses is rejected."""
+    def _capture(self, batch: Sequence[Prepared], coming: Sequence[Prepared], part: PartWriter) -> None:
+        """Forward a batch and hand over each sample's rows; a sample whose values a codec refuses is rejected."""
         batch = self._encode([item for item in batch if item.place not in self.settled], part)
+        self._decode_ahead(coming)
         if not batch:
             return
         digests = [digest for item in batch for digest in item.sample.image_digests]
@@ -143,30 +172,47 @@ class Capture:
         targets = self.config.targets.cached()
         tokens, keys = [item.tokens for item in batch], [item.sample.key for item in batch]
         captured = captured_arrays(self.teacher, targets, tokens, vision, keys=keys)
+        images = {digest: self._image_arrays(digest) for digest in digests if not part.has_image(digest)}
+        self.behind.do(lambda: self._add_all(batch, captured, images, part))
+
+    def _add_all(
+        self, batch: Sequence[Prepared], captured: list[Arrays], images: dict[str, Arrays], part: PartWriter
+    ) -> None:
         for item, arrays in zip(batch, captured, strict=True):
             arrays |= {"input_ids": np.array(item.tokens.input_ids), "labels": np.array(item.tokens.labels)}
-            self._add(item, arrays, part)
+            self._add(item, arrays, images, part)
 
     def _encode(self, batch: Sequence[Prepared], part: PartWriter) -> list[Prepared]:
         """See to the vision tokens of the batch's images, each distinct image encoded once; the usable samples."""
+        self._decode_ahead(batch)
         fresh: dict[str, torch.Tensor] = {}
         usable = []
         for item in batch:
             try:
-                for digest, span in zip(item.sample.image_digests, item.sample.image_spans, strict=True):
-                    if digest not in self.vision and digest not in fresh:
-                        fresh[digest] = self.preparation.preprocess(self._image(digest, span))
+                for digest in item.sample.image_digests:
+                    if digest not in self.vision:
+                        fresh[digest] = self.pixels[digest].result()
                 usable.append(item)
             except BadSample as error:
-                self._reject(part, item.place, item.sample.key, error)
+                self.behind.do(partial(self._reject, part, item.place, item.sample.key, error))
         needed = {digest for item in usable for digest in item.sample.image_digests}
         kept = {digest: vision for digest, vision in self.vision.items() if digest in needed}
         if fresh := {digest: pixels for digest, pixels in fresh.items() if digest in needed}:
             kept |= dict(
                 zip(fresh, self.teacher.encode_images(torch.stack(list(fresh.values()))), strict=True)
             )
-        self.vision = kept
+        self.vision, self.pixels = kept, {}
         return usable
+
+    def _decode_ahead(self, batch: Sequence[Prepared]) -> None:
+        """Have the images of a batch decoded, those that are neither encoded nor on their way."""
+        for item in batch:
+            for digest, span in zip(item.sample.image_digests, item.sample.image_spans, strict=True):
+                if digest not in self.vision and digest not in self.pixels:
+                    self.pixels[digest] = self.decoders.submit(self._preprocess, digest, span)
+
+    def _preprocess(self, digest: str, span: Span) -> torch.Tensor:
+        return self.preparation.preprocess(self._image(digest, span))
 
     def _image(self, digest: str, span: Span) -> bytes:
         data = read_span(self.shard, span)
@@ -176,12 +222,12 @@ class Capture:
             )
         return data
 
-    def _add(self, item: Prepared, arrays: dict[str, np.ndarray], part: PartWriter) -> None:
+    def _add(self, item: Prepared, arrays: Arrays, images: dict[str, Arrays], part: PartWriter) -> None:
         sample = item.sample
         try:
             for digest in sample.image_digests:
                 if not part.has_image(digest):
-                    part.add_image(digest, self._image_arrays(digest))
+                    part.add_image(digest, images[digest])
             entry = SampleEntry(sample.key, sample.image_digests, sample.image_spans, sample.json_span)
             part.add(entry, arrays, place=item.place)
         except RefusedValue as error:
@@ -189,7 +235,7 @@ class Capture:
         else:
             self.settled[item.place] = sample.key
 
-    def _image_arrays(self, digest: str) -> dict[str, np.ndarray]:
+    def _image_arrays(self, digest: str) -> Arrays:
         return vision_array(self.vision[digest]) if "vision" in self.config.targets.cached() else {}
 
     def _reject(self, part: PartWriter, place: int, key: str, error: BadSample) -> None:

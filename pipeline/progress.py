@@ -51,9 +51,12 @@ class Progress:
     def reject(self) -> None:
         self.rejected += 1
 
+    def captured_shard(self) -> None:
+        """All of the shard is behind us, but for writing its part."""
+        self._read_to(self.shard_bytes)
+
     def end_shard(self, summary: PartSummary) -> None:
         """A part was committed."""
-        self._read_to(self.shard_bytes)
         self.parts += 1
         self.bytes_written += sum(summary.array_bytes.values())
         self._show()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -18,11 +20,12 @@ from cache import (
     StoreWriter,
     digest_of,
 )
-from pipeline.capture import Capture
+from pipeline.capture import Capture, Captured
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ShardError
 from pipeline.inputs import Preparation, capture_settings
 from pipeline.models.stub import TeacherPlan, load_teacher, plan_teacher
+from pipeline.overlap import Behind
 from pipeline.progress import Progress
 from pipeline.provenance import provenance
 from pipeline.shards import expand_shards, part_name
@@ -99,20 +102,30 @@ def write_parts(plan: CapturePlan, worker: Worker = ALONE) -> CacheSummary:
     if todo:
         cached = _keys_of_finished_parts(config.one_cache.path)
         teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=_usable(plan.device))
-        with Progress(todo, description="teacher-cache") as progress:
+        # A part is compressed and written while the teacher is at work on the next shard.
+        with Progress(todo, description="teacher-cache") as progress, Behind(limit=1) as writing:
             capture = Capture(config, teacher, plan.preparation, progress, cached)
-            for shard in shards_to_write(store, shards, worker, say=progress.say):
+            for shard, lease in shards_to_write(store, shards, worker, say=progress.say):
                 try:
-                    summaries.append(capture.run(store, shard))
-                except ShardError as error:
-                    if config.data.on_bad_sample == "fail":
+                    captured = capture.run(store, shard)
+                except BaseException as error:
+                    lease.close()
+                    if not isinstance(error, ShardError) or config.data.on_bad_sample == "fail":
                         raise
                     broken.append(str(error))
+                else:
+                    writing.do(partial(_write, captured, lease, summaries, progress))
     if worker.world_size > 1:
         len(
             Store(config.one_cache.path)
         )  # workers do not see each other's keys: one that occurs twice is told here
     return _summary(config, summaries, parts_found=len(shards) - len(todo), broken=broken)
+
+
+def _write(captured: Captured, lease: ExitStack, summaries: list[PartSummary], progress: Progress) -> None:
+    with lease:
+        summaries.append(captured.commit())
+        progress.end_shard(summaries[-1])
 
 
 def build_manifest(

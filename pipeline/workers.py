@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from cache import StoreWriter
@@ -50,8 +51,8 @@ def worker_of(rank: int | None, world_size: int | None) -> Worker:
 
 def shards_to_write(
     store: StoreWriter, shards: Sequence[str], worker: Worker, *, say: Callable[[str], None]
-) -> Iterator[str]:
-    """Shards without a part, one at a time, each leased to this worker until the next is asked for.
+) -> Iterator[tuple[str, ExitStack]]:
+    """Shards without a part, one at a time, each with this worker's lease, to be closed when its part is written.
 
     Ends when every shard has its part or was given here once. While others are at work on the last ones it waits:
     should one of them die, its shard is written here.
@@ -60,11 +61,12 @@ def shards_to_write(
     while left := [shard for shard in left if not store.is_done(part_name(shard))]:
         taken: list[str] = []
         for shard in left:
-            with store.claim(part_name(shard)) as is_ours:
+            with ExitStack() as lease:
+                is_ours = lease.enter_context(store.claim(part_name(shard)))
                 # Between the look above and the claim, its writer may have finished it.
                 if is_ours and not store.is_done(part_name(shard)):
                     taken.append(shard)
-                    yield shard
+                    yield shard, lease.pop_all()
         left = [shard for shard in left if shard not in taken]
         if left and not taken:
             if not waiting:

@@ -91,6 +91,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.describe",
         "pipeline.inputs",
         "pipeline.missing",
+        "pipeline.overlap",
         "pipeline.progress",
         "pipeline.provenance",
         "pipeline.recompute",

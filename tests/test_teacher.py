@@ -143,7 +143,7 @@ def test_a_layer_that_the_teacher_lacks_is_a_sentence(experiment, tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 import pipeline.progress
 from pipeline.config import load_config
 from pipeline.teacher import cache_teacher
@@ -151,6 +151,9 @@ advance = pipeline.progress.Progress.advance
 def advance_or_die(self, item):
     advance(self, item)
     if self.samples == 8:
+        leases = sys.argv[2].removeprefix("cache.path=") + "/leases"
+        while len(os.listdir(leases)) > 1:  # the first part is being written beside this
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 pipeline.progress.Progress.advance = advance_or_die
 cache_teacher(load_config(sys.argv[1], sys.argv[2:]))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pipeline.vocabulary import log_probabilities, with_tail
+
 SMALLEST_LOG_PROBABILITY = -30.0
 # How fast the control variate of `within_tail` is let go as the student leaves the teacher: any value is unbiased,
 # and 3 to 30 are alike in noise (docs/decisions.md).
@@ -14,17 +16,19 @@ CONTROL_DECAY = 10.0
 
 
 def buckets(
-    log_probs: Tensor, top_ids: Tensor, top_log_probs: Tensor, tail_log_prob: Tensor, temperature: float
+    logits: Tensor, top_ids: Tensor, top_log_probs: Tensor, tail_log_prob: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Student's and teacher's tempered log probabilities over the same buckets, the last one the tail.
 
-    `log_probs` are the student's, float32 'A V'; the teacher's are 'A K', 'A K' and 'A'. Returns float32 'A K+1'
-    twice, or 'A V' where K is V: without a tail, a bucket of nothing would gain mass when tempered.
+    `logits` are the student's, 'A V'; the teacher's are 'A K', 'A K' and 'A'. Returns float32 'A K+1' twice, or
+    'A V' where K is V: without a tail, a bucket of nothing would gain mass when tempered.
     """
-    ours, theirs = log_probs.gather(1, top_ids), top_log_probs.float()
-    if top_ids.shape[1] < log_probs.shape[1]:
-        tail = log_probs.scatter(1, top_ids, float("-inf")).logsumexp(dim=-1, keepdim=True)
-        ours = torch.cat([ours, tail], dim=1)
+    theirs = top_log_probs.float()
+    if top_ids.shape[1] == logits.shape[1]:
+        ours = log_probabilities(logits, top_ids)
+    else:
+        ours, tail = with_tail(logits, top_ids)
+        ours = torch.cat([ours, tail[:, None]], dim=1)
         theirs = torch.cat([theirs, tail_log_prob[:, None].float()], dim=1)
     ours, theirs = (x.clamp(min=SMALLEST_LOG_PROBABILITY) / temperature for x in (ours, theirs))
     return ours.log_softmax(dim=-1), theirs.log_softmax(dim=-1)

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.divergences import DIVERGENCES, buckets, within_tail
 from pipeline.models.merge import Slots, answers_in, attended_images_in, images_in, text_rows_in
 from pipeline.settings import Section
+from pipeline.vocabulary import log_probabilities
 
 # Probabilities below this count as this; teacher and student alike, so that equal stays equal.
 SMALLEST_PROBABILITY = 1e-8
@@ -72,7 +72,7 @@ class SupervisedLoss(Section):
 
 def supervised(student: StudentOutputs, teacher: TeacherTargets, head: Head, settings: Any) -> Result:
     """Cross entropy with the labels; counts answer positions 'A'."""
-    total = F.cross_entropy(student.answer_logits.float(), student.answer_labels, reduction="sum")
+    total = -log_probabilities(student.answer_logits, student.answer_labels[:, None]).sum()
     return total, _count(student.answer_labels.numel(), total)
 
 
@@ -220,12 +220,11 @@ def logits(student: StudentOutputs, teacher: TeacherTargets, head: Head, setting
     if teacher.top_ids is None or not len(teacher.top_ids):
         return _nothing(student)
     assert teacher.top_log_probs is not None and teacher.tail_log_prob is not None
-    log_probs = student.answer_logits.float().log_softmax(dim=-1)
     known = (teacher.top_ids, teacher.top_log_probs, teacher.tail_log_prob)
-    ours, theirs = buckets(log_probs, *known, settings.temperature)
+    ours, theirs = buckets(student.answer_logits, *known, settings.temperature)
     per_position = DIVERGENCES[settings.direction](ours, theirs) * settings.temperature**2
     if teacher.draw_ids is not None and teacher.draw_log_probs is not None and settings.uses_draws():
-        our_draws = log_probs.gather(1, teacher.draw_ids)
+        our_draws = log_probabilities(student.answer_logits, teacher.draw_ids)
         per_position = per_position + within_tail(ours, theirs, our_draws, teacher.draw_log_probs)
     return per_position.sum(), _count(len(ours), per_position)
 

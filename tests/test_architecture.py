@@ -113,6 +113,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.models.stub",
         "pipeline.tail_draws",
         "pipeline.targets",
+        "pipeline.vocabulary",
     },
     "data": {
         "pipeline.annotations",

@@ -1,0 +1,80 @@
+"""Log probabilities of a few tokens against torch's own over the whole vocabulary, values, gradients and memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline import vocabulary
+from pipeline.vocabulary import log_probabilities, with_tail
+
+A, V, K = 7, 50, 4
+
+
+def drawn(dtype: torch.dtype = torch.float64, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(A, V, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+    ids = torch.stack([torch.randperm(V, generator=generator)[:K] for _ in range(A)])
+    return logits, ids
+
+
+@pytest.fixture(params=[1, 3, 100])
+def rows_at_once(request, monkeypatch):
+    monkeypatch.setattr(vocabulary, "PIECE_BYTES", 4 * V * request.param)
+
+
+def plainly(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    log_probs = logits.log_softmax(dim=-1)
+    return log_probs.gather(1, ids), log_probs.scatter(1, ids, float("-inf")).logsumexp(dim=-1)
+
+
+def test_values_and_gradients_are_those_of_log_softmax_in_float64(rows_at_once):
+    logits, ids = drawn()
+    weights = torch.rand(A, K + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 0.5
+    results = []
+    for function in (with_tail, plainly):
+        picked, tail = function(logits, ids)
+        (picked * weights[:, :K]).sum().backward(retain_graph=True)
+        (tail.exp() * weights[:, K]).sum().backward()
+        results.append((picked.detach(), tail.detach(), logits.grad))
+        logits.grad = None
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert torch.equal(log_probabilities(logits, ids), with_tail(logits, ids)[0])
+
+
+def test_gradcheck_agrees(rows_at_once):
+    logits, ids = drawn(seed=3)
+    assert torch.autograd.gradcheck(lambda x: with_tail(x, ids), logits)
+    assert torch.autograd.gradcheck(lambda x: log_probabilities(x, ids), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32_and_its_gradient_comes_back_in_its_own(dtype):
+    logits, ids = drawn(dtype)
+    picked, tail = with_tail(logits, ids)
+    exact = plainly(logits.detach().double(), ids)
+    assert picked.dtype == tail.dtype == torch.float32
+    assert torch.allclose(picked.double(), exact[0], atol=1e-5)
+    assert torch.allclose(tail.double(), exact[1], atol=1e-5)
+    (picked.sum() + tail.sum()).backward()
+    assert logits.grad is not None and logits.grad.dtype == dtype
+
+
+def test_labels_that_repeat_in_a_row_add_up():
+    logits, _ = drawn()
+    ids = torch.full((A, 2), 5)
+    (ours,) = torch.autograd.grad(log_probabilities(logits, ids).sum(), logits)
+    (theirs,) = torch.autograd.grad(logits.log_softmax(dim=-1).gather(1, ids).sum(), logits)
+    assert torch.allclose(ours, theirs)
+
+
+def test_nothing_as_wide_as_the_vocabulary_is_kept_but_the_logits_themselves():
+    logits, ids = drawn(torch.float32)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda x: x):
+        picked, tail = with_tail(logits, ids)
+        (picked.sum() + tail.sum()).backward()
+    wide = {tensor.data_ptr() for tensor in kept if tensor.shape == logits.shape}
+    assert wide == {logits.data_ptr()}

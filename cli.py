@@ -11,7 +11,8 @@ from pipeline.commands import experiments, inspect, reshape, share, stages, stor
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a check failed or the work could not be done; 2 a wrong command line or config;
-3 the store's fingerprint is not what the config asks for; 130 interrupted.
+3 the store's fingerprint is not what the config asks for; 75 SIGTERM stopped the training, a checkpoint is
+written and the same command with train.resume_from_checkpoint=true goes on; 130 interrupted.
 """
 
 app = typer.Typer(
@@ -47,10 +48,12 @@ app.add_typer(inspect.app, name="inspect")
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; what goes wrong outside the program is one sentence on stderr and an exit code."""
     from cache import CacheError, FingerprintMismatch
-    from pipeline.errors import ConfigError, PipelineError
+    from pipeline.errors import ConfigError, PipelineError, TrainingStopped
 
     try:
         return app(arguments)
+    except TrainingStopped as stopped:
+        code, message = 75, str(stopped)
     except FingerprintMismatch as error:
         code, message = 3, str(error)
     except ConfigError as error:

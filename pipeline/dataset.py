@@ -18,6 +18,7 @@ from pipeline.inputs import Preparation, pad_tokens
 from pipeline.memory import BoundedCache, TensorCache
 from pipeline.missing import join_rows
 from pipeline.models.merge import text_rows
+from pipeline.rank_batches import Filler
 from pipeline.shards import expand_shards, parse_record, part_name, read_span
 from pipeline.stores import Stores, first_difference
 from pipeline.stores import teacher_facts as teacher_facts
@@ -41,6 +42,7 @@ class JoinedSample:
     image_digests: tuple[str, ...]
     arrays: dict[str, np.ndarray]
     lacking: frozenset[str] = frozenset()
+    is_filler: bool = False  # see `Filler`
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,15 @@ class JoinedDataset(Dataset[JoinedSample]):
         stored = self.stored.get(entry.key) or self.stored.put(entry.key, self._read(part, entry))
         pixels = {digest: self._pixels(part, entry, n) for n, digest in enumerate(entry.images)}
         lacking = self.lacking.get(entry.key, frozenset())
-        return JoinedSample(entry.key, stored.tokens, pixels, entry.images, stored.arrays, lacking)
+        return JoinedSample(
+            entry.key,
+            stored.tokens,
+            pixels,
+            entry.images,
+            stored.arrays,
+            lacking,
+            is_filler=isinstance(index, Filler),
+        )
 
     def _read(self, part: str, entry: SampleEntry) -> StoredSample:
         is_new = entry.key not in self.verified
@@ -181,12 +191,13 @@ class JoinCollator:
     def __call__(self, samples: Sequence[JoinedSample]) -> dict[str, Any]:
         """`input_ids`, `attention_mask`, `labels` 'B S'; `pixel_values` 'I C Y X' or None; `image_digests`;
         `targets` fields of `TeacherTargets`; `received` target -> rows that each sample brought, int64 'B'; `lacking`
-        target -> whether a sample has rows of zeros for it, bool 'B', where one has.
+        target -> whether a sample has rows of zeros for it, bool 'B', where one has; `is_filler`: see `Filler`.
         """
         pixels = [sample.pixels[digest] for sample in samples for digest in sample.image_digests]
         batch: dict[str, Any] = pad_tokens([sample.tokens for sample in samples])
         batch["pixel_values"] = torch.stack(pixels) if pixels else None
         batch["image_digests"] = [digest for sample in samples for digest in sample.image_digests]
+        batch["is_filler"] = all(sample.is_filler for sample in samples)
         batch["targets"], batch["received"], batch["lacking"] = {}, {}, {}
         for name, settings in self.targets.items():
             arrays = [sample.arrays for sample in samples]

@@ -46,6 +46,10 @@ class BadSample(PipelineError):  # noqa: N818 - it names the thing that is rejec
         return (type(self), (self.kind, self.detail))
 
 
+class TrainingStopped(BaseException):  # no error: like an interrupt, nothing may catch it and go on
+    """SIGTERM ended a training after a step; its checkpoint is written."""
+
+
 def did_you_mean(name: str, known: Sequence[str] | set[str]) -> str:
     """The nearest known name as a question, else all known names if they are few."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

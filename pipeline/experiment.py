@@ -11,9 +11,10 @@ from typing import Any
 from pipeline.compare import Answered, Gain, accuracy_table, paired_gain, questions_of
 from pipeline.config import Config, labels_only
 from pipeline.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set
+from pipeline.processes import is_first_process
 from pipeline.provenance import provenance
 from pipeline.scores import evaluate_checkpoint, held_out_shards, predictions_file, teacher_predictions
-from pipeline.student import train_student
+from pipeline.student import MODEL_FOLDER, train_student
 
 DISTILLED = "student, Align-KD"
 BASELINE = "student, labels only"
@@ -21,7 +22,10 @@ TEACHER = "teacher"
 
 
 def run_experiment(config: Config, *, say: Callable[[str], None]) -> str:
-    """Do what is not done yet below `output_dir` and return the table of results (also in `results.json`)."""
+    """Do what is not done yet below `output_dir` and return the table of results (also in `results.json`).
+
+    Of several processes all train; the first alone evaluates, when all is trained, and has the table.
+    """
     output = Path(config.output_dir)
     runs = {DISTILLED: (output / "align_kd", config)}
     if config.baseline:
@@ -32,10 +36,15 @@ def run_experiment(config: Config, *, say: Callable[[str], None]) -> str:
     if config.evaluate is not None and (teacher := teacher_predictions(config, say=say)) is not None:
         models[TEACHER] = teacher
     for name, (folder, settings) in runs.items():
-        say(f"{name}: {', '.join(settings.losses.active())} -> {folder}")
-        model = train_student(settings, folder)
-        if config.evaluate is not None:
-            models[name] = evaluate_checkpoint(settings, str(model), output=folder / PREDICTIONS_FILE)
+        if is_first_process():
+            say(f"{name}: {', '.join(settings.losses.active())} -> {folder}")
+        train_student(settings, folder)
+    if not is_first_process():
+        return ""
+    if config.evaluate is not None:
+        for name, (folder, settings) in runs.items():
+            model = str(folder / MODEL_FOLDER)
+            models[name] = evaluate_checkpoint(settings, model, output=folder / PREDICTIONS_FILE)
     if not models:
         return f"student trained: {output / 'align_kd' / 'model'}; no `evaluate` section, so no accuracy was measured"
     return _report(config, models, output)

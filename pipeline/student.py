@@ -17,17 +17,18 @@ from cache import Store, digest_of
 from pipeline.config import Config
 from pipeline.dataset import JoinCollator, JoinedDataset
 from pipeline.distiller import Distiller
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TrainingStopped
 from pipeline.inputs import Preparation
 from pipeline.losses import LOSSES
 from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
+from pipeline.processes import is_first_process, num_processes
 from pipeline.provenance import finished_identity, mark_finished, save_provenance
 from pipeline.recompute import load_recomputed
 from pipeline.stores import open_stores, teacher_facts
 from pipeline.trainer import HEADS_FILE, RUN_FILE, DistillTrainer
-from pipeline.training_arguments import OF_THE_LOG
+from pipeline.training_arguments import HOW_IT_RUNS, OF_THE_LOG, samples_per_step
 
 MODEL_FOLDER = "model"
 FINISHED = "finished.json"
@@ -50,7 +51,38 @@ def train_student(config: Config, folder: Path) -> Path:
     finished, identity = folder / FINISHED, run_identity(config, dataset)
     if finished_identity(finished) == identity:
         return folder / MODEL_FOLDER
-    finished.unlink(missing_ok=True)
+    if is_first_process():
+        finished.unlink(missing_ok=True)
+        _save_origin(folder, config, dataset)
+    resumed = checkpoint_to_resume(config, folder, identity)
+    trainer = build_trainer(config, folder, dataset, identity=identity)
+    with (
+        redirect_stdout(sys.stderr),
+        trainer.stop,
+    ):  # the Trainer prints its log; standard output is for results
+        trainer.train(resume_from_checkpoint=resumed)
+        _finish(trainer, folder)
+    if trainer.is_world_process_zero():
+        mark_finished(finished, identity, config)
+    trainer.accelerator.wait_for_everyone()
+    return folder / MODEL_FOLDER
+
+
+def _finish(trainer: DistillTrainer, folder: Path) -> None:
+    """Write the trained student. Raises `TrainingStopped` if SIGTERM ended the training before its end."""
+    done, whole = trainer.state.global_step, trainer.state.max_steps
+    if done < whole:
+        raise TrainingStopped(
+            f"{folder}: stopped by SIGTERM after step {done} of {whole}, checkpoint-{done} is written; go on with "
+            "train.resume_from_checkpoint=true"
+        )
+    if trainer.is_world_process_zero():
+        trainer.save_student(folder / MODEL_FOLDER)
+        trainer.state.save_to_json(str(folder / STATE_FILE))
+
+
+def _save_origin(folder: Path, config: Config, dataset: JoinedDataset) -> None:
+    stores = dataset.stores
     save_provenance(
         folder,
         config,
@@ -58,16 +90,6 @@ def train_student(config: Config, folder: Path) -> Path:
         allowed_mismatches=[asdict(difference) | {"store": path} for path, difference in stores.allowed],
         missing=[asdict(missing) for missing in dataset.missing],
     )
-    resumed = checkpoint_to_resume(config, folder, identity)
-    trainer = build_trainer(config, folder, dataset, identity=identity)
-    with redirect_stdout(sys.stderr):  # the Trainer prints its log; standard output is for results
-        trainer.train(resume_from_checkpoint=resumed)
-    if trainer.is_world_process_zero():
-        trainer.save_student(folder / MODEL_FOLDER)
-        trainer.state.save_to_json(str(folder / STATE_FILE))
-        mark_finished(finished, identity, config)
-    trainer.accelerator.wait_for_everyone()
-    return folder / MODEL_FOLDER
 
 
 def run_identity(config: Config, dataset: JoinedDataset) -> str:
@@ -78,7 +100,9 @@ def run_identity(config: Config, dataset: JoinedDataset) -> str:
     )
     for cache in settings.get("caches") or [settings["cache"]]:
         del cache["mirror"], cache["mirror_bytes"]  # where bytes are kept changes none of them
-    settings["train"] = {name: value for name, value in settings["train"].items() if name not in OF_THE_LOG}
+    left_out = OF_THE_LOG + HOW_IT_RUNS
+    settings["train"] = {name: value for name, value in settings["train"].items() if name not in left_out}
+    settings["train"]["samples_per_step"] = samples_per_step(config.train, num_processes())
     fingerprints = [store.manifest.fingerprint.to_json() for store in dataset.stores.opened]
     stored: Any = fingerprints[0]
     if config.caches is not None:  # of several teachers the config's is the stub's

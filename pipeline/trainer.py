@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from pipeline.config import Config
 from pipeline.distiller import Distiller, Terms
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.interruption import StopOnSignal, TakeUpLog, leave_sigterm_to_the_parent
 from pipeline.losses import LOSSES
 from pipeline.models.checkpoint import checkpoint_folder, named_if_broken
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.rank_batches import RankBatches
 
 HEADS_FILE = "heads.safetensors"
-RUN_FILE = "run.json"  # of a checkpoint: the identity of the run that it can continue
+RUN_FILE = (
+    "run.json"  # of a checkpoint: the identity of the run that it can continue, and what is not logged yet
+)
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "preprocessor_config.json")  # fmt: skip
 
@@ -34,7 +40,7 @@ class NonFiniteLossError(PipelineError):
 
 @dataclass
 class TermLog:
-    """Sums and counts of every loss term since the last log line."""
+    """Sums and counts of every loss term since the last log line, in this process."""
 
     totals: dict[str, float]
     counts: dict[str, float]
@@ -47,6 +53,17 @@ class TermLog:
             self.counts[name] = self.counts.get(name, 0.0) + float(count)
         self.coverage += float(terms.coverage)
         self.batches += 1
+
+    def sums(self, losses: Mapping[str, Any]) -> list[float]:
+        """All of it as numbers that can be added up over processes: `TermLog.of` reads them back."""
+        of_terms = [sums.get(name, 0.0) for name in losses for sums in (self.totals, self.counts)]
+        return [*of_terms, self.coverage, self.batches]
+
+    @classmethod
+    def of(cls, losses: Mapping[str, Any], sums: Sequence[float]) -> TermLog:
+        *of_terms, coverage, batches = sums
+        totals, counts = (dict(zip(losses, of_terms[n::2], strict=True)) for n in (0, 1))
+        return cls(totals, counts, coverage, int(batches))
 
     def means(self, losses: Mapping[str, Any]) -> dict[str, float]:
         """Per term the mean (`loss/x`) and its part of the whole (`loss/x_weighted`), and `kd/coverage`."""
@@ -67,14 +84,47 @@ class DistillTrainer(Trainer):
         self.losses = settings.losses.active()
         self.term_log = TermLog({}, {})
         self.gradient_shares: dict[str, float] = {}
+        self.unlogged: dict[str, Any] | None = None
+        self.stop = StopOnSignal()
+        self.add_callback(self.stop)
+        self.add_callback(TakeUpLog(self))
         # `get_batch_samples` returns counts over the whole optimizer step, so no further division is due.
         self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Samples in the seed's order, the same for any number of processes: see `RankBatches`."""
+        arguments = self.args
+        batches = RankBatches(
+            len(cast(Any, self.train_dataset)),
+            self._train_batch_size,
+            arguments.world_size,
+            arguments.process_index,
+            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+            drop_last=arguments.dataloader_drop_last,
+        )
+        loader = DataLoader(
+            cast(Any, self.train_dataset),
+            batch_sampler=cast(Any, batches),
+            collate_fn=self.data_collator,
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            persistent_workers=arguments.dataloader_persistent_workers,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            worker_init_fn=leave_sigterm_to_the_parent,
+        )
+        # Cut by rank already; accelerate would fill the end of an epoch with samples of its beginning.
+        return prepare_data_loader(
+            loader, arguments.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and each loss term's count over all of them and all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.tensor([count_terms(batch, self.losses) for batch in batches], dtype=torch.float32)
-        summed = self.accelerator.reduce(counts.sum(dim=0).to(device), reduction="sum")
+        # Whether to stop after this step goes along: all ranks must do so after the same one.
+        mine = torch.cat([counts.sum(dim=0), torch.tensor([float(self.stop.is_asked)])])
+        *summed, num_asked = self.accelerator.reduce(mine.to(device), reduction="sum")
+        self.stop.is_agreed = self.args.world_size > 1 and bool(num_asked > 0)
         return batches, dict(zip(self.losses, summed, strict=True))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: Any = None):
@@ -88,8 +138,10 @@ class DistillTrainer(Trainer):
                     "checkpoint are sound: lower train.learning_rate, or check the store with `alignkd verify --deep`"
                 )
             divisor = count if num_items_in_batch is None else num_items_in_batch[name]
-            weighted[name] = self.losses[name].weight * total / divisor.clamp(min=1)
-        self.term_log.add(result)
+            weight = 0.0 if inputs["is_filler"] else self.losses[name].weight
+            weighted[name] = weight * total / divisor.clamp(min=1)
+        if not inputs["is_filler"]:
+            self.term_log.add(result)
         if self.settings.log_gradient_shares and self.accelerator.sync_gradients and self._is_logged():
             self.gradient_shares = gradient_shares(weighted, self.distiller.student)
         loss = torch.stack(list(weighted.values())).sum()
@@ -138,10 +190,15 @@ class DistillTrainer(Trainer):
         """
         if "train_runtime" in logs:
             logs["samples_seen"] = self.state.global_step * self._samples_per_step()
-        if "loss" in logs and self.term_log.batches:
-            logs |= self.term_log.means(self.losses) | self.gradient_shares
+        if "loss" in logs:
+            of_all = TermLog.of(self.losses, self._sum_of_ranks(self.term_log.sums(self.losses)))
+            logs |= of_all.means(self.losses) | self.gradient_shares
             self.term_log, self.gradient_shares = TermLog({}, {}), {}
         super().log(logs, start_time)
+
+    def _sum_of_ranks(self, values: list[float]) -> list[float]:
+        mine = torch.tensor(values, dtype=torch.float64, device=self.args.device)
+        return cast(torch.Tensor, self.accelerator.reduce(mine, reduction="sum")).tolist()
 
     def _samples_per_step(self) -> int:
         """Over all ranks; a short last batch of an epoch counts as a full one."""
@@ -151,10 +208,13 @@ class DistillTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint is the student as Hugging Face users know it, and the heads beside it."""
         folder = Path(output_dir or str(self.args.output_dir))
+        unlogged = self._unlogged()
+        if not self.args.should_save:
+            return
         self.save_student(folder)
         heads = {name: value.contiguous() for name, value in self.distiller.heads.state_dict().items()}
         save_file(heads, str(folder / HEADS_FILE))
-        (folder / RUN_FILE).write_text(json.dumps({"identity": self.identity}) + "\n")
+        (folder / RUN_FILE).write_text(json.dumps({"identity": self.identity, "unlogged": unlogged}) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -163,6 +223,21 @@ class DistillTrainer(Trainer):
             student = MobileVLMForCausalLM.from_pretrained(folder, dtype=self.settings.student.dtype)
             self.distiller.student.load_state_dict(student.state_dict())
             self.distiller.heads.load_state_dict(load_file(str(folder / HEADS_FILE)))
+            self.unlogged = json.loads((folder / RUN_FILE).read_text())["unlogged"]
+
+    def _unlogged(self) -> dict[str, Any]:
+        """What all processes summed up since the last log line."""
+        loss, *terms = self._sum_of_ranks([float(self._tr_loss), *self.term_log.sums(self.losses)])
+        loss /= self.args.world_size  # the Trainer logs the mean over processes
+        return {"loss": loss, "last_logged_step": self._globalstep_last_logged, "terms": terms}
+
+    def take_up_log(self) -> None:
+        """After a resume, go on with the sums of before, so that the next line is that of a run in one piece."""
+        if self.unlogged is not None:
+            self._tr_loss += self.unlogged["loss"]
+            self._globalstep_last_logged = self.unlogged["last_logged_step"]
+            if self.is_world_process_zero():
+                self.term_log = TermLog.of(self.losses, self.unlogged["terms"])
 
     def save_student(self, folder: Path) -> None:
         """The student alone, in MobileVLM's layout, with its tokenizer: what `from_pretrained` reads."""
@@ -192,5 +267,7 @@ def gradient_shares(weighted: Mapping[str, torch.Tensor], student: nn.Module) ->
 
 
 def count_terms(batch: Mapping[str, Any], losses: Mapping[str, Any]) -> list[int]:
-    """What each loss will count in a batch, known before the forward: see `Loss.count`."""
+    """What each loss will count in a batch, known before the forward: see `Loss.count`. Of a filler nothing."""
+    if batch["is_filler"]:
+        return [0] * len(losses)
     return [LOSSES[name].count(settings, batch) for name, settings in losses.items()]

@@ -20,6 +20,9 @@ OURS: dict[str, str] = {
     "train_sampling_strategy": "samples are drawn at random, so that runs to be compared see the same order",
     "group_by_length": "samples are drawn at random, so that runs to be compared see the same order",
     "label_smoothing_factor": "the terms of the loss are those of the `losses` section",
+    "save_only_model": "a checkpoint without its optimizer could not be gone on from",
+    "ignore_data_skip": "a resumed run goes on with the samples that it has not met, and reads no other",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint in any case",
     "neftune_noise_alpha": "noise in the embeddings would be no part of what the teacher saw",
 }
 
@@ -35,6 +38,21 @@ OF_THE_LOG = (
     "save_steps",
     "save_strategy",
     "save_total_limit",
+)
+
+# Of `train`: how the work is cut up and carried out, which changes no weight beyond rounding. The samples of a step,
+# over all processes, must stay the same: see `samples_per_step`.
+HOW_IT_RUNS = (
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "ddp_backend",
+    "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters",
+    "ddp_timeout",
+    "gradient_accumulation_steps",
+    "per_device_train_batch_size",
 )
 
 AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -56,3 +74,9 @@ def check_training_arguments(train: dict[str, Any]) -> None:
             raise ValueError(f"train.{name}: expected a number from 1 on, found {value!r}")
         if type(known[name]) in (int, float) and not isinstance(value, int | float | None):
             raise ValueError(f"train.{name}: expected a number, found {value!r}")
+
+
+def samples_per_step(train: dict[str, Any], num_processes: int) -> int:
+    """Of an optimizer step, over all processes and accumulations: what a run must keep when it is resumed."""
+    of_a_device = train.get("per_device_train_batch_size", 8)  # transformers' own defaults
+    return of_a_device * train.get("gradient_accumulation_steps", 1) * num_processes

@@ -13,7 +13,8 @@ from pipeline.config import Config, load_config
 from pipeline.losses import LOSSES
 from pipeline.targets import TARGETS
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+LAUNCHERS = ROOT / "configs" / "accelerate"  # read by `accelerate launch`: see test_scaling.py
+CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent != LAUNCHERS)
 NUM_GPUS = 8
 
 

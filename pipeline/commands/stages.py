@@ -103,8 +103,11 @@ def distill(
     """
     settings = load(config, allowing(overrides, allow_mismatch), print_config)
     from pipeline.experiment import run_experiment
+    from pipeline.processes import is_first_process
 
-    print(run_experiment(settings, say=say))
+    result = run_experiment(settings, say=say)
+    if is_first_process():
+        print(result)
 
 
 def evaluate(

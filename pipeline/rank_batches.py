@@ -1,0 +1,46 @@
+"""Which samples a process trains on, batch by batch: the seed's order of an epoch, cut the same by any processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+class Filler(int):
+    """Index of a sample that is read only to keep a process in step with the others: it counts for nothing."""
+
+
+@dataclass
+class RankBatches:
+    """A batch sampler: every process takes its slice of each `batch_size * num_processes` samples of the epoch.
+
+    Order and position depend on seed and epoch alone, so that they are the same for any number of processes with
+    the same product, and going on from a step reads nothing of what was before. No sample is met twice in an epoch:
+    where its end leaves a process without samples, that process gets one `Filler`.
+    """
+
+    num_samples: int
+    batch_size: int
+    num_processes: int = 1
+    process_index: int = 0
+    seed: int = 0
+    drop_last: bool = False
+    epoch: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        batches = self.num_samples / (self.batch_size * self.num_processes)
+        return math.floor(batches) if self.drop_last else math.ceil(batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
+        together = self.batch_size * self.num_processes
+        for start in range(0, len(self) * together, together):
+            mine = start + self.process_index * self.batch_size
+            yield order[mine : mine + self.batch_size] or [Filler(order[start])]

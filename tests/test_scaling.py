@@ -1,0 +1,145 @@
+"""Several processes train the student of one: two on CPU (gloo), as torchrun and `accelerate launch` start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_lines import ROOT
+from safetensors.torch import load_file
+
+from pipeline.rank_batches import Filler, RankBatches
+from pipeline.student import train_student
+from pipeline.trainer import HEADS_FILE
+
+# 13 samples in steps of 4, two epochs: the last step of each has one sample, and none is left for the second process.
+TWO_EPOCHS = [
+    "train.max_steps=-1",
+    "train.num_train_epochs=2",
+    "train.save_strategy=steps",
+    "train.save_steps=3",
+]
+# Sums round otherwise where a batch is cut otherwise; Adam would magnify that where a gradient is near zero.
+SGD = ["train.optim=sgd", "train.learning_rate=0.01"]
+LOSS = {"rel": 1e-5, "abs": 1e-7}
+WEIGHTS = {"rtol": 1e-5, "atol": 1e-6}
+
+TORCHRUN = [
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node=2",
+    "--rdzv-backend=c10d",
+    "--rdzv-endpoint=localhost:0",
+]
+
+
+def accelerate(name: str) -> list[str]:
+    """`accelerate launch` by a shipped config, of two processes: on CPUs, for the experiment has `train.use_cpu`."""
+    file = ROOT / "configs" / "accelerate" / f"{name}.yaml"
+    options = [f"--config_file={file}", "--num_processes=2", "--main_process_port=0"]
+    return ["-m", "accelerate.commands.launch", *options]
+
+
+def run(launcher: list[str], experiment, output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """`alignkd distill` of the small experiment, without `evaluate`, by a launcher of several processes."""
+    command = [sys.executable, *launcher, str(ROOT / "cli.py"), "distill", "--config", str(experiment.file)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.run(
+        [*command, f"output_dir={output}", "evaluate=null", *overrides],
+        cwd=output.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def assert_same_curve(mine: Path, theirs: Path) -> None:
+    assert len(log_of(mine)) == len(log_of(theirs)) > 0
+    for one, other in zip(log_of(mine), log_of(theirs), strict=True):
+        assert one.keys() == other.keys()
+        for name in (name for name in other if name != "epoch"):
+            assert one[name] == pytest.approx(other[name], **LOSS), (one["step"], name)
+
+
+def assert_same_student(mine: Path, theirs: Path) -> None:
+    for folder, name in (("model", "model.safetensors"), ("checkpoint-8", HEADS_FILE)):
+        tensors, expected = load_file(mine / folder / name), load_file(theirs / folder / name)
+        assert tensors.keys() == expected.keys()
+        for tensor in expected:
+            torch.testing.assert_close(
+                tensors[tensor], expected[tensor], **WEIGHTS, msg=lambda m, n=tensor: f"{n}: {m}"
+            )
+
+
+@pytest.fixture(scope="module")
+def alone(experiment, tmp_path_factory) -> Path:
+    """The run of one process, four samples at a time."""
+    folder = tmp_path_factory.mktemp("alone")
+    config = experiment.config(folder, "evaluate=null", *TWO_EPOCHS, *SGD)
+    train_student(config, folder / "align_kd")
+    return folder / "align_kd"
+
+
+def test_two_processes_under_torchrun_give_the_losses_and_the_weights_of_one(experiment, alone, tmp_path):
+    half = "train.per_device_train_batch_size=2"
+    ran = run(TORCHRUN, experiment, tmp_path / "two", half, *TWO_EPOCHS, *SGD)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == (
+        f"student trained: {tmp_path}/two/align_kd/model; no `evaluate` section, so no accuracy was measured\n"
+    )
+    assert ran.stderr.count("student, Align-KD: ") == 1
+    assert_same_curve(tmp_path / "two" / "align_kd", alone)
+    assert_same_student(tmp_path / "two" / "align_kd", alone)
+
+
+def test_two_processes_under_accelerate_with_accumulation_do_too(experiment, alone, tmp_path):
+    quarter = ["train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=2"]
+    ran = run(accelerate("ddp"), experiment, tmp_path / "two", *quarter, *TWO_EPOCHS, *SGD)
+    assert ran.returncode == 0, ran.stderr
+    assert_same_curve(tmp_path / "two" / "align_kd", alone)
+    assert_same_student(tmp_path / "two" / "align_kd", alone)
+
+
+# How an epoch is cut
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 4, 13, 16])
+@pytest.mark.parametrize(("batch_size", "num_processes"), [(4, 1), (2, 2), (1, 4)])
+def test_however_many_processes_cut_an_epoch_they_meet_the_same_samples_once(
+    num_samples, batch_size, num_processes
+):
+    ranks = [
+        RankBatches(num_samples, batch_size, num_processes, rank, seed=3, epoch=1)
+        for rank in range(num_processes)
+    ]
+    steps = [[i for batch in step for i in batch] for step in zip(*ranks, strict=True)]
+    real = [[index for index in step if not isinstance(index, Filler)] for step in steps]
+    assert real == list(RankBatches(num_samples, 4, seed=3, epoch=1))
+    assert sorted(index for step in real for index in step) == list(range(num_samples))
+    assert all(len(batch) > 0 for rank in ranks for batch in rank)
+    assert {len(rank) for rank in ranks} == {len(steps)}
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [
+        next(iter(RankBatches(13, 13, seed=seed, epoch=epoch))) for seed, epoch in ((0, 0), (0, 1), (5, 0))
+    ]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_what_is_left_of_an_epoch_is_dropped_if_asked_for():
+    assert [len(batch) for batch in RankBatches(13, 2, 2, drop_last=True)] == [2, 2, 2]

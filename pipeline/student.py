@@ -65,6 +65,10 @@ def train_student(config: Config, folder: Path) -> Path:
     if trainer.is_world_process_zero():
         mark_finished(finished, identity, config)
     trainer.accelerator.wait_for_everyone()
+    if trainer.stop.is_asked:
+        raise TrainingStopped(
+            f"{folder}: trained to its end before SIGTERM stopped the rest; run the same command for what follows"
+        )
     return folder / MODEL_FOLDER
 
 

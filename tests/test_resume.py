@@ -1,0 +1,192 @@
+"""Stopped and gone on with: the loss curve and the weights are those of a run in one piece, bit for bit on CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from command_lines import ROOT
+from safetensors.torch import load_file
+from small_experiment import weights
+
+from pipeline.errors import ConfigError, TrainingStopped
+from pipeline.student import train_student
+from pipeline.trainer import HEADS_FILE, RUN_FILE, DistillTrainer
+
+# 13 samples in steps of 2 x 2: four steps an epoch, the last of one sample. Losses are logged over three steps.
+CUT = ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
+TEN_STEPS = [*CUT, "train.max_steps=10", "train.logging_steps=3", "train.resume_from_checkpoint=true"]
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def assert_same_run(mine: Path, theirs: Path) -> None:
+    assert curve(mine) == curve(theirs)
+    for name, value in weights(theirs / "model").items():
+        assert torch.equal(weights(mine / "model")[name], value), name
+
+
+@pytest.fixture(scope="module")
+def whole(experiment, tmp_path_factory) -> Path:
+    """The run in one piece, without a checkpoint."""
+    folder = tmp_path_factory.mktemp("whole")
+    train_student(experiment.config(folder, *TEN_STEPS), folder / "run")
+    return folder / "run"
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM to this process in the forward of a step."""
+    before = DistillTrainer.compute_loss
+
+    def compute_loss(trainer, *arguments, **named):
+        if trainer.state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before(trainer, *arguments, **named)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("step", [1, 4, 5, 6, 9])
+def test_a_run_stopped_after_any_step_goes_on_as_if_it_had_not(
+    step, workers, experiment, whole, tmp_path, monkeypatch
+):
+    config = experiment.config(tmp_path, *TEN_STEPS, f"train.dataloader_num_workers={workers}")
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match=rf"after step {step} of 10, checkp"):
+        stop_after(step, patch)
+        train_student(config, tmp_path / "run")
+    assert [file.name for file in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    assert not (tmp_path / "run" / "finished.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train_student(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_run_may_be_stopped_again_and_again(experiment, whole, tmp_path, monkeypatch):
+    config = experiment.config(tmp_path, *TEN_STEPS)
+    for step in (2, 4, 7):
+        with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
+            stop_after(step, patch)
+            train_student(config, tmp_path / "run")
+    train_student(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_sigterm_in_the_last_step_leaves_a_finished_run(experiment, whole, tmp_path, monkeypatch):
+    stop_after(10, monkeypatch)
+    with pytest.raises(TrainingStopped, match=r"run: trained to its end before SIGTERM stopped the rest; run the same"):
+        train_student(experiment.config(tmp_path, *TEN_STEPS), tmp_path / "run")
+    assert (tmp_path / "run" / "finished.json").is_file()
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_going_on_reads_no_sample_of_before(experiment, tmp_path, monkeypatch):
+    from pipeline.dataset import JoinedDataset
+
+    read: list[str] = []
+    before = JoinedDataset.__getitem__
+    monkeypatch.setattr(JoinedDataset, "__getitem__", lambda d, i: read.append(d.rows[i][1].key) or before(d, i))
+    config = experiment.config(tmp_path, *TEN_STEPS, "train.max_steps=8")
+    train_student(config, tmp_path / "whole")
+    assert len(read) == 2 * 13
+    in_one_piece, read[:] = list(read), []
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
+        stop_after(6, patch)
+        train_student(config, tmp_path / "run")
+    read.clear()
+    train_student(config, tmp_path / "run")
+    assert read == in_one_piece[13 + 2 * 4 :]
+
+
+# As a user does it: the command line, killed
+
+
+def distill(experiment, output: Path, *overrides: str, launcher: list[str] | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, *(launcher or []), str(ROOT / "cli.py"), "distill", "--config", str(experiment.file)]
+    return subprocess.Popen(
+        [*command, f"output_dir={output}", "evaluate=null", *overrides],
+        cwd=output.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+LONG = ["train.max_steps=400", "train.logging_steps=20", "train.save_strategy=steps", "train.save_steps=30"]
+LONG += [*CUT, "train.resume_from_checkpoint=true"]
+
+
+@pytest.fixture(scope="module")
+def long_run(experiment, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("long")
+    process = distill(experiment, folder / "out", *LONG)
+    assert process.communicate() and process.returncode == 0
+    return folder / "out" / "align_kd"
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_command_that_is_killed_is_gone_on_with_by_the_same_command(sent, code, experiment, long_run, tmp_path):
+    run = tmp_path / "out" / "align_kd"
+    two_workers = "train.dataloader_num_workers=2"
+    process = distill(experiment, tmp_path / "out", *LONG, two_workers)
+    wait_for(run / "checkpoint-60" / "trainer_state.json", process)
+    os.killpg(process.pid, sent)  # as SLURM does: also the data-loading workers
+    output, complaint = process.communicate()
+    assert (process.returncode, output) == (code, "")
+    if sent == signal.SIGTERM:
+        assert complaint.splitlines()[-1].startswith(f"alignkd: {run}: stopped by SIGTERM after step ")
+    again = distill(experiment, tmp_path / "out", *LONG, two_workers)
+    assert again.communicate()[0].startswith("student trained") and again.returncode == 0
+    assert_same_run(run, long_run)
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+TORCHRUN += ["--rdzv-endpoint=localhost:0", "--shutdown-timeout=300"]
+
+
+def test_two_processes_stop_together_and_one_goes_on(experiment, tmp_path):
+    """The global batch stays, the number of processes does not: the curve is the same within rounding."""
+    sgd = ["train.optim=sgd", "train.learning_rate=0.001"]
+    long = [*LONG, *sgd, "train.max_steps=150", "train.logging_steps=1"]
+    run = tmp_path / "out" / "align_kd"
+    process = distill(experiment, tmp_path / "out", *long, "train.gradient_accumulation_steps=1", launcher=TORCHRUN)
+    wait_for(run / "checkpoint-30" / "trainer_state.json", process)
+    process.send_signal(signal.SIGTERM)
+    _, complaint = process.communicate()
+    assert process.returncode != 0
+    step = max(int(file.name.split("-")[1]) for file in run.glob("checkpoint-*"))
+    assert f"stopped by SIGTERM after step {step} of 150" in complaint and step < 150
+    again = distill(experiment, tmp_path / "out", *long)
+    assert again.communicate() and again.returncode == 0
+    process = distill(experiment, tmp_path / "alone", *long)
+    assert process.communicate() and process.returncode == 0
+    for mine, theirs in zip(curve(run), curve(tmp_path / "alone" / "align_kd"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4), mine["step"]
+
+
+def test_another_number_of_samples_a_step_does_not_go_on(experiment, tmp_path, monkeypatch):
+    stop_after(2, monkeypatch)
+    with pytest.raises(TrainingStopped):
+        train_student(experiment.config(tmp_path, *TEN_STEPS), tmp_path / "run")
+    other = experiment.config(tmp_path, *TEN_STEPS, "train.per_device_train_batch_size=1")
+    with pytest.raises(ConfigError, match=r"checkpoint-2 was made with other settings"):
+        train_student(other, tmp_path / "run")

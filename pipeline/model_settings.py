@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -30,6 +30,26 @@ class TeacherConfig(Section):
         return value
 
 
+class LoraConfig(Section):
+    """Train adapters of a low rank in the decoder's layers, with the projector and the heads, instead of all weights.
+
+    `target_modules` are the linear maps of a decoder layer that get one.
+    """
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Annotated[list[str], Field(min_length=1)] = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+
+
 class StudentConfig(Section):
     """The model to be trained: where its first weights and its tokenizer come from.
 
@@ -43,3 +63,4 @@ class StudentConfig(Section):
     projector_learning_rate: float | None = Field(default=None, gt=0)
     head_learning_rate: float | None = Field(default=None, gt=0)
     patch_feature_cache_bytes: int = Field(default=0, ge=0)
+    lora: LoraConfig | None = None

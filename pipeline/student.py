@@ -14,6 +14,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from cache import Store, digest_of
+from pipeline.adapters import add_adapters
 from pipeline.config import Config
 from pipeline.dataset import JoinCollator, JoinedDataset
 from pipeline.distiller import Distiller
@@ -169,6 +170,8 @@ def build_trainer(config: Config, folder: Path, dataset: JoinedDataset, *, ident
     arguments, stores = training_arguments(config, folder), dataset.stores
     set_seed(arguments.seed)
     student = load_student(config, *stores.opened)
+    if config.student.lora is not None:
+        add_adapters(student, config.student.lora)
     reads_teacher = any(LOSSES[name].targets for name in config.losses.active())
     missing = {name: stores.giving(name).store for lacking in dataset.lacking.values() for name in lacking}
     recompute = (

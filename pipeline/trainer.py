@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from pipeline.adapters import adapter_tensors, merged_tensors
 from pipeline.config import Config
 from pipeline.distiller import Distiller, Terms
 from pipeline.errors import ConfigError, PipelineError
@@ -25,8 +25,10 @@ from pipeline.models.checkpoint import checkpoint_folder, named_if_broken
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.rank_batches import RankBatches
+from pipeline.term_log import TermLog, gradient_shares
 
 HEADS_FILE = "heads.safetensors"
+ADAPTERS_FILE = "adapters.safetensors"  # of a checkpoint with LoRA: its model has them merged
 RUN_FILE = (
     "run.json"  # of a checkpoint: the identity of the run that it can continue, and what is not logged yet
 )
@@ -36,42 +38,6 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 
 class NonFiniteLossError(PipelineError):
     """A loss term became NaN or infinite; training stops before the optimizer sees it."""
-
-
-@dataclass
-class TermLog:
-    """Sums and counts of every loss term since the last log line, in this process."""
-
-    totals: dict[str, float]
-    counts: dict[str, float]
-    coverage: float = 0.0
-    batches: int = 0
-
-    def add(self, terms: Terms) -> None:
-        for name, (total, count) in terms.terms.items():
-            self.totals[name] = self.totals.get(name, 0.0) + float(total.detach())
-            self.counts[name] = self.counts.get(name, 0.0) + float(count)
-        self.coverage += float(terms.coverage)
-        self.batches += 1
-
-    def sums(self, losses: Mapping[str, Any]) -> list[float]:
-        """All of it as numbers that can be added up over processes: `TermLog.of` reads them back."""
-        of_terms = [sums.get(name, 0.0) for name in losses for sums in (self.totals, self.counts)]
-        return [*of_terms, self.coverage, self.batches]
-
-    @classmethod
-    def of(cls, losses: Mapping[str, Any], sums: Sequence[float]) -> TermLog:
-        *of_terms, coverage, batches = sums
-        totals, counts = (dict(zip(losses, of_terms[n::2], strict=True)) for n in (0, 1))
-        return cls(totals, counts, coverage, int(batches))
-
-    def means(self, losses: Mapping[str, Any]) -> dict[str, float]:
-        """Per term the mean (`loss/x`) and its part of the whole (`loss/x_weighted`), and `kd/coverage`."""
-        entries = {}
-        for name, settings in losses.items():
-            mean = self.totals[name] / max(self.counts[name], 1.0)
-            entries |= {f"loss/{name}": mean, f"loss/{name}_weighted": settings.weight * mean}
-        return entries | {"kd/coverage": self.coverage / self.batches}
 
 
 class DistillTrainer(Trainer):
@@ -212,7 +178,9 @@ class DistillTrainer(Trainer):
         if not self.args.should_save:
             return
         self.save_student(folder)
-        heads = {name: value.contiguous() for name, value in self.distiller.heads.state_dict().items()}
+        student, heads = self._tensors()
+        if self.settings.student.lora is not None:
+            save_file(adapter_tensors(student), str(folder / ADAPTERS_FILE))
         save_file(heads, str(folder / HEADS_FILE))
         (folder / RUN_FILE).write_text(json.dumps({"identity": self.identity, "unlogged": unlogged}) + "\n")
 
@@ -220,8 +188,8 @@ class DistillTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         read_config(folder)
         with named_if_broken(folder):
-            student = MobileVLMForCausalLM.from_pretrained(folder, dtype=self.settings.student.dtype)
-            self.distiller.student.load_state_dict(student.state_dict())
+            tensors = self._student_of(folder)
+            self.distiller.student.load_state_dict(tensors, strict=self.settings.student.lora is None)
             self.distiller.heads.load_state_dict(load_file(str(folder / HEADS_FILE)))
             self.unlogged = json.loads((folder / RUN_FILE).read_text())["unlogged"]
 
@@ -241,29 +209,35 @@ class DistillTrainer(Trainer):
 
     def save_student(self, folder: Path) -> None:
         """The student alone, in MobileVLM's layout, with its tokenizer: what `from_pretrained` reads."""
-        self.distiller.student.save_pretrained(folder)
+        tensors, _ = self._tensors()
+        if (lora := self.settings.student.lora) is not None:
+            tensors = merged_tensors(tensors, lora)
+        self.distiller.student.save_pretrained(folder, state_dict=tensors)
         source = checkpoint_folder(self.settings.student.model)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copy(source / name, folder)
 
+    def _tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Those of the student and those of the heads, by name."""
+        state: dict[str, torch.Tensor] = self.distiller.state_dict()
+        student, heads = (
+            {name.removeprefix(part): v.contiguous() for name, v in state.items() if name.startswith(part)}
+            for part in ("student.", "heads.")
+        )
+        return student, heads
+
+    def _student_of(self, folder: Path) -> dict[str, torch.Tensor]:
+        """A checkpoint's tensors of the student; with adapters the trained ones, for the others are as they were."""
+        student = MobileVLMForCausalLM.from_pretrained(folder, dtype=self.settings.student.dtype).state_dict()
+        if self.settings.student.lora is None:
+            return student
+        projector = {name: value for name, value in student.items() if ".mm_projector." in name}
+        return projector | load_file(str(folder / ADAPTERS_FILE))
+
     @property
     def distiller(self) -> Distiller:
         return self.accelerator.unwrap_model(self.model)
-
-
-def gradient_shares(weighted: Mapping[str, torch.Tensor], student: nn.Module) -> dict[str, float]:
-    """`gradient_share/x`: the norm of a weighted term's gradient in the student, over the sum of all terms' norms.
-
-    Of a step's last micro-batch, one extra backward pass a term; heads are left out, for labels have none.
-    """
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    norms = {}
-    for name, term in weighted.items():
-        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        norms[name] = torch.stack([g.float().norm() for g in gradients if g is not None]).norm().item()
-    total = sum(norms.values())
-    return {f"gradient_share/{name}": norm / total if total else 0.0 for name, norm in norms.items()}
 
 
 def count_terms(batch: Mapping[str, Any], losses: Mapping[str, Any]) -> list[int]:

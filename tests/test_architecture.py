@@ -86,6 +86,7 @@ FLOORS: dict[str, set[str]] = {
     },
     "stages": {"pipeline.packing", "pipeline.teacher", "pipeline.student", "pipeline.evaluate"},
     "stage parts": {
+        "pipeline.adapters",
         "pipeline.capture",
         "pipeline.dataset",
         "pipeline.describe",
@@ -99,6 +100,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.rank_batches",
         "pipeline.recompute",
         "pipeline.stores",
+        "pipeline.term_log",
         "pipeline.trainer",
         "pipeline.workers",
     },

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from command_lines import ROOT
-from safetensors.torch import load_file
 from small_experiment import weights
 
 from pipeline.errors import ConfigError, TrainingStopped
 from pipeline.student import train_student
-from pipeline.trainer import HEADS_FILE, RUN_FILE, DistillTrainer
+from pipeline.trainer import DistillTrainer
 
 # 13 samples in steps of 2 x 2: four steps an epoch, the last of one sample. Losses are logged over three steps.
 CUT = ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
@@ -63,7 +61,10 @@ def test_a_run_stopped_after_any_step_goes_on_as_if_it_had_not(
     step, workers, experiment, whole, tmp_path, monkeypatch
 ):
     config = experiment.config(tmp_path, *TEN_STEPS, f"train.dataloader_num_workers={workers}")
-    with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match=rf"after step {step} of 10, checkp"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(TrainingStopped, match=rf"after step {step} of 10, checkp"),
+    ):
         stop_after(step, patch)
         train_student(config, tmp_path / "run")
     assert [file.name for file in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{step}"]
@@ -85,7 +86,9 @@ def test_a_run_may_be_stopped_again_and_again(experiment, whole, tmp_path, monke
 
 def test_sigterm_in_the_last_step_leaves_a_finished_run(experiment, whole, tmp_path, monkeypatch):
     stop_after(10, monkeypatch)
-    with pytest.raises(TrainingStopped, match=r"run: trained to its end before SIGTERM stopped the rest; run the same"):
+    with pytest.raises(
+        TrainingStopped, match=r"run: trained to its end before SIGTERM stopped the rest; run the same"
+    ):
         train_student(experiment.config(tmp_path, *TEN_STEPS), tmp_path / "run")
     assert (tmp_path / "run" / "finished.json").is_file()
     assert_same_run(tmp_path / "run", whole)
@@ -96,7 +99,9 @@ def test_going_on_reads_no_sample_of_before(experiment, tmp_path, monkeypatch):
 
     read: list[str] = []
     before = JoinedDataset.__getitem__
-    monkeypatch.setattr(JoinedDataset, "__getitem__", lambda d, i: read.append(d.rows[i][1].key) or before(d, i))
+    monkeypatch.setattr(
+        JoinedDataset, "__getitem__", lambda d, i: read.append(d.rows[i][1].key) or before(d, i)
+    )
     config = experiment.config(tmp_path, *TEN_STEPS, "train.max_steps=8")
     train_student(config, tmp_path / "whole")
     assert len(read) == 2 * 13
@@ -112,8 +117,17 @@ def test_going_on_reads_no_sample_of_before(experiment, tmp_path, monkeypatch):
 # As a user does it: the command line, killed
 
 
-def distill(experiment, output: Path, *overrides: str, launcher: list[str] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, *(launcher or []), str(ROOT / "cli.py"), "distill", "--config", str(experiment.file)]
+def distill(
+    experiment, output: Path, *overrides: str, launcher: list[str] | None = None
+) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        *(launcher or []),
+        str(ROOT / "cli.py"),
+        "distill",
+        "--config",
+        str(experiment.file),
+    ]
     return subprocess.Popen(
         [*command, f"output_dir={output}", "evaluate=null", *overrides],
         cwd=output.parent,
@@ -144,7 +158,9 @@ def long_run(experiment, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_command_that_is_killed_is_gone_on_with_by_the_same_command(sent, code, experiment, long_run, tmp_path):
+def test_a_command_that_is_killed_is_gone_on_with_by_the_same_command(
+    sent, code, experiment, long_run, tmp_path
+):
     run = tmp_path / "out" / "align_kd"
     two_workers = "train.dataloader_num_workers=2"
     process = distill(experiment, tmp_path / "out", *LONG, two_workers)
@@ -168,7 +184,9 @@ def test_two_processes_stop_together_and_one_goes_on(experiment, tmp_path):
     sgd = ["train.optim=sgd", "train.learning_rate=0.001"]
     long = [*LONG, *sgd, "train.max_steps=150", "train.logging_steps=1"]
     run = tmp_path / "out" / "align_kd"
-    process = distill(experiment, tmp_path / "out", *long, "train.gradient_accumulation_steps=1", launcher=TORCHRUN)
+    process = distill(
+        experiment, tmp_path / "out", *long, "train.gradient_accumulation_steps=1", launcher=TORCHRUN
+    )
     wait_for(run / "checkpoint-30" / "trainer_state.json", process)
     process.send_signal(signal.SIGTERM)
     _, complaint = process.communicate()

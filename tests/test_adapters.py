@@ -1,0 +1,94 @@
+"""LoRA: adapters, projector and heads move and nothing else; what is saved is the student with them merged."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_experiment import weights
+from test_resume import TEN_STEPS, assert_same_run, stop_after
+
+from pipeline.adapters import add_adapters, merged_tensors
+from pipeline.dataset import JoinedDataset
+from pipeline.errors import ConfigError, TrainingStopped
+from pipeline.inputs import Preparation
+from pipeline.model_settings import LoraConfig
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.stores import open_stores
+from pipeline.student import build_trainer, needed_targets, train_student
+from pipeline.trainer import ADAPTERS_FILE
+
+LORA = "student.lora={rank: 2, alpha: 3, target_modules: [q_proj, down_proj]}"
+
+
+def test_only_adapters_projector_and_heads_move(experiment, tmp_path):
+    config = experiment.config(tmp_path, LORA)
+    preparation = Preparation.of(config.student.model, config.data)
+    stores = open_stores(config, preparation)
+    dataset = JoinedDataset(stores, config.data.shards, preparation, targets=needed_targets(config))
+    trainer = build_trainer(config, tmp_path / "run", dataset, identity="of a test")
+    before = {name: value.clone() for name, value in trainer.distiller.state_dict().items()}
+    trainer.train()
+    moved = {n for n, value in trainer.distiller.state_dict().items() if not torch.equal(value, before[n])}
+    adapters = {n for n in before if ".lora_" in n}
+    assert moved == adapters | {n for n in before if "mm_projector" in n or n.startswith("heads.")}
+    assert {name.split(".")[5] for name in adapters} == {"q_proj", "down_proj"}
+    assert len(adapters) == 2 * 2 * 2 and not [name for name in adapters if "vision_tower" in name]
+
+
+def test_the_merged_student_answers_as_the_adapted_one(tiny_model, make_batch):
+    settings = LoraConfig(rank=3, alpha=4.5)
+    adapted, plain = tiny_model(seed=1), tiny_model(seed=1)
+    add_adapters(adapted, settings)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # zero to begin with
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    batch = make_batch([3, -200, 5], [9]).inputs()
+    first = plain(**batch).logits
+    plain.load_state_dict(merged_tensors(adapted.state_dict(), settings))
+    torch.testing.assert_close(plain(**batch).logits, adapted.eval()(**batch).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(first, adapted(**batch).logits, rtol=1e-2, atol=1e-2)
+
+
+def test_a_run_with_adapters_is_a_plain_student_and_goes_on_bit_for_bit(experiment, tmp_path, monkeypatch):
+    # With dropout, whose random numbers go on as well.
+    config = experiment.config(tmp_path, *TEN_STEPS, LORA.replace("alpha", "dropout: 0.2, alpha"))
+    train_student(config, tmp_path / "whole")
+    assert weights(tmp_path / "whole" / "model").keys() == weights(experiment.student).keys()
+    for step in (3, 5):
+        with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
+            stop_after(step, patch)
+            train_student(config, tmp_path / "run")
+    train_student(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    saved = tmp_path / "run" / "checkpoint-5"
+    merged = MobileVLMForCausalLM.from_pretrained(saved).state_dict()
+    adapters, first = load_file(saved / ADAPTERS_FILE), weights(experiment.student)
+    layer = "model.layers.1.mlp.down_proj"
+    change = adapters[f"{layer}.lora_B.default.weight"] @ adapters[f"{layer}.lora_A.default.weight"]
+    torch.testing.assert_close(merged[f"{layer}.weight"], first[f"{layer}.weight"] + 1.5 * change)
+    assert torch.equal(merged["lm_head.weight"], first["lm_head.weight"])
+
+
+def test_without_peft_a_sentence_says_what_to_install(experiment, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(
+        ConfigError, match=r"student.lora needs the package peft, .* `pip install 'alignkd\[lora\]'`"
+    ):
+        train_student(experiment.config(tmp_path, LORA), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("q_prj", r"no decoder layer has a linear map 'q_prj'; did you mean 'q_proj'\?"),
+        ("norm", r"no decoder layer has a linear map 'norm'; known: down_proj, gate_proj, k_proj"),
+    ],
+)
+def test_a_target_that_is_no_linear_map_of_a_layer_is_a_sentence(target, message, experiment, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        train_student(
+            experiment.config(tmp_path, f"student.lora={{target_modules: [{target}]}}"), tmp_path / "run"
+        )

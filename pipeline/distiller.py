@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.errors import JoinError
@@ -88,13 +89,26 @@ class Distiller(nn.Module):
         predicts = merged.labels[:, 1:] != IGNORE_INDEX
         outputs = StudentOutputs(
             # The head runs where labels are: an answer is a few positions of a sequence, a vocabulary is wide.
-            answer_logits=self.student.lm_head(hidden[:, :-1][predicts]),
+            answer_logits=self.student.lm_head(hidden[:, :-1][predicts]) + self._nothing(patch_features),
             answer_labels=merged.labels[:, 1:][predicts],
             slots=merged.slots,
             vision=vision,
             attention=attention_of_layers(self.student.model, inputs, merged),
         )
         return outputs, coverage
+
+    def _nothing(self, patch_features: Tensor | None) -> Tensor | float:
+        """Zero that puts the projector into the graph of a batch without images.
+
+        Processes add up their gradients parameter by parameter, and the batch of another may have images.
+        """
+        if patch_features is not None or not (dist.is_available() and dist.is_initialized()):
+            return 0.0
+        config = self.student.config
+        blank = torch.zeros(
+            1, config.num_vision_tokens, config.vision_config.hidden_size, device=self.student.device
+        )
+        return 0.0 * self.student.encode_images(patch_features=blank).sum()
 
     def _tapped_layers(self) -> list[int]:
         attention = self.losses.get("attention")

@@ -81,8 +81,8 @@ def _finish(trainer: DistillTrainer, folder: Path) -> None:
             f"{folder}: stopped by SIGTERM after step {done} of {whole}, checkpoint-{done} is written; go on with "
             "train.resume_from_checkpoint=true"
         )
+    trainer.save_student(folder / MODEL_FOLDER)
     if trainer.is_world_process_zero():
-        trainer.save_student(folder / MODEL_FOLDER)
         trainer.state.save_to_json(str(folder / STATE_FILE))
 
 

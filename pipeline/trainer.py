@@ -12,6 +12,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -48,6 +49,10 @@ class DistillTrainer(Trainer):
         self.settings = settings
         self.identity = identity
         self.losses = settings.losses.active()
+        if settings.log_gradient_shares and self.is_fsdp_enabled:
+            raise ConfigError(
+                "log_gradient_shares needs whole gradients, but FSDP cuts them up; set it to false"
+            )
         self.term_log = TermLog({}, {})
         self.gradient_shares: dict[str, float] = {}
         self.unlogged: dict[str, Any] | None = None
@@ -175,22 +180,30 @@ class DistillTrainer(Trainer):
         """A checkpoint is the student as Hugging Face users know it, and the heads beside it."""
         folder = Path(output_dir or str(self.args.output_dir))
         unlogged = self._unlogged()
+        student, heads = self.save_student(folder)
         if not self.args.should_save:
             return
-        self.save_student(folder)
-        student, heads = self._tensors()
         if self.settings.student.lora is not None:
             save_file(adapter_tensors(student), str(folder / ADAPTERS_FILE))
         save_file(heads, str(folder / HEADS_FILE))
         (folder / RUN_FILE).write_text(json.dumps({"identity": self.identity, "unlogged": unlogged}) + "\n")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:  # of a sharded model a second copy of the weights, which nothing here reads
+            (Path(output_dir) / "pytorch_model_fsdp.bin").unlink(missing_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         read_config(folder)
         with named_if_broken(folder):
             tensors = self._student_of(folder)
-            self.distiller.student.load_state_dict(tensors, strict=self.settings.student.lora is None)
-            self.distiller.heads.load_state_dict(load_file(str(folder / HEADS_FILE)))
+            heads = load_file(str(folder / HEADS_FILE))
+            whole = StateDictOptions(full_state_dict=True, strict=self.settings.student.lora is None)
+            set_model_state_dict(self.distiller.student, cast(Any, tensors), options=whole)
+            set_model_state_dict(
+                self.distiller.heads, cast(Any, heads), options=StateDictOptions(full_state_dict=True)
+            )
             self.unlogged = json.loads((folder / RUN_FILE).read_text())["unlogged"]
 
     def _unlogged(self) -> dict[str, Any]:
@@ -207,9 +220,17 @@ class DistillTrainer(Trainer):
             if self.is_world_process_zero():
                 self.term_log = TermLog.of(self.losses, self.unlogged["terms"])
 
-    def save_student(self, folder: Path) -> None:
-        """The student alone, in MobileVLM's layout, with its tokenizer: what `from_pretrained` reads."""
-        tensors, _ = self._tensors()
+    def save_student(self, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The student alone, in MobileVLM's layout, with its tokenizer: what `from_pretrained` reads.
+
+        For all processes to call: the first writes. Returns what it has of the student's tensors and the heads'.
+        """
+        student, heads = self._tensors()
+        if self.args.should_save:
+            self._write_student(folder, student)
+        return student, heads
+
+    def _write_student(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         if (lora := self.settings.student.lora) is not None:
             tensors = merged_tensors(tensors, lora)
         self.distiller.student.save_pretrained(folder, state_dict=tensors)
@@ -219,8 +240,10 @@ class DistillTrainer(Trainer):
                 shutil.copy(source / name, folder)
 
     def _tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Those of the student and those of the heads, by name."""
-        state: dict[str, torch.Tensor] = self.distiller.state_dict()
+        """Those of the student and those of the heads, by name; of a sharded model whole, in the first process."""
+        state: Any = self.distiller.state_dict()
+        if self.is_fsdp_enabled:
+            state = self.accelerator.get_state_dict(self.model)
         student, heads = (
             {name.removeprefix(part): v.contiguous() for name, v in state.items() if name.startswith(part)}
             for part in ("student.", "heads.")

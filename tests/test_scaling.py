@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from command_lines import ROOT
+from launched import TORCHRUN, accelerate, distill
 from safetensors.torch import load_file
+from small_experiment import weights
 
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.rank_batches import Filler, RankBatches
 from pipeline.student import train_student
 from pipeline.trainer import HEADS_FILE
@@ -29,37 +30,12 @@ SGD = ["train.optim=sgd", "train.learning_rate=0.01"]
 LOSS = {"rel": 1e-5, "abs": 1e-7}
 WEIGHTS = {"rtol": 1e-5, "atol": 1e-6}
 
-TORCHRUN = [
-    "-m",
-    "torch.distributed.run",
-    "--nproc-per-node=2",
-    "--rdzv-backend=c10d",
-    "--rdzv-endpoint=localhost:0",
-]
 
-
-def accelerate(name: str) -> list[str]:
-    """`accelerate launch` by a shipped config, of two processes: on CPUs, for the experiment has `train.use_cpu`."""
-    file = ROOT / "configs" / "accelerate" / f"{name}.yaml"
-    options = [f"--config_file={file}", "--num_processes=2", "--main_process_port=0"]
-    return ["-m", "accelerate.commands.launch", *options]
-
-
-def run(launcher: list[str], experiment, output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """`alignkd distill` of the small experiment, without `evaluate`, by a launcher of several processes."""
-    command = [sys.executable, *launcher, str(ROOT / "cli.py"), "distill", "--config", str(experiment.file)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    return subprocess.run(
-        [*command, f"output_dir={output}", "evaluate=null", *overrides],
-        cwd=output.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What it wrote, results and the rest, once it is done."""
+    output, complaint = process.communicate()
+    assert process.returncode == 0, complaint
+    return output, complaint
 
 
 def log_of(folder: Path) -> list[dict[str, float]]:
@@ -96,22 +72,71 @@ def alone(experiment, tmp_path_factory) -> Path:
 
 def test_two_processes_under_torchrun_give_the_losses_and_the_weights_of_one(experiment, alone, tmp_path):
     half = "train.per_device_train_batch_size=2"
-    ran = run(TORCHRUN, experiment, tmp_path / "two", half, *TWO_EPOCHS, *SGD)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == (
+    process = distill(experiment, tmp_path / "two", half, *TWO_EPOCHS, *SGD, launcher=TORCHRUN)
+    output, complaint = finish(process)
+    assert output == (
         f"student trained: {tmp_path}/two/align_kd/model; no `evaluate` section, so no accuracy was measured\n"
     )
-    assert ran.stderr.count("student, Align-KD: ") == 1
+    assert complaint.count("student, Align-KD: ") == 1
     assert_same_curve(tmp_path / "two" / "align_kd", alone)
     assert_same_student(tmp_path / "two" / "align_kd", alone)
 
 
 def test_two_processes_under_accelerate_with_accumulation_do_too(experiment, alone, tmp_path):
     quarter = ["train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=2"]
-    ran = run(accelerate("ddp"), experiment, tmp_path / "two", *quarter, *TWO_EPOCHS, *SGD)
-    assert ran.returncode == 0, ran.stderr
+    finish(distill(experiment, tmp_path / "two", *quarter, *TWO_EPOCHS, *SGD, launcher=accelerate("ddp")))
     assert_same_curve(tmp_path / "two" / "align_kd", alone)
     assert_same_student(tmp_path / "two" / "align_kd", alone)
+
+
+def sharded(experiment, output: Path, *overrides: str) -> Path:
+    """A run of two processes by the shipped config of FSDP2."""
+    half = "train.per_device_train_batch_size=2"
+    process = distill(
+        experiment,
+        output,
+        *[half, *TWO_EPOCHS, *SGD, *overrides],
+        launcher=accelerate("fsdp2"),
+        program="tests/fsdp_on_cpu.py",
+    )
+    _, complaint = finish(process)
+    # The decoder's two layers and all that is around them; each process holds half of the rows of a matrix.
+    assert complaint.count("sharded modules: 3, rows of a matrix: 12 of 24\n") > 0
+    return output / "align_kd"
+
+
+def test_a_sharded_student_has_the_losses_and_is_saved_whole(experiment, alone, tmp_path):
+    run = sharded(experiment, tmp_path / "two")
+    assert_same_curve(run, alone)
+    assert_same_student(run, alone)
+    assert MobileVLMForCausalLM.from_pretrained(run / "checkpoint-3").config.hidden_size == 24
+
+
+def test_a_sharded_run_goes_on_from_its_checkpoint(experiment, tmp_path):
+    adam = ["train.optim=adamw_torch", "train.learning_rate=1e-3"]
+    whole = sharded(experiment, tmp_path / "two", *adam)
+    last = (log_of(whole), weights(whole / "model"))
+    for left in ("model", "checkpoint-6", "checkpoint-8"):
+        shutil.rmtree(whole / left)
+    (whole / "finished.json").unlink()
+    sharded(experiment, tmp_path / "two", *adam, "train.resume_from_checkpoint=true")
+    assert log_of(whole) == last[0]
+    assert all(torch.equal(value, last[1][name]) for name, value in weights(whole / "model").items())
+
+
+def test_shares_of_the_gradient_of_a_sharded_student_are_refused(experiment, tmp_path):
+    process = distill(
+        experiment,
+        tmp_path / "two",
+        "log_gradient_shares=true",
+        launcher=accelerate("fsdp2"),
+        program="tests/fsdp_on_cpu.py",
+    )
+    _, complaint = process.communicate()
+    assert (
+        "alignkd: log_gradient_shares needs whole gradients, but FSDP cuts them up; set it to false"
+        in complaint
+    )
 
 
 # How an epoch is cut

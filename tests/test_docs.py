@@ -171,7 +171,9 @@ def _anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_every_file_named_in_a_page_exists(page: Path):
-    named = re.findall(r"`((?:pipeline|cache|configs|docs|tests|assets)/[\w./-]+)`", page.read_text())
+    named = re.findall(
+        r"`((?:pipeline|cache|configs|docs|tests|assets|examples)/[\w./-]+)`", page.read_text()
+    )
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
 

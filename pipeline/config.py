@@ -25,7 +25,8 @@ class DataConfig(Section):
     """WebDataset shards (brace pattern, glob, folder, or a list of them) and how samples become tokens.
 
     Stage 2 trains on a `fraction` of the images, with all that is asked of each: chosen by digest, so that 2% of
-    the images are part of the 10%, on every machine.
+    the images are part of the 10%, on every machine. An epoch's order is random; `shuffle_block` neighbours, which
+    share chunks of the store, stay near each other: 16 to 32 where reading is slow, behind a URL or on a disk.
     """
 
     shards: Shards
@@ -35,6 +36,7 @@ class DataConfig(Section):
     max_image_pixels: int = Field(default=64_000_000, ge=1)
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     on_bad_sample: Literal["reject", "fail"] = "reject"
+    shuffle_block: int = Field(default=1, ge=1, exclude_if=lambda block: block == 1)
 
 
 # One optional section for each row of a table: a new row needs no line here.

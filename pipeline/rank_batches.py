@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+WINDOW = 1024  # samples among which blocks are mixed
+
 
 class Filler(int):
     """Index of a sample that is read only to keep a process in step with the others: it counts for nothing."""
@@ -28,6 +30,7 @@ class RankBatches:
     process_index: int = 0
     seed: int = 0
     drop_last: bool = False
+    block: int = 1  # neighbours of the store that stay near each other, see `shuffled`
     epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -39,8 +42,24 @@ class RankBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
+        order = shuffled(self.num_samples, generator, block=self.block)
         together = self.batch_size * self.num_processes
         for start in range(0, len(self) * together, together):
             mine = start + self.process_index * self.batch_size
             yield order[mine : mine + self.batch_size] or [Filler(order[start])]
+
+
+def shuffled(num_samples: int, generator: torch.Generator, *, block: int) -> list[int]:
+    """An order of all samples: each by itself, or blocks of neighbours drawn at random and mixed within a window.
+
+    Neighbours share chunks of the store, so a block is read at once; a window of `WINDOW` samples or more, far more
+    than a batch, keeps a batch from being made of neighbours.
+    """
+    if block == 1:
+        return torch.randperm(num_samples, generator=generator).tolist()
+    starts = block * torch.randperm(math.ceil(num_samples / block), generator=generator)
+    order: list[int] = []
+    for some in starts.split(math.ceil(WINDOW / block)):
+        window = torch.cat([torch.arange(start, min(start + block, num_samples)) for start in some.tolist()])
+        order += window[torch.randperm(len(window), generator=generator)].tolist()
+    return order

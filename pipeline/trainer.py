@@ -72,6 +72,7 @@ class DistillTrainer(Trainer):
             arguments.process_index,
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
             drop_last=arguments.dataloader_drop_last,
+            block=self.settings.data.shuffle_block,
         )
         loader = DataLoader(
             cast(Any, self.train_dataset),

@@ -49,9 +49,12 @@ class ChunkCache:
 def _joined(
     array: OpenArray, spans: Sequence[tuple[int, int]], chunks: Mapping[tuple[Place, int], Array]
 ) -> Array:
-    size, pieces = array.chunk_rows, [np.empty((0, *array.stored.row_shape), dtype=array.stored.dtype)]
+    """A copy only where the rows are of several chunks; else a view of the one that they are in."""
+    size, pieces = array.chunk_rows, list[Array]()
     for start, stop in spans:
         for number in range(start // size, (stop - 1) // size + 1):
             chunk = chunks[array.shard, number]
             pieces.append(chunk[max(start - number * size, 0) : stop - number * size])
-    return np.concatenate(pieces)
+    if len(pieces) == 1:
+        return pieces[0]
+    return np.concatenate(pieces or [np.empty((0, *array.stored.row_shape), dtype=array.stored.dtype)])

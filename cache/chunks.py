@@ -29,8 +29,9 @@ _BLOSC_HEADER_BYTES = 16
 
 # Neither library tells its types.
 _crc32c = cast(Callable[[bytes], int], google_crc32c.value)  # pyright: ignore[reportUnknownMemberType]
-_decompress = cast(Callable[[bytes], bytes], blosc.decompress)  # pyright: ignore[reportUnknownMemberType]
+_decompress = cast(Callable[[memoryview, Array], Array], blosc.decompress)  # pyright: ignore[reportUnknownMemberType]
 _CHECKSUM_BYTES = 4
+_CHECKED_CRC32C = 0x48674BC7  # of whatever ends with its own crc32c
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class OpenArray:
         return rows
 
     def decode_chunk(self, number: int, data: bytes | None) -> Array:
-        """The rows of one chunk from its bytes; None is what an absent file gives."""
+        """The rows of one chunk, not to be written to, from its bytes; None is what an absent file gives."""
         if data is None:
             raise CorruptPart(self.shard, "the file is gone")
         itemsize = np.dtype(self.stored.dtype).itemsize
@@ -70,28 +71,30 @@ class OpenArray:
         except ValueError as error:
             raise CorruptPart(self.shard, f"chunk {number} cannot be decoded ({error})") from error
         dtype = np.dtype(self.stored.dtype).newbyteorder("<")
-        rows = np.frombuffer(raw, dtype).reshape(self.chunk_rows, *self.stored.row_shape)
+        rows = raw.view(dtype).reshape(self.chunk_rows, *self.stored.row_shape)
         return rows[: self.num_rows - number * self.chunk_rows]
 
 
-def _checked(data: bytes) -> bytes:
-    """Bytes without the crc32c at their end, which must be theirs."""
-    content, stored = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
-    if _crc32c(content) != int.from_bytes(stored, "little") or not content:
+def _checked(data: bytes) -> memoryview:
+    """Bytes without the crc32c at their end, which must be theirs; not copied."""
+    if len(data) <= _CHECKSUM_BYTES or _crc32c(data) != _CHECKED_CRC32C:
         raise ValueError("its crc32c is not that of its bytes")
-    return content
+    return memoryview(data)[:-_CHECKSUM_BYTES]
 
 
-def _decompressed(content: bytes, *, num_bytes: int) -> bytes:
-    """What blosc compressed, which must say that it is of so many bytes before any memory is taken."""
+def _decompressed(content: memoryview, *, num_bytes: int) -> Array:
+    """uint8 that blosc compressed, which must say that it is of so many bytes before any memory is taken."""
     if len(content) < _BLOSC_HEADER_BYTES or int.from_bytes(content[4:8], "little") != num_bytes:
         raise ValueError(f"it does not hold the {num_bytes} bytes of a chunk")
     if int.from_bytes(content[12:16], "little") != len(content):
         raise ValueError("its length is not the one in its header")
+    raw = np.empty(num_bytes, dtype=np.uint8)
     try:
-        return _decompress(content)
+        _decompress(content, raw)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
+    raw.flags.writeable = False  # it is kept, and handed out in parts
+    return raw
 
 
 def read_chunks(chunks: Sequence[tuple[OpenArray, int]]) -> list[Array]:

@@ -74,7 +74,7 @@ class IntegerCodec:
         return {"": rows.astype(str(options["dtype"]))}
 
     def decode(self, stored: dict[str, Array], options: Options) -> Array:
-        return stored[""]
+        return stored[""].copy()
 
     def stated_error(self, options: Options) -> str:
         return f"exact ({options['dtype']})"
@@ -139,6 +139,8 @@ def holds_fill(stored: StoredArray, codes: Array) -> bool:
         return False
     if codes.dtype.kind == "f":
         return not bool(np.isfinite(codes).all())
+    if codes.size and stored.fill_value == np.iinfo(codes.dtype).min:
+        return bool(codes.min() == stored.fill_value)  # many times as fast as to compare each
     return bool((codes == stored.fill_value).any())
 
 

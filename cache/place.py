@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from cache.durable import files_below, hash_blocks, hash_file
 from cache.errors import NotThere
@@ -103,26 +105,67 @@ def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
 
 
 def find_ranges(ranges: Sequence[Range]) -> list[bytes | None]:
-    """As `read_ranges`, with None for what is in an absent file."""
-    found = [
-        _read_local(piece.file, piece) if isinstance(piece.file, Path) else _from_mirror(piece)
-        for piece in ranges
-    ]
-    wanted = [n for n, piece in enumerate(ranges) if found[n] is None and isinstance(piece.file, RemotePath)]
-    fetched = fetch([(str(ranges[n].file), ranges[n].start, ranges[n].stop) for n in wanted])
-    for n, data in zip(wanted, fetched, strict=True):
+    """As `read_ranges`, with None for what is in an absent file; neighbours in a file are read as one."""
+    found = [_from_mirror(piece) for piece in ranges]
+    wanted = [n for n, data in enumerate(found) if data is None]
+    runs = _runs([ranges[n] for n in wanted])
+    read = iter(_read([Range(run[0].file, run[0].start, run[-1].stop) for run in runs]))
+    pieces = [data for run in runs for data in _split(next(read), run)]
+    for n, data in zip(wanted, pieces, strict=True):
         found[n] = data
         _to_mirror(ranges[n], data)
     return found
 
 
-def _read_local(path: Path, piece: Range) -> bytes | None:
+def _runs(ranges: Sequence[Range]) -> list[list[Range]]:
+    """The ranges in order, those together of which each begins where the one before it stops."""
+    runs: list[list[Range]] = []
+    for piece in ranges:
+        if runs and runs[-1][-1].stop == piece.start and runs[-1][-1].file == piece.file:
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return runs
+
+
+def _split(data: bytes | None, run: Sequence[Range]) -> Sequence[bytes | None]:
+    if data is None or len(run) == 1:
+        return [data] * len(run)
+    start = run[0].start
+    return [data[piece.start - start : piece.stop and piece.stop - start] for piece in run]
+
+
+def _read(ranges: Sequence[Range]) -> list[bytes | None]:
+    remote = [n for n, piece in enumerate(ranges) if isinstance(piece.file, RemotePath)]
+    fetched = fetch([(str(ranges[n].file), ranges[n].start, ranges[n].stop) for n in remote])
+    found = dict(zip(remote, fetched, strict=True))
+    with ExitStack() as files:
+        # A disk is given all that it is to read before the first is waited for.
+        opened = [
+            _asked_for(piece.file, piece, files) if isinstance(piece.file, Path) else None for piece in ranges
+        ]
+        return [
+            _read_local(file, ranges[n]) if file is not None else found.get(n)
+            for n, file in enumerate(opened)
+        ]
+
+
+def _asked_for(path: Path, piece: Range, files: ExitStack) -> BinaryIO | None:
+    """The file, whose system was told what will be read of it; None if it is absent."""
     try:
-        with open(path, "rb") as file:
-            file.seek(piece.start)
-            return file.read(-1 if piece.stop is None else piece.stop - piece.start)
+        file = files.enter_context(path.open("rb"))
     except FileNotFoundError:
         return None
+    if hasattr(os, "posix_fadvise"):  # not everywhere
+        length = 0 if piece.stop is None else piece.stop - piece.start
+        with suppress(OSError):  # a file system may not know how
+            os.posix_fadvise(file.fileno(), piece.start, length, os.POSIX_FADV_WILLNEED)
+    return file
+
+
+def _read_local(file: BinaryIO, piece: Range) -> bytes:
+    file.seek(piece.start)
+    return file.read(-1 if piece.stop is None else piece.stop - piece.start)
 
 
 def _from_mirror(piece: Range) -> bytes | None:

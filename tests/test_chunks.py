@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from servers import static_server
 
 from cache import CorruptPart
 from cache import arrays as written
@@ -18,6 +20,7 @@ from cache.chunk_cache import ChunkCache
 from cache.chunks import OpenArray, Wanted, open_arrays, read_chunk
 from cache.codec import StoredArray
 from cache.part_writer import describe_files
+from cache.place import Range, find_ranges, place
 
 DTYPES = ("uint8", "int16", "float16", "float32", "int32", "int64")
 
@@ -83,3 +86,44 @@ def test_a_chunk_that_claims_another_size_is_refused_before_memory_is_taken(tmp_
         CorruptPart, match=r"chunk 0 cannot be decoded .*does not hold the 63 bytes of a chunk"
     ):
         read_chunk(ours, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [(np.random.default_rng(0).normal(0, 50, size=(1, 4096, 144)), "lz4"), (np.ones((1, 4096, 144)), "zstd")],
+    ids=["noise", "one value"],
+)
+def test_an_array_is_kept_by_the_compression_that_makes_its_first_chunk_smallest(tmp_path, rows, name):
+    stored = StoredArray("", "int16", (4096, 144), "bitshuffle", -32768, True)
+    written.write_array(tmp_path / "a", stored, rows=rows.astype(np.int16), axes=["I", "D", "N"])
+    codecs = json.loads((tmp_path / "a" / "zarr.json").read_text())["codecs"][0]["configuration"]["codecs"]
+    assert [codec["configuration"]["cname"] for codec in codecs if codec["name"] == "blosc"] == [name]
+    [opened] = open_arrays(tmp_path, [Wanted("a", stored, 1)], files=describe_files(tmp_path))
+    assert np.array_equal(read_chunk(opened, 0), rows.astype(np.int16))
+
+
+def test_rows_of_one_chunk_are_not_copied_and_cannot_be_written_to(spread):
+    ours, theirs = spread
+    cache = ChunkCache(1 << 20)
+    [first], [again] = (cache.rows([(ours, [(1, 4)])]) for _ in range(2))
+    assert np.shares_memory(first, again) and np.array_equal(first, theirs[1:4])
+    with pytest.raises(ValueError, match="read-only"):
+        first[0] = 0
+
+
+def test_neighbouring_ranges_are_one_request_and_come_back_apart(tmp_path):
+    (tmp_path / "f").write_bytes(bytes(range(100)))
+    with static_server(tmp_path) as (url, requests):
+        for folder in (tmp_path, place(url)):
+            f, absent = folder / "f", folder / "g"
+            ranges = [
+                Range(f, 0, 9),
+                Range(f, 9, 12),
+                Range(absent, 0, 4),
+                Range(absent, 4, 6),
+                Range(f, 50, 60),
+            ]
+            ranges += [Range(f, 60), Range(f, 5, 9)]
+            expected = [bytes(range(*span)) for span in ((0, 9), (9, 12), (50, 60), (60, 100), (5, 9))]
+            assert find_ranges(ranges) == [*expected[:2], None, None, *expected[2:]]
+        assert sorted(name for name, _ in requests) == ["/f", "/f", "/f", "/g"]

@@ -1,0 +1,149 @@
+"""Synthetic samples in the shapes of a store of MobileVLM V2's teacher: made-up values of a likely spread.
+
+Vision: 64 smooth maps mixed into every channel, and a little noise; the median channel's deviation is 0.44, and 24
+channels are 8 to 40 times as strong. Attention: the mean over heads of softmax rows whose logits spread by 0.2 to
+3.5. Logits: log probabilities that fall, and what is left of the mass. Rows of text are lognormal about 110, answers
+55 % of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+from safetensors.numpy import save
+
+from cache import FORMAT_VERSION, ArraySpec, Fingerprint, Manifest, SampleEntry, Span, StoreWriter
+from cache.codecs import encode_rows, stored_arrays
+from pipeline.targets import TARGETS, TeacherFacts
+from pipeline.teacher import TOKEN_ARRAYS
+
+Arrays = dict[str, np.ndarray]
+NUM_MAPS = 64
+VISION_STEP = 2.0**-7
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes of a teacher, and of its samples: one image, rows of text about a mean."""
+
+    hidden_size: int
+    grid: int  # vision tokens of an image, along an edge
+    num_heads: int
+    vocab_size: int
+    mean_rows: int
+    part_samples: int
+
+    def specs(self) -> tuple[ArraySpec, ...]:
+        """What the default settings of the targets keep, as configs/mobilevlm_v2/finetune.yaml does."""
+        facts = TeacherFacts("synthetic", 32, self.num_heads, self.hidden_size, self.grid**2, self.vocab_size)
+        of_targets = [spec for target in TARGETS.values() for spec in target.arrays(target.settings(), facts)]
+        return (*TOKEN_ARRAYS, *of_targets)
+
+
+SIZES = {
+    "full": Size(4096, 12, 32, 32000, mean_rows=110, part_samples=200),
+    "small": Size(64, 4, 4, 500, mean_rows=20, part_samples=16),
+}
+
+
+def samples(size: Size, number: int, *, seed: int = 0) -> Iterator[Arrays]:
+    """Sample after sample: its arrays as a teacher would give them, `vision` of its one image."""
+    chance = np.random.default_rng(seed)
+    mixing = chance.normal(size=(size.hidden_size, NUM_MAPS)).astype(np.float32) / NUM_MAPS**0.5
+    gains = np.full(size.hidden_size, 0.44, dtype=np.float32)
+    loud = chance.choice(size.hidden_size, 24, replace=False)
+    gains[loud] *= chance.uniform(8, 40, size=24).astype(np.float32)
+    for _ in range(number):
+        rows = int(np.clip(chance.lognormal(np.log(size.mean_rows), 0.5), 4, 6 * size.mean_rows))
+        answers = max(1, int(rows * 0.55))
+        yield {
+            "input_ids": _token_ids(chance, rows, size),
+            "labels": np.where(np.arange(rows) < rows - answers, -100, _token_ids(chance, rows, size)),
+            "attention/layer_0": _attention(chance, rows, size),
+            "vision": _vision(chance, mixing, size)[None] * gains[:, None],
+            **_logits(chance, answers, size),
+        }
+
+
+def _token_ids(chance: np.random.Generator, rows: int, size: Size) -> np.ndarray:
+    return np.minimum(chance.zipf(1.2, size=rows), size.vocab_size - 1)
+
+
+def _attention(chance: np.random.Generator, rows: int, size: Size) -> np.ndarray:
+    """float32 'R 1 N', the mean over heads of a softmax whose mass on vision tokens is 0.03 to 0.96."""
+    spread = np.geomspace(0.2, 3.5, size.num_heads, dtype=np.float32)[:, None, None]
+    logits = chance.standard_normal((size.num_heads, rows, size.grid**2), dtype=np.float32) * spread
+    exponents = np.exp(logits)
+    mass = chance.uniform(0.03, 0.96, size=(size.num_heads, rows, 1)).astype(np.float32)
+    return (exponents / exponents.sum(axis=-1, keepdims=True) * mass).mean(axis=0)[:, None]
+
+
+def _vision(chance: np.random.Generator, mixing: np.ndarray, size: Size) -> np.ndarray:
+    """float32 'D N' of about unit deviation: maps with a 1/f spectrum, mixed, and a little noise."""
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size.grid), np.fft.fftfreq(size.grid)))
+    falling = 1 / np.maximum(frequency, 1 / size.grid)
+    spectrum = np.fft.fft2(chance.normal(size=(NUM_MAPS, size.grid, size.grid))) * falling
+    maps = np.fft.ifft2(spectrum).real.reshape(NUM_MAPS, -1)
+    maps = (maps / maps.std(axis=1, keepdims=True)).astype(np.float32)
+    return mixing @ maps + 0.05 * chance.standard_normal((size.hidden_size, size.grid**2), dtype=np.float32)
+
+
+def _logits(chance: np.random.Generator, answers: int, size: Size) -> Arrays:
+    top_k = next(spec for spec in size.specs() if spec.name == "logits/ids").row_shape[0]
+    ids = chance.integers(size.vocab_size, size=(answers, top_k))
+    scores = -np.log(np.arange(1, top_k + 1)) * chance.uniform(0.8, 4, size=(answers, 1))
+    scores += np.sort(chance.gumbel(size=(answers, top_k)), axis=1)[:, ::-1]
+    tail = chance.uniform(0.005, 0.2, size=(answers, 1))
+    log_probs = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True)) + np.log1p(-tail)
+    return {"logits/ids": ids, "logits/log_probs": log_probs.astype(np.float32),
+            "logits/tail": np.log(tail[:, 0]).astype(np.float32)}  # fmt: skip
+
+
+def write_samples(folder: Path, size: Size, number: int) -> None:
+    """The same samples twice: as `ours`, a store, and as `samples`, each one's codes in a safetensors file."""
+    parts = [f"part-{n:06d}" for n in range(-(-number // size.part_samples))]
+    writer = StoreWriter.open(folder / "ours", _manifest(size.specs(), parts))
+    (folder / "samples").mkdir()
+    (folder / "num_samples").write_text(str(number))
+    stream = enumerate(samples(size, number))
+    for start, name in zip(range(0, number, size.part_samples), parts, strict=True):
+        with writer.part(name, source={}) as part:
+            for _ in range(start, min(start + size.part_samples, number)):
+                index, arrays = next(stream)
+                blob = folder / "samples" / f"{index:06d}.safetensors"
+                blob.write_bytes(save(_codes(size.specs(), arrays)))
+                entry = _entry(index)
+                part.add_image(entry.images[0], {"vision": arrays.pop("vision")})
+                part.add(entry, arrays)
+            part.commit()
+
+
+def _manifest(specs: Sequence[ArraySpec], parts: Sequence[str]) -> Manifest:
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        fingerprint=Fingerprint("", "", "", "", ""),
+        arrays=tuple(specs),
+        teacher={},
+        capture={},
+        provenance={"values": "synthetic"},
+        planned_parts=tuple(parts),
+    )
+
+
+def _entry(index: int) -> SampleEntry:
+    digest = blake3(str(index).encode()).hexdigest()
+    return SampleEntry(f"{index:06d}", (digest,), (Span("0.jpg", 512, 1),), Span("0.json", 2048, 1))
+
+
+def _codes(specs: Sequence[ArraySpec], arrays: Arrays) -> Arrays:
+    """What the store keeps, by the name of the Zarr array that it is kept in."""
+    codes = {spec.name: encode_rows(spec, arrays[spec.name]) for spec in specs}
+    return {
+        stored.name(spec): np.ascontiguousarray(codes[spec.name][stored.suffix])
+        for spec in specs
+        for stored in stored_arrays(spec)
+    }

@@ -159,6 +159,8 @@ def _asked_for(path: Path, piece: Range, files: ExitStack) -> BinaryIO | None:
     if hasattr(os, "posix_fadvise"):  # not everywhere
         length = 0 if piece.stop is None else piece.stop - piece.start
         with suppress(OSError):  # a file system may not know how
+            if piece.stop is not None:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # and nothing beyond
             os.posix_fadvise(file.fileno(), piece.start, length, os.POSIX_FADV_WILLNEED)
     return file
 

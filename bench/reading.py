@@ -204,6 +204,12 @@ def summary(name: str, readings: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "samples_per_second": _spread(mine),
                 "ours_over_it": _spread([our / my for our, my in zip(ours, mine, strict=True)]),
             }
+        warm = [
+            row for row in readings if (row["contestant"], row["mode"], row["files"]) == (name, mode, "warm")
+        ]
+        figures[f"{mode} cpu_ms"] = statistics.median(
+            1000 * row["cpu_seconds"] / row["samples"] for row in warm
+        )
     mine = [row for row in readings if row["contestant"] == name]
     cold = [row for row in mine if row["files"] == "cold"]
     for field, rows in (("used_bytes", mine), ("asked_bytes", mine), ("disk_bytes", cold)):
@@ -254,13 +260,14 @@ def table(figures: dict[str, Any]) -> str:
         f"bytes, one process, {figures['repeats']} repeats: median (least..greatest)"
     ]
     for mode in MODES:
-        rows = [(mode, "cold, samples/s", "ours over it", "warm, samples/s", "ours over it")]
+        rows = [(mode, "cold, samples/s", "ours over it", "warm, samples/s", "ours over it", "its CPU, ms")]
         for contestant in figures["contestants"]:
             cells = [contestant[f"{mode} {files}"] for files in ("cold", "warm")]
             rows.append((
                 contestant["contestant"],
                 *(text for cell in cells for text in (_spelled(cell["samples_per_second"], 0),
                                                       _spelled(cell["ours_over_it"], 2))),
+                f"{contestant[f'{mode} cpu_ms']:.2f}",
             ))  # fmt: skip
         parts.append(_aligned(rows))
     rows = [("bytes a sample", "used", "asked for by read calls", "given by the disk, cold", "access")]

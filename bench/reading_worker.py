@@ -64,13 +64,14 @@ def _read(contestant: str, folder: Path, request: dict[str, Any]) -> dict[str, A
 
 def _timed(contestant: str, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     samples = _open(contestant, folder, request, as_floats=request["as_floats"])
-    before, started = _read_so_far(), time.perf_counter()
+    before, started, cpu_started = _read_so_far(), time.perf_counter(), time.process_time()
     sizes = [sum(array.nbytes for array in sample.values()) for sample in samples]
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     asked, from_disk = (now - then for now, then in zip(_read_so_far(), before, strict=True))
     del samples
     gc.collect()
-    return {"samples": len(sizes), "seconds": seconds, "delivered_bytes": sum(sizes), "asked_bytes": asked,
+    return {"samples": len(sizes), "seconds": seconds, "cpu_seconds": cpu_seconds,
+            "delivered_bytes": sum(sizes), "asked_bytes": asked,
             "disk_bytes": from_disk}  # fmt: skip
 
 

@@ -202,9 +202,10 @@ class DistillTrainer(Trainer):
             heads = load_file(str(folder / HEADS_FILE))
             whole = StateDictOptions(full_state_dict=True, strict=self.settings.student.lora is None)
             set_model_state_dict(self.distiller.student, cast(Any, tensors), options=whole)
-            set_model_state_dict(
-                self.distiller.heads, cast(Any, heads), options=StateDictOptions(full_state_dict=True)
-            )
+            if heads:  # labels alone have none, and torch takes no empty state
+                set_model_state_dict(
+                    self.distiller.heads, cast(Any, heads), options=StateDictOptions(full_state_dict=True)
+                )
             self.unlogged = json.loads((folder / RUN_FILE).read_text())["unlogged"]
 
     def _unlogged(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from launched import TORCHRUN, distill
 from small_experiment import weights
 
 from pipeline.errors import ConfigError, TrainingStopped
+from pipeline.losses import LOSSES
 from pipeline.student import train_student
 from pipeline.trainer import DistillTrainer
 
@@ -80,6 +81,17 @@ def test_a_run_may_be_stopped_again_and_again(experiment, whole, tmp_path, monke
             train_student(config, tmp_path / "run")
     train_student(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_student_of_labels_alone_goes_on_too(experiment, tmp_path, monkeypatch):
+    alone = [f"losses.{name}=null" for name in LOSSES if name != "supervised"]
+    config = experiment.config(tmp_path, *TEN_STEPS, *alone)
+    train_student(config, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
+        stop_after(5, patch)
+        train_student(config, tmp_path / "run")
+    train_student(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_sigterm_in_the_last_step_leaves_a_finished_run(experiment, whole, tmp_path, monkeypatch):

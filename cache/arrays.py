@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import zarr
@@ -21,7 +21,7 @@ CHUNK_BYTES = 1 << 15
 chunks these would be more bytes than its vision features. Neighbouring chunks are read as one range, so that small
 ones cost little where a sample has many."""
 
-COMPRESSIONS = (("lz4", 5), ("zstd", 2))
+COMPRESSIONS: tuple[tuple[Literal["lz4", "zstd"], int], ...] = (("lz4", 5), ("zstd", 2))
 """Names and levels that blosc is tried with. Vision features, whose lower bits are noise, often take less under lz4,
 which is read in half the time; nearly all else takes less under zstd."""
 

@@ -44,8 +44,9 @@ VALUES = st.one_of(
     st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=20),
     st.sampled_from(["../../outside", "/etc/passwd", "", ".", "a" * 5000, "\x00", "tmp"]),
     st.lists(st.integers(-2, 2**40), max_size=5), st.dictionaries(st.text(max_size=5), st.integers(), max_size=3),
-    st.integers(1, 2000).map(lambda depth: reduce(lambda inner, _: [inner], range(depth), [])),
 )  # fmt: skip
+DEEP = st.integers(1, 2000)  # lists in lists
+NESTED = VALUES | DEEP.map(lambda depth: reduce(lambda inner, _: [inner], range(depth), []))
 
 
 def main() -> int:
@@ -133,7 +134,7 @@ def _replace(content: Any, data: st.DataObject) -> None:
         if isinstance(place, dict) and not data.draw(st.integers(0, 4)):
             del place[key]
         else:
-            place[key] = data.draw(VALUES)
+            place[key] = data.draw(NESTED)
         return
 
 
@@ -149,6 +150,7 @@ def tars(folder: Path, cases: int) -> tuple[int, int]:
     contents = st.one_of(
         st.binary(max_size=300), st.just(json.dumps(record).encode()),
         VALUES.map(lambda value: json.dumps({"id": "a", "conversations": value}).encode()),
+        DEEP.map(lambda depth: b'{"id": "a", "conversations": ' + b"[" * depth + b"]" * depth + b"}"),
         st.just(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x7f\xff\xff\xff\x7f\xff\xff\xff\x08\x02\x00\x00\x00"),
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.merge import Slots
 from pipeline.settings import PowerOfTwo, Section
 from pipeline.tail_draws import draw_tail
+from pipeline.vocabulary import with_tail
 
 Arrays = dict[str, np.ndarray]
 
@@ -199,11 +200,11 @@ def _capture_logits(settings: LogitsTarget, forward: TeacherForward) -> list[Arr
     """Per sample: ids 'P K', log probabilities 'P K' (descending), the log of the remaining mass 'P', draws 'P Z'."""
     assert forward.answer_logits is not None
     top_k = min(settings.top_k, forward.answer_logits.shape[1])
-    log_probs = forward.answer_logits.float().log_softmax(dim=-1)
-    top, ids = log_probs.topk(top_k, dim=-1)
-    tail = log_probs.scatter(1, ids, float("-inf")).logsumexp(dim=-1)
+    ids = forward.answer_logits.topk(top_k, dim=-1).indices
+    top, tail = with_tail(forward.answer_logits, ids)
     kept = {"logits/ids": ids, "logits/log_probs": top, "logits/tail": tail}
     if settings.tail_samples:
+        log_probs = forward.answer_logits.float().log_softmax(dim=-1)
         draws = draw_tail(
             log_probs,
             ids,

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 PIECE_BYTES = 1 << 25  # of float32 logits that are at work at once
+_SMALLEST = 1e-38  # a tail's share of the largest weight: less is nothing in float32
+_LARGEST_EXPONENT = 80.0
 
 
 def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
@@ -38,25 +40,31 @@ class _Picked(torch.autograd.Function):
         tail = torch.zeros_like(total)
         for rows in _pieces(logits):
             piece = _wide(logits[rows])
-            total[rows] = piece.logsumexp(dim=-1)
+            largest = piece.amax(dim=-1)
+            weights = (piece - largest[:, None]).exp_()
+            total[rows] = weights.sum(dim=-1).log() + largest
             if needs_tail:
-                tail[rows] = piece.scatter(1, ids[rows], float("-inf")).logsumexp(dim=-1)
-        ctx.save_for_backward(logits, ids, total, tail)
+                rest = weights.scatter_(1, ids[rows], 0).sum(dim=-1)
+                tail[rows] = rest.clamp(min=_SMALLEST).log() + largest
+        picked = _wide(logits.gather(1, ids))
+        ctx.save_for_backward(logits, ids, picked, total, tail)
         ctx.needs_tail = needs_tail
-        return _wide(logits.gather(1, ids)), total, tail
+        return picked, total, tail
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        logits, ids, total, tail = ctx.saved_tensors
+        logits, ids, picked, total, tail = ctx.saved_tensors
         of_picked, of_total, of_tail = gradients
+        if ctx.needs_tail:
+            # Softmax over the tail is softmax over all, scaled, and none of it at `ids`.
+            scale = of_tail * (total - tail).clamp(max=_LARGEST_EXPONENT).exp()
+            of_picked = of_picked - scale[:, None] * (picked - total[:, None]).exp()
+            of_total = of_total + scale
         result = torch.empty_like(logits)
         for rows in _pieces(logits):
-            piece = _wide(logits[rows])
-            gradient = (piece - total[rows, None]).exp_().mul_(of_total[rows, None])
-            if ctx.needs_tail:
-                rest = piece.scatter(1, ids[rows], float("-inf")).sub_(tail[rows, None]).exp_()
-                gradient.add_(rest.mul_(of_tail[rows, None]))
+            probabilities = (_wide(logits[rows]) - total[rows, None]).exp_()
+            gradient = probabilities.mul_(of_total[rows, None])
             result[rows] = gradient.scatter_add_(1, ids[rows], of_picked[rows]).to(result.dtype)
         return result, None, None
 

@@ -21,6 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
+from reading_worker import forget
+
 LANGUAGE_MODEL = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 12, "num_attention_heads": 16,
                   "num_key_value_heads": 16}  # fmt: skip
 TOWER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -77,11 +79,7 @@ def _size(folder: Path) -> int:
 
 
 def _measured(checkpoint: Path) -> dict[str, Any]:
-    for file in checkpoint.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+    forget(checkpoint)
     command = [sys.executable, __file__, "--load", str(checkpoint)]
     return json.loads(
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]

@@ -30,9 +30,6 @@ class RemotePath:
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(f"{self.url}/{name}", self.mirror)
 
-    def joinpath(self, *names: str) -> RemotePath:
-        return self / "/".join(names)
-
     @property
     def name(self) -> str:
         return self.url.rsplit("/", 1)[-1]
@@ -50,7 +47,10 @@ class RemotePath:
         return (self / name for name in list_folder(self.url))
 
     def read_bytes(self) -> bytes:
-        return read_ranges([Range(self)])[0]
+        data = find_ranges([Range(self)])[0]
+        if data is None:
+            raise FileNotFoundError(errno.ENOENT, "No such file", self.url)
+        return data
 
 
 Place = Path | RemotePath
@@ -92,20 +92,12 @@ def is_remote(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
-    """The bytes of every range, short where a file ends early; what is remote is fetched all at once.
-
-    Raises `FileNotFoundError` for the first file that is absent, `StoreUnreachable` if a server does not answer.
-    """
-    found = find_ranges(ranges)
-    absent = next((piece for piece, data in zip(ranges, found, strict=True) if data is None), None)
-    if absent:
-        raise FileNotFoundError(errno.ENOENT, "No such file", str(absent.file))
-    return [data for data in found if data is not None]
-
-
 def find_ranges(ranges: Sequence[Range]) -> list[bytes | None]:
-    """As `read_ranges`, with None for what is in an absent file; neighbours in a file are read as one."""
+    """The bytes of every range, short where a file ends early, None where there is no file.
+
+    What is remote is fetched all at once; neighbours in a file are read as one. Raises `StoreUnreachable` if a server
+    does not answer.
+    """
     found = [_from_mirror(piece) for piece in ranges]
     wanted = [n for n, data in enumerate(found) if data is None]
     runs = _runs([ranges[n] for n in wanted])

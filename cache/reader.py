@@ -149,9 +149,10 @@ class Store:
 
     def _read_indexes(self) -> None:
         """Every index that was not read yet; from a server they come together, not one by one."""
-        todo = [] if isinstance(self.path, Path) else [p for p in self._finished.values() if p.index_file]
-        files = [Range(file) for part in todo if (file := part.index_file)]
-        for part, data in zip(todo, find_ranges(files), strict=True):
+        if isinstance(self.path, Path):
+            return
+        todo = [(part, Range(file)) for part in self._finished.values() if (file := part.index_file)]
+        for (part, _), data in zip(todo, find_ranges([whole for _, whole in todo]), strict=True):
             part.index_data = data
 
 

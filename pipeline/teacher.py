@@ -106,15 +106,15 @@ def write_parts(plan: CapturePlan, worker: Worker = ALONE) -> CacheSummary:
         with Progress(todo, description="teacher-cache") as progress, Behind(limit=1) as writing:
             capture = Capture(config, teacher, plan.preparation, progress, cached)
             for shard, lease in shards_to_write(store, shards, worker, say=progress.say):
-                try:
-                    captured = capture.run(store, shard)
-                except BaseException as error:
-                    lease.close()
-                    if not isinstance(error, ShardError) or config.data.on_bad_sample == "fail":
-                        raise
-                    broken.append(str(error))
-                else:
-                    writing.do(partial(_write, captured, lease, summaries, progress))
+                with lease:  # it ends here, unless there is a part to write
+                    try:
+                        captured = capture.run(store, shard)
+                    except ShardError as error:
+                        if config.data.on_bad_sample == "fail":
+                            raise
+                        broken.append(str(error))
+                    else:
+                        writing.do(partial(_write, captured, lease.pop_all(), summaries, progress))
     if worker.world_size > 1:
         len(
             Store(config.one_cache.path)

@@ -27,6 +27,7 @@ from safetensors.numpy import load
 
 Arrays = dict[str, np.ndarray]
 SHUFFLE_BUFFER = 64  # samples, WebDataset's
+BATCH = 8  # samples that a training process asks the store for at once
 CHUNK_BYTES = 64 * 1024**2  # litdata's and MDS's files
 
 
@@ -120,7 +121,10 @@ def _ours(
         reader.decode_rows = lambda spec, stored: stored  # what is stored, by suffix
     store = reader.Store(folder, **({} if cache_bytes is None else {"cache_bytes": cache_bytes}))
     keys, names = list(store.keys()), list(store.manifest.specs)
-    arrays = (store.read(keys[index], names) for index in indices)
+    batches = (indices[start : start + BATCH] for start in range(0, len(indices), BATCH))
+    arrays = (
+        sample for batch in batches for sample in store.read_many([keys[index] for index in batch], names)
+    )
     return arrays if as_floats else (_named(sample) for sample in arrays)
 
 

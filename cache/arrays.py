@@ -21,9 +21,13 @@ CHUNK_BYTES = 1 << 15
 chunks these would be more bytes than its vision features. Neighbouring chunks are read as one range, so that small
 ones cost little where a sample has many."""
 
-COMPRESSIONS: tuple[tuple[Literal["lz4", "zstd"], int], ...] = (("lz4", 5), ("zstd", 2))
-"""Names and levels that blosc is tried with. Vision features, whose lower bits are noise, often take less under lz4,
-which is read in half the time; nearly all else takes less under zstd."""
+Compression = tuple[Literal["lz4", "zstd"], int]
+
+FAST: Compression = ("lz4", 5)
+SMALL: Compression = ("zstd", 2)
+WORTH_IT = 0.9
+"""Names and levels that blosc is tried with; SMALL is taken where its bytes are at most this share of FAST's, for it
+takes twice as long to read. Vision features, whose lower bits are noise, often take less under lz4."""
 
 _SHUFFLES = {"shuffle": 1, "bitshuffle": 2}
 # The library tells no types.
@@ -48,7 +52,7 @@ def write_array(path: Path, stored: StoredArray, *, rows: Array, axes: list[str]
         chunks=(chunk_rows, *stored.row_shape),
         shards=(shard_rows, *stored.row_shape),
         filters=[],
-        compressors=[_smallest(stored, rows[:chunk_rows]), Crc32cCodec()],
+        compressors=[_compressor(stored, rows[:chunk_rows]), Crc32cCodec()],
         fill_value=stored.fill_value,
         dimension_names=axes,
         # An absent file must mean damage, so a shard of nothing but fill values is written too.
@@ -63,16 +67,14 @@ def _chunk_rows(stored: StoredArray, num_rows: int) -> int:
     return max(1, min(CHUNK_BYTES // row_bytes, num_rows))
 
 
-def _smallest(stored: StoredArray, chunk: Array) -> BloscCodec:
-    """Of COMPRESSIONS the one under which this chunk takes the fewest bytes, the first of equals."""
+def _compressor(stored: StoredArray, chunk: Array) -> BloscCodec:
+    """FAST or SMALL, by the bytes that this chunk takes under each."""
     itemsize = np.dtype(stored.dtype).itemsize
-    return min(
-        (
-            BloscCodec(typesize=itemsize, cname=name, clevel=level, shuffle=stored.shuffle)
-            for name, level in COMPRESSIONS
-        ),
-        key=lambda codec: len(_encode(codec, chunk)),
+    fast, small = (
+        BloscCodec(typesize=itemsize, cname=name, clevel=level, shuffle=stored.shuffle)
+        for name, level in (FAST, SMALL)
     )
+    return small if len(_encode(small, chunk)) <= WORTH_IT * len(_encode(fast, chunk)) else fast
 
 
 def _encode(codec: BloscCodec, chunk: Array) -> bytes:

@@ -7,8 +7,10 @@ chunk, and every range of a sample can be asked for at once, which is what count
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,11 +19,11 @@ import numpy as np
 from numcodecs import blosc  # pyright: ignore[reportMissingTypeStubs, reportAttributeAccessIssue, reportUnknownVariableType]
 from numpy.typing import NDArray
 
-from cache.codecs import Array, StoredArray, holds_fill
+from cache.codecs import Array, StoredArray
 from cache.durable import hash_bytes
 from cache.errors import CorruptPart
 from cache.layout import ZARR_METADATA, shard_file
-from cache.place import Place, Range, find_ranges
+from cache.place import Place, Range, find_ranges, iter_ranges
 from cache.records import FileRecord
 
 MAX_CHUNK_BYTES = 1 << 30  # decompressed; a file that claims more is not of our making
@@ -48,30 +50,27 @@ class OpenArray:
     def num_chunks(self) -> int:
         return len(self.spans)
 
-    def range_of(self, number: int) -> Range:
-        offset, size = (int(value) for value in self.spans[number])
-        return Range(self.shard, offset, offset + size)
+    @cached_property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.stored.dtype).newbyteorder("<")
 
-    def read_chunk(self, number: int, data: bytes | None) -> Array:
-        """The rows of one chunk, none of which is the fill value where the codec never writes that."""
-        rows = self.decode_chunk(number, data)
-        if holds_fill(self.stored, rows):
-            fill = f"chunk {number} holds {self.stored.fill_value}, which is never stored"
-            raise CorruptPart(self.shard, fill)
-        return rows
+    @cached_property
+    def _chunk_bytes(self) -> int:
+        return self.chunk_rows * self._dtype.itemsize * math.prod(self.stored.row_shape)
+
+    def range_of(self, number: int) -> Range:
+        offset, size = self.spans[number].tolist()
+        return Range(self.shard, offset, offset + size)
 
     def decode_chunk(self, number: int, data: bytes | None) -> Array:
         """The rows of one chunk, not to be written to, from its bytes; None is what an absent file gives."""
         if data is None:
             raise CorruptPart(self.shard, "the file is gone")
-        itemsize = np.dtype(self.stored.dtype).itemsize
-        row_bytes = itemsize * int(np.prod(self.stored.row_shape, dtype=np.int64))
         try:
-            raw = _decompressed(_checked(data), num_bytes=self.chunk_rows * row_bytes)
+            raw = _decompressed(_checked(data), num_bytes=self._chunk_bytes)
         except ValueError as error:
             raise CorruptPart(self.shard, f"chunk {number} cannot be decoded ({error})") from error
-        dtype = np.dtype(self.stored.dtype).newbyteorder("<")
-        rows = raw.view(dtype).reshape(self.chunk_rows, *self.stored.row_shape)
+        rows = raw.view(self._dtype).reshape(self.chunk_rows, *self.stored.row_shape)
         return rows[: self.num_rows - number * self.chunk_rows]
 
 
@@ -97,14 +96,15 @@ def _decompressed(content: memoryview, *, num_bytes: int) -> Array:
     return raw
 
 
-def read_chunks(chunks: Sequence[tuple[OpenArray, int]]) -> list[Array]:
-    """Chunks by array and number, all asked for at once."""
-    try:
-        found = find_ranges([array.range_of(number) for array, number in chunks])
-    except OSError as error:
-        shards = ", ".join(sorted({str(array.shard) for array, _ in chunks}))
-        raise CorruptPart(chunks[0][0].shard, f"one of {shards} cannot be read ({error})") from error
-    return [array.read_chunk(number, data) for (array, number), data in zip(chunks, found, strict=True)]
+def read_chunks(chunks: Sequence[tuple[OpenArray, int]]) -> Iterator[Array]:
+    """Chunks by array and number in turn, all asked for before the first is given."""
+    found = iter_ranges([array.range_of(number) for array, number in chunks])
+    for array, number in chunks:
+        try:
+            data = next(found)
+        except OSError as error:
+            raise CorruptPart(array.shard, f"chunk {number} cannot be read ({error})") from error
+        yield array.decode_chunk(number, data)
 
 
 def read_chunk(array: OpenArray, number: int) -> Array:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, cast
 
 from cache.durable import files_below, hash_blocks, hash_file
 from cache.errors import NotThere
+from cache.local import LocalRange, read_ranges
 from cache.mirror import MirrorFolder
 from cache.remote import blocks, download, fetch, list_files, list_folder
 
@@ -93,16 +92,31 @@ def is_remote(path: str | Path) -> bool:
 
 
 def find_ranges(ranges: Sequence[Range]) -> list[bytes | None]:
-    """The bytes of every range, short where a file ends early, None where there is no file.
+    """The bytes of every range, as `iter_ranges` gives them."""
+    return list(iter_ranges(ranges))
+
+
+def iter_ranges(ranges: Sequence[Range]) -> Iterator[bytes | None]:
+    """The bytes of every range in turn, short where a file ends early, None where there is no file.
 
     What is remote is fetched all at once; neighbours in a file are read as one. Raises `StoreUnreachable` if a server
     does not answer.
     """
+    runs = _runs(ranges)
+    if all(isinstance(run[0].file, Path) for run in runs):
+        wholes = [LocalRange(cast(Path, run[0].file), run[0].start, run[-1].stop) for run in runs]
+        for run, data in zip(runs, read_ranges(wholes), strict=True):
+            yield from _split(data, run)
+    else:
+        yield from _find_remote(ranges)
+
+
+def _find_remote(ranges: Sequence[Range]) -> list[bytes | None]:
     found = [_from_mirror(piece) for piece in ranges]
     wanted = [n for n, data in enumerate(found) if data is None]
     runs = _runs([ranges[n] for n in wanted])
-    read = iter(_read([Range(run[0].file, run[0].start, run[-1].stop) for run in runs]))
-    pieces = [data for run in runs for data in _split(next(read), run)]
+    fetched = fetch([(str(run[0].file), run[0].start, run[-1].stop) for run in runs])
+    pieces = [data for run, whole in zip(runs, fetched, strict=True) for data in _split(whole, run)]
     for n, data in zip(wanted, pieces, strict=True):
         found[n] = data
         _to_mirror(ranges[n], data)
@@ -125,41 +139,6 @@ def _split(data: bytes | None, run: Sequence[Range]) -> Sequence[bytes | None]:
         return [data] * len(run)
     start = run[0].start
     return [data[piece.start - start : piece.stop and piece.stop - start] for piece in run]
-
-
-def _read(ranges: Sequence[Range]) -> list[bytes | None]:
-    remote = [n for n, piece in enumerate(ranges) if isinstance(piece.file, RemotePath)]
-    fetched = fetch([(str(ranges[n].file), ranges[n].start, ranges[n].stop) for n in remote])
-    found = dict(zip(remote, fetched, strict=True))
-    with ExitStack() as files:
-        # A disk is given all that it is to read before the first is waited for.
-        opened = [
-            _asked_for(piece.file, piece, files) if isinstance(piece.file, Path) else None for piece in ranges
-        ]
-        return [
-            _read_local(file, ranges[n]) if file is not None else found.get(n)
-            for n, file in enumerate(opened)
-        ]
-
-
-def _asked_for(path: Path, piece: Range, files: ExitStack) -> BinaryIO | None:
-    """The file, whose system was told what will be read of it; None if it is absent."""
-    try:
-        file = files.enter_context(path.open("rb"))
-    except FileNotFoundError:
-        return None
-    if hasattr(os, "posix_fadvise"):  # not everywhere
-        length = 0 if piece.stop is None else piece.stop - piece.start
-        with suppress(OSError):  # a file system may not know how
-            if piece.stop is not None:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # and nothing beyond
-            os.posix_fadvise(file.fileno(), piece.start, length, os.POSIX_FADV_WILLNEED)
-    return file
-
-
-def _read_local(file: BinaryIO, piece: Range) -> bytes:
-    file.seek(piece.start)
-    return file.read(-1 if piece.stop is None else piece.stop - piece.start)
 
 
 def _from_mirror(piece: Range) -> bytes | None:

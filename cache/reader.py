@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cache.chunk_cache import ChunkCache
+from cache.chunks import OpenArray
 from cache.codecs import Array, check_specs, decode_rows, stored_arrays
 from cache.documents import read_document
 from cache.errors import CorruptFile, DuplicateKey, KeyNotInStore, StoreNotFound, UnknownArray, UnknownPart
@@ -18,7 +20,9 @@ from cache.place import Place, Range, find_ranges, place
 from cache.records import read_rejects
 from cache.schema import ArraySpec, Manifest, SampleEntry
 
-DEFAULT_CACHE_BYTES = 256 * 1024**2
+DEFAULT_CACHE_BYTES = 64 * 1024**2
+"""Only chunks that samples share are kept, at most one or two an array and sample: room for those of a thousand
+samples, which is what a shuffled window of blocks needs."""
 
 
 class Store:
@@ -89,21 +93,26 @@ class Store:
 
         Sample-owned: 'rows *row_shape'. Image-owned: '<the sample's images, in order> *row_shape'.
         """
-        part, sample = self._place(key)
-        try:
-            return self._read(self._part(part), sample, [self._spec(name) for name in names])
-        except CorruptFile as error:
-            raise error.for_key(key) from error
+        [arrays] = self.read_many([key], names)
+        return arrays
 
-    def _read(self, part: FinishedPart, sample: int, specs: Sequence[ArraySpec]) -> dict[str, Array]:
-        cache = self._chunk_cache()
-        wanted = [(spec, stored) for spec in specs for stored in stored_arrays(spec)]
-        spans = [part.index.row_spans(sample, spec) for spec, _ in wanted]
-        rows = cache.rows(list(zip(part.arrays(wanted), spans, strict=True)))
-        codes: dict[str, dict[str, Array]] = {spec.name: {} for spec in specs}
-        for (spec, stored), values in zip(wanted, rows, strict=True):
-            codes[spec.name][stored.suffix] = values
-        return {spec.name: decode_rows(spec, codes[spec.name]) for spec in specs}
+    def read_many(self, keys: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Array]]:
+        """What `read` gives, of each key in turn; all that they need is asked for at once."""
+        cache, specs = self._chunk_cache(), [self._spec(name) for name in names]
+        rows = cache.rows([place for key in keys for place in self._rows(key, specs)])
+        for key in keys:
+            with _named(key):
+                arrays = _decoded(specs, rows)
+            yield arrays
+
+    def _rows(self, key: str, specs: Sequence[ArraySpec]) -> list[tuple[OpenArray, list[tuple[int, int]]]]:
+        """A sample's stored arrays, and where its rows lie in each."""
+        part, sample = self._place(key)
+        stored = [(spec, one) for spec in specs for one in stored_arrays(spec)]
+        with _named(key):
+            finished = self._part(part)
+            spans = [finished.index.row_spans(sample, spec) for spec, _ in stored]
+            return list(zip(finished.arrays(stored), spans, strict=True))
 
     def _start(self) -> None:
         self._process = -1
@@ -154,6 +163,23 @@ class Store:
         todo = [(part, Range(file)) for part in self._finished.values() if (file := part.index_file)]
         for (part, _), data in zip(todo, find_ranges([whole for _, whole in todo]), strict=True):
             part.index_data = data
+
+
+@contextmanager
+def _named(key: str) -> Generator[None]:
+    """What is found to be corrupt tells for which sample it was read."""
+    try:
+        yield
+    except CorruptFile as error:
+        raise error.for_key(key) from error
+
+
+def _decoded(specs: Sequence[ArraySpec], rows: Iterator[Array]) -> dict[str, Array]:
+    """A sample's arrays from the rows that come next, those of each stored array."""
+    return {
+        spec.name: decode_rows(spec, {stored.suffix: next(rows) for stored in stored_arrays(spec)})
+        for spec in specs
+    }
 
 
 def read_manifest(path: Place) -> Manifest:

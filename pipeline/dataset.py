@@ -16,7 +16,7 @@ from pipeline.conversation import TokenizedSample
 from pipeline.errors import BadSample, ConfigError, JoinError
 from pipeline.inputs import Preparation, pad_tokens
 from pipeline.memory import BoundedCache, TensorCache
-from pipeline.missing import join_rows
+from pipeline.missing import Row, join_rows
 from pipeline.models.merge import text_rows
 from pipeline.rank_batches import Filler
 from pipeline.shards import expand_shards, parse_record, part_name, read_span
@@ -101,27 +101,39 @@ class JoinedDataset(Dataset[JoinedSample]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> JoinedSample:
-        part, entry = self.rows[index]
-        stored = self.stored.get(entry.key) or self.stored.put(entry.key, self._read(part, entry))
-        pixels = {digest: self._pixels(part, entry, n) for n, digest in enumerate(entry.images)}
-        lacking = self.lacking.get(entry.key, frozenset())
-        return JoinedSample(
-            entry.key,
-            stored.tokens,
-            pixels,
-            entry.images,
-            stored.arrays,
-            lacking,
-            is_filler=isinstance(index, Filler),
-        )
+        [sample] = self.__getitems__([index])
+        return sample
 
-    def _read(self, part: str, entry: SampleEntry) -> StoredSample:
-        is_new = entry.key not in self.verified
-        arrays = self.stores.read(entry.key, self.names, compared=is_new)
+    def __getitems__(self, indices: Sequence[int]) -> list[JoinedSample]:
+        """A batch, which torch's loader asks for in one piece, so that all of it is asked of the store at once."""
+        rows = [self.rows[index] for index in indices]
+        stored = self._stored({entry.key: (part, entry) for part, entry in rows})
+        return [
+            JoinedSample(
+                entry.key,
+                stored[entry.key].tokens,
+                {digest: self._pixels(part, entry, n) for n, digest in enumerate(entry.images)},
+                entry.images,
+                stored[entry.key].arrays,
+                self.lacking.get(entry.key, frozenset()),
+                is_filler=isinstance(index, Filler),
+            )
+            for index, (part, entry) in zip(indices, rows, strict=True)
+        ]
+
+    def _stored(self, rows: Mapping[str, Row]) -> dict[str, StoredSample]:
+        """By key what the store holds of the samples; what is not in memory is read together."""
+        found = {key: held for key in rows if (held := self.stored.get(key)) is not None}
+        fresh = [key for key in rows if key not in found]
+        for key, arrays in zip(fresh, self.stores.read_many(fresh, self.names), strict=True):
+            found[key] = self.stored.put(key, self._checked(*rows[key], arrays))
+        return found
+
+    def _checked(self, part: str, entry: SampleEntry, arrays: dict[str, np.ndarray]) -> StoredSample:
         tokens = TokenizedSample(
             tuple(arrays.pop("input_ids").tolist()), tuple(arrays.pop("labels").tolist())
         )
-        if is_new:
+        if entry.key not in self.verified:
             self._compare_tokens(part, entry, tokens)
             self.verified.add(entry.key)
         arrays["num_images"] = np.array(len(entry.images))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -81,24 +82,26 @@ class Stores:
         )
         return replace(attention, hidden_size=vision.hidden_size)
 
-    def read(self, key: str, names: Sequence[Sequence[str]], *, compared: bool) -> dict[str, np.ndarray]:
-        """`TOKENS` and the arrays named for each source, of those that hold the sample.
+    def read_many(
+        self, keys: Sequence[str], names: Sequence[Sequence[str]]
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Of each key in turn `TOKENS` and the arrays named for each source, of those sources that hold the sample.
 
-        `compared`: raises `JoinError` if the stores that hold it do not agree on its tokens and images.
+        All is asked for at once. Raises `JoinError` if those that hold a sample differ in its tokens or images.
         """
-        holding = [
-            (source, wanted)
+        streams = [
+            source.store.read_many([key for key in keys if key in source.store], [*TOKENS, *wanted])
             for source, wanted in zip(self.sources, names, strict=True)
-            if key in source.store
         ]
-        (first, wanted), *others = holding
-        arrays = first.store.read(key, [*TOKENS, *wanted])
-        for source, more in others:
-            theirs = source.store.read(key, [*(TOKENS if compared else ()), *more])
-            if compared:
-                _check_same_sample(key, (first.store, arrays), (source.store, theirs))
-            arrays |= {name: theirs[name] for name in more}
-        return arrays
+        for key in keys:
+            first, *others = [
+                (source.store, next(stream))
+                for source, stream in zip(self.sources, streams, strict=True)
+                if key in source.store
+            ]
+            for other in others:
+                _check_same_sample(key, first, other)
+            yield dict(ChainMap(first[1], *(arrays for _, arrays in others)))
 
     def to_json(self) -> list[dict[str, Any]]:
         """Path, targets and fingerprint of each store, for the record."""
@@ -231,7 +234,7 @@ def _listed(sources: Sequence[Source]) -> str:
     return ", ".join(f"{source.store.path} gives {' and '.join(source.targets)}" for source in sources)
 
 
-Sample = tuple[Store, Mapping[str, np.ndarray]]
+Sample = tuple[Store, dict[str, np.ndarray]]
 
 
 def _check_same_sample(key: str, mine: Sample, theirs: Sample) -> None:

@@ -170,6 +170,7 @@ FLOORS: dict[str, set[str]] = {
         "cache.index",
         "cache.layout",
         "cache.leases",
+        "cache.local",
         "cache.mirror",
         "cache.part_reader",
         "cache.part_writer",

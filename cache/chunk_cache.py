@@ -29,7 +29,7 @@ class ChunkCache:
         What is not held is asked for at once, all of it, before the first rows are given.
         """
         needed = [_chunks_of(array, spans) for array, spans in wanted]
-        named = {chunk.name: chunk for some in needed for chunk in some}
+        named = _named(chunk for some in needed for chunk in some)
         chunks = self._held(named)
         missing = [chunk for name, chunk in named.items() if name not in chunks]
         fresh = zip(missing, read_chunks([(chunk.array, chunk.number) for chunk in missing]), strict=True)
@@ -40,6 +40,9 @@ class ChunkCache:
                 if chunk.is_shared:
                     self._keep(chunk.name, rows)
             yield _joined(array, spans, chunks)
+            for chunk in some:
+                if not named[chunk.name].is_shared:
+                    del chunks[chunk.name]
 
     def _held(self, names: Iterable[ChunkName]) -> dict[ChunkName, Array]:
         """Those of the chunks that are here; the cache may drop some of them again, this answer keeps them."""
@@ -62,6 +65,14 @@ class _Chunk(NamedTuple):
     array: OpenArray
     number: int
     is_shared: bool
+
+
+def _named(chunks: Iterable[_Chunk]) -> dict[ChunkName, _Chunk]:
+    """Each chunk once, by its name; one that comes twice is shared."""
+    named: dict[ChunkName, _Chunk] = {}
+    for chunk in chunks:
+        named[chunk.name] = chunk._replace(is_shared=chunk.is_shared or chunk.name in named)
+    return named
 
 
 def _chunks_of(array: OpenArray, spans: Sequence[tuple[int, int]]) -> list[_Chunk]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 from small_store import (
     DIGEST_A,
     DIGEST_B,
@@ -101,6 +103,31 @@ def test_any_order_and_any_cache_size_read_the_same(tmp_path: Path, cache_bytes:
         assert (store.read(str(number), ["hidden"])["hidden"] == rows[number]).all()
         assert store._chunks._held_bytes <= cache_bytes
         assert store._chunks._held_bytes == sum(chunk.nbytes for chunk in store._chunks._chunks.values())
+
+
+@given(
+    keys=st.lists(st.sampled_from(["a0", "a1", "b0", "b1"]), max_size=6),
+    cache_bytes=st.sampled_from([0, 1 << 20]),
+)
+def test_many_at_once_are_each_what_reading_it_alone_gives(
+    store: Store, keys: list[str], cache_bytes: int
+) -> None:
+    names = list(store.manifest.specs)
+    found = list(Store(store.path, cache_bytes=cache_bytes).read_many(keys, names))
+    assert len(found) == len(keys)
+    for key, arrays in zip(keys, found, strict=True):
+        alone = store.read(key, names)
+        assert list(arrays) == names and all(np.array_equal(arrays[name], alone[name]) for name in names)
+
+
+def test_of_many_at_once_the_one_that_is_damaged_is_named_after_those_before_it(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "s")
+    flip_bit(path / SHARD, offset=0)
+    found = Store(path).read_many(["b0", "b1", "a0"], ["hidden"])
+    assert (next(found)["hidden"] == sample_arrays(10)["hidden"]).all()
+    next(found)
+    with pytest.raises(CorruptPart, match="reading sample 'a0'"):
+        next(found)
 
 
 def test_what_is_read_is_the_readers_own(store: Store) -> None:

@@ -93,7 +93,9 @@ def test_a_chunk_that_claims_another_size_is_refused_before_memory_is_taken(tmp_
     [(np.random.default_rng(0).normal(0, 50, size=(1, 4096, 144)), "lz4"), (np.ones((1, 4096, 144)), "zstd")],
     ids=["noise", "one value"],
 )
-def test_an_array_is_kept_by_the_compression_that_makes_its_first_chunk_smallest(tmp_path, rows, name):
+def test_an_array_is_compressed_fast_unless_the_small_way_saves_a_tenth_of_its_first_chunk(
+    tmp_path, rows, name
+):
     stored = StoredArray("", "int16", (4096, 144), "bitshuffle", -32768, True)
     written.write_array(tmp_path / "a", stored, rows=rows.astype(np.int16), axes=["I", "D", "N"])
     codecs = json.loads((tmp_path / "a" / "zarr.json").read_text())["codecs"][0]["configuration"]["codecs"]
@@ -109,6 +111,21 @@ def test_rows_of_one_chunk_are_not_copied_and_cannot_be_written_to(spread):
     assert np.shares_memory(first, again) and np.array_equal(first, theirs[1:4])
     with pytest.raises(ValueError, match="read-only"):
         first[0] = 0
+
+
+def test_a_chunk_is_kept_only_if_it_has_rows_of_others_or_is_asked_for_twice(spread):
+    ours, theirs = spread
+    size = ours.chunk_rows
+    for spans, kept in (
+        ([(0, size)], []),
+        ([(0, size + 1)], [1]),
+        ([(1, 2 * size)], [0]),
+        ([(0, size), (0, size)], [0]),
+    ):
+        cache = ChunkCache(1 << 20)
+        [rows] = cache.rows([(ours, spans)])
+        assert np.array_equal(rows, np.concatenate([theirs[start:stop] for start, stop in spans]))
+        assert [number for _, number in cache._chunks] == kept
 
 
 def test_neighbouring_ranges_are_one_request_and_come_back_apart(tmp_path):

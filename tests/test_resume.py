@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -108,10 +109,13 @@ def test_going_on_reads_no_sample_of_before(experiment, tmp_path, monkeypatch):
     from pipeline.dataset import JoinedDataset
 
     read: list[str] = []
-    before = JoinedDataset.__getitem__
-    monkeypatch.setattr(
-        JoinedDataset, "__getitem__", lambda d, i: read.append(d.rows[i][1].key) or before(d, i)
-    )
+    before = JoinedDataset.__getitems__
+
+    def recorded(dataset: JoinedDataset, indices: Sequence[int]):
+        read.extend(dataset.rows[index][1].key for index in indices)
+        return before(dataset, indices)
+
+    monkeypatch.setattr(JoinedDataset, "__getitems__", recorded)
     config = experiment.config(tmp_path, *TEN_STEPS, "train.max_steps=8")
     train_student(config, tmp_path / "whole")
     assert len(read) == 2 * 13

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,10 @@ LABELS_ALONE = [f"losses.{name}=null" for name in LOSSES if name != "supervised"
 class RecordedDataset(JoinedDataset):
     """A join that remembers which samples it was asked for."""
 
-    def __getitem__(self, index: int):
-        sample = super().__getitem__(index)
-        self.__dict__.setdefault("asked", []).append(sample.key)
-        return sample
+    def __getitems__(self, indices: Sequence[int]):
+        samples = super().__getitems__(indices)
+        self.__dict__.setdefault("asked", []).extend(sample.key for sample in samples)
+        return samples
 
 
 @pytest.fixture

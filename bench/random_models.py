@@ -36,14 +36,25 @@ def _language_model(width: int, inner: int, layers: int, heads: int) -> dict[str
 MODELS: dict[tuple[str, str], dict[str, Any]] = {
     ("small", "teacher"): {**_language_model(256, 688, 32, 8), "vision_config": SMALL_TOWER},
     ("small", "student"): {**_language_model(192, 512, 12, 6), "vision_config": SMALL_TOWER},
+    # What two CPU cores can hold four of: full widths, fewer layers. A student's head weighs three times too much.
+    ("wide", "teacher"): {**_language_model(4096, 11008, 8, 32), "vision_config": FULL_TOWER},
+    ("wide", "student"): {**_language_model(2048, 5632, 6, 16), "vision_config": FULL_TOWER},
     ("full", "teacher"): {**_language_model(4096, 11008, 32, 32), "vision_config": FULL_TOWER},  # 7B
     ("full", "student"): {**_language_model(2048, 5632, 24, 16), "vision_config": FULL_TOWER},  # 1.7B
 }
+SIZES = ("small", "wide", "full")
 IMAGE_SIZE, PATCH_SIZE, VOCABULARY = 336, 14, 32000
 
 
+def compute_dtype(size: str) -> str:
+    """What a model of that size computes in; float16 is slow on a CPU."""
+    if size == "small":
+        return "float32"
+    return "float16" if torch.cuda.is_available() else "bfloat16"
+
+
 def write_model(folder: Path, size: str, role: str) -> Path:
-    """A checkpoint in the published layout; float32 at the small size, float16 at the full one."""
+    """A checkpoint in the published layout, in the dtype that it is computed in."""
     settings = MODELS[size, role]
     tower = {
         **settings["vision_config"],
@@ -55,11 +66,13 @@ def write_model(folder: Path, size: str, role: str) -> Path:
         "vision_config": tower, "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "pad_token_id": 0,
         "mm_projector_grid": 12,
     })  # fmt: skip
-    dtype = torch.float16 if size == "full" else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    with torch.device(device):
-        model = MobileVLMForCausalLM(config).to(dtype)
+    torch.set_default_dtype(getattr(torch, compute_dtype(size)))  # 7B weights fit in memory once, not twice
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = MobileVLMForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     spec = importlib.util.find_spec("mistral_common")
     assert spec is not None and spec.origin is not None, "`make setup` installs the tokenizer's package"

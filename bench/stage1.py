@@ -1,6 +1,7 @@
 """Stage 1 against the bare teacher forward, the obvious way, and its own stub, side by side.
 
 python bench/stage1.py --size small --tokens 300
+python bench/stage1.py --size wide --samples 4       (full widths in bfloat16, 8 layers of 32: two CPU cores, 20 GB)
 python bench/stage1.py --size full --tokens 300      (a GPU with 40 GB, about 8 minutes)
 
 `bare`     tower, projector, decoder with SDPA, and the head where answers are: nothing decoded, kept or written
@@ -52,7 +53,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=["small", "full"], default="small")
+    parser.add_argument("--size", choices=["small", "wide", "full"], default="small")
     parser.add_argument(
         "--tokens", type=int, default=300, help="positions of a sample, vision tokens included"
     )
@@ -76,12 +77,18 @@ def _prepare(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace, targets: Mapping[str, Any]) -> Any:
+    from random_models import compute_dtype
+
     from pipeline.config import Config
 
     folder = Path(options.folder)
     return Config.model_validate({
         "output_dir": str(folder / "out"),
-        "teacher": {"model": str(folder / "teacher"), "batch_size": options.batch_size},
+        "teacher": {
+            "model": str(folder / "teacher"),
+            "batch_size": options.batch_size,
+            "dtype": compute_dtype(options.size),
+        },
         "student": {"model": str(folder / "teacher")},
         "data": {"shards": str(folder / "data" / "shards")},
         "cache": {"path": str(folder / f"store-{os.getpid()}")},

@@ -1,6 +1,7 @@
 """A step of stage 2 from the store against plain fine-tuning and against a teacher in the same process, side by side.
 
 python bench/stage2.py --size small --tokens 300
+python bench/stage2.py --size wide --samples 8 --batch_size 4 --only labels,plain,cached   (two CPU cores, 20 GB)
 python bench/stage2.py --size full --tokens 300      (a GPU with 80 GB, about 8 minutes)
 
 `labels`   the student on labels alone, by the same code: the head runs where answers are
@@ -53,7 +54,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=["small", "full"], default="small")
+    parser.add_argument("--size", choices=["small", "wide", "full"], default="small")
     parser.add_argument(
         "--tokens", type=int, default=300, help="positions of a sample, vision tokens included"
     )
@@ -84,13 +85,15 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace, losses: Mapping[str, Any]) -> Any:
+    from random_models import compute_dtype
+
     from pipeline.config import Config
 
-    folder, is_full = Path(options.folder), options.size == "full"
+    folder, dtype = Path(options.folder), compute_dtype(options.size)
     return Config.model_validate({
         "output_dir": str(folder / "out"),
-        "teacher": {"model": str(folder / "teacher"), "batch_size": options.batch_size},
-        "student": {"model": str(folder / "student"), "dtype": "bfloat16" if is_full else "float32"},
+        "teacher": {"model": str(folder / "teacher"), "batch_size": options.batch_size, "dtype": dtype},
+        "student": {"model": str(folder / "student"), "dtype": "float32" if dtype == "float32" else "bfloat16"},
         "data": {"shards": str(folder / "data" / "shards")},
         "cache": {"path": str(folder / "store")},
         "targets": TARGETS,

@@ -8,8 +8,8 @@ Values are synthetic. A peer holds a sample as the integer codes that the store 
 safetensors blob, and has an environment of its own, made with pip below --environments. One process reads.
 Contestants take turns within every repeat, each in a new process, with other samples in every repeat. `codes`: as
 stored; `float32`: as training gets them. Cold: the system's memory holds nothing of the files. Warm: it holds all of
-them, the contestant nothing. `ours` keeps no chunk between samples, as if the store were so large that none is met
-twice. What cannot be installed or run is listed with the reason.
+them, the contestant nothing. `ours` asks for batches of 8 and keeps no chunk between them, as if the store were so
+large that none is met twice. What cannot be installed or run is listed with the reason.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from reading_samples import SIZES, VISION_STEP, Size, write_samples
+from reading_table import MODES, OURS, WINDOWS, bars, summary, table
 
 from cache import Store
 from cache.codecs import stored_arrays
@@ -42,20 +43,7 @@ PEERS = {
     "litdata": ["litdata==0.2.76", "torch==2.13.0", "torchvision==0.28.0", "safetensors==0.8.0"],
     "mds": ["mosaicml-streaming==0.13.0", "torch==2.13.0", "torchvision==0.28.0", "safetensors==0.8.0"],
 }
-OURS, WINDOWS = "ours", "ours, windows of 32"
 WINDOW_SAMPLES = 32
-MODES = {"codes": False, "float32": True}
-READ_ACCESS = {
-    OURS: "any sample",
-    WINDOWS: "windows of 32 neighbours, shuffled inside",
-    "webdataset": "sequential, shuffle buffer of 64",
-    "lmdb": "any sample",
-    "arrow": "any sample",
-    "litdata": "its own shuffle",
-    "mds": "any sample",
-}
-# What is asked of the store; the rates are samples a second.
-MIN_WARM_RATE, MAX_BYTES_RATIO = 300, 1.3
 
 
 class CannotRunError(Exception):
@@ -191,109 +179,6 @@ def _share(array: Any, start: int, stop: int) -> float:
         last = min(first + array.chunk_rows, array.num_rows)
         total += int(array.spans[chunk][1]) * (min(stop, last) - max(start, first)) / (last - first)
     return total
-
-
-def summary(name: str, readings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Median, least and greatest of a contestant's rates, of ours over its own, repeat by repeat, and bytes."""
-    figures: dict[str, Any] = {"contestant": name, "access": READ_ACCESS[name]}
-    for mode in MODES:
-        for files in ("cold", "warm"):
-            mine = _rates(readings, name, mode, files)
-            ours = _rates(readings, OURS, mode, files)
-            figures[f"{mode} {files}"] = {
-                "samples_per_second": _spread(mine),
-                "ours_over_it": _spread([our / my for our, my in zip(ours, mine, strict=True)]),
-            }
-        warm = [
-            row for row in readings if (row["contestant"], row["mode"], row["files"]) == (name, mode, "warm")
-        ]
-        figures[f"{mode} cpu_ms"] = statistics.median(
-            1000 * row["cpu_seconds"] / row["samples"] for row in warm
-        )
-    mine = [row for row in readings if row["contestant"] == name]
-    cold = [row for row in mine if row["files"] == "cold"]
-    for field, rows in (("used_bytes", mine), ("asked_bytes", mine), ("disk_bytes", cold)):
-        figures[f"{field}_per_sample"] = statistics.median(row[field] / row["samples"] for row in rows)
-    return figures
-
-
-def _rates(readings: Sequence[dict[str, Any]], name: str, mode: str, files: str) -> list[float]:
-    wanted = {"contestant": name, "mode": mode, "files": files}
-    rows = [row for row in readings if wanted.items() <= row.items()]
-    return [row["samples"] / row["seconds"] for row in sorted(rows, key=lambda row: row["repeat"])]
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
-
-
-def bars(contestants: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked of the store, what was found, and whether that is enough; ours float32 against its codes too."""
-    by_name = {figures["contestant"]: figures for figures in contestants}
-    ours, peers = by_name[OURS], [f for f in contestants if f["contestant"] not in (OURS, WINDOWS)]
-    found = []
-    for mode in MODES:
-        cold, warm = f"{mode} cold", f"{mode} warm"
-        if peers:
-            best = max(peers, key=lambda figures: figures[cold]["samples_per_second"]["median"])
-            ratio = best[cold]["ours_over_it"]["median"]
-            found.append((f"{mode}, cold: ours over the best peer, {best['contestant']}", ratio, ">=", 1.0))
-        if "webdataset" in by_name:
-            ratio = by_name["webdataset"][warm]["ours_over_it"]["median"]
-            found.append((f"{mode}, warm: ours over webdataset", ratio, ">=", 1.0))
-        rate = ours[warm]["samples_per_second"]["median"]
-        found.append((f"{mode}, warm: samples a second", rate, ">=", MIN_WARM_RATE))
-    for field, what in (("asked_bytes", "asked for"), ("disk_bytes", "that the disk gave, cold")):
-        ratio = ours[f"{field}_per_sample"] / ours["used_bytes_per_sample"]
-        found.append((f"bytes {what} over bytes used", ratio, "<=", MAX_BYTES_RATIO))
-    return [
-        {"bar": bar, "found": value, "asked": f"{sign} {limit:g}",
-         "met": value >= limit if sign == ">=" else value <= limit}
-        for bar, value, sign, limit in found
-    ]  # fmt: skip
-
-
-def table(figures: dict[str, Any]) -> str:
-    """Rates, bytes and bars as text."""
-    parts = [
-        f"{figures['samples_read']} of {figures['samples']} synthetic samples of {figures['sample_bytes']:,.0f} "
-        f"bytes, one process, {figures['repeats']} repeats: median (least..greatest)"
-    ]
-    for mode in MODES:
-        rows = [(mode, "cold, samples/s", "ours over it", "warm, samples/s", "ours over it", "its CPU, ms")]
-        for contestant in figures["contestants"]:
-            cells = [contestant[f"{mode} {files}"] for files in ("cold", "warm")]
-            rows.append((
-                contestant["contestant"],
-                *(text for cell in cells for text in (_spelled(cell["samples_per_second"], 0),
-                                                      _spelled(cell["ours_over_it"], 2))),
-                f"{contestant[f'{mode} cpu_ms']:.2f}",
-            ))  # fmt: skip
-        parts.append(_aligned(rows))
-    rows = [("bytes a sample", "used", "asked for by read calls", "given by the disk, cold", "access")]
-    for contestant in figures["contestants"]:
-        numbers = (contestant[f"{field}_bytes_per_sample"] for field in ("used", "asked", "disk"))
-        rows.append((contestant["contestant"], *(f"{n:,.0f}" for n in numbers), contestant["access"]))
-    parts.append(_aligned(rows))
-    rows = [("bar", "found", "asked", "met")]
-    rows += [
-        (bar["bar"], f"{bar['found']:.2f}", bar["asked"], "yes" if bar["met"] else "NO")
-        for bar in figures["bars"]
-    ]
-    parts.append(_aligned(rows))
-    parts += [f"absent: {peer}: {reason}" for peer, reason in figures["absent"].items()]
-    return "\n\n".join(parts)
-
-
-def _spelled(spread: dict[str, float], digits: int) -> str:
-    return f"{spread['median']:.{digits}f} ({spread['least']:.{digits}f}..{spread['greatest']:.{digits}f})"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def _blob_sizes(folder: Path) -> list[int]:

@@ -46,23 +46,29 @@ def save_provenance(folder: Path, config: Config, **more: Any) -> None:
 
 def finished_identity(mark: Path) -> str | None:
     """What the mark of finished work was made from; None if there is none, or a kill cut it."""
-    try:
-        return json.loads(mark.read_text())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return read_mark(mark).get("identity")
 
 
 def made_with(mark: Path) -> dict[str, Any]:
     """The config in the mark of finished work; {} if there is none, or a kill cut it."""
     try:
-        return dict(json.loads(mark.read_text())["provenance"]["config"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(read_mark(mark)["provenance"]["config"])
+    except (ValueError, KeyError, TypeError):
         return {}
 
 
-def mark_finished(mark: Path, identity: str, config: Config) -> None:
+def read_mark(mark: Path) -> dict[str, Any]:
+    """All that the mark of finished work says; {} if there is none, or a kill cut it."""
+    try:
+        return dict(json.loads(mark.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def mark_finished(mark: Path, identity: str, config: Config, **more: Any) -> None:
     """Write the mark beside finished work, last: what it was made from, and where it comes from."""
-    mark.write_text(json.dumps({"identity": identity, "provenance": provenance(config)}, indent=1) + "\n")
+    said = {"identity": identity} | more | {"provenance": provenance(config)}
+    mark.write_text(json.dumps(said, indent=1) + "\n")
 
 
 def git_commit() -> str:

@@ -21,7 +21,8 @@ class RankBatches:
 
     Order and position depend on seed and epoch alone, so that they are the same for any number of processes with
     the same product, and going on from a step reads nothing of what was before. No sample is met twice in an epoch:
-    where its end leaves a process without samples, that process gets one `Filler`.
+    where its end leaves a process without samples, that process gets one `Filler`. In epoch `first_epoch` the samples
+    before `first_sample` are left out of their batches, and of no later one.
     """
 
     num_samples: int
@@ -32,9 +33,16 @@ class RankBatches:
     drop_last: bool = False
     block: int = 1  # neighbours of the store that stay near each other, see `shuffled`
     epoch: int = 0
+    first_epoch: int = 0
+    first_sample: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    @property
+    def samples_an_epoch(self) -> int:
+        """All, unless the last batch is dropped."""
+        return min(self.num_samples, len(self) * self.batch_size * self.num_processes)
 
     def __len__(self) -> int:
         batches = self.num_samples / (self.batch_size * self.num_processes)
@@ -44,9 +52,10 @@ class RankBatches:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = shuffled(self.num_samples, generator, block=self.block)
         together = self.batch_size * self.num_processes
+        first = self.first_sample if self.epoch == self.first_epoch else 0
         for start in range(0, len(self) * together, together):
             mine = start + self.process_index * self.batch_size
-            yield order[mine : mine + self.batch_size] or [Filler(order[start])]
+            yield order[max(mine, first) : mine + self.batch_size] or [Filler(order[max(start, first)])]
 
 
 def shuffled(num_samples: int, generator: torch.Generator, *, block: int) -> list[int]:

@@ -25,7 +25,7 @@ from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.processes import is_first_process, num_processes
-from pipeline.provenance import finished_identity, mark_finished, save_provenance
+from pipeline.provenance import finished_identity, mark_finished, read_mark, save_provenance
 from pipeline.recompute import load_recomputed
 from pipeline.stores import open_stores, teacher_facts
 from pipeline.trainer import HEADS_FILE, RUN_FILE, DistillTrainer
@@ -50,12 +50,13 @@ def train_student(config: Config, folder: Path) -> Path:
     for missing in dataset.missing:
         print(f"on_missing: {config.on_missing}: {missing}", file=sys.stderr)
     finished, identity = folder / FINISHED, run_identity(config, dataset)
-    if finished_identity(finished) == identity:
+    samples = samples_per_step(config.train, num_processes())
+    if finished_with(finished, identity) == samples:
         return folder / MODEL_FOLDER
+    resumed = checkpoint_to_resume(config, folder, identity)
     if is_first_process():
         finished.unlink(missing_ok=True)
         _save_origin(folder, config, dataset)
-    resumed = checkpoint_to_resume(config, folder, identity)
     trainer = build_trainer(config, folder, dataset, identity=identity)
     with (
         redirect_stdout(sys.stderr),
@@ -64,7 +65,7 @@ def train_student(config: Config, folder: Path) -> Path:
         trainer.train(resume_from_checkpoint=resumed)
         _finish(trainer, folder)
     if trainer.is_world_process_zero():
-        mark_finished(finished, identity, config)
+        mark_finished(finished, identity, config, samples_per_step=samples)
     trainer.accelerator.wait_for_everyone()
     if trainer.stop.is_asked:
         raise TrainingStopped(
@@ -98,7 +99,10 @@ def _save_origin(folder: Path, config: Config, dataset: JoinedDataset) -> None:
 
 
 def run_identity(config: Config, dataset: JoinedDataset) -> str:
-    """What a finished run must agree with to be kept: everything that its weights depend on."""
+    """What a run must agree with to be gone on with: all that its weights depend on, but for the samples of a step.
+
+    A finished run is kept if it agrees in those, too: see `finished_with`.
+    """
     read = {"cache"} if config.caches is None else {"caches", "on_missing"}
     settings = config.model_dump(
         mode="json", include={"student", "data", "targets", "losses", "train"} | read
@@ -107,7 +111,6 @@ def run_identity(config: Config, dataset: JoinedDataset) -> str:
         del cache["mirror"], cache["mirror_bytes"]  # where bytes are kept changes none of them
     left_out = OF_THE_LOG + HOW_IT_RUNS
     settings["train"] = {name: value for name, value in settings["train"].items() if name not in left_out}
-    settings["train"]["samples_per_step"] = samples_per_step(config.train, num_processes())
     fingerprints = [store.manifest.fingerprint.to_json() for store in dataset.stores.opened]
     stored: Any = fingerprints[0]
     if config.caches is not None:  # of several teachers the config's is the stub's
@@ -117,10 +120,17 @@ def run_identity(config: Config, dataset: JoinedDataset) -> str:
     return digest_of([settings, stored, len(dataset), first_weights])
 
 
+def finished_with(mark: Path, identity: str) -> int | None:
+    """The samples of a step with which this run was finished, None if it was not."""
+    said = read_mark(mark)
+    return said.get("samples_per_step") if said.get("identity") == identity else None
+
+
 def checkpoint_to_resume(config: Config, folder: Path, identity: str) -> str | None:
     """`train.resume_from_checkpoint`: true means this run's last checkpoint, if there is one yet.
 
-    Raises `ConfigError` if what is there was made with other settings: going on from it would be neither run.
+    Raises `ConfigError` if what is there was made with other settings: going on from it would be neither run. So it
+    does if the run is finished, for then it was so with other samples a step.
     """
     asked = config.train.get("resume_from_checkpoint")
     if asked in (None, False):
@@ -137,7 +147,13 @@ def checkpoint_to_resume(config: Config, folder: Path, identity: str) -> str | N
             f"train.resume_from_checkpoint: {found[0]} was made with other settings, data or first weights; restore "
             "them, give another output_dir, or remove it to start anew"
         )
-    return str(own[0]) if own else None
+    if own and (samples := finished_with(folder / FINISHED, identity)) is not None:
+        raise ConfigError(
+            f"train.resume_from_checkpoint: {folder} is finished, with {samples} samples a step, and cannot go on "
+            "with others; restore them, give another output_dir, or remove it to start anew"
+        )
+    # Of runs that began anew in this folder the last; they may differ in the samples of a step.
+    return str(max(own, key=lambda checkpoint: read_mark(checkpoint / RUN_FILE)["began"])) if own else None
 
 
 def _whole_checkpoints(folder: Path) -> list[Path]:

@@ -5,34 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from pipeline.adapters import adapter_tensors, merged_tensors
 from pipeline.config import Config
 from pipeline.distiller import Distiller, Terms
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.interruption import StopOnSignal, TakeUpLog, leave_sigterm_to_the_parent
+from pipeline.interruption import StopOnSignal, TakeUpLog
 from pipeline.losses import LOSSES
 from pipeline.models.checkpoint import checkpoint_folder, named_if_broken
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.rank_batches import RankBatches
+from pipeline.resuming import RUN_FILE, ResumingTrainer
 from pipeline.term_log import TermLog, gradient_shares
 
 HEADS_FILE = "heads.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"  # of a checkpoint with LoRA: its model has them merged
-RUN_FILE = (
-    "run.json"  # of a checkpoint: the identity of the run that it can continue, and what is not logged yet
-)
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "preprocessor_config.json")  # fmt: skip
 
@@ -41,12 +36,11 @@ class NonFiniteLossError(PipelineError):
     """A loss term became NaN or infinite; training stops before the optimizer sees it."""
 
 
-class DistillTrainer(Trainer):
-    """transformers.Trainer whose loss is the weighted sum of terms, each divided by its count over the whole step."""
+class DistillTrainer(ResumingTrainer):
+    """A Trainer whose loss is the weighted sum of terms, each divided by its count over the whole step."""
 
     def __init__(self, *, settings: Config, identity: str, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.settings = settings
+        super().__init__(settings=settings, **kwargs)
         self.identity = identity
         self.losses = settings.losses.active()
         if settings.log_gradient_shares and self.is_fsdp_enabled:
@@ -61,33 +55,6 @@ class DistillTrainer(Trainer):
         self.add_callback(TakeUpLog(self))
         # `get_batch_samples` returns counts over the whole optimizer step, so no further division is due.
         self.model_accepts_loss_kwargs = True
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Samples in the seed's order, the same for any number of processes: see `RankBatches`."""
-        arguments = self.args
-        batches = RankBatches(
-            len(cast(Any, self.train_dataset)),
-            self._train_batch_size,
-            arguments.world_size,
-            arguments.process_index,
-            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
-            drop_last=arguments.dataloader_drop_last,
-            block=self.settings.data.shuffle_block,
-        )
-        loader = DataLoader(
-            cast(Any, self.train_dataset),
-            batch_sampler=cast(Any, batches),
-            collate_fn=self.data_collator,
-            num_workers=arguments.dataloader_num_workers,
-            pin_memory=arguments.dataloader_pin_memory,
-            persistent_workers=arguments.dataloader_persistent_workers,
-            prefetch_factor=arguments.dataloader_prefetch_factor,
-            worker_init_fn=leave_sigterm_to_the_parent,
-        )
-        # Cut by rank already; accelerate would fill the end of an epoch with samples of its beginning.
-        return prepare_data_loader(
-            loader, arguments.device, num_processes=1, process_index=0, put_on_device=True
-        )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and each loss term's count over all of them and all ranks."""
@@ -161,7 +128,7 @@ class DistillTrainer(Trainer):
         The Trainer's own throughput is of this session: after a resume it leaves out what was done before.
         """
         if "train_runtime" in logs:
-            logs["samples_seen"] = self.state.global_step * self._samples_per_step()
+            logs["samples_seen"] = self.position.samples_seen
         if "loss" in logs:
             of_all = TermLog.of(self.losses, self._sum_of_ranks(self.term_log.sums(self.losses)))
             logs |= of_all.means(self.losses) | self.gradient_shares
@@ -171,11 +138,6 @@ class DistillTrainer(Trainer):
     def _sum_of_ranks(self, values: list[float]) -> list[float]:
         mine = torch.tensor(values, dtype=torch.float64, device=self.args.device)
         return cast(torch.Tensor, self.accelerator.reduce(mine, reduction="sum")).tolist()
-
-    def _samples_per_step(self) -> int:
-        """Over all ranks; a short last batch of an epoch counts as a full one."""
-        arguments = self.args
-        return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint is the student as Hugging Face users know it, and the heads beside it."""
@@ -187,7 +149,8 @@ class DistillTrainer(Trainer):
         if self.settings.student.lora is not None:
             save_file(adapter_tensors(student), str(folder / ADAPTERS_FILE))
         save_file(heads, str(folder / HEADS_FILE))
-        (folder / RUN_FILE).write_text(json.dumps({"identity": self.identity, "unlogged": unlogged}) + "\n")
+        run = {"identity": self.identity, "began": self.began, "position": asdict(self.position)}
+        (folder / RUN_FILE).write_text(json.dumps(run | {"unlogged": unlogged}) + "\n")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -41,8 +41,8 @@ OF_THE_LOG = (
     "save_total_limit",
 )
 
-# Of `train`: how the work is cut up and carried out, which changes no weight beyond rounding. The samples of a step,
-# over all processes, must stay the same: see `samples_per_step`.
+# Of `train`: how the work is cut up and carried out, which changes no weight beyond rounding while the samples of a
+# step stay: see `samples_per_step`.
 HOW_IT_RUNS = (
     "dataloader_num_workers",
     "dataloader_persistent_workers",
@@ -78,6 +78,6 @@ def check_training_arguments(train: dict[str, Any]) -> None:
 
 
 def samples_per_step(train: dict[str, Any], num_processes: int) -> int:
-    """Of an optimizer step, over all processes and accumulations: what a run must keep when it is resumed."""
+    """Of an optimizer step, over all processes and accumulations: a resumed run may change it, a finished one not."""
     of_a_device = train.get("per_device_train_batch_size", 8)  # transformers' own defaults
     return of_a_device * train.get("gradient_accumulation_steps", 1) * num_processes

@@ -88,6 +88,7 @@ FLOORS: dict[str, set[str]] = {
     "stage parts": {
         "pipeline.adapters",
         "pipeline.capture",
+        "pipeline.data_position",
         "pipeline.dataset",
         "pipeline.describe",
         "pipeline.inputs",
@@ -99,6 +100,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.provenance",
         "pipeline.rank_batches",
         "pipeline.recompute",
+        "pipeline.resuming",
         "pipeline.stores",
         "pipeline.term_log",
         "pipeline.trainer",

@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
+from transformers.training_args import OptimizerNames
 
 from pipeline.config import Config
 from pipeline.data_position import DataPosition
@@ -129,11 +132,24 @@ class ResumingTrainer(Trainer):
         return super().create_scheduler(num_training_steps - self.schedule_ahead, optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_fsdp_enabled and self.args.optim == OptimizerNames.SGD:
+            self._load_schedule(Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         schedule = self.lr_scheduler
         if self._is_cut_otherwise() and self.args.max_steps <= 0 and isinstance(schedule, LambdaLR):
             schedule.last_epoch = self.position.step - self.schedule_ahead - 1
             schedule.step()  # to the step that the run is at; sets the optimizer's rates, too
+
+    def _load_schedule(self, checkpoint: Path) -> None:
+        """All there is to load with plain SGD, whose optimizer has no state.
+
+        torch finds the device for a sharded optimizer's state by its tensors, and fails where there are none.
+        """
+        schedule = cast(LambdaLR, self.lr_scheduler)
+        schedule.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def _samples_per_step(self) -> int:
         """Over all ranks and accumulations."""

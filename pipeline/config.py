@@ -95,7 +95,8 @@ class EvaluateConfig(Section):
 class Config(Section):
     """An experiment: both stages and the evaluation. `train` takes TrainingArguments by their own names.
 
-    `log_gradient_shares` costs a backward pass for each loss at every logged step.
+    `log_gradient_shares` costs a backward pass for each loss at every logged step, and adds its gradient up over all
+    processes.
     """
 
     output_dir: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,15 +48,26 @@ class TermLog:
         return entries | {"kd/coverage": self.coverage / self.batches}
 
 
-def gradient_shares(weighted: Mapping[str, torch.Tensor], student: nn.Module) -> dict[str, float]:
+def gradient_shares(
+    weighted: Mapping[str, torch.Tensor],
+    student: nn.Module,
+    *,
+    of_all: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> dict[str, float]:
     """`gradient_share/x`: the norm of a weighted term's gradient in the student, over the sum of all terms' norms.
 
-    Of a step's last micro-batch, one extra backward pass a term; heads are left out, for labels have none.
+    Of a step's last micro-batch, one extra backward pass a term; heads are left out, for labels have none. `of_all`
+    makes a process's gradient the sum over all processes: norms of parts would not add up to that of the whole.
     """
     parameters = [p for p in student.parameters() if p.requires_grad]
     norms = {}
     for name, term in weighted.items():
         gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        if of_all is not None:  # zeros where this process has none: all must add up the same tensors
+            gradients = [
+                of_all(torch.zeros_like(p) if g is None else g)
+                for p, g in zip(parameters, gradients, strict=True)
+            ]
         norms[name] = torch.stack([g.float().norm() for g in gradients if g is not None]).norm().item()
     total = sum(norms.values())
     return {f"gradient_share/{name}": norm / total if total else 0.0 for name, norm in norms.items()}

@@ -82,7 +82,8 @@ class DistillTrainer(ResumingTrainer):
         if not inputs["is_filler"]:
             self.term_log.add(result)
         if self.settings.log_gradient_shares and self.accelerator.sync_gradients and self._is_logged():
-            self.gradient_shares = gradient_shares(weighted, self.distiller.student)
+            of_all = self._sum_over_ranks if self.args.world_size > 1 else None
+            self.gradient_shares = gradient_shares(weighted, self.distiller.student, of_all=of_all)
         loss = torch.stack(list(weighted.values())).sum()
         # Ranks average their gradients; the sum over ranks is what the step's counts divide.
         loss = loss * self.accelerator.num_processes
@@ -137,7 +138,10 @@ class DistillTrainer(ResumingTrainer):
 
     def _sum_of_ranks(self, values: list[float]) -> list[float]:
         mine = torch.tensor(values, dtype=torch.float64, device=self.args.device)
-        return cast(torch.Tensor, self.accelerator.reduce(mine, reduction="sum")).tolist()
+        return self._sum_over_ranks(mine).tolist()
+
+    def _sum_over_ranks(self, mine: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.accelerator.reduce(mine, reduction="sum"))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """A checkpoint is the student as Hugging Face users know it, and the heads beside it."""

@@ -89,6 +89,16 @@ def test_two_processes_under_accelerate_with_accumulation_do_too(experiment, alo
     assert_same_student(tmp_path / "two" / "align_kd", alone)
 
 
+def test_shares_of_the_gradient_are_those_of_all_processes(experiment, tmp_path):
+    """The last step has one sample, and the second process none."""
+    epoch = ["log_gradient_shares=true", "train.max_steps=-1", "train.num_train_epochs=1", *SGD]
+    train_student(experiment.config(tmp_path, *epoch), tmp_path / "alone")
+    half = "train.per_device_train_batch_size=2"
+    finish(distill(experiment, tmp_path / "two", half, *epoch, launcher=TORCHRUN))
+    assert_same_curve(tmp_path / "two" / "align_kd", tmp_path / "alone")
+    assert all("gradient_share/attention" in line for line in log_of(tmp_path / "alone"))
+
+
 def sharded(experiment, output: Path, *overrides: str) -> Path:
     """A run of two processes by the shipped config of FSDP2."""
     half = "train.per_device_train_batch_size=2"

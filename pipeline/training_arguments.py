@@ -23,7 +23,7 @@ OURS: dict[str, str] = {
     "save_only_model": "a checkpoint without its optimizer could not be gone on from",
     "ignore_data_skip": "a resumed run goes on with the samples that it has not met, and reads no other",
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint in any case",
-    "use_liger_kernel": "Liger's kernels were not tried with this student; its head runs at the answers alone as it is",
+    "use_liger_kernel": "Liger's kernels were not tried with this student, whose head runs at answers alone",
     "neftune_noise_alpha": "noise in the embeddings would be no part of what the teacher saw",
 }
 

@@ -117,7 +117,7 @@ class ResumingTrainer(Trainer):
     def _tell_of_other_steps(self, before: int) -> None:
         """On stderr, and in the log that the result keeps."""
         now = self.position
-        line = {"samples_per_step": now.samples_per_step, "samples_per_step_before": before}
+        line: dict[str, Any] = {"samples_per_step": now.samples_per_step, "samples_per_step_before": before}
         self.state.log_history.append(line | {"epoch": self.state.epoch, "step": now.step})
         if self.is_world_process_zero():
             print(

@@ -50,7 +50,8 @@ CODED: dict[str, list[tuple[str, int | None]]] = {
     ],
     "vision": [
         ("float32", None), ("float16", None),
-        ("fixed_point", -8), ("fixed_point", -7), ("fixed_point", -6), ("fixed_point", -5), ("int8", None),
+        ("fixed_point", -8), ("fixed_point", -7), ("fixed_point", -6), ("fixed_point", -5), ("fixed_point", -4),
+        ("int8", None),
     ],
 }  # fmt: skip
 LOSS_OF = {"attention": "attention", "vision": "vision_all"}

@@ -8,9 +8,10 @@ channels are 8 to 40 times as strong. Attention: the mean over heads of softmax 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -28,7 +29,10 @@ VISION_STEP = 2.0**-7
 
 @dataclass(frozen=True)
 class Size:
-    """Shapes of a teacher, and of its samples: one image, rows of text about a mean."""
+    """Shapes of a teacher, and of its samples: one image, rows of text about a mean.
+
+    `targets` are what is kept, each with the settings that are not its defaults.
+    """
 
     hidden_size: int
     grid: int  # vision tokens of an image, along an edge
@@ -36,11 +40,17 @@ class Size:
     vocab_size: int
     mean_rows: int
     part_samples: int
+    answer_share: float = 0.55  # of the rows of text
+    targets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {name: {} for name in TARGETS})
 
     def specs(self) -> tuple[ArraySpec, ...]:
-        """What the default settings of the targets keep, as configs/mobilevlm_v2/finetune.yaml does."""
+        """What the targets keep: at their default settings as configs/mobilevlm_v2/finetune.yaml does."""
         facts = TeacherFacts("synthetic", 32, self.num_heads, self.hidden_size, self.grid**2, self.vocab_size)
-        of_targets = [spec for target in TARGETS.values() for spec in target.arrays(target.settings(), facts)]
+        of_targets = [
+            spec
+            for name, settings in self.targets.items()
+            for spec in TARGETS[name].arrays(TARGETS[name].settings(**settings), facts)
+        ]
         return (*TOKEN_ARRAYS, *of_targets)
 
 
@@ -59,14 +69,16 @@ def samples(size: Size, number: int, *, seed: int = 0) -> Iterator[Arrays]:
     gains[loud] *= chance.uniform(8, 40, size=24).astype(np.float32)
     for _ in range(number):
         rows = int(np.clip(chance.lognormal(np.log(size.mean_rows), 0.5), 4, 6 * size.mean_rows))
-        answers = max(1, int(rows * 0.55))
-        yield {
+        answers = max(1, int(rows * size.answer_share))
+        arrays = {
             "input_ids": _token_ids(chance, rows, size),
             "labels": np.where(np.arange(rows) < rows - answers, -100, _token_ids(chance, rows, size)),
-            "attention/layer_0": _attention(chance, rows, size),
-            "vision": _vision(chance, mixing, size)[None] * gains[:, None],
-            **_logits(chance, answers, size),
         }
+        if "attention" in size.targets:
+            arrays["attention/layer_0"] = _attention(chance, rows, size)
+        if "vision" in size.targets:
+            arrays["vision"] = _vision(chance, mixing, size)[None] * gains[:, None]
+        yield arrays | (_logits(chance, answers, size) if "logits" in size.targets else {})
 
 
 def _token_ids(chance: np.random.Generator, rows: int, size: Size) -> np.ndarray:
@@ -74,12 +86,15 @@ def _token_ids(chance: np.random.Generator, rows: int, size: Size) -> np.ndarray
 
 
 def _attention(chance: np.random.Generator, rows: int, size: Size) -> np.ndarray:
-    """float32 'R 1 N', the mean over heads of a softmax whose mass on vision tokens is 0.03 to 0.96."""
+    """float32 'R H N', a softmax whose mass on vision tokens is 0.03 to 0.96; 'R 1 N' for the mean of heads."""
     spread = np.geomspace(0.2, 3.5, size.num_heads, dtype=np.float32)[:, None, None]
     logits = chance.standard_normal((size.num_heads, rows, size.grid**2), dtype=np.float32) * spread
     exponents = np.exp(logits)
     mass = chance.uniform(0.03, 0.96, size=(size.num_heads, rows, 1)).astype(np.float32)
-    return (exponents / exponents.sum(axis=-1, keepdims=True) * mass).mean(axis=0)[:, None]
+    rows_of_heads = exponents / exponents.sum(axis=-1, keepdims=True) * mass
+    if size.targets["attention"].get("heads") == "each":
+        return rows_of_heads.transpose(1, 0, 2)
+    return rows_of_heads.mean(axis=0)[:, None]
 
 
 def _vision(chance: np.random.Generator, mixing: np.ndarray, size: Size) -> np.ndarray:
@@ -106,7 +121,7 @@ def _logits(chance: np.random.Generator, answers: int, size: Size) -> Arrays:
 def write_samples(folder: Path, size: Size, number: int) -> None:
     """The same samples twice: as `ours`, a store, and as `samples`, each one's codes in a safetensors file."""
     parts = [f"part-{n:06d}" for n in range(-(-number // size.part_samples))]
-    writer = StoreWriter.open(folder / "ours", _manifest(size.specs(), parts))
+    writer = StoreWriter.open(folder / "ours", manifest(size.specs(), parts))
     (folder / "samples").mkdir()
     (folder / "num_samples").write_text(str(number))
     stream = enumerate(samples(size, number))
@@ -116,13 +131,14 @@ def write_samples(folder: Path, size: Size, number: int) -> None:
                 index, arrays = next(stream)
                 blob = folder / "samples" / f"{index:06d}.safetensors"
                 blob.write_bytes(save(_codes(size.specs(), arrays)))
-                entry = _entry(index)
+                entry = entry_of(index)
                 part.add_image(entry.images[0], {"vision": arrays.pop("vision")})
                 part.add(entry, arrays)
             part.commit()
 
 
-def _manifest(specs: Sequence[ArraySpec], parts: Sequence[str]) -> Manifest:
+def manifest(specs: Sequence[ArraySpec], parts: Sequence[str]) -> Manifest:
+    """Of a store of synthetic samples."""
     return Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=Fingerprint("", "", "", "", ""),
@@ -134,7 +150,8 @@ def _manifest(specs: Sequence[ArraySpec], parts: Sequence[str]) -> Manifest:
     )
 
 
-def _entry(index: int) -> SampleEntry:
+def entry_of(index: int) -> SampleEntry:
+    """What a store's index says of a synthetic sample: an image of its own, and where a tar would hold it."""
     digest = blake3(str(index).encode()).hexdigest()
     return SampleEntry(f"{index:06d}", (digest,), (Span("0.jpg", 512, 1),), Span("0.json", 2048, 1))
 

@@ -29,7 +29,7 @@ def bench(experiment, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("target", "loss", "powers"),
-    [("attention", "attention", (-13, -12, -11, -10)), ("vision", "vision_all", (-8, -7, -6, -5))],
+    [("attention", "attention", (-13, -12, -11, -10)), ("vision", "vision_all", (-8, -7, -6, -5, -4))],
 )
 def test_bytes_fall_and_errors_rise_along_the_steps(target, loss, powers, bench):
     ladder = [bench[0][target, f"fixed_point 2^{power}", loss] for power in powers]
@@ -81,4 +81,4 @@ def test_every_choice_is_a_line_of_the_table(bench):
         "1 - cosine of gradient",
     )
     assert printed.splitlines()[0].split() == " ".join(heads).split()
-    assert len(printed.splitlines()) == 1 + len(rows) == 1 + 7 + 7 + 10 + 6
+    assert len(printed.splitlines()) == 1 + len(rows) == 1 + 7 + 8 + 10 + 6

@@ -25,6 +25,8 @@ FULL_TOWER = {
     "num_attention_heads": 16,
 }
 
+TINY_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
 
 def _language_model(width: int, inner: int, layers: int, heads: int) -> dict[str, int]:
     return {
@@ -34,6 +36,8 @@ def _language_model(width: int, inner: int, layers: int, heads: int) -> dict[str
 
 
 MODELS: dict[tuple[str, str], dict[str, Any]] = {
+    ("tiny", "teacher"): {**_language_model(64, 96, 2, 2), "vision_config": TINY_TOWER},  # for tests
+    ("tiny", "student"): {**_language_model(32, 64, 2, 2), "vision_config": TINY_TOWER},
     ("small", "teacher"): {**_language_model(256, 688, 32, 8), "vision_config": SMALL_TOWER},
     ("small", "student"): {**_language_model(192, 512, 12, 6), "vision_config": SMALL_TOWER},
     # What two CPU cores can hold four of: full widths, fewer layers. A student's head weighs three times too much.

@@ -24,7 +24,9 @@ finally:
 
 
 def _of_the_page() -> dict[str, dict]:
-    blocks = re.findall(r"```yaml\n# ([\w ]+):[^\n]*\n(.*?)```", (ROOT / "docs" / "codecs.md").read_text(), re.S)
+    blocks = re.findall(
+        r"```yaml\n# ([\w ]+):[^\n]*\n(.*?)```", (ROOT / "docs" / "codecs.md").read_text(), re.S
+    )
     return {name: yaml.safe_load(text)["targets"] for name, text in blocks}
 
 

@@ -84,8 +84,8 @@ def write_model(folder: Path, size: str, role: str) -> Path:
     return folder
 
 
-def write_shard(folder: Path, *, samples: int, tokens: int, seed: int = 0) -> Path:
-    """One shard: JPEGs of 640 x 480, one a sample, and conversations of about so many positions in all."""
+def write_shard(folder: Path, *, samples: int, tokens: int, shards: int = 1, seed: int = 0) -> Path:
+    """The first of the shards: JPEGs of 640 x 480, one a sample, and conversations of about so many positions."""
     random = np.random.default_rng(seed)
     images, records = folder / "images", []
     images.mkdir(parents=True)
@@ -100,8 +100,8 @@ def write_shard(folder: Path, *, samples: int, tokens: int, seed: int = 0) -> Pa
             {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]})  # fmt: skip
     annotations = folder / "samples.json"
     annotations.write_text(json.dumps(records))
-    pack(annotations, folder / "shards", image_folder=images, samples_per_shard=samples)
-    return next((folder / "shards").glob("*.tar"))
+    pack(annotations, folder / "shards", image_folder=images, samples_per_shard=samples // shards)
+    return min((folder / "shards").glob("*.tar"))
 
 
 WORDS = [

@@ -41,17 +41,15 @@ class Turns:
 
 def measure(script: str, names: Sequence[str], *, repeats: int, arguments: Sequence[str]) -> list[Turns]:
     """Every contestant's turns, one warm-up and `repeats` that count."""
-    workers = {name: _start(script, name, arguments) for name in names}
+    workers = {name: start(script, name, arguments) for name in names}
     try:
-        idle = {name: _answer(worker)["idle_bytes"] for name, worker in workers.items()}
+        idle = {name: answer(worker)["idle_bytes"] for name, worker in workers.items()}
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for number in range(repeats + 1):
             for name, worker in workers.items():
                 print(f"turn {number}/{repeats}: {name}", file=sys.stderr, flush=True)
-                assert worker.stdin is not None
-                worker.stdin.write("turn\n")
-                worker.stdin.flush()
-                answers[name].append(_answer(worker))
+                ask(worker)
+                answers[name].append(answer(worker))
     finally:
         for worker in workers.values():
             worker.kill()
@@ -67,15 +65,30 @@ def measure(script: str, names: Sequence[str], *, repeats: int, arguments: Seque
     ]
 
 
-def _start(script: str, name: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
+def start(
+    script: str, name: str, arguments: Sequence[str], *, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """A contestant's process, which prepares itself and then answers once; `environment` is added to ours."""
     command = [sys.executable, script, *arguments, "--contestant", name]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | offline | (environment or {}),
     )
 
 
-def _answer(worker: subprocess.Popen[str]) -> dict[str, Any]:
+def ask(worker: subprocess.Popen[str]) -> None:
+    """Give a contestant a turn; `answer` waits for its end."""
+    assert worker.stdin is not None
+    worker.stdin.write("turn\n")
+    worker.stdin.flush()
+
+
+def answer(worker: subprocess.Popen[str]) -> dict[str, Any]:
+    """What a contestant says next."""
     assert worker.stdout is not None
     for line in worker.stdout:
         if line.startswith("{"):

@@ -36,7 +36,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         work = options.folder or folder
-        _prepare(Path(work), options)
+        prepare(Path(work), options)
         arguments = [
             f"--{name}={getattr(options, name)}" for name in ("size", "tokens", "samples", "batch_size")
         ]
@@ -67,7 +67,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _prepare(folder: Path, options: argparse.Namespace) -> None:
+def prepare(folder: Path, options: argparse.Namespace) -> None:
+    """The model, and a shard."""
     from random_models import write_model, write_shard
 
     if not (folder / "teacher").exists():
@@ -76,7 +77,8 @@ def _prepare(folder: Path, options: argparse.Namespace) -> None:
         write_shard(folder / "data", samples=options.samples, tokens=options.tokens)
 
 
-def _config(options: argparse.Namespace, targets: Mapping[str, Any]) -> Any:
+def config_of(options: argparse.Namespace, targets: Mapping[str, Any], *, store: str | None = None) -> Any:
+    """Stage 1's, with a store of this process's own unless one is named."""
     from random_models import compute_dtype
 
     from pipeline.config import Config
@@ -91,7 +93,7 @@ def _config(options: argparse.Namespace, targets: Mapping[str, Any]) -> Any:
         },
         "student": {"model": str(folder / "teacher")},
         "data": {"shards": str(folder / "data" / "shards")},
-        "cache": {"path": str(folder / f"store-{os.getpid()}")},
+        "cache": {"path": str(folder / (store or f"store-{os.getpid()}"))},
         "targets": targets,
     })  # fmt: skip
 
@@ -103,7 +105,7 @@ def _capturing(options: argparse.Namespace, targets: Mapping[str, Any]) -> Work:
     from pipeline.progress import Progress
     from pipeline.teacher import plan_capture
 
-    plan = plan_capture(_config(options, targets))
+    plan = plan_capture(config_of(options, targets))
     teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
     path = Path(plan.config.one_cache.path)
 
@@ -130,7 +132,7 @@ def _batches(options: argparse.Namespace, targets: Mapping[str, Any]) -> Any:
     from pipeline.shards import read_shard
     from pipeline.teacher import plan_capture
 
-    plan = plan_capture(_config(options, targets))
+    plan = plan_capture(config_of(options, targets))
     teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
     prepared, images = [], {}
     for place, sample in enumerate(read_shard(plan.shards[0])):

@@ -39,7 +39,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         options.folder = options.folder or folder
-        _prepare(options)
+        prepare(options)
         arguments = [f"--{name}={getattr(options, name)}" for name in PASSED_ON]
         arguments.append(f"--folder={options.folder}")
         turns = measure(__file__, options.only.split(","), repeats=options.repeats, arguments=arguments)
@@ -69,7 +69,7 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _prepare(options: argparse.Namespace) -> None:
+def prepare(options: argparse.Namespace) -> None:
     """Models, a shard, and its store."""
     from random_models import write_model, write_shard
 

@@ -141,9 +141,9 @@ def profile_bytes(file: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def break_even(*, teacher: float, once: float) -> int:
-    """Runs from which paying `once` is no dearer than paying the teacher in every run; both in one unit."""
-    return max(1, ceil(once / teacher))
+def break_even(*, saved: float, once: float) -> int:
+    """Runs from which paying `once` is no dearer, where every run saves so much; both in one unit."""
+    return max(1, ceil(once / saved))
 
 
 def _operations(found: Mapping[str, Mapping[str, float]], assumed: Assumptions) -> Iterator[str]:
@@ -209,26 +209,36 @@ def _total_bytes(each: Mapping[str, float]) -> float:
     return sum(each[step] * NUM_SAMPLES[step] for step in STEPS)
 
 
-def _runs(found: Mapping[str, Mapping[str, float]], store: float, assumed: Assumptions) -> Iterator[str]:
-    """Dollars of N students, at the middle of the utilisations, on the first GPU."""
+def _runs(
+    found: Mapping[str, Mapping[str, float]], stores: Mapping[str, float], assumed: Assumptions
+) -> Iterator[str]:
+    """Dollars of N students, at the middle of the utilisations, on the first GPU; `stores` bytes by profile."""
     gpu, share = assumed.gpus[0], sum(assumed.utilisations) / 2
     dollar = gpu.dollars_an_hour / gpu.peak_flops / share / 3600
-    teacher, student, small, shared = (
+    teacher, student, again, shared = (
         found[name]["all"] * dollar
         for name in ("stage 1, all targets", "stage 2", "stub: attention, vision", "stub, tower shared")
     )
-    teacher_once = teacher * assumed.stage_1_overhead
-    kept = store / 1e12 * assumed.dollars_a_terabyte_month * assumed.months
-    yield f"dollars of N students on {gpu.name} at {share:.0%}   " + "".join(f"{f'N = {n}':>9}" for n in RUNS)
-    for name, once, each in (
+    once = {
+        profile: teacher * assumed.stage_1_overhead
+        + size / 1e12 * assumed.dollars_a_terabyte_month * assumed.months
+        for profile, size in stores.items()
+    }
+    yield (
+        f"{f'dollars of N students on {gpu.name} at {share:.0%}':<44}"
+        + "".join(f"{f'N = {number}':>9}" for number in RUNS)
+        + "  no dearer than the first from N ="
+    )
+    for name, first, each in (
         ("teacher in every step", 0.0, teacher + student),
-        ("cache once, then N students", teacher_once + kept, student),
-        ("the same, both alignment targets recomputed", teacher_once, student + small),
-        ("the same, student and teacher share the tower", teacher_once, student + shared),
+        ("cache once: default", once["default"], student),
+        ("cache once: small", once["small"], student),
+        ("cache once: logits only, others recomputed", once["logits only"], student + again),
+        ("the same, tower shared with the student", once["logits only"], student + shared),
     ):
-        yield f"{name:<47}" + "".join(f"{once + n * each:9,.0f}" for n in RUNS)
-    even = break_even(teacher=teacher, once=teacher_once + kept)
-    yield f"caching once is no dearer from N = {even} on, its store's {kept:,.0f} dollars included"
+        saved = teacher + student - each
+        even = f"{break_even(saved=saved, once=first):5}" if first else "    -"
+        yield f"{name:<44}" + "".join(f"{first + number * each:9,.0f}" for number in RUNS) + f"  {even}"
 
 
 def floors() -> Iterator[str]:
@@ -258,7 +268,10 @@ def main() -> int:
     if options.utilisation:
         assumed = replace(assumed, utilisations=tuple(options.utilisation))
     measured, found = profile_bytes(options.profiles), totals()
-    default = measured.get("default") or {step: stored_bytes(step, "default") for step in STEPS}
+    stores = {
+        profile: _total_bytes(measured.get(profile) or {step: stored_bytes(step, profile) for step in STEPS})
+        for profile in PROFILES
+    }
     print(*(f"ASSUMED  {line}" for line in assumed.lines()), sep="\n")
     print(
         "\nComputed from shapes; hours and money of one GPU for all samples of both steps, by assumption:\n"
@@ -267,9 +280,9 @@ def main() -> int:
     print("\n" + _published(found, assumed))
     print("\nBytes: before compression exact, compressed measured on synthetic values:\n")
     print(*_bytes(measured, assumed), sep="\n")
-    print(*_rates(found, _total_bytes(default) / sum(NUM_SAMPLES.values()), assumed), sep="\n")
+    print(*_rates(found, stores["default"] / sum(NUM_SAMPLES.values()), assumed), sep="\n")
     print("\nWays, by assumption:\n")
-    print(*_runs(found, _total_bytes(default), assumed), sep="\n")
+    print(*_runs(found, stores, assumed), sep="\n")
     print("\nFloors: ratios of operations, to hold measured ratios against:\n")
     print(*floors(), sep="\n")
     return 0

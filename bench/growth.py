@@ -1,13 +1,14 @@
 """How the cost of both stages grows with positions, samples and workers: measured, fitted, and checked.
 
-python bench/growth.py                   12 minutes on two quiet CPU cores
+python bench/growth.py                   about 15 minutes on two CPU cores
 python bench/growth.py --size full       a GPU with 80 GB, one size after the other
 python bench/growth.py --quick           a smoke test with tiny models
 
 `stage 1` is that of bench/stage1.py, shard to part with all targets; `stage 2` is `cached` of bench/stage2.py, a step
 with every loss and its batches in memory, or `loading`, the same with batches from shards and store, where samples
 or data-loading workers are varied. Every size has a process of its own, and they take turns. Each law is fitted to
-the medians, once with every size and once without the largest, which it must then predict.
+the medians, once with every size and once without the largest, which it must then predict. GFLOP/s are operations
+counted from shapes (bench/flops.py) over the median: where they stay the same, time grows as operations do.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def _row(sweep: Sweep, point: Point, turns: Turns) -> dict[str, Any]:
         **asdict(point),
         **{
             name: counted[name]
-            for name in ("positions", "text_rows", "startup_cpu_seconds")
+            for name in ("positions", "text_rows", "answers", "flops", "startup_cpu_seconds")
             if name in counted
         },
         "samples": samples,
@@ -176,15 +177,16 @@ def described(found: Mapping[str, Any]) -> Iterator[str]:
     """A sweep as text: its sizes, then its laws."""
     rows, varied = found["rows"], found["varied"]
     yield f"\n{found['name']}"
-    yield f"{varied:>10}  ms a sample    min..max ms      of the first  peak MB  start-up CPU s  waiting"
+    yield f"{varied:>10}  ms a sample    min..max ms      of the first  peak MB  GFLOP/s  start-up CPU s  waiting"
     for row in rows:
         low, high = (1e3 * end for end in row["least_and_greatest"])
         startup = f"{row['startup_cpu_seconds']:14.1f}" if "startup_cpu_seconds" in row else f"{'-':>14}"
+        rate = f"{row['flops'] / row['seconds_a_sample'] / 1e9:7.1f}" if "flops" in row else f"{'-':>7}"
         waiting = f"{row['waiting']:7.1%}" if "waiting" in row else f"{'-':>7}"
         yield (
             f"{row[varied]:10.0f}  {1e3 * row['seconds_a_sample']:11.1f}  {low:7.1f}..{high:<8.1f}  "
             f"{row['seconds_a_sample'] / rows[0]['seconds_a_sample']:13.2f}  {row['peak_bytes'] / 1e6:7.0f}  "
-            f"{startup}  {waiting}"
+            f"{rate}  {startup}  {waiting}"
         )
     for cost, law in found["laws"].items():
         unit, scale = UNITS[cost]

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 
+import flops
 import stage1
 import stage2
 from side_by_side import Work, answer, ask, start
@@ -93,27 +94,44 @@ def work_of(script: str, point: Point, options: argparse.Namespace) -> Work:
         return _share(point, of_stage)
     table = stage1.CONTESTANTS if point.work == "stage 1" else stage2.CONTESTANTS
     work = table[point.work](of_stage)
-    facts = _lengths(of_stage) | {"startup_cpu_seconds": time.process_time()}
+    lengths = _lengths(of_stage)
+    facts = {
+        **lengths,
+        "startup_cpu_seconds": time.process_time(),
+        "flops": _flops(point, options.size, lengths),
+    }
     return lambda: {**work(), **facts}
 
 
+def _flops(point: Point, size: str, lengths: Mapping[str, float]) -> float:
+    """Operations of a sample of mean lengths, by bench/flops.py."""
+    from random_models import MODELS
+
+    sample = flops.Sample(*(round(lengths[name]) for name in ("positions", "text_rows", "answers")))
+    if point.work == "stage 1":
+        return flops.stage_1(flops.Model.of(MODELS[size, "teacher"]), sample)
+    return flops.stage_2(flops.Model.of(MODELS[size, "student"]), sample, checkpointing=False)
+
+
 def _lengths(options: argparse.Namespace) -> dict[str, float]:
-    """Mean positions of a sample, vision tokens included, and mean rows of text after the image."""
+    """Means over samples: positions, vision tokens included; rows of text after the image; answers."""
     from pipeline.inputs import Preparation
-    from pipeline.models.merge import IMAGE_TOKEN_INDEX
+    from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
     from pipeline.shards import Sample, expand_shards, read_shard
 
     config = stage1.config_of(options, stage1.TARGETS)
     preparation = Preparation.of(config.teacher.model, config.data)
-    ids = [
-        preparation.tokenize(item.conversations).input_ids
+    samples = [
+        preparation.tokenize(item.conversations)
         for shard in expand_shards(config.data.shards)
         for item in read_shard(shard)
         if isinstance(item, Sample)
     ]
+    ids = [of.input_ids for of in samples]
     return {
         "positions": mean(map(preparation.merged_length, ids)),
         "text_rows": mean(len(of) - of.index(IMAGE_TOKEN_INDEX) - 1 for of in ids),
+        "answers": mean(sum(label != IGNORE_INDEX for label in of.labels) for of in samples),
     }
 
 

@@ -82,9 +82,9 @@ def test_the_full_models_cost_what_their_weights_say():
 
 
 def test_a_store_is_worth_its_price_when_it_saves_the_teacher_often_enough():
-    assert extrapolate.break_even(teacher=10, once=10) == 1
-    assert extrapolate.break_even(teacher=10, once=10.5) == 2
-    assert extrapolate.break_even(teacher=10, once=40) == 4
+    assert extrapolate.break_even(saved=10, once=10) == 1
+    assert extrapolate.break_even(saved=10, once=10.5) == 2
+    assert extrapolate.break_even(saved=10, once=40) == 4
 
 
 def test_bytes_before_compression_are_shapes_times_widths():

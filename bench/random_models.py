@@ -46,13 +46,12 @@ MODELS: dict[tuple[str, str], dict[str, Any]] = {
     ("full", "teacher"): {**_language_model(4096, 11008, 32, 32), "vision_config": FULL_TOWER},  # 7B
     ("full", "student"): {**_language_model(2048, 5632, 24, 16), "vision_config": FULL_TOWER},  # 1.7B
 }
-SIZES = ("small", "wide", "full")
 IMAGE_SIZE, PATCH_SIZE, VOCABULARY = 336, 14, 32000
 
 
 def compute_dtype(size: str) -> str:
     """What a model of that size computes in; float16 is slow on a CPU."""
-    if size == "small":
+    if size not in ("wide", "full"):
         return "float32"
     return "float16" if torch.cuda.is_available() else "bfloat16"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.vocabulary import log_probabilities, with_tail
+from pipeline.vocabulary import AnswerScores
 
 SMALLEST_LOG_PROBABILITY = -30.0
 # How fast the control variate of `within_tail` is let go as the student leaves the teacher: any value is unbiased,
@@ -16,19 +16,16 @@ CONTROL_DECAY = 10.0
 
 
 def buckets(
-    logits: Tensor, top_ids: Tensor, top_log_probs: Tensor, tail_log_prob: Tensor, temperature: float
+    scores: AnswerScores, top_log_probs: Tensor, tail_log_prob: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Student's and teacher's tempered log probabilities over the same buckets, the last one the tail.
 
-    `logits` are the student's, 'A V'; the teacher's are 'A K', 'A K' and 'A'. Returns float32 'A K+1' twice, or
-    'A V' where K is V: without a tail, a bucket of nothing would gain mass when tempered.
+    `scores` are the student's; the teacher's are 'A K' and 'A'. Returns float32 'A K+1' twice, or 'A V' where K is V:
+    without a tail, a bucket of nothing would gain mass when tempered.
     """
-    theirs = top_log_probs.float()
-    if top_ids.shape[1] == logits.shape[1]:
-        ours = log_probabilities(logits, top_ids)
-    else:
-        ours, tail = with_tail(logits, top_ids)
-        ours = torch.cat([ours, tail[:, None]], dim=1)
+    ours, theirs = scores.top, top_log_probs.float()
+    if len(scores.tail):
+        ours = torch.cat([ours, scores.tail[:, None]], dim=1)
         theirs = torch.cat([theirs, tail_log_prob[:, None].float()], dim=1)
     ours, theirs = (x.clamp(min=SMALLEST_LOG_PROBABILITY) / temperature for x in (ours, theirs))
     return ours.log_softmax(dim=-1), theirs.log_softmax(dim=-1)

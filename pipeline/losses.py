@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.divergences import DIVERGENCES, buckets, within_tail
 from pipeline.models.merge import Slots, answers_in, attended_images_in, images_in, text_rows_in
 from pipeline.settings import Section
-from pipeline.vocabulary import log_probabilities
+from pipeline.vocabulary import AnswerScores, score_answers
 
 # Probabilities below this count as this; teacher and student alike, so that equal stays equal.
 SMALLEST_PROBABILITY = 1e-8
@@ -56,6 +56,17 @@ class StudentOutputs:
     slots: Slots
     vision: Tensor | None = None
     attention: Mapping[int, Tensor] = field(default_factory=dict)
+    _scored: dict[int, tuple[TeacherTargets, AnswerScores]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def scores(self, teacher: TeacherTargets) -> AnswerScores:
+        """What losses read of the logits, for the tokens that this teacher names: made once, for all of them."""
+        if id(teacher) not in self._scored:
+            named = (teacher.top_ids, teacher.draw_ids)
+            scores = score_answers(self.answer_logits, self.answer_labels, *named)
+            self._scored[id(teacher)] = (teacher, scores)  # held, so that its id stays its own
+        return self._scored[id(teacher)][1]
 
 
 Result = tuple[Tensor, Tensor]
@@ -72,7 +83,7 @@ class SupervisedLoss(Section):
 
 def supervised(student: StudentOutputs, teacher: TeacherTargets, head: Head, settings: Any) -> Result:
     """Cross entropy with the labels; counts answer positions 'A'."""
-    total = -log_probabilities(student.answer_logits, student.answer_labels[:, None]).sum()
+    total = -student.scores(teacher).label.sum()
     return total, _count(student.answer_labels.numel(), total)
 
 
@@ -220,12 +231,11 @@ def logits(student: StudentOutputs, teacher: TeacherTargets, head: Head, setting
     if teacher.top_ids is None or not len(teacher.top_ids):
         return _nothing(student)
     assert teacher.top_log_probs is not None and teacher.tail_log_prob is not None
-    known = (teacher.top_ids, teacher.top_log_probs, teacher.tail_log_prob)
-    ours, theirs = buckets(student.answer_logits, *known, settings.temperature)
+    scores = student.scores(teacher)
+    ours, theirs = buckets(scores, teacher.top_log_probs, teacher.tail_log_prob, settings.temperature)
     per_position = DIVERGENCES[settings.direction](ours, theirs) * settings.temperature**2
-    if teacher.draw_ids is not None and teacher.draw_log_probs is not None and settings.uses_draws():
-        our_draws = log_probabilities(student.answer_logits, teacher.draw_ids)
-        per_position = per_position + within_tail(ours, theirs, our_draws, teacher.draw_log_probs)
+    if teacher.draw_log_probs is not None and settings.uses_draws():
+        per_position = per_position + within_tail(ours, theirs, scores.draws, teacher.draw_log_probs)
     return per_position.sum(), _count(len(ours), per_position)
 
 

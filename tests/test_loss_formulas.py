@@ -41,10 +41,10 @@ def random_attention(num_heads: int, *, seed: int) -> torch.Tensor:
 
 
 def student_with(**changes) -> StudentOutputs:
-    return StudentOutputs(
-        **{"answer_logits": torch.zeros(0, 5), "answer_labels": torch.zeros(0).long(), "slots": SLOTS}
-        | changes
-    )
+    """Outputs with labels for as many answers as there are logits of."""
+    logits = changes.pop("answer_logits", torch.zeros(0, 5))
+    defaults = {"answer_labels": torch.zeros(len(logits), dtype=torch.long), "slots": SLOTS}
+    return StudentOutputs(answer_logits=logits, **defaults | changes)
 
 
 def mean_of(name, student, teacher, settings, head=None) -> float:

@@ -146,7 +146,7 @@ def test_what_draws_do_not_estimate_is_told_by_the_bucket(settings):
     teacher, student = targets_of(log_probs_of(0), num_draws=16, key="any"), STUDENTS["early"]
     without = replace(teacher, draw_ids=None, draw_log_probs=None)
     found, alone = (value_and_gradient(student, targets, **settings) for targets in (teacher, without))
-    assert found[0] == alone[0] and torch.equal(found[1], alone[1])
+    assert found[0] == alone[0] and torch.allclose(found[1], alone[1], rtol=1e-6, atol=1e-9)  # sums' order
     assert value_and_gradient(student, teacher)[0] != value_and_gradient(student, without)[0]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline import vocabulary
-from pipeline.vocabulary import log_probabilities, with_tail
+from pipeline.vocabulary import score_answers, with_tail
 
 A, V, K = 7, 50, 4
 
@@ -41,13 +41,16 @@ def test_values_and_gradients_are_those_of_log_softmax_in_float64(rows_at_once):
         logits.grad = None
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
-    assert torch.equal(log_probabilities(logits, ids), with_tail(logits, ids)[0])
 
 
 def test_gradcheck_agrees(rows_at_once):
     logits, ids = drawn(seed=3)
     assert torch.autograd.gradcheck(lambda x: with_tail(x, ids), logits)
-    assert torch.autograd.gradcheck(lambda x: log_probabilities(x, ids), logits)
+    labels, draws = ids[:, 1], (ids[:, :2] + 7) % V  # a label among the top, draws that may be
+    for asked in ((), (ids,), (ids, draws)):
+        assert torch.autograd.gradcheck(
+            lambda x, asked=asked: _flat(score_answers(x, labels, *asked)), logits
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -62,12 +65,26 @@ def test_half_precision_is_summed_in_float32_and_its_gradient_comes_back_in_its_
     assert logits.grad is not None and logits.grad.dtype == dtype
 
 
-def test_labels_that_repeat_in_a_row_add_up():
-    logits, _ = drawn()
-    ids = torch.full((A, 2), 5)
-    (ours,) = torch.autograd.grad(log_probabilities(logits, ids).sum(), logits)
-    (theirs,) = torch.autograd.grad(logits.log_softmax(dim=-1).gather(1, ids).sum(), logits)
-    assert torch.allclose(ours, theirs)
+@pytest.mark.parametrize("num_top", [0, 1, K, V])
+def test_one_pass_scores_labels_draws_the_top_and_the_tail_as_log_softmax_does(rows_at_once, num_top):
+    logits, ids = drawn()
+    labels, draws = ids[:, 0], ids[:, 2:]  # the label among the top: their gradients add up
+    top = torch.stack([torch.cat([row, torch.arange(V)]).unique(sorted=False)[:num_top] for row in ids])
+    log_probs = logits.log_softmax(dim=-1)
+    wanted = [log_probs.gather(1, some).flatten() for some in (labels[:, None], top, draws)]
+    if 0 < num_top < V:
+        wanted.append(plainly(logits, top)[1])
+    scores = score_answers(logits, labels, top if num_top else None, draws)
+    found = [x.flatten() for x in (scores.label, scores.top, scores.draws)] + [scores.tail][: len(wanted) - 3]
+    assert len(scores.tail) == (A if 0 < num_top < V else 0)
+    weights = torch.rand(sum(map(len, wanted)), dtype=torch.float64)
+    gradients = [torch.autograd.grad((torch.cat(of) * weights).sum(), logits)[0] for of in (found, wanted)]
+    assert torch.allclose(torch.cat(found), torch.cat(wanted), rtol=1e-12, atol=1e-14)
+    assert torch.allclose(*gradients, rtol=1e-12, atol=1e-14)
+
+
+def _flat(scores) -> tuple[Tensor, ...]:
+    return tuple(x for x in (scores.label, scores.top, scores.tail, scores.draws) if x.numel())
 
 
 def test_nothing_as_wide_as_the_vocabulary_is_kept_but_the_logits_themselves():

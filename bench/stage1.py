@@ -3,6 +3,7 @@
 python bench/stage1.py --size small --tokens 300
 python bench/stage1.py --size wide --samples 4       (full widths in bfloat16, 8 layers of 32: two CPU cores, 20 GB)
 python bench/stage1.py --size full --tokens 300      (a GPU with 40 GB, about 8 minutes)
+python bench/stage1.py --profile "stage 1"           (where a turn of one contestant goes, by torch's profiler)
 
 `bare`     tower, projector, decoder with SDPA, and the head where answers are: nothing decoded, kept or written
 `stage 1`  shard to part: images decoded, all targets captured, encoded, compressed, written, forced to the disk
@@ -16,7 +17,6 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,53 +24,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from side_by_side import Work, measure, save, table, take_turns
+from side_by_side import Work
+from stage_bench import Bench
 
 TARGETS = {"attention": {"layers": [0]}, "vision": {}, "logits": {"top_k": 32}}
 
 
-def main() -> int:
-    options = _options()
-    if options.contestant:
-        take_turns(CONTESTANTS[options.contestant](options))
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        work = options.folder or folder
-        prepare(Path(work), options)
-        arguments = [
-            f"--{name}={getattr(options, name)}" for name in ("size", "tokens", "samples", "batch_size")
-        ]
-        turns = measure(
-            __file__,
-            options.only.split(","),
-            repeats=options.repeats,
-            arguments=[*arguments, f"--folder={work}"],
-        )
-    print(table(turns, against="bare"))
-    save(turns, options.output, size=options.size, tokens=options.tokens, batch_size=options.batch_size)
-    return 0
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=["small", "wide", "full"], default="small")
-    parser.add_argument(
-        "--tokens", type=int, default=300, help="positions of a sample, vision tokens included"
-    )
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", default="bare,stage 1,stub,obvious")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench/stage1.json"))
-    parser.add_argument("--folder", help="where model and shard are kept; default: a temporary one")
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def prepare(folder: Path, options: argparse.Namespace) -> None:
+def prepare(options: argparse.Namespace) -> None:
     """The model, and a shard."""
     from random_models import write_model, write_shard
 
+    folder = Path(options.folder)
     if not (folder / "teacher").exists():
         write_model(folder / "teacher", options.size, "teacher")
     if not (folder / "data").exists():
@@ -200,4 +164,4 @@ CONTESTANTS: dict[str, Callable[[argparse.Namespace], Work]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Bench(__file__, __doc__ or "", CONTESTANTS, against="bare", prepare=prepare).main())

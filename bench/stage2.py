@@ -3,6 +3,7 @@
 python bench/stage2.py --size small --tokens 300
 python bench/stage2.py --size wide --samples 8 --batch_size 4 --only labels,plain,cached   (two CPU cores, 20 GB)
 python bench/stage2.py --size full --tokens 300      (a GPU with 80 GB, about 8 minutes)
+python bench/stage2.py --profile cached              (where a turn of one contestant goes, by torch's profiler)
 
 `labels`   the student on labels alone, by the same code: the head runs where answers are
 `plain`    the student's own forward with `labels`, as any Trainer would call it: logits of every position
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,49 +24,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from side_by_side import Work, measure, save, table, take_turns
+from side_by_side import Work
+from stage_bench import Bench
 
 TARGETS = {"attention": {"layers": [0]}, "vision": {}, "logits": {"top_k": 32}}
 LABELS = {"supervised": {}}
 ALL = {**LABELS, "attention": {}, "vision_all": {}, "vision_focus": {"k": 16}, "logits": {"weight": 0.1}}
-PASSED_ON = ("size", "tokens", "samples", "batch_size", "workers")
-
-
-def main() -> int:
-    options = _options()
-    if options.contestant:
-        take_turns(CONTESTANTS[options.contestant](options))
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        options.folder = options.folder or folder
-        prepare(options)
-        arguments = [f"--{name}={getattr(options, name)}" for name in PASSED_ON]
-        arguments.append(f"--folder={options.folder}")
-        turns = measure(__file__, options.only.split(","), repeats=options.repeats, arguments=arguments)
-    print(table(turns, against="labels"))
-    for one in turns:
-        if "waiting" in one.counted:
-            print(f"{one.name}: waiting for batches {100 * one.counted['waiting']:.1f}% of the time")
-    facts = {name: getattr(options, name) for name in PASSED_ON}
-    save(turns, options.output, **facts)
-    return 0
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=["small", "wide", "full"], default="small")
-    parser.add_argument(
-        "--tokens", type=int, default=300, help="positions of a sample, vision tokens included"
-    )
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", default="labels,plain,cached,loading,online")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench/stage2.json"))
-    parser.add_argument("--folder", help="where models, shard and store are kept; default: a temporary one")
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -238,4 +201,4 @@ CONTESTANTS: dict[str, Callable[[argparse.Namespace], Work]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Bench(__file__, __doc__ or "", CONTESTANTS, against="labels", prepare=prepare).main())

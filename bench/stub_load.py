@@ -1,6 +1,7 @@
 """What loading a stub reads and holds, from a `.bin` and from a safetensors checkpoint.
 
 python bench/stub_load.py
+python bench/stub_load.py --checkpoint FOLDER     (one that is there, whatever its size)
 
 A checkpoint of about 0.4 GB with random weights, its file dropped from the system's cache; a process of its own loads
 the stub for attention of layer 0 and vision, and touches every page of it: what is mapped is read when it is used.
@@ -31,16 +32,17 @@ TOWER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/bench/stub_load.json"))
+    parser.add_argument("--checkpoint", type=Path, help="a folder, in place of what would be made")
     parser.add_argument("--load", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
         print(json.dumps(_load(options.load)))
         return 0
-    rows = []
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        for kind in ("safetensors", "bin"):
-            checkpoint = _write(Path(folder) / kind, kind)
-            rows.append({"kind": kind, "checkpoint_bytes": _size(checkpoint)} | _measured(checkpoint))
+    if options.checkpoint:
+        rows = [_row(options.checkpoint.name, options.checkpoint)]
+    else:
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+            rows = [_row(kind, _write(Path(folder) / kind, kind)) for kind in ("safetensors", "bin")]
     print(f"{'':<12} checkpoint  needed     read  resident  read/needed  resident/needed")
     for row in rows:
         needed, read, resident = row["needed_bytes"], row["read_bytes"], row["resident_bytes"]
@@ -52,6 +54,10 @@ def main() -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
+
+
+def _row(name: str, checkpoint: Path) -> dict[str, Any]:
+    return {"kind": name, "checkpoint_bytes": _size(checkpoint)} | _measured(checkpoint)
 
 
 def _write(folder: Path, kind: str) -> Path:
@@ -112,7 +118,8 @@ def _load(checkpoint: str) -> dict[str, int]:
     )
     torch.empty(1)
     before, read_before = _resident(), _read()
-    teacher = load_teacher(plan, dtype=torch.float16, device=torch.device("cpu"))
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
+    teacher = load_teacher(plan, dtype=dtype, device=torch.device("cpu"))
     held = [tensor for tensor in teacher.model.state_dict().values() if tensor.device.type != "meta"]
     for tensor in held:
         tensor.flatten()[::512].sum()  # more than one value a page

@@ -86,8 +86,9 @@ def profiled(work: Work) -> str:
     from torch.profiler import ProfilerActivity, profile
 
     work()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with profile(activities=[getattr(ProfilerActivity, device.upper()), ProfilerActivity.CPU]) as found:
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as found:
         work()
-    by = f"self_{'device' if device == 'cuda' else 'cpu'}_time_total"
+    by = f"self_{'device' if on_gpu else 'cpu'}_time_total"
     return found.key_averages().table(sort_by=by, row_limit=OPERATORS, max_name_column_width=50)

@@ -52,8 +52,9 @@ class ChunkCache:
         return found
 
     def _keep(self, name: ChunkName, rows: Array) -> None:
-        self._chunks[name] = rows
-        self._held_bytes += rows.nbytes
+        if name not in self._chunks:  # another reading, begun before this one ended, may have brought it
+            self._chunks[name] = rows
+            self._held_bytes += rows.nbytes
         while self._held_bytes > self._limit_bytes:
             self._held_bytes -= self._chunks.popitem(last=False)[1].nbytes
 

@@ -99,7 +99,7 @@ class Store:
     def read_many(self, keys: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Array]]:
         """What `read` gives, of each key in turn; all that they need is asked for at once."""
         cache, specs = self._chunk_cache(), [self._spec(name) for name in names]
-        rows = cache.rows([place for key in keys for place in self._rows(key, specs)])
+        rows = cache.rows([wanted for key in keys for wanted in self._rows(key, specs)])
         for key in keys:
             with _named(key):
                 arrays = _decoded(specs, rows)

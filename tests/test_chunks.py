@@ -128,6 +128,16 @@ def test_a_chunk_is_kept_only_if_it_has_rows_of_others_or_is_asked_for_twice(spr
         assert [number for _, number in cache._chunks] == kept
 
 
+def test_readings_that_overlap_count_what_they_keep_once(spread):
+    ours, theirs = spread
+    cache = ChunkCache(1 << 20)
+    first, second = (cache.rows([(ours, [(1, 3)]), (ours, [(2, 4)])]) for _ in range(2))
+    for rows in (next(first), next(second)):
+        assert np.array_equal(rows, theirs[1:3])
+    assert len(list(first)) == len(list(second)) == 1
+    assert cache._held_bytes == sum(chunk.nbytes for chunk in cache._chunks.values()) > 0
+
+
 def test_neighbouring_ranges_are_one_request_and_come_back_apart(tmp_path):
     (tmp_path / "f").write_bytes(bytes(range(100)))
     with static_server(tmp_path) as (url, requests):

@@ -73,7 +73,7 @@ class Teacher:
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Projected vision features: 'I C Y X' -> 'I N D'."""
-        return self.model.encode_images(pixel_values.to(self.device))
+        return self.model.encode_images(self._moved(pixel_values))
 
     @torch.no_grad()
     def forward(
@@ -85,16 +85,22 @@ class Teacher:
     ) -> TeacherForward:
         """One batch: ids, mask and labels 'B S', vision tokens 'I N D' of its images in order."""
         merged = self._merge(
-            input_ids.to(self.device),
-            None if vision is None else vision.to(self.device),
-            attention_mask=attention_mask.to(self.device),
-            labels=labels.to(self.device),
+            self._moved(input_ids),
+            None if vision is None else self._moved(vision),
+            attention_mask=self._moved(attention_mask),
+            labels=self._moved(labels),
         )
         with record_layer_inputs(self.model.model.layers, self._hooked_layers()) as inputs:
             last = self._run(merged)
         if self.plan.is_stub and self.attention_layers:
             inputs[self.attention_layers[-1]] = last
         return self._forward_results(merged, inputs, last)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the teacher's device; to a GPU from pinned memory, so that nobody waits for the copy."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def _merge(
         self, input_ids: torch.Tensor, vision: torch.Tensor | None, **masks: torch.Tensor

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from reading_samples import SIZES, VISION_STEP, Size, write_samples
 from reading_table import MODES, OURS, WINDOWS, bars, summary, table
 
-from cache import Store
+from cache import Store, drop_from_memory
 from cache.codecs import stored_arrays
 
 WORKER = Path(__file__).parent / "reading_worker.py"
@@ -131,6 +131,7 @@ def _readings(
                 _say(f"repeat {repeat + 1} of {options.repeats}: {name}, {mode}")
                 request = {"indices": indices, "seed": repeat, "as_floats": as_floats, "step": VISION_STEP,
                            "cache_bytes": 0 if name == OURS else None}  # fmt: skip
+                drop_from_memory(folder / _contestant(name))
                 found = _ask(pythons[name], "read", name, folder, request)
                 sizes = used if name in (OURS, WINDOWS) else blob_bytes
                 # What shuffles by itself read other samples than these, whose sizes are the same in the mean.
@@ -185,8 +186,13 @@ def _blob_sizes(folder: Path) -> list[int]:
     return [file.stat().st_size for file in sorted((folder / "samples").iterdir())]
 
 
+def _contestant(name: str) -> str:
+    """Whose files it reads."""
+    return OURS if name == WINDOWS else name
+
+
 def _ask(python: str, action: str, name: str, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    contestant = OURS if name == WINDOWS else name
+    contestant = _contestant(name)
     command = [python, str(WORKER), action, contestant, str(folder / contestant), json.dumps(request)]
     return json.loads(_process(command).splitlines()[-1])
 

@@ -57,9 +57,9 @@ def _check(contestant: str, folder: Path, request: dict[str, Any]) -> dict[str, 
 def _read(contestant: str, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Seconds, and bytes read, of a pass over the samples with cold files and one with warm files.
 
-    The contestant is opened anew for each, before the clock runs: nothing but the system's memory is warm.
+    Who asks for it has made the system drop the files. The contestant is opened anew for each, before the clock runs:
+    nothing but the system's memory is warm.
     """
-    forget(folder)
     return {which: _timed(contestant, folder, request) for which in ("cold", "warm")}
 
 
@@ -263,17 +263,6 @@ READERS: dict[str, Callable[[Path, Sequence[int], int], Iterator[bytes]]] = {
     "litdata": _read_litdata,
     "mds": _read_mds,
 }
-
-
-def forget(folder: Path) -> None:
-    """Make the system drop what its memory holds of the files."""
-    for file in _files(folder):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # what is not written yet cannot be dropped
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from reading_worker import forget
+from cache import drop_from_memory
 
 LANGUAGE_MODEL = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 12, "num_attention_heads": 16,
                   "num_key_value_heads": 16}  # fmt: skip
@@ -85,7 +85,7 @@ def _size(folder: Path) -> int:
 
 
 def _measured(checkpoint: Path) -> dict[str, Any]:
-    forget(checkpoint)
+    drop_from_memory(checkpoint)
     command = [sys.executable, __file__, "--load", str(checkpoint)]
     return json.loads(
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]

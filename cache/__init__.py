@@ -31,6 +31,7 @@ from cache.errors import (
     ValueOutOfRange,
 )
 from cache.layout import FORMAT_VERSION
+from cache.local_files import drop_from_memory
 from cache.mirror import Mirror
 from cache.part_writer import PartSummary, PartWriter
 from cache.place import local
@@ -92,6 +93,7 @@ __all__ = [
     "ValueOutOfRange",
     "card_at",
     "digest_of",
+    "drop_from_memory",
     "local",
     "merge_stores",
     "part_sizes",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,21 +28,21 @@ class ChunkCache:
 
         What is not held is asked for at once, all of it, before the first rows are given.
         """
-        needed = [_chunks_of(array, spans) for array, spans in wanted]
-        named = _named(chunk for some in needed for chunk in some)
+        needed = [_pieces(array, spans) for array, spans in wanted]
+        named = _named(piece for some in needed for piece in some)
         chunks = self._held(named)
-        missing = [chunk for name, chunk in named.items() if name not in chunks]
-        fresh = zip(missing, read_chunks([(chunk.array, chunk.number) for chunk in missing]), strict=True)
-        for (array, spans), some in zip(wanted, needed, strict=True):
-            while any(chunk.name not in chunks for chunk in some):
-                chunk, rows = next(fresh)
-                chunks[chunk.name] = rows
-                if chunk.is_shared:
-                    self._keep(chunk.name, rows)
-            yield _joined(array, spans, chunks)
-            for chunk in some:
-                if not named[chunk.name].is_shared:
-                    del chunks[chunk.name]
+        missing = [piece for name, piece in named.items() if name not in chunks]
+        fresh = zip(missing, read_chunks([(piece.array, piece.number) for piece in missing]), strict=True)
+        for (array, _), some in zip(wanted, needed, strict=True):
+            while any(piece.name not in chunks for piece in some):
+                piece, rows = next(fresh)
+                chunks[piece.name] = rows
+                if piece.is_shared:
+                    self._keep(piece.name, rows)
+            yield _joined(array, [chunks[piece.name][piece.rows] for piece in some])
+            for piece in some:
+                if not named[piece.name].is_shared:
+                    del chunks[piece.name]
 
     def _held(self, names: Iterable[ChunkName]) -> dict[ChunkName, Array]:
         """Those of the chunks that are here; the cache may drop some of them again, this answer keeps them."""
@@ -59,39 +59,42 @@ class ChunkCache:
             self._held_bytes -= self._chunks.popitem(last=False)[1].nbytes
 
 
-class _Chunk(NamedTuple):
-    """One chunk of an array that spans need; shared if it has rows beside those of a span, such as a neighbour's."""
+class _Piece(NamedTuple):
+    """Rows that a span has in one chunk. The chunk is shared if it has others, such as a neighbour's."""
 
     name: ChunkName
     array: OpenArray
     number: int
+    rows: slice
     is_shared: bool
 
 
-def _named(chunks: Iterable[_Chunk]) -> dict[ChunkName, _Chunk]:
-    """Each chunk once, by its name; one that comes twice is shared."""
-    named: dict[ChunkName, _Chunk] = {}
-    for chunk in chunks:
-        named[chunk.name] = chunk._replace(is_shared=chunk.is_shared or chunk.name in named)
-    return named
-
-
-def _chunks_of(array: OpenArray, spans: Sequence[tuple[int, int]]) -> list[_Chunk]:
+def _pieces(array: OpenArray, spans: Sequence[tuple[int, int]]) -> list[_Piece]:
+    """The spans cut at the borders of chunks."""
     size, shard = array.chunk_rows, array.shard
     return [
-        _Chunk((shard, n), array, n, n * size < start or (n + 1) * size > stop)
+        _Piece(
+            (shard, n),
+            array,
+            n,
+            slice(max(start - n * size, 0), stop - n * size),
+            n * size < start or (n + 1) * size > stop,
+        )
         for start, stop in spans
         for n in range(start // size, (stop - 1) // size + 1)
     ]
 
 
-def _joined(array: OpenArray, spans: Sequence[tuple[int, int]], chunks: Mapping[ChunkName, Array]) -> Array:
+def _named(pieces: Iterable[_Piece]) -> dict[ChunkName, _Piece]:
+    """One piece of each chunk, by the chunk's name; a chunk that comes twice is shared."""
+    named: dict[ChunkName, _Piece] = {}
+    for piece in pieces:
+        named[piece.name] = piece._replace(is_shared=piece.is_shared or piece.name in named)
+    return named
+
+
+def _joined(array: OpenArray, pieces: Sequence[Array]) -> Array:
     """A copy only where the rows are of several chunks; else a view of the one that they are in."""
-    size, pieces = array.chunk_rows, list[Array]()
-    for start, stop in spans:
-        for number in range(start // size, (stop - 1) // size + 1):
-            chunk = chunks[array.shard, number]
-            pieces.append(chunk[max(start - number * size, 0) : stop - number * size])
     if len(pieces) == 1:
         return pieces[0]
     return np.concatenate(pieces or [np.empty((0, *array.stored.row_shape), dtype=array.stored.dtype)])

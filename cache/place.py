@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 
 from cache.durable import files_below, hash_blocks, hash_file
 from cache.errors import NotThere
-from cache.local import LocalRange, read_ranges
+from cache.local_files import read_ranges
 from cache.mirror import MirrorFolder
 from cache.remote import blocks, download, fetch, list_files, list_folder
 
@@ -104,8 +104,8 @@ def iter_ranges(ranges: Sequence[Range]) -> Iterator[bytes | None]:
     """
     runs = _runs(ranges)
     if all(isinstance(run[0].file, Path) for run in runs):
-        wholes = [LocalRange(cast(Path, run[0].file), run[0].start, run[-1].stop) for run in runs]
-        for run, data in zip(runs, read_ranges(wholes), strict=True):
+        wholes = read_ranges([(cast(Path, run[0].file), run[0].start, run[-1].stop) for run in runs])
+        for run, data in zip(runs, wholes, strict=True):
             yield from _split(data, run)
     else:
         yield from _find_remote(ranges)

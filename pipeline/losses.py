@@ -234,7 +234,7 @@ def logits(student: StudentOutputs, teacher: TeacherTargets, head: Head, setting
     scores = student.scores(teacher)
     ours, theirs = buckets(scores, teacher.top_log_probs, teacher.tail_log_prob, settings.temperature)
     per_position = DIVERGENCES[settings.direction](ours, theirs) * settings.temperature**2
-    if teacher.draw_log_probs is not None and settings.uses_draws():
+    if teacher.draw_ids is not None and teacher.draw_log_probs is not None and settings.uses_draws():
         per_position = per_position + within_tail(ours, theirs, scores.draws, teacher.draw_log_probs)
     return per_position.sum(), _count(len(ours), per_position)
 

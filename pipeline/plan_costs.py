@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cache import Store
+from cache import Store, drop_from_memory
 from pipeline.conversation import TokenizedSample
 from pipeline.errors import BadSample
 from pipeline.inputs import pad_tokens
@@ -66,26 +65,12 @@ def _reading(plan: CapturePlan, folder: Path, name: str, settings: Any) -> float
     for of_part in keys:
         for key in of_part[:1]:
             store.read(key, arrays)
-    _forget(folder)
+    drop_from_memory(folder)
     started = time.perf_counter()
     for of_part in keys:
         for key in of_part:
             store.read(key, arrays)
     return (time.perf_counter() - started) / max(1, sum(map(len, keys)))
-
-
-def _forget(folder: Path) -> None:
-    """Ask the system to drop what its memory holds of the files; it may not, and some systems cannot be asked."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for file in folder.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)  # what is not written yet cannot be dropped
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
 
 
 def _prepared(plan: CapturePlan, shards: Sequence[str]) -> Iterator[Ready]:

@@ -172,7 +172,7 @@ FLOORS: dict[str, set[str]] = {
         "cache.index",
         "cache.layout",
         "cache.leases",
-        "cache.local",
+        "cache.local_files",
         "cache.mirror",
         "cache.part_reader",
         "cache.part_writer",

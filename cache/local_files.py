@@ -1,4 +1,4 @@
-"""Ranges of local files: the system is told of all of them, then each is read when it is wanted."""
+"""Reading local files beside the system's own memory of them: told what will be read, or asked to forget."""
 
 from __future__ import annotations
 
@@ -6,26 +6,17 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 _CAN_ADVISE = hasattr(os, "posix_fadvise")  # not everywhere
 
 
-class LocalRange(NamedTuple):
-    """Bytes start..stop of a local file; to its end without a stop."""
-
-    file: Path
-    start: int
-    stop: int | None
-
-
-def read_ranges(ranges: Sequence[LocalRange]) -> Iterator[bytes | None]:
-    """The bytes of each range in turn, short where the file ends early, None where there is no file.
+def read_ranges(ranges: Sequence[tuple[Path, int, int | None]]) -> Iterator[bytes | None]:
+    """The bytes start..stop of files in turn, short where a file ends early, None where there is no file.
 
     Every file is opened once, and a disk is given all that it is to read before the first range is waited for.
     """
     with ExitStack() as closing:
-        descriptors = {file: _opened(file, closing) for file in dict.fromkeys(piece.file for piece in ranges)}
+        descriptors = {file: _opened(file, closing) for file in dict.fromkeys(file for file, _, _ in ranges)}
         for file, start, stop in ranges:
             if (descriptor := descriptors[file]) is not None:
                 _advise(descriptor, start, stop)
@@ -58,3 +49,16 @@ def _read(descriptor: int, start: int, stop: int | None) -> bytes:
     while len(data) < size and (more := os.pread(descriptor, size - len(data), start + len(data))):
         data += more  # a system reads 2 GiB at most at a time
     return data
+
+
+def drop_from_memory(folder: Path) -> None:
+    """Ask the system to drop what its memory holds of the files; it may not, and some systems cannot be asked."""
+    if not _CAN_ADVISE:
+        return
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with ExitStack() as closing:
+                descriptor = _opened(file, closing)
+                assert descriptor is not None
+                os.fsync(descriptor)  # what is not written yet cannot be dropped
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -22,6 +22,7 @@ CacheError
 ├── RefusedValue            a value that its codec cannot keep; the sample can be rejected and the part go on
 │   ├── NonFiniteValue
 │   └── ValueOutOfRange
+├── UnreadableFile          the system refuses to read a file: nothing is said of what it holds
 └── CorruptFile             a file of the store is damaged
     └── CorruptPart         ... and it belongs to a part, which can be removed and written again
 """
@@ -29,6 +30,7 @@ CacheError
 # ruff: noqa: N818 - these names say what happened; "...Error" would add nothing.
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -204,6 +206,26 @@ class NonFiniteValue(RefusedValue):
 
 class ValueOutOfRange(RefusedValue):
     pass
+
+
+class UnreadableFile(CacheError):
+    """Carries the system's `error`: permissions, open files and disks that fail are no damage of the data."""
+
+    def __init__(self, file: object, error: OSError) -> None:
+        self.file, self.error = file, error
+        reason = error.strerror or str(error) or type(error).__name__
+        super().__init__(f"{file} cannot be read ({reason}); {self.remedy}.")
+
+    @property
+    def remedy(self) -> str:
+        """What to do about an error of this number."""
+        if self.error.errno in (errno.EACCES, errno.EPERM):
+            return "ask its owner for access, or run as a user who may read it"
+        if self.error.errno in (errno.EMFILE, errno.ENFILE):
+            return (
+                "too many files are open at one time: raise the limit with `ulimit -n`, or use fewer workers"
+            )
+        return "this says nothing about what it holds: see to the file system or the disk, and try again"
 
 
 class CorruptFile(CacheError):

@@ -13,11 +13,13 @@ from cache.errors import (
     DuplicateImage,
     DuplicateKey,
     FingerprintMismatch,
+    HoldsFewer,
     KeyNotInStore,
     NonFiniteValue,
     NotThere,
     PartClosed,
     PartConflict,
+    PartLost,
     RefusedValue,
     SchemaError,
     StoreNotFound,
@@ -38,11 +40,13 @@ from cache.part_writer import PartSummary, PartWriter
 from cache.place import local
 from cache.push import Pushed, card_at, push_store
 from cache.reader import Store
-from cache.repair import remove_parts, restore_manifest
+from cache.records import PartRecord
+from cache.repair import restore_manifest
 from cache.schema import ArraySpec, Difference, Fingerprint, Manifest, SampleEntry, Span
 from cache.scratch import sweep_dead, sweep_old
 from cache.subset import merge_stores, slice_store
 from cache.summary import ArraySummary, PartSizes, Summary, part_sizes, summarise
+from cache.taken_keys import TakenKeys
 from cache.verify import Report, verify
 from cache.verify_part import Problem
 from cache.writer import StoreWriter
@@ -63,6 +67,7 @@ __all__ = [
     "DuplicateKey",
     "Fingerprint",
     "FingerprintMismatch",
+    "HoldsFewer",
     "KeyNotInStore",
     "Manifest",
     "Mirror",
@@ -70,6 +75,8 @@ __all__ = [
     "NotThere",
     "PartClosed",
     "PartConflict",
+    "PartLost",
+    "PartRecord",
     "PartSizes",
     "PartSummary",
     "PartWriter",
@@ -85,6 +92,7 @@ __all__ = [
     "StoreUnreachable",
     "StoreWriter",
     "Summary",
+    "TakenKeys",
     "UnknownArray",
     "UnknownImage",
     "UnknownPart",
@@ -100,7 +108,6 @@ __all__ = [
     "merge_stores",
     "part_sizes",
     "push_store",
-    "remove_parts",
     "restore_manifest",
     "slice_store",
     "summarise",

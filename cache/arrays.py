@@ -1,20 +1,18 @@
-"""Stored arrays on the disk: one Zarr v3 array, one shard file each, written once."""
+"""The files of a stored array: one Zarr v3 array, its metadata and one shard, as bytes that are written once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
 import zarr
 from numcodecs import blosc  # pyright: ignore[reportMissingTypeStubs, reportAttributeAccessIssue, reportUnknownVariableType]
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from cache.codecs import Array, StoredArray
-from cache.documents import canonical_json
-from cache.durable import write_file
-from cache.layout import GROUP_METADATA, ZARR_METADATA
 
 CHUNK_BYTES = 1 << 15
 """Decompressed. A sample is read by whole chunks, which hold mostly rows of others where rows are small: in larger
@@ -34,19 +32,18 @@ _SHUFFLES = {"shuffle": 1, "bitshuffle": 2}
 _compress = cast(Callable[[Array, bytes, int, int], bytes], blosc.compress)  # pyright: ignore[reportUnknownMemberType]
 
 
-def write_group(directory: Path) -> None:
-    """Make the directory a Zarr group."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_file(directory / ZARR_METADATA, canonical_json(GROUP_METADATA))
+def array_files(stored: StoredArray, *, rows: Array, axes: list[str]) -> dict[str, memoryview]:
+    """All `rows` as the files of a Zarr array, by relative path: a chunk is as many rows as CHUNK_BYTES hold.
 
-
-def write_array(path: Path, stored: StoredArray, *, rows: Array, axes: list[str]) -> None:
-    """Write all `rows` as one shard; a chunk is as many rows as CHUNK_BYTES hold, at least one."""
+    They are made in memory, where zarr holds a shard while it is written anyway: whoever writes them then knows
+    their hashes without reading them back.
+    """
     num_rows = rows.shape[0]
     chunk_rows = _chunk_rows(stored, num_rows)
     shard_rows = chunk_rows * max(1, -(-num_rows // chunk_rows))
+    files: dict[str, Buffer] = {}
     array = zarr.create_array(  # pyright: ignore[reportUnknownMemberType]
-        str(path),
+        MemoryStore(files),
         shape=rows.shape,
         dtype=stored.dtype,
         chunks=(chunk_rows, *stored.row_shape),
@@ -60,6 +57,9 @@ def write_array(path: Path, stored: StoredArray, *, rows: Array, axes: list[str]
     )
     if num_rows:
         array[...] = rows
+    return {
+        name: memoryview(data.as_numpy_array()) for name, data in files.items()
+    }  # not copied: it is large
 
 
 def _chunk_rows(stored: StoredArray, num_rows: int) -> int:

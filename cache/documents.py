@@ -6,7 +6,7 @@ import json
 from typing import Any, cast
 
 from cache.durable import hash_bytes
-from cache.errors import CorruptFile
+from cache.errors import CorruptFile, UnreadableFile
 from cache.place import Place
 
 CHECKSUM = "checksum"
@@ -29,14 +29,16 @@ def document_bytes(content: dict[str, Any]) -> bytes:
 
 
 def read_document(path: Place, data: bytes | None = None) -> dict[str, Any]:
-    """The content that `document_bytes` was given; CorruptFile if one byte of the file differs.
+    """The content that `document_bytes` was given; CorruptFile if one byte of the file differs, or it is gone.
 
-    `data` are the file's bytes, where they were read before.
+    `data` are the file's bytes, where they were read before. UnreadableFile if the system refuses to read it.
     """
     try:
         data = path.read_bytes() if data is None else data
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CorruptFile(path, f"it cannot be read ({error.strerror})") from error
+    except OSError as error:
+        raise UnreadableFile(path, error) from error
     try:
         document = json.loads(data)
         canonical = canonical_json(document)

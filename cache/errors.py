@@ -13,6 +13,8 @@ CacheError
 ├── ArrayMismatch           arrays handed to a writer that do not fit their specs
 ├── CountMismatch           samples that were seen but neither cached nor rejected
 ├── PartConflict            two stores to be merged that hold different parts of one name
+├── PartLost                an unfinished part whose files another process removed
+├── HoldsFewer              a part that would replace one that holds more samples
 ├── DuplicateKey            one sample key twice
 ├── DuplicateImage          one image twice in a part
 ├── UnknownImage            a sample that points at an image its part does not hold
@@ -35,6 +37,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cache.place import Place
     from cache.schema import Difference
 
@@ -142,6 +146,23 @@ class PartConflict(CacheError):
         )
 
 
+class PartLost(CacheError):
+    def __init__(self, part: str, *, folder: Path, missing: Iterable[str]) -> None:
+        names = sorted(missing)
+        super().__init__(
+            f"Part {part!r} is not published: {len(names)} of its files, such as {names[0]}, vanished from {folder} "
+            "or changed while it was written; find what else cleans there, and run the command again."
+        )
+
+
+class HoldsFewer(CacheError):
+    def __init__(self, part: str, *, held: int, now: int) -> None:
+        super().__init__(
+            f"Part {part!r} is left as it is: it holds {held} samples, captured again it would hold {now}; see why "
+            "samples are rejected now, or allow it with `alignkd verify --fix --allow-fewer`."
+        )
+
+
 class DuplicateKey(CacheError):
     def __init__(self, key: str, *, parts: tuple[str, str]) -> None:
         where = (
@@ -211,10 +232,11 @@ class ValueOutOfRange(RefusedValue):
 class UnreadableFile(CacheError):
     """Carries the system's `error`: permissions, open files and disks that fail are no damage of the data."""
 
-    def __init__(self, file: object, error: OSError) -> None:
+    def __init__(self, file: Place, error: OSError) -> None:
         self.file, self.error = file, error
-        reason = error.strerror or str(error) or type(error).__name__
-        super().__init__(f"{file} cannot be read ({reason}); {self.remedy}.")
+        reason = f"cannot be read ({error.strerror or str(error) or type(error).__name__})"
+        self.reason = f"it {reason}"
+        super().__init__(f"{file} {reason}; {self.remedy}.")
 
     @property
     def remedy(self) -> str:
@@ -244,8 +266,8 @@ class CorruptFile(CacheError):
 
 class CorruptPart(CorruptFile):
     remedy = (
-        "run `alignkd verify --deep` on the store to see what else is damaged, remove the part's directory, "
-        "and run `alignkd teacher-cache` to write it again."
+        "run `alignkd verify --deep` on the store to see what else is damaged, and "
+        "`alignkd verify --fix --config CONFIG` to capture the part again."
     )
 
 

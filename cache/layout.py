@@ -16,6 +16,7 @@ CARD = "README.md"
 PARTS = "parts"
 SCRATCH = "tmp"
 LEASES = "leases"
+LOCK = ".lock"
 ZARR_METADATA = "zarr.json"
 PART_RECORD = "part.json"
 INDEX = "index.json"
@@ -55,6 +56,11 @@ def leases_path(store: Path) -> Path:
 def lease_file(store: Path, part: str) -> Path:
     """A part's lease; UnsafeName if the name could leave the store."""
     return store / LEASES / check_part_name(part)
+
+
+def lock_file(store: Path) -> Path:
+    """The file that writers lock while they plan or publish."""
+    return store / LOCK
 
 
 def shard_file(array: Path, num_axes: int) -> Path:

@@ -42,7 +42,7 @@ def lease(store: Path, part: str, *, patience: float = PATIENCE_SECONDS) -> Gene
 
 
 def sweep_leases(store: Path) -> None:
-    """Remove the leases of this host's dead processes: a kill may come after the part was published, too."""
+    """Remove the leases of processes that are surely dead: a kill may come after the part was published, too."""
     for file in leases_path(store).iterdir():
         owner = scratch_owner(lease_holder(file))
         if owner and owner.is_dead:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,24 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from cache.arrays import write_array, write_group
 from cache.codecs import Array, StoredArray, encode_rows, stored_arrays
 from cache.documents import document_bytes
-from cache.durable import files_below, hash_file, publish, sync_directory, sync_tree, write_file
-from cache.errors import (
-    ArrayMismatch,
-    CorruptFile,
-    CountMismatch,
-    DuplicateImage,
-    DuplicateKey,
-    PartClosed,
-    UnknownImage,
-)
+from cache.errors import ArrayMismatch, CountMismatch, DuplicateImage, DuplicateKey, PartClosed, UnknownImage
 from cache.index import PartIndex
-from cache.layout import INDEX, PART_RECORD, REJECTS, parent_groups, part_path
-from cache.records import Counts, FileRecord, PartRecord, read_part_record, rejects_bytes
+from cache.layout import INDEX, REJECTS
+from cache.part_folder import PartFolder
+from cache.records import Counts, PartRecord, rejects_bytes
 from cache.schema import Manifest, Owner, SampleEntry
-from cache.scratch import new_scratch, remove
+from cache.taken_keys import TakenKeys
 
 
 @dataclass(frozen=True)
@@ -57,22 +47,23 @@ class _Sample:
 class PartWriter:
     """A context manager; left without `commit`, it leaves nothing behind.
 
-    Samples are encoded as they come and kept as codes, so a part needs its decompressed codes in memory. The order in
-    which they come is nobody's business: they are written by `place`, and images as samples first need them.
+    Samples are encoded as they come and kept as codes, so a part needs its codes in memory; nothing is on the disk
+    before `commit`. They may come in any order: they are written by `place`, and images as samples first need them.
     """
 
-    def __init__(self, store: Path, manifest: Manifest, *, name: str, source: Mapping[str, Any]) -> None:
-        self._target = part_path(store, name)
+    def __init__(
+        self, store: Path, manifest: Manifest, *, name: str, source: Mapping[str, Any], taken: TakenKeys
+    ) -> None:
         self._store, self._manifest, self._name, self._source = store, manifest, name, dict(source)
-        self._directory: Path | None = None
+        self._taken = taken
+        self._is_open = False
         self._samples: list[_Sample] = []
         self._keys: set[str] = set()
         self._images: dict[str, dict[str, Array]] = {}  # codes by stored name, by digest
         self._rejects: list[tuple[int, str, str]] = []
 
     def __enter__(self) -> PartWriter:
-        self._directory = new_scratch(self._store, self._name)
-        self._directory.mkdir()
+        self._is_open = True
         return self
 
     def __exit__(
@@ -110,42 +101,77 @@ class PartWriter:
         self._check_open()
         self._rejects.append((self._place(place), key, reason))
 
-    def commit(self, *, seen: int | None = None, seconds: float | None = None) -> PartSummary:
-        """Publish the part. `seen`, if given, is the caller's own count of samples and must add up; `seconds` is
-        what it cost to make, kept in the record.
+    def taken_elsewhere(self) -> list[tuple[str, str]]:
+        """(key, part) of every sample added here whose key another part holds by now."""
+        self._taken.refresh()
+        found = [(s.entry.key, self._taken.other_part(s.entry.key, than=self._name)) for s in self._samples]
+        return [(key, part) for key, part in found if part is not None]
 
-        After a crash at any moment the part is either wholly there or still to do.
+    def withdraw(self, key: str, reason: str) -> None:
+        """Turn a sample that was added into a rejected one."""
+        self._check_open()
+        [sample] = [sample for sample in self._samples if sample.entry.key == key]
+        self._samples.remove(sample)
+        self._keys.remove(key)
+        self._rejects.append((sample.place, key, reason))
+
+    def commit(
+        self,
+        *,
+        seen: int | None = None,
+        seconds: float | None = None,
+        replace: bool = False,
+        may_hold_fewer: bool = False,
+    ) -> PartSummary:
+        """Publish the part. `seen`, if given, is the caller's own count of samples and must add up; `seconds` is
+        what it cost to make, kept in the record. With `replace` the part that is there makes room for this one; it
+        stays if it holds more samples, unless `may_hold_fewer`.
+
+        After a crash at any moment the part is either wholly there or still to do. Raises `DuplicateKey` if a part
+        published meanwhile holds one of the keys, `HoldsFewer`, and `CorruptPart` or `UnreadableFile` if there is a
+        part in the way of which it cannot be told whether it is finished.
         """
-        directory = self._check_open()
+        self._check_open()
+        self._check_count(seen)
+        folder = PartFolder(self._store, self._name)
+        try:
+            record = self._write(folder, seconds=seconds)
+            winner = folder.publish(
+                record, replace=replace, may_hold_fewer=may_hold_fewer, check=self._check_keys
+            )
+        finally:
+            folder.remove()
+            self._close()
+        return _summary(winner or record, self._manifest, already_done=winner is not None)
+
+    def _write(self, folder: PartFolder, *, seconds: float | None) -> PartRecord:
+        """All files of the part but its done-mark, which is returned."""
         samples = sorted(self._samples, key=lambda sample: sample.place)
         digests = list(dict.fromkeys(digest for sample in samples for digest in sample.entry.images))
-        counts = self._counts(seen, images=len(digests))
-        self._write_arrays(directory, samples, digests)
+        self._write_arrays(folder, samples, digests)
         row_counts = {name: [s.rows[name] for s in samples] for name in self._sample_owned()}
         index = PartIndex.of([sample.entry for sample in samples], digests, row_counts=row_counts)
-        write_file(directory / INDEX, document_bytes(index.to_json()))
-        rejects = [(key, reason) for _, key, reason in sorted(self._rejects)]
-        write_file(directory / REJECTS, rejects_bytes(rejects))
-        record = PartRecord(
+        folder.write(INDEX, document_bytes(index.to_json()))
+        folder.write(REJECTS, rejects_bytes([(key, reason) for _, key, reason in sorted(self._rejects)]))
+        return PartRecord(
             part=self._name,
             contents=self._manifest.contents_digest(),
             source=self._source,
-            counts=counts,
+            counts=self._counts(images=len(digests)),
             seconds=seconds,
-            files=describe_files(directory),
+            files=folder.files,
         )
-        seal_part(directory, record)
-        return self._publish(directory, record)
 
-    def _check_open(self) -> Path:
-        if self._directory is None:
+    def _check_keys(self) -> None:
+        for key, part in self.taken_elsewhere():
+            raise DuplicateKey(key, parts=(part, self._name))
+
+    def _check_open(self) -> None:
+        if not self._is_open:
             raise PartClosed(self._name)
-        return self._directory
 
     def _close(self) -> None:
-        if self._directory is not None:
-            remove(self._directory)
-        self._directory = None
+        self._is_open = False
         self._samples.clear()
         self._images.clear()
 
@@ -169,17 +195,19 @@ class PartWriter:
     def _sample_owned(self) -> list[str]:
         return [spec.name for spec in self._manifest.arrays if spec.owner == "sample"]
 
-    def _counts(self, seen: int | None, *, images: int) -> Counts:
+    def _check_count(self, seen: int | None) -> None:
         cached, rejected = len(self._samples), len(self._rejects)
         if seen is not None and seen != cached + rejected:
             raise CountMismatch(self._name, seen=seen, cached=cached, rejected=rejected)
+
+    def _counts(self, *, images: int) -> Counts:
+        cached, rejected = len(self._samples), len(self._rejects)
         references = sum(len(sample.entry.images) for sample in self._samples)
         return Counts(cached + rejected, cached, rejected, images, references)
 
-    def _write_arrays(self, directory: Path, samples: Sequence[_Sample], digests: Sequence[str]) -> None:
+    def _write_arrays(self, folder: PartFolder, samples: Sequence[_Sample], digests: Sequence[str]) -> None:
         arrays = [(spec, stored) for spec in self._manifest.arrays for stored in stored_arrays(spec)]
-        for group in parent_groups([stored.name(spec) for spec, stored in arrays]):
-            write_group(directory / group)
+        folder.write_groups([stored.name(spec) for spec, stored in arrays])
         by_image = [self._images[digest] for digest in digests]
         by_sample = [sample.codes for sample in samples]
         for spec, stored in arrays:
@@ -188,44 +216,7 @@ class PartWriter:
                 codes.pop(stored.name(spec)) for codes in (by_image if spec.owner == "image" else by_sample)
             ]
             axes = spec.axes.split()[: 1 + len(stored.row_shape)]
-            write_array(directory / stored.name(spec), stored, rows=_joined(pieces, stored), axes=axes)
-
-    def _publish(self, directory: Path, record: PartRecord) -> PartSummary:
-        winner = publish_part(directory, self._target, record, store=self._store)
-        if winner is not None:
-            self._close()
-            return _summary(winner, self._manifest, already_done=True)
-        self._directory = None
-        return _summary(record, self._manifest, already_done=False)
-
-
-def seal_part(directory: Path, record: PartRecord) -> None:
-    """Force all that is there to the disk, and then the done-mark: it must not be there before what it lists."""
-    sync_tree(directory)
-    write_file(directory / PART_RECORD, document_bytes(record.to_json()))
-    sync_directory(directory)
-
-
-def publish_part(directory: Path, target: Path, record: PartRecord, *, store: Path) -> PartRecord | None:
-    """Rename a finished part to its place; None, or the record of the part that another writer put there first.
-
-    What lies in the way and is no finished part is replaced.
-    """
-    while not publish(directory, target):
-        try:
-            return read_part_record(target, contents=record.contents)
-        except CorruptFile:
-            aside = new_scratch(store, f"{target.name}.damaged")
-            with suppress(FileNotFoundError):  # another writer is doing the same
-                publish(target, aside)
-            remove(aside)
-    return None
-
-
-def describe_files(directory: Path) -> dict[str, FileRecord]:
-    """Size and blake3 of every file below `directory`, by relative path."""
-    sizes = files_below(directory)
-    return {name: FileRecord(size, hash_file(directory / name)) for name, size in sizes.items()}
+            folder.write_array(stored.name(spec), stored, rows=_joined(pieces, stored), axes=axes)
 
 
 def _joined(pieces: list[Array], stored: StoredArray) -> Array:

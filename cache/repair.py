@@ -1,31 +1,18 @@
-"""Makes room for what is damaged to be written again: takes parts out of a store, puts a lost manifest back."""
+"""Puts the lost or damaged manifest of a store back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from cache.documents import document_bytes
-from cache.durable import publish, replace_file, sync_directory
+from cache.durable import replace_file
 from cache.errors import CacheError, CorruptFile
-from cache.layout import MANIFEST, PART_RECORD, part_path, parts_path, scratch_path
+from cache.layout import MANIFEST, PART_RECORD, parts_path, scratch_path
 from cache.reader import read_manifest
 from cache.records import read_part_record
 from cache.schema import Manifest
-from cache.scratch import new_scratch, remove
-
-
-def remove_parts(store: Path, parts: Iterable[str]) -> None:
-    """Take parts out of a store, each by one rename: a crash leaves it whole, or gone."""
-    scratch_path(store).mkdir(exist_ok=True)
-    for part in parts:
-        aside = new_scratch(store, f"{part}.damaged")
-        with suppress(FileNotFoundError):
-            publish(part_path(store, part), aside)
-        remove(aside)
-    sync_directory(parts_path(store))
+from cache.scratch import new_scratch
 
 
 def restore_manifest(path: str | Path, manifest: Manifest) -> bool:

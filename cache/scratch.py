@@ -1,4 +1,10 @@
-"""Unfinished work in tmp/: who is writing it, and sweeping what a dead process of this host left behind."""
+"""Unfinished work in tmp/: who is writing it, and sweeping what a dead process left behind.
+
+Whether a process still runs can be asked only where its id means the same process. Host names do not tell: containers
+and pods share their host's, each with process ids of its own. So a name carries the running system and the space of
+process ids that it was given in, as Linux numbers them. Other systems number neither: there nothing counts as dead
+before it is old.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +14,12 @@ import secrets
 import shutil
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from cache.durable import hash_bytes
 from cache.layout import scratch_path
 
 
@@ -23,7 +32,7 @@ class ScratchOwner:
 
     @property
     def is_dead(self) -> bool:
-        """True only when that is certain: another host's processes cannot be asked."""
+        """True only when that is certain: processes of another machine or container cannot be asked."""
         return self.host == this_host() and not _is_running(self.process)
 
 
@@ -67,8 +76,18 @@ def remove(path: Path) -> None:
 
 
 def this_host() -> str:
-    """The host's name, as it can stand in a file name."""
-    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40] or "host"
+    """The host's name, for people, and a digest of where process ids mean what they mean here."""
+    name = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:40] or "host"
+    return f"{name}-{_process_space()}"
+
+
+@cache
+def _process_space() -> str:
+    """A digest of this boot of the system and its process id namespace; random where neither can be read."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return hash_bytes(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode())[:12]
+    return secrets.token_hex(6)
 
 
 def _is_running(process: int) -> bool:

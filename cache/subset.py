@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
-from cache.arrays import write_group
 from cache.codecs import stored_arrays
 from cache.documents import document_bytes
-from cache.durable import hash_file, write_file
-from cache.errors import CorruptPart, FingerprintMismatch, PartConflict, UnknownArray, UnknownPart
-from cache.layout import INDEX, REJECTS, parent_groups, part_path
+from cache.durable import hash_file, sync_file
+from cache.errors import (
+    CorruptPart,
+    FingerprintMismatch,
+    PartConflict,
+    UnknownArray,
+    UnknownPart,
+)
+from cache.layout import INDEX, REJECTS, part_path
+from cache.part_folder import PartFolder
 from cache.part_reader import FinishedPart
-from cache.part_writer import describe_files, publish_part, seal_part
 from cache.place import Place, copy_files, place
-from cache.reader import Store
+from cache.reader import Store, index_keys
 from cache.records import PartRecord, read_part_record
 from cache.schema import Manifest
-from cache.scratch import new_scratch, remove
 from cache.writer import StoreWriter
 
 
@@ -45,16 +50,25 @@ def slice_store(
         raise UnknownPart(unknown[0], path=source.path, num_parts=len(source.parts))
     writer = StoreWriter.open(target, replace(manifest, planned_parts=names))
     for name in names:
-        if not writer.is_done(name):
-            _copy(FinishedPart(source.path, name, manifest=source.manifest), writer)
+        if (state := _state(writer, name)) != "done":
+            part = FinishedPart(source.path, name, manifest=source.manifest)
+            _copy(part, writer, replace_damaged=state == "damaged")
         each(name)
     return Store(target)
+
+
+def _state(writer: StoreWriter, name: str) -> Literal["done", "absent", "damaged"]:
+    try:
+        return "done" if writer.is_done(name) else "absent"
+    except CorruptPart:
+        return "damaged"
 
 
 def merge_stores(sources: Sequence[Store], target: str | Path) -> Store:
     """All parts of stores of one fingerprint in a new store.
 
-    Raises `FingerprintMismatch` if they hold different things, `PartConflict` if two have a part that differs.
+    Raises `FingerprintMismatch` if they hold different things, `PartConflict` if two have a part that differs,
+    `DuplicateKey` if two parts hold one key; nothing is written then.
     """
     first = sources[0]
     for other in sources[1:]:
@@ -78,37 +92,38 @@ def _check_shared(sources: Sequence[Store]) -> None:
             path, known = seen.setdefault(name, (source.path, record))
             if known.files != record.files:
                 raise PartConflict(name, stores=(path, source.path))
+    keys = {name: source.entries(name) for source in sources for name in source.parts}
+    index_keys((name, [entry.key for entry in entries]) for name, entries in keys.items())
 
 
-def _copy(part: FinishedPart, writer: StoreWriter) -> None:
+def _copy(part: FinishedPart, writer: StoreWriter, *, replace_damaged: bool) -> None:
     """One part with the arrays of the writer's store: under a temporary name, then by one rename."""
-    folder = new_scratch(writer.path, part.path.name)
+    folder = PartFolder(writer.path, part.path.name)
     arrays = [(spec, stored) for spec in writer.manifest.arrays for stored in stored_arrays(spec)]
     try:
-        for group in parent_groups([stored.name(spec) for spec, stored in arrays]):
-            write_group(folder / group)
+        folder.write_groups([stored.name(spec) for spec, stored in arrays])
         prefixes = tuple(f"{stored.name(spec)}/" for spec, stored in arrays)
-        kept = [name for name in part.record.files if name.startswith(prefixes) or name == REJECTS]
-        _copy_files(part, kept, folder)
+        _copy_files(part, [n for n in part.record.files if n.startswith(prefixes) or n == REJECTS], folder)
         rows = {
             name: offsets for name, offsets in part.index.row_offsets.items() if name in writer.manifest.specs
         }
-        write_file(folder / INDEX, document_bytes(replace(part.index, row_offsets=rows).to_json()))
+        folder.write(INDEX, document_bytes(replace(part.index, row_offsets=rows).to_json()))
         contents = writer.manifest.contents_digest()
-        record = replace(part.record, contents=contents, files=describe_files(folder))
-        seal_part(folder, record)
-        publish_part(folder, part_path(writer.path, part.path.name), record, store=writer.path)
+        record = replace(part.record, contents=contents, files=folder.files)
+        folder.publish(record, replace=replace_damaged)
     finally:
-        remove(folder)
+        folder.remove()
 
 
-def _copy_files(part: FinishedPart, names: Sequence[str], folder: Path) -> None:
+def _copy_files(part: FinishedPart, names: Sequence[str], folder: PartFolder) -> None:
     for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
     try:
-        copy_files({part.path / name: folder / name for name in names})
+        copy_files({part.path / name: folder.path / name for name in names})
     except FileNotFoundError as error:
         raise CorruptPart(place(error.filename or part.path), "the file is gone") from error
     for name in names:
-        if hash_file(folder / name) != part.record.files[name].blake3:
+        folder.files[name] = part.record.files[name]
+        if hash_file(folder.path / name) != part.record.files[name].blake3:
             raise CorruptPart(part.path / name, "its blake3 is not the one in part.json")
+        sync_file(folder.path / name)

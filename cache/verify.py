@@ -9,13 +9,15 @@ from typing import Any
 
 from cache.codecs import check_specs
 from cache.documents import canonical_json, read_document
-from cache.errors import CacheError, CorruptFile, StoreNotFound
-from cache.layout import CARD, GROUP_METADATA, INDEX, LEASES, MANIFEST, PARTS, SCRATCH, ZARR_METADATA
+from cache.errors import CacheError, CorruptFile, StoreNotFound, UnreadableFile
+from cache.layout import CARD, GROUP_METADATA, INDEX, LEASES, LOCK, MANIFEST, PARTS, SCRATCH, ZARR_METADATA
 from cache.leases import lease_holder
 from cache.place import Place, place, sizes_below
 from cache.schema import Manifest
 from cache.scratch import scratch_owner
-from cache.verify_part import PartAudit, Problem, audit_part
+from cache.verify_part import PartAudit, Problem, audit_part, kind_of_extra
+
+_NO_DAMAGE = ("missing part", "unexpected file", "stray file", "unreadable")
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,22 @@ class Report:
 
     @property
     def is_sound(self) -> bool:
-        return not self.problems
+        """Whether nothing is wrong; stray files, which systems leave in folders, are listed but do no harm."""
+        return not self.num_problems
+
+    @property
+    def num_problems(self) -> int:
+        """How many problems there are, without stray files."""
+        return sum(problem.kind != "stray file" for problem in self.problems)
 
     @property
     def damaged_parts(self) -> tuple[str, ...]:
-        """Parts with something wrong inside, which can be written again from their shards."""
-        paths = [problem.file.split("/") for problem in self.problems]
-        return tuple(sorted({path[1] for path in paths if path[0] == PARTS and len(path) > 2}))
+        """Parts with damaged files, or without a done-mark, which can be captured again from their shards.
+
+        Files that do not belong to a part, and files that the system refuses to read, are no damage of it.
+        """
+        parts = [problem.part for problem in self.problems if problem.kind not in _NO_DAMAGE]
+        return tuple(sorted({part for part in parts if part}))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,6 +95,8 @@ def _manifest(store: Place) -> tuple[Manifest | None, list[Problem]]:
         check_specs(manifest.arrays)
     except CorruptFile as error:
         return None, [Problem("checksum", MANIFEST, error.detail)]
+    except UnreadableFile as error:
+        return None, [Problem("unreadable", MANIFEST, error.reason)]
     except CacheError as error:
         return None, [Problem("metadata", MANIFEST, str(error))]
     return manifest, []
@@ -97,11 +110,12 @@ def _folder_problems(store: Place) -> Iterator[Problem]:
         elif not _is_group_metadata(store / name):
             yield Problem("metadata", name, "it is not the metadata of a Zarr group as this format writes it")
     for entry in _entries(store):
-        if entry.name not in {MANIFEST, CARD, ZARR_METADATA, PARTS, SCRATCH, LEASES}:
-            yield Problem("unexpected file", entry.name, "the format has no such file")
+        if entry.name not in {MANIFEST, CARD, ZARR_METADATA, PARTS, SCRATCH, LEASES, LOCK}:
+            yield Problem(kind_of_extra(entry.name), entry.name, "the format has no such file")
     for entry in _entries(store / PARTS):
         if not entry.is_dir() and entry.name != ZARR_METADATA:
-            yield Problem("unexpected file", f"{PARTS}/{entry.name}", "parts/ holds directories only")
+            kind = kind_of_extra(entry.name)
+            yield Problem(kind, f"{PARTS}/{entry.name}", "parts/ holds directories only")
     for entry in _entries(store / SCRATCH):
         yield Problem("unfinished part", f"{SCRATCH}/{entry.name}", _origin(entry.name))
     for entry in _entries(store / LEASES):

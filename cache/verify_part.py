@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -10,7 +11,7 @@ import numpy as np
 
 from cache.chunks import OpenArray, read_chunk
 from cache.codecs import StoredArray, holds_fill, stored_arrays
-from cache.errors import CorruptFile, CorruptPart, UnsafeName, UnsupportedFormat
+from cache.errors import CorruptFile, CorruptPart, UnreadableFile, UnsafeName, UnsupportedFormat
 from cache.index import PartIndex
 from cache.layout import INDEX, PART_RECORD, PARTS, REJECTS, ZARR_METADATA
 from cache.part_reader import FinishedPart
@@ -24,12 +25,15 @@ Kind = Literal[
     "unfinished part",
     "missing file",
     "unexpected file",
+    "stray file",
+    "unreadable",
     "size",
     "checksum",
     "count",
     "non-finite",
     "metadata",
 ]
+_STRAY = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-f]+|Thumbs\.db|desktop\.ini|\.smbdelete.*|\.fuse_hidden.*")
 _SMALL_FILES = (ZARR_METADATA, INDEX, REJECTS)  # hashed also when not deep
 
 
@@ -40,6 +44,20 @@ class Problem:
     kind: Kind
     file: str  # relative to the store
     detail: str
+
+    @property
+    def part(self) -> str:
+        """The part that the file belongs to; "" if it lies elsewhere, such as beside the parts."""
+        folder, _, rest = self.file.partition("/")
+        name, _, inside = rest.partition("/")
+        return (
+            name if folder == PARTS and (inside or self.kind in ("missing part", "unfinished part")) else ""
+        )
+
+
+def kind_of_extra(name: str) -> Kind:
+    """What a file that the format does not know is: one that systems leave in folders, or none of these."""
+    return "stray file" if _STRAY.fullmatch(name.rsplit("/", 1)[-1]) else "unexpected file"
 
 
 @dataclass
@@ -66,6 +84,8 @@ class PartAudit:
             return read()
         except CorruptPart as error:
             self.found(_kind_of(error, otherwise=kind), error.file, error.detail)
+        except UnreadableFile as error:
+            self.found("unreadable", error.file, error.reason)
         except UnsupportedFormat as error:
             self.found("metadata", place(error.file), str(error))
         except UnsafeName as error:
@@ -82,8 +102,9 @@ def _kind_of(error: CorruptPart, *, otherwise: Kind) -> Kind:
 def audit_part(store: Place, name: str, *, manifest: Manifest | None, deep: bool) -> PartAudit:
     """Everything wrong with the part; without a manifest, what can be told without knowing its arrays."""
     audit = PartAudit(store, name, deep)
-    if not (audit.path / PART_RECORD).exists():
+    if (is_marked := audit.attempt(lambda: _is_marked(audit.path), kind="metadata")) is False:
         audit.found("unfinished part", audit.path, f"it has no {PART_RECORD}")
+    if not is_marked:
         return audit
     contents = manifest.contents_digest() if manifest else None
     record = audit.attempt(lambda: read_part_record(audit.path, contents=contents), kind="metadata")
@@ -99,11 +120,18 @@ def audit_part(store: Place, name: str, *, manifest: Manifest | None, deep: bool
     return audit
 
 
+def _is_marked(part: Place) -> bool:
+    try:
+        return (part / PART_RECORD).exists()
+    except OSError as error:
+        raise UnreadableFile(part / PART_RECORD, error) from error
+
+
 def _check_files(audit: PartAudit, record: PartRecord) -> Iterator[str]:
     """Relative names of the files that are not what part.json says; each becomes a problem."""
     found = sizes_below(audit.path)
     for name in sorted(found.keys() - record.files.keys() - {PART_RECORD}):
-        audit.found("unexpected file", audit.path / name, "part.json does not list it")
+        audit.found(kind_of_extra(name), audit.path / name, "part.json does not list it")
     for name, recorded in sorted(record.files.items()):
         if problem := _file_problem(audit, name, recorded=recorded, found_bytes=found.get(name)):
             audit.found(problem[0], audit.path / name, problem[1])
@@ -121,7 +149,7 @@ def _file_problem(
         try:
             digest = hash_of(audit.path / name)
         except OSError as error:
-            return "checksum", f"it cannot be read ({error.strerror})"
+            return "unreadable", f"it cannot be read ({error.strerror})"
         if digest != recorded.blake3:
             return "checksum", f"its blake3 is {digest}, part.json says {recorded.blake3}"
     return None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,13 @@ from typing import Any
 from cache.codecs import check_specs
 from cache.documents import canonical_json, document_bytes, read_document
 from cache.durable import replace_file, sync_directory
-from cache.errors import CacheError, FingerprintMismatch, StoreNotFound, UnplannedPart
+from cache.errors import FingerprintMismatch, StoreNotFound, UnplannedPart, UnreadableFile
 from cache.layout import (
     GROUP_METADATA,
     LEASES,
+    LOCK,
     MANIFEST,
+    PART_RECORD,
     PARTS,
     SCRATCH,
     ZARR_METADATA,
@@ -27,11 +27,13 @@ from cache.layout import (
     scratch_path,
 )
 from cache.leases import lease, sweep_leases
+from cache.locks import store_lock
 from cache.part_writer import PartWriter
 from cache.place import local
-from cache.records import read_part_record
+from cache.records import PartRecord, read_part_record
 from cache.schema import Manifest, check_format
 from cache.scratch import new_scratch, sweep_dead
+from cache.taken_keys import TakenKeys
 
 _REMEDY = "Restore the settings that the store was written with, or write to another directory."
 
@@ -42,6 +44,7 @@ class StoreWriter:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         self._contents = manifest.contents_digest()
+        self.taken = TakenKeys(path, manifest, counts=lambda record: True)
 
     @classmethod
     def open(cls, path: str | Path, manifest: Manifest) -> StoreWriter:
@@ -55,7 +58,7 @@ class StoreWriter:
         canonical_json(manifest.to_json())  # so that what is no JSON is found before a directory is made
         _check_free_or_store(path)
         path.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with store_lock(path):
             stored = _united(path, manifest)
             _prepare_directories(path)
             sweep_dead(path)
@@ -63,12 +66,27 @@ class StoreWriter:
             _write_manifest(path, stored)
         return cls(path, stored)
 
-    def is_done(self, part: str) -> bool:
-        """True if the part is finished: its done-mark is there, whole, and of this store."""
+    def record(self, part: str) -> PartRecord | None:
+        """The done-mark of a part; None while it is not finished.
+
+        A mark that is damaged or cannot be read is no unfinished part: `CorruptPart` or `UnreadableFile` is raised.
+        """
         directory = part_path(self.path, part)
-        with suppress(CacheError):
-            return bool(read_part_record(directory, contents=self._contents))
-        return False
+        try:
+            data = (directory / PART_RECORD).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UnreadableFile(directory / PART_RECORD, error) from error
+        return read_part_record(directory, contents=self._contents, data=data)
+
+    def is_done(self, part: str) -> bool:
+        """True if the part is finished; raises as `record` does."""
+        return self.record(part) is not None
+
+    def leave_out(self, counts: Callable[[PartRecord], bool]) -> None:
+        """Let the keys of parts that are to be replaced be free for others."""
+        self.taken = TakenKeys(self.path, self.manifest, counts=counts)
 
     def claim(self, part: str) -> AbstractContextManager[bool]:
         """Hold a part's lease for a block: True if it is ours, False while another writer is at work on it."""
@@ -79,14 +97,14 @@ class StoreWriter:
         if name not in self.manifest.planned_parts:
             part_path(self.path, name)  # an unsafe name is told as such first
             raise UnplannedPart(name, num_planned=len(self.manifest.planned_parts))
-        return PartWriter(self.path, self.manifest, name=name, source=source)
+        return PartWriter(self.path, self.manifest, name=name, source=source, taken=self.taken)
 
 
 def _check_free_or_store(path: Path) -> None:
     """Refuse a directory with other things in it: a mistyped path must not be written to."""
     if path.exists() and not path.is_dir():
         raise StoreNotFound(path, "a file")
-    ours = {MANIFEST, ZARR_METADATA, PARTS, SCRATCH, LEASES}
+    ours = {MANIFEST, ZARR_METADATA, PARTS, SCRATCH, LEASES, LOCK}
     foreign = (
         sorted(entry.name for entry in path.iterdir() if entry.name not in ours) if path.is_dir() else []
     )
@@ -122,19 +140,3 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
 def _write_if_changed(store: Path, file: Path, data: bytes) -> None:
     if not file.exists() or file.read_bytes() != data:
         replace_file(file, data, scratch=new_scratch(store, file.name))
-
-
-@contextmanager
-def _locked(directory: Path) -> Generator[None]:
-    """Hold off other writers that would unite their planned parts at the same moment.
-
-    A file system that cannot lock a directory goes without: all that is at stake is a planned name, which
-    the writer that lost it adds again when it is next opened.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

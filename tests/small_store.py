@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import FORMAT_VERSION, ArraySpec, Fingerprint, Manifest, PartWriter, SampleEntry, Span, StoreWriter
+from cache.arrays import array_files
+from cache.codec import StoredArray
 from cache.documents import document_bytes
+from cache.durable import files_below, hash_file
 from cache.layout import PART_RECORD
-from cache.part_writer import describe_files
-from cache.records import PartRecord, read_part_record
+from cache.records import FileRecord, PartRecord, read_part_record
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -81,6 +83,28 @@ def write_store(path: Path) -> Path:
             fill_part(part, prefix)
             part.commit(seen=4)
     return path
+
+
+def write_clashing_store(path: Path) -> Path:
+    """A store whose parts one and two hold the same key: no writer makes one, so a part is moved in."""
+    for name in ("one", "two"):
+        with StoreWriter.open(path / name, manifest("one", "two")).part(name, source={}) as part:
+            part.add(entry("k"), sample_arrays(0))
+            part.commit()
+    (path / "two/parts/two").rename(path / "one/parts/two")
+    return path / "one"
+
+
+def describe_files(directory: Path) -> dict[str, FileRecord]:
+    """Size and hash of every file as it now is, by relative path."""
+    sizes = files_below(directory)
+    return {name: FileRecord(size, hash_file(directory / name)) for name, size in sizes.items()}
+
+
+def write_array(path: Path, stored: StoredArray, *, rows: NDArray[Any], axes: list[str]) -> None:
+    for name, data in array_files(stored, rows=rows, axes=axes).items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
 
 
 def rewrite_record(directory: Path, **changes: Any) -> None:

@@ -25,29 +25,33 @@ def finish(writer: StoreWriter, name: str, prefix: str) -> None:
 
 KILLED = """
 import os, signal, sys
-from pathlib import Path
-import cache.durable, cache.part_writer
 from small_store import fill_part, manifest
 from cache import StoreWriter
-moment = sys.argv[2]
-def kill(*arguments, **named):
-    os.kill(os.getpid(), signal.SIGKILL)
-with StoreWriter.open(sys.argv[1], manifest()).part("shard-000000", source={}) as part:
+path, call, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+real, calls = getattr(os, call), 0
+def kill_at(*arguments, **named):
+    global calls
+    calls += 1
+    if calls == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **named)
+with StoreWriter.open(path, manifest()).part("shard-000000", source={}) as part:
     fill_part(part, "a")
-    if moment == "before commit":
-        kill()
-    setattr(cache.part_writer, moment, kill)
+    setattr(os, call, kill_at)
     part.commit()
 """
 
 
-@pytest.mark.parametrize("moment", ["before commit", "write_array", "describe_files", "publish"])
-def test_a_killed_commit_leaves_the_part_to_do_and_the_rest_unchanged(tmp_path: Path, moment: str) -> None:
+# At the first file, among the arrays, at the index, at the done-mark's own sync, and at the rename.
+@pytest.mark.parametrize(("call", "number"), [("fsync", n) for n in (1, 8, 19, 24, 28)] + [("rename", 1)])
+def test_a_killed_commit_leaves_the_part_to_do_and_the_rest_unchanged(
+    tmp_path: Path, call: str, number: int
+) -> None:
     path = tmp_path / "s"
     finish(StoreWriter.open(path, manifest()), "shard-000001", "b")
     before = snapshot(path)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests", "."])}
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path), moment], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path), call, str(number)], env=environment)
     assert process.wait() == -signal.SIGKILL
     left = list((path / "tmp").iterdir())
     assert len(left) == 1 and f".{process.pid}." in left[0].name
@@ -59,6 +63,22 @@ def test_a_killed_commit_leaves_the_part_to_do_and_the_rest_unchanged(tmp_path: 
     assert not writer.is_done(PART) and writer.is_done("shard-000001")
     finish(writer, PART, "a")
     assert verify(path, deep=True).problems == ()
+
+
+def test_what_a_process_of_another_container_on_this_host_writes_is_not_swept(tmp_path: Path) -> None:
+    """Containers may share a host's name, and their process ids mean nothing here."""
+    StoreWriter.open(tmp_path, manifest())
+    name = new_scratch(tmp_path, "shard-000000").name
+    host = name.split(".")[1]
+    elsewhere = name.replace(host, host.rsplit("-", 1)[0] + "-0123456789ab").replace(
+        f".{os.getpid()}.", ".4194305."
+    )
+    (tmp_path / "tmp" / elsewhere).mkdir()
+    (tmp_path / "leases" / "shard-000000").write_text(elsewhere)
+    writer = StoreWriter.open(tmp_path, manifest())
+    assert (tmp_path / "tmp" / elsewhere).exists()
+    with writer.claim("shard-000000") as is_ours:
+        assert not is_ours
 
 
 def test_only_what_a_dead_process_of_this_host_left_is_swept(tmp_path: Path) -> None:

@@ -12,9 +12,14 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import zarr
-from small_store import entry, flip_bit, manifest, rewrite_record, sample_arrays, write_store
+from small_store import (
+    flip_bit,
+    rewrite_record,
+    write_clashing_store,
+    write_store,
+)
 
-from cache import StoreNotFound, StoreWriter, verify
+from cache import StoreNotFound, verify
 from cache.documents import document_bytes, read_document
 from cache.records import read_part_record
 from cache.verify_part import Kind
@@ -105,6 +110,14 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], set[tuple[str, str]]]] = [
     ("file beside the parts", lambda s: (s / "notes").touch(), {("unexpected file", "notes")}),
     ("file in parts", lambda s: (s / "parts/notes").touch(), {("unexpected file", "parts/notes")}),
     ("file in a part", lambda s: (s / PART / "notes").touch(), {("unexpected file", f"{PART}/notes")}),
+    ("stray file", lambda s: (s / PART / ".DS_Store").touch(), {("stray file", f"{PART}/.DS_Store")}),
+    ("stray in parts", lambda s: (s / "parts/.nfs00ff").touch(), {("stray file", "parts/.nfs00ff")}),
+    (
+        "unreadable",
+        # Reading a process's memory at 0 is an input/output error, for root too.
+        lambda s: ((s / PART / "part.json").unlink(), (s / PART / "part.json").symlink_to("/proc/self/mem")),
+        {("unreadable", f"{PART}/part.json")},
+    ),
     (
         "part not planned",
         lambda s: shutil.copytree(s / PART, s / "parts/extra"),
@@ -237,6 +250,20 @@ def test_damaged_values_are_found_deep(
     assert detail in report.problems[0].detail and not report.is_sound
 
 
+def test_stray_and_unreadable_files_are_named_and_are_no_damage_of_a_part(store: Path) -> None:
+    (store / PART / ".DS_Store").touch()
+    (store / PART / "._vision").touch()
+    report = verify(store, deep=True)
+    assert report.is_sound and report.num_problems == 0 and len(report.problems) == 2
+    (store / PART / "notes").touch()
+    (store / "parts/shard-000001/part.json").unlink()
+    (store / "parts/shard-000001/part.json").symlink_to("/proc/self/mem")
+    report = verify(store, deep=True)
+    assert not report.is_sound and report.num_problems == 2 and report.damaged_parts == ()
+    (store / PART / "part.json").unlink()
+    assert verify(store, deep=True).damaged_parts == ("shard-000000",)
+
+
 def test_every_kind_of_problem_has_a_case() -> None:
     kinds = {kind for row in DAMAGE for kind, _ in row[2]} | {row[2][0] for row in DEEP}
     assert kinds == set(get_args(Kind))
@@ -245,7 +272,8 @@ def test_every_kind_of_problem_has_a_case() -> None:
 def test_a_flipped_bit_in_any_file_is_found_and_the_file_named(store: Path) -> None:
     random = np.random.default_rng(0)
     elsewhere = store / "parts/shard-000001"
-    for file in sorted(path for path in store.rglob("*") if path.is_file() and elsewhere not in path.parents):
+    files = [path for path in store.rglob("*") if path.is_file() and path.stat().st_size]
+    for file in sorted(path for path in files if elsewhere not in path.parents):
         for _ in range(2):
             offset, bit = int(random.integers(file.stat().st_size)), int(random.integers(8))
             flip_bit(file, offset=offset, bit=bit)
@@ -256,12 +284,7 @@ def test_a_flipped_bit_in_any_file_is_found_and_the_file_named(store: Path) -> N
 
 
 def test_a_key_in_two_parts_is_a_problem(tmp_path: Path) -> None:
-    writer = StoreWriter.open(tmp_path, manifest("one", "two"))
-    for name in ("one", "two"):
-        with writer.part(name, source={}) as part:
-            part.add(entry("k"), sample_arrays(0))
-            part.commit()
-    report = verify(tmp_path, deep=False)
+    report = verify(write_clashing_store(tmp_path), deep=False)
     assert [(p.kind, p.file, p.detail) for p in report.problems] == [
         ("metadata", "parts/two/index.json", "key 'k' is also in one")
     ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ from small_store import (
     FINGERPRINT,
     entry,
     fill_part,
+    flip_bit,
     image_arrays,
     manifest,
+    rewrite_record,
     sample_arrays,
     snapshot,
     write_store,
@@ -24,12 +29,17 @@ from small_store import (
 
 from cache import (
     ArrayMismatch,
+    CacheError,
+    CorruptPart,
     CountMismatch,
     DuplicateImage,
     DuplicateKey,
     FingerprintMismatch,
+    HoldsFewer,
     NonFiniteValue,
     PartClosed,
+    PartLost,
+    PartSummary,
     RefusedValue,
     SchemaError,
     Store,
@@ -37,10 +47,15 @@ from cache import (
     StoreWriter,
     UnknownImage,
     UnplannedPart,
+    UnreadableFile,
     UnsafeName,
     ValueOutOfRange,
+    durable,
     verify,
 )
+from cache.durable import hash_bytes
+from cache.part_folder import PartFolder
+from cache.records import Counts, FileRecord, PartRecord
 
 PART = "shard-000000"
 
@@ -246,22 +261,136 @@ def test_the_first_of_two_writers_wins(tmp_path: Path) -> None:
     assert snapshot(tmp_path / "s/parts") == before and not list((tmp_path / "s/tmp").iterdir())
 
 
-def test_a_part_whose_done_mark_is_damaged_is_done_again(tmp_path: Path) -> None:
+def refill(writer: StoreWriter, *, replace: bool = False, **allowed: bool) -> PartSummary:
+    with writer.part(PART, source={"name": f"{PART}.tar", "bytes": 10240}) as part:
+        fill_part(part, "a")
+        return part.commit(replace=replace, **allowed)
+
+
+def test_a_part_without_its_done_mark_is_done_again(tmp_path: Path) -> None:
     path = write_store(tmp_path / "s")
     sound = snapshot(path)
-    for damage in (lambda file: file.unlink(), lambda file: file.write_bytes(b"{}\n")):
-        damage(path / "parts" / PART / "part.json")
-        writer = StoreWriter.open(path, manifest())
-        assert not writer.is_done(PART) and writer.is_done("shard-000001")
-        with writer.part(PART, source={"name": f"{PART}.tar", "bytes": 10240}) as part:
-            fill_part(part, "a")
-            assert not part.commit().already_done
-        assert snapshot(path) == sound
+    (path / "parts" / PART / "part.json").unlink()
+    writer = StoreWriter.open(path, manifest())
+    assert not writer.is_done(PART) and writer.is_done("shard-000001")
+    assert not refill(writer).already_done
+    assert snapshot(path) == sound
+
+
+DAMAGED_MARKS: dict[str, tuple[Callable[[Path], Any], type[CacheError]]] = {
+    "a flipped byte": (lambda mark: flip_bit(mark, offset=30), CorruptPart),
+    "emptied": (lambda mark: mark.write_bytes(b""), CorruptPart),
+    "of another store": (lambda mark: rewrite_record(mark.parent, contents="00" * 32), CorruptPart),
+    # Reading a process's memory at 0 is an input/output error, for root too.
+    "a disk error": (lambda mark: (mark.unlink(), mark.symlink_to("/proc/self/mem")), UnreadableFile),
+}
+
+
+@pytest.mark.parametrize(("damage", "error"), DAMAGED_MARKS.values(), ids=DAMAGED_MARKS)
+def test_a_done_mark_that_cannot_be_read_is_no_unfinished_part(
+    damage: Callable[[Path], Any], error: type[CacheError], tmp_path: Path
+) -> None:
+    path = write_store(tmp_path / "s")
+    sound, arrays = snapshot(path), snapshot(path / "parts" / PART / "vision")
+    damage(path / "parts" / PART / "part.json")
+    writer = StoreWriter.open(path, manifest())
+    with pytest.raises(error, match=r"part\.json"):
+        writer.is_done(PART)
+    with pytest.raises(error, match=r"part\.json"):
+        refill(writer)
+    assert snapshot(path / "parts" / PART / "vision") == arrays
+    assert not refill(writer, replace=True).already_done
+    assert snapshot(path) == sound
+
+
+@pytest.mark.parametrize("mark", ["sound", "damaged"])
+def test_a_part_is_not_replaced_by_one_that_holds_fewer_unless_that_is_asked_for(
+    mark: str, tmp_path: Path
+) -> None:
+    path = write_store(tmp_path / "s")
+    if mark == "damaged":
+        flip_bit(path / "parts" / PART / "part.json", offset=30)
+    before = snapshot(path / "parts")
+    writer = StoreWriter.open(path, manifest())
+    for allowed in (False, True):
+        with writer.part(PART, source={}) as part:
+            part.add(entry("a0"), sample_arrays(1))
+            if allowed:
+                assert part.commit(replace=True, may_hold_fewer=True).cached == 1
+            else:
+                with pytest.raises(HoldsFewer, match="it holds 3 samples, captured again it would hold 1"):
+                    part.commit(replace=True)
+                assert snapshot(path / "parts") == before
+    assert len(Store(path)) == 4 and not list((path / "tmp").iterdir())
+
+
+def test_a_commit_whose_files_another_process_removed_publishes_nothing(tmp_path: Path) -> None:
+    """As when two machines take each other's processes for dead ones."""
+    path = tmp_path / "s"
+    folder = PartFolder(StoreWriter.open(path, manifest()).path, PART)
+    folder.write("a", b"kept")
+    folder.write("b/c", b"removed")
+    (folder.path / "b/c").unlink()
+    record = PartRecord(PART, "", {}, Counts(0, 0, 0, 0, 0), None, folder.files)
+    with pytest.raises(PartLost, match=r"1 of its files, such as b/c, vanished"):
+        folder.publish(record)
+    assert not (path / "parts" / PART).exists()
+
+
+def test_a_part_is_sealed_with_what_was_written_and_not_with_what_lies_in_its_folder(tmp_path: Path) -> None:
+    folder = PartFolder(StoreWriter.open(tmp_path / "s", manifest()).path, PART)
+    folder.write("a", b"written")
+    (folder.path / "a").write_bytes(b"changed")  # as long, and not what was written
+    (folder.path / ".DS_Store").write_bytes(b"stray")
+    assert folder.files == {"a": FileRecord(7, hash_bytes(b"written"))}
+
+
+def test_a_key_that_another_writer_published_meanwhile_is_refused_at_commit(tmp_path: Path) -> None:
+    one, two = (StoreWriter.open(tmp_path / "s", manifest()) for _ in range(2))
+    with one.part(PART, source={}) as first, two.part("shard-000001", source={}) as second:
+        first.add(entry("k"), sample_arrays(1))
+        second.add(entry("k"), sample_arrays(1))
+        second.add(entry("l"), sample_arrays(2))
+        assert second.taken_elsewhere() == []
+        first.commit()
+        assert second.taken_elsewhere() == [("k", PART)]
+        with pytest.raises(DuplicateKey, match=f"'k' appears in parts {PART!r} and 'shard-000001'"):
+            second.commit()
+    with two.part("shard-000001", source={}) as second:
+        second.add(entry("k"), sample_arrays(1))
+        second.add(entry("l"), sample_arrays(2))
+        second.withdraw("k", "key occurs in another shard")
+        second.commit(seen=2)
+    store = Store(tmp_path / "s")
+    assert sorted(store.keys()) == ["k", "l"] and store.rejects("shard-000001")[0][0] == "k"
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_directories_is_noted_once(
+    refusal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(refusal, os.strerror(refusal))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(durable, "_noted", set())
+    assert len(Store(write_store(tmp_path / "s"))) == 6
+    assert [record.message.count("cannot sync a directory") for record in caplog.records] == [1]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        durable.write_file(Path("/dev/full"), b"x" * 10)
 
 
 def test_another_writer_is_opened_only_by_its_own_store(tmp_path: Path) -> None:
-    """A part copied from a store of another fingerprint is not done here."""
+    """A part copied from a store of another fingerprint is refused here, and not taken for unfinished."""
     path = write_store(tmp_path / "s")
     other = StoreWriter.open(tmp_path / "o", manifest(fingerprint=replace(FINGERPRINT, teacher="00")))
     os.rename(path / "parts" / PART, tmp_path / "o/parts" / PART)
-    assert not other.is_done(PART)
+    with pytest.raises(CorruptPart, match="written for a store of another fingerprint"):
+        other.is_done(PART)

@@ -13,13 +13,13 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from servers import static_server
+from small_store import describe_files, write_array
 
 from cache import CorruptPart
 from cache import arrays as written
 from cache.chunk_cache import ChunkCache
 from cache.chunks import OpenArray, Wanted, open_arrays, read_chunk
 from cache.codec import StoredArray
-from cache.part_writer import describe_files
 from cache.place import Range, find_ranges, place
 
 DTYPES = ("uint8", "int16", "float16", "float32", "int32", "int64")
@@ -29,7 +29,7 @@ def write(folder: Path, dtype: str, *, rows: int, row_shape: tuple[int, ...]) ->
     """An array in chunks of a few rows, opened by us and by zarr."""
     stored = StoredArray("", dtype, row_shape, "bitshuffle", 0, False)
     values = np.random.default_rng(rows).integers(0, 100, size=(rows, *row_shape)).astype(dtype)
-    written.write_array(folder / "a", stored, rows=values, axes=["R", "H", "N"][: 1 + len(row_shape)])
+    write_array(folder / "a", stored, rows=values, axes=["R", "H", "N"][: 1 + len(row_shape)])
     [opened] = open_arrays(folder, [Wanted("a", stored, rows)], files=describe_files(folder))
     return opened, zarr.open_array(str(folder / "a"), mode="r")
 
@@ -97,7 +97,7 @@ def test_an_array_is_compressed_fast_unless_the_small_way_saves_a_tenth_of_its_f
     tmp_path, rows, name
 ):
     stored = StoredArray("", "int16", (4096, 144), "bitshuffle", -32768, True)
-    written.write_array(tmp_path / "a", stored, rows=rows.astype(np.int16), axes=["I", "D", "N"])
+    write_array(tmp_path / "a", stored, rows=rows.astype(np.int16), axes=["I", "D", "N"])
     codecs = json.loads((tmp_path / "a" / "zarr.json").read_text())["codecs"][0]["configuration"]["codecs"]
     assert [codec["configuration"]["cname"] for codec in codecs if codec["name"] == "blosc"] == [name]
     [opened] = open_arrays(tmp_path, [Wanted("a", stored, 1)], files=describe_files(tmp_path))

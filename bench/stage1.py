@@ -77,10 +77,8 @@ def _capturing(options: argparse.Namespace, targets: Mapping[str, Any]) -> Work:
         shutil.rmtree(path, ignore_errors=True)
         store = StoreWriter.open(path, plan.manifest)
         with Progress(plan.shards, description="bench") as progress:
-            captured = Capture(plan.config, teacher, plan.preparation, progress, {}).run(
-                store, plan.shards[0]
-            )
-            summary = captured.commit()
+            capture = Capture(plan.config, teacher, plan.preparation, progress)
+            summary = capture.run(store, plan.shards[0]).commit(capture)
         return {"samples": summary.cached, "bytes": sum(summary.array_bytes.values())}
 
     return turn
@@ -90,8 +88,8 @@ def _batches(options: argparse.Namespace, targets: Mapping[str, Any]) -> Any:
     """The whole teacher, and stage 1's own batches with their images preprocessed: nothing left but to compute."""
     import torch
 
-    from pipeline.capture import Prepared, longest_first
     from pipeline.inputs import pad_tokens
+    from pipeline.longest_first import Prepared, longest_first
     from pipeline.models.stub import load_teacher
     from pipeline.shards import read_shard
     from pipeline.teacher import plan_capture

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from blake3 import blake3
 
-from cache import PartSummary, PartWriter, RefusedValue, SampleEntry, Span, StoreWriter
+from cache import PartSummary, PartWriter, RefusedValue, SampleEntry, Span, StoreWriter, TakenKeys
 from pipeline.config import Config
 from pipeline.conversation import TokenizedSample
 from pipeline.errors import BadSample, ShardError
 from pipeline.inputs import Preparation, pad_tokens
+from pipeline.longest_first import Prepared, longest_first
 from pipeline.models.stub import Teacher
 from pipeline.overlap import Behind
 from pipeline.progress import Progress
+from pipeline.shard_identity import shard_source
 from pipeline.shards import Rejected, Sample, part_name, read_shard, read_span
 from pipeline.targets import TARGETS, vision_array
 
@@ -35,32 +35,29 @@ FIRST_BATCH_SIZE = {"cuda": 128, "cpu": 16}  # of `batch_size: auto`, which goes
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A sample ready for the teacher: its place in the shard, and its positions with vision tokens."""
-
-    place: int
-    sample: Sample
-    tokens: TokenizedSample
-    length: int
-
-
-@dataclass(frozen=True)
 class Captured:
     """A shard whose samples are all in its part's writer, or rejected; what is left is to write it."""
 
+    shard: str
     part: PartWriter
     left: ExitStack  # of the writer
     seen: int
     seconds: float
 
-    def commit(self) -> PartSummary:
-        """Publish the part."""
+    def commit(self, capture: Capture, *, replace: bool = False, may_hold_fewer: bool = False) -> PartSummary:
+        """Publish the part; samples whose key another worker cached meanwhile are rejected, as one worker does."""
         with self.left:
-            return self.part.commit(seen=self.seen, seconds=round(self.seconds, 3))
+            for key, part in self.part.taken_elsewhere():
+                self.part.withdraw(key, capture.reason_of(key, key_occurs_in(part), self.shard))
+                capture.progress.reject()
+            seconds = round(self.seconds, 3)
+            return self.part.commit(
+                seen=self.seen, seconds=seconds, replace=replace, may_hold_fewer=may_hold_fewer
+            )
 
 
 class Capture:
-    """Shards through the teacher, each into its part. `cached`: the parts' names by sample key, of all shards so far.
+    """Shards through the teacher, each into its part.
 
     The images of the next batch are decoded, and the values of the last one encoded, beside the teacher's forward.
     A batch that the memory cannot hold is tried once more, since memory may only have been in pieces; then it is
@@ -73,13 +70,11 @@ class Capture:
         teacher: Teacher,
         preparation: Preparation,
         progress: Progress,
-        cached: dict[str, str],
     ):
         self.config = config
         self.teacher = teacher
         self.preparation = preparation
         self.progress = progress
-        self.cached = cached
         asked = config.teacher.batch_size
         self.batch_size = FIRST_BATCH_SIZE.get(teacher.device.type, 16) if asked == "auto" else asked
         self.shard = ""
@@ -88,15 +83,15 @@ class Capture:
         self.pixels: dict[str, Future[torch.Tensor]] = {}  # of images that are being decoded
         # Place -> key of what was added, '' of what was rejected: a batch that is tried again leaves these alone.
         self.settled: dict[int, str] = {}
+        self.starved: list[Prepared] = []  # captured, but memory ran out while their values were encoded
 
     def run(self, store: StoreWriter, shard: str) -> Captured:
         """Capture a shard, for `commit` to write; on any exception nothing of it is published."""
-        self.shard, self.vision, self.settled, self.pixels = shard, {}, {}, {}
+        self.shard, self.vision, self.settled, self.pixels, self.starved = shard, {}, {}, {}, []
         started = time.monotonic()
-        source = {"shard": Path(shard).name, "bytes": Path(shard).stat().st_size}
         with ExitStack() as stack:
-            part = stack.enter_context(store.part(part_name(shard), source=source))
-            prepared = longest_first(list(self._prepared(part)))
+            part = stack.enter_context(store.part(part_name(shard), source=shard_source(shard)))
+            prepared = longest_first(list(self._prepared(part, store.taken)))
             num_seen = len(prepared) + len(self.settled)
             if not num_seen:  # a file of nothing but zeros is a tar, too
                 raise ShardError(
@@ -106,8 +101,8 @@ class Capture:
             with Behind(limit=BATCHES_BEHIND) as self.behind, ThreadPoolExecutor(DECODERS) as self.decoders:
                 self._capture_all(prepared, part)
             self.progress.captured_shard()
-            self.cached |= {key: part_name(shard) for key in self.settled.values() if key}
-            return Captured(part, stack.pop_all(), num_seen, time.monotonic() - started)
+            store.taken.expect(part_name(shard), [key for key in self.settled.values() if key])
+            return Captured(shard, part, stack.pop_all(), num_seen, time.monotonic() - started)
 
     def _capture_all(self, prepared: Sequence[Prepared], part: PartWriter) -> None:
         start = 0
@@ -116,21 +111,32 @@ class Capture:
             start += len(batch)
             self._capture_or_halve(batch, prepared[start : start + self.batch_size], part)
             self.progress.advance(len(batch))
+        self.behind.finish()
+        starved, self.starved = self.starved, []
+        for item in starved:
+            self._capture_alone(item, part)
 
-    def _prepared(self, part: PartWriter) -> Iterator[Prepared]:
+    def _capture_alone(self, item: Prepared, part: PartWriter) -> None:
+        """Capture a sample whose values found no memory to be encoded in, with nothing else at work."""
+        self._capture_or_halve([item], [], part)
+        self.behind.finish()
+        if item.place not in self.settled:
+            self._reject_too_large(item, part, "memory ran out while its values were encoded")
+
+    def _prepared(self, part: PartWriter, taken: TakenKeys) -> Iterator[Prepared]:
         """The shard's usable samples; the others are rejected here."""
         items = read_shard(self.shard, max_pixels=self.config.data.max_image_pixels)
         for place, item in enumerate(items):
             try:
                 if isinstance(item, Rejected):
                     raise BadSample(item.reason)
-                yield self._prepare(place, item)
+                yield self._prepare(place, item, taken)
             except BadSample as error:
                 self._reject(part, place, item.key, error)
 
-    def _prepare(self, place: int, sample: Sample) -> Prepared:
-        if (part := self.cached.get(sample.key)) is not None:
-            raise BadSample("key occurs in another shard", f"the part {part} holds it")
+    def _prepare(self, place: int, sample: Sample, taken: TakenKeys) -> Prepared:
+        if (part := taken.other_part(sample.key, than=part_name(self.shard))) is not None:
+            raise key_occurs_in(part)
         tokens = self.preparation.tokenize(sample.conversations)
         # A shard's images may be gigabytes: they are read again, batch by batch.
         without_images = replace(sample, images=())
@@ -178,9 +184,19 @@ class Capture:
     def _add_all(
         self, batch: Sequence[Prepared], captured: list[Arrays], images: dict[str, Arrays], part: PartWriter
     ) -> None:
-        for item, arrays in zip(batch, captured, strict=True):
-            arrays |= {"input_ids": np.array(item.tokens.input_ids), "labels": np.array(item.tokens.labels)}
-            self._add(item, arrays, images, part)
+        """Encode a batch's values, in the thread behind. Where memory runs out the samples are noted, to be captured
+        again: raised here, the error would be taken for the next batch's."""
+        try:
+            for item, arrays in zip(batch, captured, strict=True):
+                arrays |= {
+                    "input_ids": np.array(item.tokens.input_ids),
+                    "labels": np.array(item.tokens.labels),
+                }
+                self._add(item, arrays, images, part)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.starved += [item for item in batch if item.place not in self.settled]
 
     def _encode(self, batch: Sequence[Prepared], part: PartWriter) -> list[Prepared]:
         """See to the vision tokens of the batch's images, each distinct image encoded once; the usable samples."""
@@ -238,15 +254,24 @@ class Capture:
     def _image_arrays(self, digest: str) -> Arrays:
         return vision_array(self.vision[digest]) if "vision" in self.config.targets.cached() else {}
 
-    def _reject(self, part: PartWriter, place: int, key: str, error: BadSample) -> None:
+    def reason_of(self, key: str, error: BadSample, shard: str) -> str:
+        """Why a sample is rejected; where bad samples are to stop the run, it is raised."""
         if self.config.data.on_bad_sample == "fail":
             raise BadSample(
                 "a bad sample, and data.on_bad_sample is fail",
-                f"sample {key!r} of {self.shard}: {error.reason}",
+                f"sample {key!r} of {shard}: {error.reason}",
             ) from error
-        part.reject(key, error.reason, place=place)
+        return error.reason
+
+    def _reject(self, part: PartWriter, place: int, key: str, error: BadSample) -> None:
+        part.reject(key, self.reason_of(key, error, self.shard), place=place)
         self.settled[place] = ""
         self.progress.reject()
+
+
+def key_occurs_in(part: str) -> BadSample:
+    """Of a sample whose key another shard's part holds: stage 2 joins by key, so it may occur once."""
+    return BadSample("key occurs in another shard", f"the part {part} holds it")
 
 
 def captured_arrays(
@@ -265,21 +290,6 @@ def captured_arrays(
             for arrays, more in zip(captured, capture(settings, forward), strict=True):
                 arrays |= more
     return captured
-
-
-def longest_first(items: Sequence[Prepared]) -> list[Prepared]:
-    """By falling length, so that a batch is of like lengths and memory runs out at the start, if it does.
-
-    Samples of one image stay side by side, at the place of their longest: the tower then runs once for them.
-    """
-    groups: dict[tuple[str, ...], list[Prepared]] = defaultdict(list)
-    for item in items:
-        # Of a sample without an image nothing is shared.
-        groups[item.sample.image_digests[:1] or (f"place {item.place}",)].append(item)
-    for group in groups.values():
-        group.sort(key=lambda item: (-item.length, item.place))
-    ordered = sorted(groups.values(), key=lambda group: (-group[0].length, group[0].place))
-    return [item for group in ordered for item in group]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cache import Report, StoreWriter, local, remove_parts, restore_manifest, verify
+from cache import Report, StoreWriter, local, restore_manifest, verify
 from pipeline.config import Config
 from pipeline.errors import ConfigError, ShardError
 from pipeline.shards import part_name
@@ -23,11 +23,15 @@ class Repair:
     report: Report
 
 
-def repair_store(config: Config, report: Report, *, say: Callable[[str], None]) -> Repair:
+def repair_store(
+    config: Config, report: Report, *, say: Callable[[str], None], may_hold_fewer: bool = False
+) -> Repair:
     """Capture again the parts that a deep report finds damaged, and capture those that are missing.
 
-    Raises, before anything is removed, `FingerprintMismatch` if the config would write other values, and
-    `ConfigError` if it does not name the shard of a part. Files that the format does not know are left alone.
+    A damaged part stays until the new one is whole, and for good if the new one would hold fewer samples, unless
+    `may_hold_fewer`. Files that the format does not know, and files that the system refuses to read, are left alone.
+    Raises, before anything is written, `FingerprintMismatch` if the config would write other values, and
+    `ConfigError` if it does not name the shard of a part; `ShardError` at the end, if a part could not be captured.
     """
     store = local(report.path, doing="repaired")
     if store.resolve() != Path(config.one_cache.path).resolve():
@@ -39,14 +43,14 @@ def repair_store(config: Config, report: Report, *, say: Callable[[str], None]) 
     if manifest_restored := restore_manifest(store, plan.manifest):
         say(f"{store}/manifest.json was lost or damaged; it is written again from the config")
         report = verify(store, deep=True)  # which parts there should be is only known now
-    missing = [p.file.split("/")[1] for p in report.problems if p.kind == "missing part"]
+    missing = [problem.part for problem in report.problems if problem.kind == "missing part"]
     damaged = [name for name in report.damaged_parts if name not in missing]
     todo = tuple(_shard_of(name, plan.shards) for name in (*damaged, *missing))
     # The store's own plan stays: what else the config may name is not captured here.
     manifest = replace(plan.manifest, planned_parts=tuple(part_name(shard) for shard in todo))
     StoreWriter.open(store, manifest)  # compares fingerprints, and puts lost group files back
-    remove_parts(store, damaged)
-    if broken := write_parts(replace(plan, shards=todo, manifest=manifest)).broken:
+    plan = replace(plan, shards=todo, manifest=manifest)
+    if broken := write_parts(plan, recapture=damaged, may_hold_fewer=may_hold_fewer).broken:
         raise ShardError("; ".join(broken))
     return Repair(manifest_restored, tuple(damaged), tuple(missing), verify(store, deep=True))
 

@@ -56,7 +56,7 @@ def read_groups(tar: tarfile.TarFile, path: str | Path) -> Iterator[Group]:
     Raises `ShardError` if the tar is truncated or damaged; a group comes only when all its bytes are there.
     """
     group: Group | None = None
-    for member in _members(tar, path):
+    for member in read_members(tar, path):
         key, ending = base_plus_ext(member.name)
         if key is None or ending is None or not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):
             continue  # as WebDataset: no file, no ending, or named __like_this__
@@ -77,7 +77,8 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
-def _members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.TarInfo]:
+def read_members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.TarInfo]:
+    """Every member in its order. Raises `ShardError` if the tar is truncated or damaged."""
     try:
         while (member := tar.next()) is not None:
             yield member

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,7 +13,9 @@ import torch
 from cache import (
     FORMAT_VERSION,
     ArraySpec,
+    DuplicateKey,
     Fingerprint,
+    HoldsFewer,
     Manifest,
     PartSummary,
     Store,
@@ -26,6 +28,7 @@ from pipeline.errors import ConfigError, ShardError
 from pipeline.inputs import Preparation, capture_settings
 from pipeline.models.stub import TeacherPlan, load_teacher, plan_teacher
 from pipeline.overlap import Behind
+from pipeline.part_states import PartStates
 from pipeline.progress import Progress
 from pipeline.provenance import provenance
 from pipeline.shards import expand_shards, part_name
@@ -42,7 +45,8 @@ TOKEN_ARRAYS = (
 class CacheSummary:
     """What a run of stage 1 did: parts written now and found done, and the samples of those written now.
 
-    `broken` says of each shard that could not be read what is wrong with it; it has no part.
+    `broken` says of each shard what kept its part from being written, `changed` of each shard that is not the one its
+    part was captured from what differs.
     """
 
     path: str
@@ -53,16 +57,18 @@ class CacheSummary:
     rejected: int
     bytes_written: int
     broken: tuple[str, ...]
+    changed: tuple[str, ...]
 
 
-def cache_teacher(config: Config, worker: Worker = ALONE) -> CacheSummary:
+def cache_teacher(config: Config, worker: Worker = ALONE, *, recapture_changed: bool = False) -> CacheSummary:
     """Write every part of the store that is not there yet; the teacher is loaded only if one is missing.
 
     Several workers may write one store: each begins with its share of the shards, and takes over what others left.
-    A shard that cannot be read is left out and told in the summary; the others are cached all the same.
+    A shard that cannot be read, or whose part cannot be read, is left out and reported in the summary; the others are
+    cached all the same. With `recapture_changed` a part whose shard changed is replaced by one of the shard as it is.
     Raises `FingerprintMismatch` if the store holds something else, before anything is written.
     """
-    return write_parts(plan_capture(config), worker)
+    return write_parts(plan_capture(config), worker, recapture_changed=recapture_changed)
 
 
 @dataclass(frozen=True)
@@ -92,40 +98,83 @@ def plan_capture(config: Config) -> CapturePlan:
     return CapturePlan(config, shards, preparation, plan, dtype, device, manifest)
 
 
-def write_parts(plan: CapturePlan, worker: Worker = ALONE) -> CacheSummary:
-    """Capture the shards of the plan that have no part yet."""
+def write_parts(
+    plan: CapturePlan,
+    worker: Worker = ALONE,
+    *,
+    recapture: Collection[str] = (),
+    recapture_changed: bool = False,
+    may_hold_fewer: bool = False,
+) -> CacheSummary:
+    """Capture the shards of the plan that have no part yet, and again those of the parts named by `recapture`.
+
+    A part that is captured again makes room only when the new one is whole, and not for one that holds fewer samples,
+    unless `may_hold_fewer`; of a changed shard it may.
+    """
     config, shards = plan.config, plan.shards
     store = StoreWriter.open(config.one_cache.path, plan.manifest)
-    todo = [shard for shard in shards if not store.is_done(part_name(shard))]
-    summaries: list[PartSummary] = []
-    broken: list[str] = []
+    states = PartStates(store, shards, recapture, recapture_changed)
+    todo = [shard for shard in shards if states.needs_capture(shard)]
+    found = len(shards) - len(todo) - len(states.refused)
+    run = _Run(store, states, may_hold_fewer or recapture_changed)
     if todo:
-        cached = _keys_of_finished_parts(config.one_cache.path)
+        store.leave_out(states.holds_keys)
+        store.taken.refresh()
         teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=_usable(plan.device))
-        # A part is compressed and written while the teacher is at work on the next shard.
-        with Progress(todo, description="teacher-cache") as progress, Behind(limit=1) as writing:
-            capture = Capture(config, teacher, plan.preparation, progress, cached)
-            for shard, lease in shards_to_write(store, shards, worker, say=progress.say):
+        with Progress(todo, description="teacher-cache") as progress:
+            capture = Capture(config, teacher, plan.preparation, progress)
+            while todo:
+                todo = run.capture_all(capture, todo, worker)
+    if worker.world_size > 1:
+        len(Store(config.one_cache.path))  # raises if two parts hold one key after all
+    return _summary(config, run, parts_found=found)
+
+
+class _Run:
+    """A run of stage 1: the parts that it wrote, and the shards that it could not."""
+
+    def __init__(self, store: StoreWriter, states: PartStates, may_hold_fewer: bool) -> None:
+        self.store, self.states, self.may_hold_fewer = store, states, may_hold_fewer
+        self.summaries: list[PartSummary] = []
+        self.broken: list[str] = []
+        self.again: list[str] = []
+
+    def capture_all(self, capture: Capture, todo: Sequence[str], worker: Worker) -> list[str]:
+        """Capture every shard that is free, one after the other; the shards that must be captured once more.
+
+        A part is compressed and written while the teacher is at work on the next shard.
+        """
+        self.again = []
+        free = shards_to_write(
+            self.store, todo, worker, needs_capture=self.states.needs_capture, say=capture.progress.say
+        )
+        with Behind(limit=1) as writing:
+            for shard, lease in free:
                 with lease:  # it ends here, unless there is a part to write
                     try:
-                        captured = capture.run(store, shard)
+                        captured = capture.run(self.store, shard)
                     except ShardError as error:
-                        if config.data.on_bad_sample == "fail":
+                        if capture.config.data.on_bad_sample == "fail":
                             raise
-                        broken.append(str(error))
+                        self.broken.append(str(error))
                     else:
-                        writing.do(partial(_write, captured, lease.pop_all(), summaries, progress))
-    if worker.world_size > 1:
-        len(
-            Store(config.one_cache.path)
-        )  # workers do not see each other's keys: one that occurs twice is told here
-    return _summary(config, summaries, parts_found=len(shards) - len(todo), broken=broken)
+                        writing.do(partial(self._write, capture, shard, captured, lease.pop_all()))
+        return self.again
 
-
-def _write(captured: Captured, lease: ExitStack, summaries: list[PartSummary], progress: Progress) -> None:
-    with lease:
-        summaries.append(captured.commit())
-        progress.end_shard(summaries[-1])
+    def _write(self, capture: Capture, shard: str, captured: Captured, lease: ExitStack) -> None:
+        replace = self.states.replaces(shard)
+        with lease:
+            try:
+                summary = captured.commit(capture, replace=replace, may_hold_fewer=self.may_hold_fewer)
+            except (
+                DuplicateKey
+            ):  # another worker published it in this very moment: capture without the sample
+                self.again.append(shard)
+            except HoldsFewer as error:
+                self.broken.append(str(error))
+            else:
+                self.summaries.append(summary)
+                capture.progress.end_shard(summary)
 
 
 def build_manifest(
@@ -148,12 +197,6 @@ def build_manifest(
         provenance=provenance(config),
         planned_parts=tuple(parts),
     )
-
-
-def _keys_of_finished_parts(path: str) -> dict[str, str]:
-    """Sample key -> part, of what earlier runs have cached: the join is by key, so a key occurs once in a store."""
-    store = Store(path)
-    return {entry.key: part for part in store.parts for entry in store.entries(part)}
 
 
 def _device(name: str) -> torch.device:
@@ -186,9 +229,8 @@ def _compute_dtype(config: Config, plan: TeacherPlan) -> torch.dtype:
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
-def _summary(
-    config: Config, summaries: Sequence[PartSummary], *, parts_found: int, broken: Sequence[str]
-) -> CacheSummary:
+def _summary(config: Config, run: _Run, *, parts_found: int) -> CacheSummary:
+    summaries, states = run.summaries, run.states
     return CacheSummary(
         path=config.one_cache.path,
         parts_written=len(summaries),
@@ -197,5 +239,6 @@ def _summary(
         cached=sum(s.cached for s in summaries),
         rejected=sum(s.rejected for s in summaries),
         bytes_written=sum(sum(s.array_bytes.values()) for s in summaries),
-        broken=tuple(broken),
+        broken=(*run.broken, *states.refused.values()),
+        changed=tuple(f"{shard} ({change})" for shard, change in states.changed.items()),
     )

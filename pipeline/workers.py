@@ -50,21 +50,26 @@ def worker_of(rank: int | None, world_size: int | None) -> Worker:
 
 
 def shards_to_write(
-    store: StoreWriter, shards: Sequence[str], worker: Worker, *, say: Callable[[str], None]
+    store: StoreWriter,
+    shards: Sequence[str],
+    worker: Worker,
+    *,
+    needs_capture: Callable[[str], bool],
+    say: Callable[[str], None],
 ) -> Iterator[tuple[str, ExitStack]]:
-    """Shards without a part, one at a time, each with this worker's lease, to be closed when its part is written.
+    """Shards that need it, one at a time, each with this worker's lease, to be closed when its part is written.
 
-    Ends when every shard has its part or was given here once. While others are at work on the last ones it waits:
+    Ends when no shard needs it that was not given here once. While others are at work on the last ones it waits:
     should one of them die, its shard is written here.
     """
     left, waiting = worker.in_order(shards), False
-    while left := [shard for shard in left if not store.is_done(part_name(shard))]:
+    while left := [shard for shard in left if needs_capture(shard)]:
         taken: list[str] = []
         for shard in left:
             with ExitStack() as lease:
                 is_ours = lease.enter_context(store.claim(part_name(shard)))
                 # Between the look above and the claim, its writer may have finished it.
-                if is_ours and not store.is_done(part_name(shard)):
+                if is_ours and needs_capture(shard):
                     taken.append(shard)
                     yield shard, lease.pop_all()
         left = [shard for shard in left if shard not in taken]

@@ -273,7 +273,7 @@ def test_a_broken_shard_is_1_after_the_others_are_cached(alignkd, settings, expe
     assert ran.code == 1
     assert ran.out.startswith(f"{tmp_path}/s: 2 parts written, 0 found done; 8 samples seen = 8 cached + 0")
     said = ran.complaint.splitlines()
-    assert said[0] == "1 shard has no part:"
+    assert said[0] == "1 shard could not be cached:"
     assert said[1].startswith(f"{tmp_path}/shards/shard-000000.tar is no tar file")
 
 

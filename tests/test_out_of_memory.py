@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from cache import Span, Store, summarise, verify
-from pipeline.capture import Prepared, is_out_of_memory, longest_first
+from pipeline.capture import is_out_of_memory
 from pipeline.conversation import TokenizedSample
+from pipeline.longest_first import Prepared, longest_first
 from pipeline.models.stub import Teacher
 from pipeline.shards import Sample
 from pipeline.teacher import cache_teacher

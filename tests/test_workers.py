@@ -109,15 +109,29 @@ def test_the_shard_of_a_killed_worker_is_taken_over(experiment, tmp_path):
     assert not list((store / "leases").iterdir())
 
 
-def test_a_key_that_two_workers_cached_is_told(experiment, tmp_path):
-    for number in range(2):  # the same samples as two shards, each of its own worker
+def test_stores_that_hold_one_key_in_two_parts_are_not_merged(experiment, tmp_path):
+    for number in range(2):  # the same samples as two shards, each in a store of its own
         shard = tmp_path / "shards" / f"copy-{number}.tar"
         shard.parent.mkdir(exist_ok=True)
         shutil.copy(experiment.shard(0), shard)
         cache_teacher(experiment.config(tmp_path, f"data.shards={shard}", f"cache.path={tmp_path}/{number}"))
-    merge_stores([Store(tmp_path / "0"), Store(tmp_path / "1")], tmp_path / "both")
-    both = experiment.config(tmp_path, f"data.shards={tmp_path}/shards", f"cache.path={tmp_path}/both")
     with pytest.raises(
         DuplicateKey, match=r"appears in parts 'copy-0' and 'copy-1'; give every sample of all shards"
     ):
-        cache_teacher(both, Worker(0, 2))
+        merge_stores([Store(tmp_path / "0"), Store(tmp_path / "1")], tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
+def test_a_key_in_shards_of_two_workers_is_cached_once(experiment, tmp_path):
+    for number in range(2):
+        shard = tmp_path / "shards" / f"copy-{number}.tar"
+        shard.parent.mkdir(exist_ok=True)
+        shutil.copy(experiment.shard(0), shard)
+    store = tmp_path / "both"
+    arguments = [str(experiment.file), f"data.shards={tmp_path}/shards", f"cache.path={store}"]
+    processes = [start(arguments, rank, 2) for rank in range(2)]
+    go(processes)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert verify(store, deep=True).problems == () and len(Store(store)) == 5
+    assert sum(len(Store(store).rejects(part)) for part in Store(store).parts) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +51,11 @@ def allowing(overrides: list[str] | None, allow_mismatch: list[str] | None) -> l
     """Overrides with what --allow-mismatch says, which thus is recorded with the config."""
     allowed = [f"cache.allow_mismatch=[{','.join(allow_mismatch)}]"] if allow_mismatch else []
     return [*(overrides or []), *allowed]
+
+
+def counted(things: Sized, noun: str) -> str:
+    """How many there are, such as "1 shard" or "2 shards"."""
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def say(line: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,10 +16,14 @@ from pipeline.commands.options import (
     Overrides,
     PrintConfig,
     allowing,
+    counted,
     load,
     print_reasons,
     say,
 )
+
+if TYPE_CHECKING:
+    from pipeline.teacher import CacheSummary
 
 
 def pack(
@@ -63,6 +67,12 @@ def teacher_cache(
     world_size: Annotated[
         int | None, typer.Option(min=1, help="How many workers there are; default: WORLD_SIZE.")
     ] = None,
+    recapture_changed: Annotated[
+        bool,
+        typer.Option(
+            "--recapture-changed", help="Capture shards again that changed since their part was written."
+        ),
+    ] = False,
 ) -> None:
     """Stage 1: stream the shards through the teacher once and write the store.
 
@@ -76,7 +86,11 @@ def teacher_cache(
     from pipeline.teacher import cache_teacher
     from pipeline.workers import worker_of
 
-    run = cache_teacher(settings, worker_of(rank, world_size))
+    try:
+        run = cache_teacher(settings, worker_of(rank, world_size), recapture_changed=recapture_changed)
+    except KeyboardInterrupt:
+        _print_what_is_left(settings.one_cache.path)
+        raise typer.Exit(130) from None
     print(
         f"{run.path}: {run.parts_written} parts written, {run.parts_found} found done; "
         f"{run.seen:,} samples seen = {run.cached:,} cached + {run.rejected:,} rejected"
@@ -85,10 +99,42 @@ def teacher_cache(
     size, each = readable_bytes(store.bytes), readable_bytes(store.bytes_per_sample)
     print(f"the store holds {store.samples:,} samples in {size}, {each} each")
     print_reasons(reasons_by_kind(store.rejects_by_reason), where="the parts' rejects.jsonl")
-    if run.broken:
-        shards = "1 shard has" if len(run.broken) == 1 else f"{len(run.broken)} shards have"
-        print("\n".join([f"alignkd: {shards} no part:", *run.broken]), file=sys.stderr)
+    if troubles := _troubles(run, num_samples=store.samples):
+        print("\n".join(troubles), file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _troubles(run: CacheSummary, *, num_samples: int) -> list[str]:
+    """What a run of stage 1 left undone, and what to do about it."""
+    troubles: list[str] = []
+    if run.broken:
+        troubles += [f"alignkd: {counted(run.broken, 'shard')} could not be cached:", *run.broken]
+    if run.changed:
+        troubles += [
+            f"alignkd: {counted(run.changed, 'shard')} changed since the part was captured, which stays as it was; "
+            "the same command with --recapture-changed captures what is there now:",
+            *run.changed,
+        ]
+    if not run.broken and (not num_samples or (run.seen and not run.cached)):
+        where = "the store holds no sample" if not num_samples else "this run cached no sample"
+        troubles.append(f"alignkd: {where}: all {run.seen:,} were rejected, for the reasons above")
+    return troubles
+
+
+def _print_what_is_left(path: str) -> None:
+    """Say on stderr what an interrupted run of stage 1 finished, and how to resume."""
+    from cache import CacheError, Store
+
+    try:
+        store = Store(path)
+    except CacheError:
+        say("alignkd: interrupted before the store was begun; run the same command again to start")
+        return
+    planned = len(store.manifest.planned_parts)
+    say(
+        f"alignkd: interrupted with {len(store.missing_parts)} of {planned} parts missing; "
+        "run the same command to go on with them"
+    )
 
 
 def distill(

@@ -39,12 +39,18 @@ def verify(
         Path | None,
         typer.Option("--config", "-c", help="The config that the store was made with, for --fix."),
     ] = None,
+    allow_fewer: Annotated[
+        bool,
+        typer.Option(
+            "--allow-fewer", help="With --fix: also where a part would hold fewer samples than before."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Look for damage: missing or unfinished parts, flipped bytes, wrong counts; exit code 1 if there is any.
 
-    With --fix the damaged parts, and no others, are taken out and captured again from their shards; what was found
-    and what was done is told, and the exit code is that of a second look.
+    With --fix the damaged parts, and no others, are captured again from their shards, and replaced when the new ones
+    are whole. It reports what was found and done, and the exit code is that of a second verification.
     """
     from cache import verify as verify_store
     from pipeline.describe import readable_bytes
@@ -53,9 +59,10 @@ def verify(
         raise typer.BadParameter(
             "--fix and --config go together: the teacher that captures again is the config's"
         )
-    report = verify_store(store, deep=deep or fix)
+    deep = deep or fix
+    report = verify_store(store, deep=deep)
     if config is not None and not report.is_sound:
-        report, deep = _fixed(config, report), True
+        report = _fixed(config, report, allow_fewer)
     if as_json:
         print(json.dumps(report.to_json(), indent=1))
     else:
@@ -63,7 +70,7 @@ def verify(
             print(f"{problem.kind}: {problem.file}: {problem.detail}")
         depth = "" if deep else " (contents not read; --deep does)"
         print(
-            f"{store}: {len(report.problems)} problems in {report.parts} parts, {report.samples:,} samples, "
+            f"{store}: {report.num_problems} problems in {report.parts} parts, {report.samples:,} samples, "
             f"{report.files} files, {readable_bytes(report.bytes)}{depth}"
         )
     if not report.is_sound:
@@ -130,13 +137,13 @@ def plan(
         raise typer.Exit(1)
 
 
-def _fixed(config: Path, report: Report) -> Report:
-    """Repair what the report finds, tell it line by line, and look again."""
+def _fixed(config: Path, report: Report, allow_fewer: bool) -> Report:
+    """Repair what the report finds, line by line on stderr; the report of the repaired store."""
     from pipeline.repair import repair_store
 
     for problem in report.problems:
         say(f"found {problem.kind}: {problem.file}: {problem.detail}")
-    repair = repair_store(load(config, None), report, say=say)
+    repair = repair_store(load(config, None), report, say=say, may_hold_fewer=allow_fewer)
     say(f"{len(repair.recaptured)} damaged parts captured again: {', '.join(repair.recaptured) or 'none'}")
     say(f"{len(repair.captured)} missing parts captured: {', '.join(repair.captured) or 'none'}")
     return repair.report

@@ -1,0 +1,55 @@
+"""Whether a shard is still the one that a part was captured from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from pipeline.tars import open_tar, read_members
+
+
+def shard_source(shard: str) -> dict[str, Any]:
+    """What a part records of its shard: name, size in bytes, time of change, and a digest of its members.
+
+    Raises `ShardError` if the shard is damaged.
+    """
+    about = Path(shard).stat()
+    return {
+        "shard": Path(shard).name,
+        "bytes": about.st_size,
+        "modified_ns": about.st_mtime_ns,
+        "members": _members_digest(shard, about.st_size, about.st_mtime_ns),
+    }
+
+
+@lru_cache(maxsize=1 << 16)
+def _members_digest(shard: str, _size: int, _modified_ns: int) -> str:
+    """blake3 over name, place and size of every member: the tar's headers are read, not its content.
+
+    Size and time of change are part of the memo's key, so that a shard that changes is read again.
+    """
+    digest = blake3()
+    with open_tar(shard) as tar:
+        for member in read_members(tar, shard):
+            name = member.name.encode("utf-8", "surrogateescape")
+            digest.update(b"%d %d %s\n" % (member.offset_data, member.size, name))
+    return digest.hexdigest()
+
+
+def shard_change(shard: str, source: Mapping[str, Any]) -> str | None:
+    """How the shard differs from what a part's `source` says; None if it is the same, or it cannot be told.
+
+    Size and time of change are compared first, as `make` does. Only a shard that was touched or copied has its
+    members read. A part written before this record was kept has a size at most.
+    """
+    about = Path(shard).stat()
+    if source.get("bytes", about.st_size) != about.st_size:
+        return f"{source['bytes']:,} bytes when it was captured, {about.st_size:,} now"
+    if "members" not in source or source.get("modified_ns") == about.st_mtime_ns:
+        return None
+    members = _members_digest(shard, about.st_size, about.st_mtime_ns)
+    return None if members == source["members"] else "as large as it was, with other members"

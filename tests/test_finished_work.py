@@ -1,0 +1,253 @@
+"""Stage 1 keeps finished parts: through reruns, repairs, changed shards, other writers and lack of memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from small_experiment import picture, shard_members, snapshot, write_shard
+from small_store import flip_bit
+
+import cli
+from cache import PartWriter, Store, summarise, verify
+from pipeline.config import to_yaml
+from pipeline.errors import ConfigError, ShardError
+from pipeline.repair import repair_store
+from pipeline.shard_identity import shard_change, shard_source
+from pipeline.teacher import cache_teacher
+
+PART = "shard-000001"
+TURNS = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "no"}]
+
+
+@pytest.fixture
+def copy(experiment, tmp_path):
+    """A copy of the store and of its shards, and a config for both."""
+    shutil.copytree(experiment.store, tmp_path / "store")
+    shutil.copytree(experiment.shards, tmp_path / "shards")
+    overrides = [f"cache.path={tmp_path}/store", f"data.shards={tmp_path}/shards"]
+    return experiment.config(tmp_path, *overrides), tmp_path / "store", tmp_path / "shards"
+
+
+def samples(*keys: str) -> list[tuple[str, bytes]]:
+    text = json.dumps({"conversations": TURNS}).encode()
+    return [(f"{key}.{kind}", data) for key in keys for kind, data in (("json", text), ("png", picture(0)))]
+
+
+MARKS = {
+    "a flipped byte": lambda mark: flip_bit(mark, offset=30),
+    "emptied": lambda mark: mark.write_bytes(b""),
+    # Reading a process's memory at 0 is an input/output error, for root too.
+    "a disk error": lambda mark: (mark.unlink(), mark.symlink_to("/proc/self/mem")),
+}
+
+
+@pytest.mark.parametrize("damage", MARKS.values(), ids=MARKS)
+def test_a_rerun_leaves_a_part_alone_whose_done_mark_cannot_be_read(damage, copy, experiment):
+    config, store, _ = copy
+    damage(store / "parts" / PART / "part.json")
+    before = snapshot(store / "parts" / PART / "attention")
+    run = cache_teacher(config)
+    assert (run.parts_written, run.parts_found, run.seen) == (0, 2, 0)
+    assert len(run.broken) == 1 and f"parts/{PART}/part.json" in run.broken[0]
+    assert snapshot(store / "parts" / PART / "attention") == before
+
+
+def test_a_damaged_done_mark_is_repaired_when_that_is_asked_for(copy, experiment):
+    config, store, _ = copy
+    flip_bit(store / "parts" / PART / "part.json", offset=30)
+    repair = repair_store(config, verify(store, deep=True), say=lambda line: None)
+    assert repair.recaptured == (PART,) and repair.report.problems == ()
+    assert summarise(store).content == summarise(experiment.store).content
+
+
+def test_a_part_without_its_done_mark_is_repaired_too(copy, experiment):
+    config, store, _ = copy
+    (store / "parts" / PART / "part.json").unlink()
+    repair = repair_store(config, verify(store, deep=True), say=lambda line: None)
+    assert repair.recaptured == (PART,) and repair.report.problems == ()
+    assert summarise(store).content == summarise(experiment.store).content
+
+
+def test_a_repair_that_cannot_capture_leaves_the_damaged_part(copy, experiment, tmp_path):
+    config, store, _ = copy
+    flip_bit(store / "parts" / PART / "vision/c/0/0/0", offset=20)
+    before = snapshot(store / "parts")
+    teacher = config.teacher.model_copy(update={"device": "cuda:99"})
+    with pytest.raises(ConfigError, match=r"teacher.device: cuda:99 cannot be used here"):
+        repair_store(
+            config.model_copy(update={"teacher": teacher}), verify(store, deep=True), say=lambda line: None
+        )
+    assert snapshot(store / "parts") == before
+
+
+def test_a_repair_names_stray_files_and_captures_nothing_for_them(copy, capsys, tmp_path):
+    config, store, _ = copy
+    (store / "parts" / PART / ".DS_Store").write_bytes(b"x")
+    before = snapshot(store)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["verify", str(store), "--fix", "--config", str(tmp_path / "config.yaml")])
+    shown = capsys.readouterr()
+    assert stopped.value.code == 0, shown.err
+    assert (
+        f"stray file: parts/{PART}/.DS_Store" in shown.out and f"{store}: 0 problems in 3 parts" in shown.out
+    )
+    assert snapshot(store) == before
+
+
+def test_a_repair_does_not_swap_a_part_for_one_that_holds_fewer(copy):
+    config, store, shards = copy
+    flip_bit(store / "parts" / PART / "vision/c/0/0/0", offset=20)
+    write_shard(shards / f"{PART}.tar", shard_members(shards / f"{PART}.tar")[:-2])
+    before = snapshot(store / "parts")
+    report = verify(store, deep=True)
+    with pytest.raises(
+        ShardError, match=r"it holds 5 samples, captured again it would hold 4.*--allow-fewer"
+    ):
+        repair_store(config, report, say=lambda line: None)
+    assert snapshot(store / "parts") == before
+    repair = repair_store(config, report, say=lambda line: None, may_hold_fewer=True)
+    assert repair.report.problems == () and summarise(store).samples == 12
+
+
+def test_a_shard_that_changed_is_reported_and_captured_again_by_request(copy, experiment, tmp_path, capsys):
+    config, store, shards = copy
+    write_shard(shards / f"{PART}.tar", [*shard_members(shards / f"{PART}.tar"), *samples("new")])
+    before = snapshot(store / "parts")
+    run = cache_teacher(config)
+    assert (run.parts_written, run.parts_found) == (0, 3) and snapshot(store / "parts") == before
+    assert len(run.changed) == 1 and run.changed[0].startswith(f"{shards}/{PART}.tar (")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["teacher-cache", "--config", str(tmp_path / "config.yaml")])
+    assert stopped.value.code == 1 and "with --recapture-changed captures" in capsys.readouterr().err
+
+    run = cache_teacher(config, recapture_changed=True)
+    assert (run.parts_written, run.parts_found, run.changed) == (1, 2, ())
+    assert "new" in Store(store) and verify(store, deep=True).problems == ()
+    assert cache_teacher(config, recapture_changed=True).parts_written == 0
+    untouched = {name: file for name, file in snapshot(store / "parts").items() if not name.startswith(PART)}
+    assert untouched == {name: file for name, file in before.items() if not name.startswith(PART)}
+
+
+def test_samples_may_move_between_shards_that_are_captured_again(copy):
+    config, store, shards = copy
+    one, two = (shards / f"shard-00000{number}.tar" for number in (0, 1))
+    members = shard_members(one), shard_members(two)
+    write_shard(one, members[1])
+    write_shard(two, members[0])
+    keys = set(Store(store).keys())
+    run = cache_teacher(config, recapture_changed=True)
+    assert (run.parts_written, run.rejected) == (2, 0)
+    assert set(Store(store).keys()) == keys and verify(store, deep=True).problems == ()
+
+
+def test_a_shard_is_known_by_size_and_members_and_not_by_when_it_was_copied(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", samples("a", "b"))
+    source = shard_source(str(shard))
+    os.utime(shard, (1, 1))
+    assert shard_change(str(shard), source) is None
+    write_shard(shard, samples("a", "c"))
+    assert shard_change(str(shard), source) == "as large as it was, with other members"
+    write_shard(shard, samples(*"abcdefghij"))
+    assert "bytes when it was captured" in str(shard_change(str(shard), source))
+    assert shard_change(str(shard), {"shard": "a.tar"}) is None  # recorded before there was more to compare
+
+
+def test_a_key_that_another_worker_published_meanwhile_is_rejected(experiment, tmp_path, monkeypatch):
+    """The writer of the second shard began when the first had no part: it learns of the key at its commit."""
+    configs = [
+        experiment.config(
+            tmp_path,
+            f"data.shards={write_shard(tmp_path / 'shards' / f'{name}.tar', samples(*keys))}",
+            f"cache.path={tmp_path}/store",
+        )
+        for name, keys in (("first", "ab"), ("second", "bc"))
+    ]
+    look, looks = PartWriter.taken_elsewhere, []
+
+    def meanwhile(self):
+        if not looks:
+            looks.append(1)
+            cache_teacher(configs[0])
+        return look(self)
+
+    monkeypatch.setattr(PartWriter, "taken_elsewhere", meanwhile)
+    run = cache_teacher(configs[1])
+    store = Store(tmp_path / "store")
+    assert sorted(store.keys()) == ["a", "b", "c"] and (run.cached, run.rejected) == (1, 1)
+    assert store.rejects("second") == [("b", "key occurs in another shard: the part first holds it")]
+    assert verify(tmp_path / "store", deep=True).problems == ()
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_memory_that_runs_out_while_values_are_encoded_loses_no_sample(
+    failures, experiment, tmp_path, monkeypatch
+):
+    add, calls = PartWriter.add, []
+
+    def starved(self, *arguments, **named):
+        calls.append(1)
+        if len(calls) <= failures:
+            raise MemoryError("Unable to allocate 2.00 GiB")
+        return add(self, *arguments, **named)
+
+    monkeypatch.setattr(PartWriter, "add", starved)
+    overrides = [f"cache.path={tmp_path}/store", "teacher.batch_size=2"]
+    run = cache_teacher(experiment.config(tmp_path, *overrides))
+    assert (run.seen, run.rejected) == (summarise(experiment.store).samples, 0)
+    assert sorted(Store(tmp_path / "store").keys()) == sorted(Store(experiment.store).keys())
+
+
+def test_a_sample_whose_values_never_fit_is_rejected_with_its_size(experiment, tmp_path, monkeypatch):
+    add = PartWriter.add
+    victim = next(iter(Store(experiment.store).keys()))
+
+    def starved(self, entry, *arguments, **named):
+        if entry.key == victim:
+            raise MemoryError("Unable to allocate 2.00 GiB")
+        return add(self, entry, *arguments, **named)
+
+    monkeypatch.setattr(PartWriter, "add", starved)
+    run = cache_teacher(experiment.config(tmp_path, f"cache.path={tmp_path}/store"))
+    store = Store(tmp_path / "store")
+    [(key, reason)] = [reject for part in store.parts for reject in store.rejects(part)]
+    assert (run.rejected, key) == (1, victim)
+    assert reason.startswith("does not fit into memory: ") and "while its values were encoded" in reason
+
+
+def run_of(arguments: list[str], capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    return stopped.value.code, capsys.readouterr().err  # type: ignore[return-value]
+
+
+def test_a_run_that_keeps_nothing_fails(experiment, tmp_path, capsys):
+    write_shard(tmp_path / "shards/a.tar", [("a.json", b"[]"), ("b.json", b"[]")])
+    overrides = [f"data.shards={tmp_path}/shards", f"cache.path={tmp_path}/store"]
+    code, said = run_of(["teacher-cache", "--config", str(experiment.file), *overrides], capsys)
+    assert code == 1 and said.endswith(
+        "the store holds no sample: all 2 were rejected, for the reasons above\n"
+    )
+
+
+def test_an_interrupt_says_what_is_left_and_how_to_resume(experiment, tmp_path, capsys, monkeypatch):
+    commits: list[int] = []
+    commit = PartWriter.commit
+
+    def interrupt_after_the_first(self, **named):
+        if commits:
+            raise KeyboardInterrupt
+        commits.append(1)
+        return commit(self, **named)
+
+    monkeypatch.setattr(PartWriter, "commit", interrupt_after_the_first)
+    store = f"cache.path={tmp_path}/store"
+    code, said = run_of(["teacher-cache", "--config", str(experiment.file), store], capsys)
+    assert code == 130
+    assert "interrupted with 2 of 3 parts missing; run the same command to go on with them" in said
+    assert len(Store(Path(tmp_path / "store")).parts) == 1

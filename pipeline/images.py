@@ -1,11 +1,10 @@
-"""Image bytes to CLIP's pixels: bounded decoding, pad-to-square, CLIP preprocessing."""
+"""Image bytes to CLIP's pixels: decoding, pad-to-square, CLIP preprocessing."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,20 +13,9 @@ import torch
 from blake3 import blake3
 from PIL import Image
 
+from pipeline.decoding import DECODING_RULES, MAX_IMAGE_PIXELS, decode_image, read_header
 from pipeline.errors import BadSample, ConfigError
 
-MAX_IMAGE_PIXELS = 64_000_000
-# File name endings in a shard, and the Pillow format of each; no other format is ever tried.
-FORMATS = {
-    "jpg": "JPEG",
-    "jpeg": "JPEG",
-    "png": "PNG",
-    "webp": "WEBP",
-    "gif": "GIF",
-    "bmp": "BMP",
-    "tif": "TIFF",
-    "tiff": "TIFF",
-}
 # Padding and resizing make an image of their own; it may have this many times `max_pixels`.
 MAX_GROWTH = 4
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -35,59 +23,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_IMAGE_SIZE = 336
 
 AspectRatio = Literal["pad", "square"]
-
-
-def decode_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """The image in RGB, as the original's `Image.open(...).convert("RGB")`: no EXIF turning, alpha dropped.
-
-    Raises `BadSample` for what is no image, is truncated, or has more than `max_pixels`; the header alone
-    decides about the last, before any pixel is decoded.
-    """
-    image = read_header(data, max_pixels=max_pixels)
-    _load(image)
-    return image.convert("RGB")
-
-
-def check_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> str:
-    """Pillow's format name of an image that decodes to its last byte; raises as `decode_image` does."""
-    image = read_header(data, max_pixels=max_pixels)
-    # JPEG can be decoded at an eighth of its size: all data are read, few pixels are computed.
-    image.draft("RGB", (1, 1))
-    _load(image)
-    return str(image.format)
-
-
-def read_header(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """An image of which only the header is read; raises `BadSample` as `decode_image` does."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images; the limit that counts is ours
-            image = Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values())))
-    except Image.DecompressionBombError as error:
-        raise BadSample("too many pixels", f"{error}; the limit is {max_pixels}") from error
-    except Exception as error:  # a damaged header can raise anything in Pillow's parsers
-        raise BadSample(
-            "not an image", f"{len(data)} bytes that Pillow reads as none of {_known()}"
-        ) from error
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadSample("too many pixels", f"{width} x {height}; the limit is {max_pixels}")
-    return image
-
-
-def _load(image: Image.Image) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image.load()
-    except MemoryError:
-        raise  # the machine's trouble, not the image's
-    except Exception as error:  # damaged data can raise anything in Pillow's decoders
-        raise BadSample("truncated or damaged image", f"{type(error).__name__}: {error}") from error
-
-
-def _known() -> str:
-    return ", ".join(sorted(set(FORMATS.values())))
 
 
 class ImagePreprocessor:
@@ -136,8 +71,8 @@ class ImagePreprocessor:
         pixels = self.clip(image, return_tensors="np")["pixel_values"][0]
         return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
 
-    def digest(self) -> str:
-        """blake3 of every setting that changes the pixels."""
+    def digest(self, *, decoding: Mapping[str, str] = DECODING_RULES) -> str:
+        """blake3 of everything that changes the pixels: how files are decoded, and each setting."""
         names = (
             "do_resize",
             "size",
@@ -149,7 +84,8 @@ class ImagePreprocessor:
         )
         names += ("do_normalize", "image_mean", "image_std", "do_convert_rgb")
         settings = {name: _plain(getattr(self.clip, name, None)) for name in names}
-        text = json.dumps({"aspect_ratio": self.aspect_ratio, **settings}, sort_keys=True)
+        everything = {"aspect_ratio": self.aspect_ratio, "decoding": dict(decoding), **settings}
+        text = json.dumps(everything, sort_keys=True)
         return blake3(text.encode()).hexdigest()
 
     def _check_growth(self, width: int, height: int) -> None:

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from blake3 import blake3
 
 from pipeline.annotations import BadRecord, Record, read_annotations
+from pipeline.decoding import FORMATS, MAX_IMAGE_PIXELS, check_image
 from pipeline.errors import BadSample, PackError
-from pipeline.images import FORMATS, MAX_IMAGE_PIXELS, check_image
 from pipeline.pack_folder import REJECTS, PackSummary, Rejects, begin_pack, finish_pack, finished_pack
 from pipeline.shard_writer import ShardWriter
 from pipeline.tars import MAX_MEMBER_BYTES
@@ -88,7 +88,7 @@ def _samples(
     loaded: dict[str, tuple[str, bytes] | BadSample] = {}
     for record in group:
         try:
-            members = {"json": json.dumps(record.fields).encode()}
+            members = {"json": _json(record)}
             for number, image in enumerate(record.images):
                 if image not in loaded:
                     loaded[image] = _load_or_bad(image, image_folder, max_pixels=max_pixels)
@@ -103,6 +103,13 @@ def _samples(
             yield key_of_id(record.id), members
 
 
+def _json(record: Record) -> bytes:
+    try:
+        return json.dumps(record.fields).encode()
+    except RecursionError as error:  # it could just be read, and cannot be written
+        raise BadSample("JSON is nested too deep", str(error)) from error
+
+
 def _load_or_bad(image: str, image_folder: Path, *, max_pixels: int) -> tuple[str, bytes] | BadSample:
     try:
         return _load(image, image_folder, max_pixels=max_pixels)
@@ -111,7 +118,7 @@ def _load_or_bad(image: str, image_folder: Path, *, max_pixels: int) -> tuple[st
 
 
 def _load(image: str, image_folder: Path, *, max_pixels: int) -> tuple[str, bytes]:
-    """The ending (by the name, or else by the content) and bytes of an image file that decodes to its end."""
+    """The ending (by the content) and bytes of an image file that decodes to its end."""
     path = image_folder / image
     try:
         if not path.is_file():
@@ -127,7 +134,7 @@ def _load(image: str, image_folder: Path, *, max_pixels: int) -> tuple[str, byte
     except BadSample as error:
         raise BadSample(error.kind, f"{image}: {error.detail}") from error
     ending = path.suffix.lower().removeprefix(".")
-    if ending not in FORMATS:
+    if FORMATS.get(ending) != kind:
         ending = next(name for name, known in FORMATS.items() if known == kind)
     return ending, data
 

@@ -20,8 +20,8 @@ from braceexpand import braceexpand
 
 from cache import Span
 from pipeline.conversation import check_conversations
+from pipeline.decoding import FORMATS, MAX_IMAGE_PIXELS, read_header
 from pipeline.errors import BadSample, ShardError
-from pipeline.images import FORMATS, MAX_IMAGE_PIXELS, read_header
 from pipeline.tars import Group, open_tar, read_groups, read_member
 
 

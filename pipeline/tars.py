@@ -46,7 +46,9 @@ def open_tar(path: str | Path) -> tarfile.TarFile:
             )
     try:
         return tarfile.open(path, "r:")
-    except (tarfile.TarError, EOFError) as error:
+    except (OSError, MemoryError):
+        raise  # the machine's trouble, not the shard's
+    except Exception as error:  # damaged headers can raise anything in tarfile's parsers
         raise ShardError(f"{path} is no tar file ({error}); {REMEDY}") from error
 
 
@@ -83,7 +85,9 @@ def read_members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.Tar
         while (member := tar.next()) is not None:
             yield member
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else every header is kept
-    except (tarfile.TarError, EOFError) as error:
+    except (OSError, MemoryError):
+        raise  # the machine's trouble, not the shard's
+    except Exception as error:  # damaged headers can raise anything in tarfile's parsers
         raise ShardError(
             f"{path} is damaged or truncated after byte {tar.offset} ({error}); {REMEDY}"
         ) from error

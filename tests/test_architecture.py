@@ -127,6 +127,7 @@ FLOORS: dict[str, set[str]] = {
     "data": {
         "pipeline.annotations",
         "pipeline.conversation",
+        "pipeline.decoding",
         "pipeline.demo",
         "pipeline.emoji",
         "pipeline.emoji.art",
@@ -137,6 +138,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.emoji.scenes",
         "pipeline.images",
         "pipeline.pack_folder",
+        "pipeline.png_text",
         "pipeline.shard_writer",
         "pipeline.shared_prefix",
         "pipeline.shard_identity",

@@ -332,3 +332,29 @@ def test_an_image_too_large_as_a_file_is_not_read(tmp_path, images, monkeypatch)
 def test_an_empty_file_packs_to_nothing(tmp_path, images):
     summary = pack(write(tmp_path, [], "data.jsonl"), tmp_path / "out", image_folder=images)
     assert (summary.seen, summary.shards) == (0, ())
+
+
+@pytest.mark.parametrize("name", ["a.mpo", "a", "a.png", "a.JPG", "a.jfif"])
+def test_a_photograph_with_a_second_one_behind_it_is_packed_as_jpeg(tmp_path, images, name):
+    file = io.BytesIO()
+    views = [Image.effect_noise((40, 30), shade) for shade in (50, 90)]
+    views[0].save(file, "MPO", save_all=True, append_images=views[1:])
+    (tmp_path / name).write_bytes(file.getvalue())
+    path = write(tmp_path, [entry("x", name)], "data.jsonl")
+    assert pack(path, tmp_path / "out", image_folder=tmp_path).packed == 1
+    (sample,) = samples_of(tmp_path / "out")
+    assert sample.image_spans[0].file == "x.jpg" and sample.images == (file.getvalue(),)
+
+
+def test_a_member_is_named_by_what_it_holds_not_by_a_wrong_ending(tmp_path, images):
+    (tmp_path / "wrong.png").write_bytes(picture(1, "JPEG"))
+    (tmp_path / "right.jpeg").write_bytes(picture(2, "JPEG"))
+    path = write(tmp_path, [entry("a", "wrong.png"), entry("b", "right.jpeg")])
+    pack(path, tmp_path / "out", image_folder=tmp_path)
+    assert [s.image_spans[0].file for s in samples_of(tmp_path / "out")] == ["a.jpg", "b.jpeg"]
+
+
+def test_json_of_any_depth_is_packed_or_rejected(tmp_path, images):
+    deep = [f'{{"id": "{n}", "x": {"[" * n}{"]" * n}, {json.dumps(entry(n))[1:]}' for n in range(900, 1010)]
+    summary = pack(write(tmp_path, deep, "data.jsonl"), tmp_path / "out", image_folder=images)
+    assert summary.seen == 110 and 0 < summary.packed < 110

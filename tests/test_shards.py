@@ -237,6 +237,26 @@ def test_a_damaged_header_is_refused_not_taken_for_the_end(tmp_path):
         list(read_shard(tmp_path / "bad.tar"))
 
 
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"GNU.sparse.map": "a,b"},
+        {"GNU.sparse.numblocks": "1", "GNU.sparse.size": "z"},
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
+        {"size": "9" * 40},
+    ],
+)
+def test_whatever_tarfile_raises_at_a_header_names_the_shard(tmp_path, before, headers):
+    with tarfile.open(tmp_path / "bad.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(before + 1):
+            info = tarfile.TarInfo(f"{number}.json")
+            info.size, info.pax_headers = 512, headers if number == before else {}
+            tar.addfile(info, io.BytesIO(b"garbage\n" * 64))
+    with pytest.raises(ShardError, match=r"bad.tar is (no tar file|damaged).*; make or copy the shard again"):
+        list(read_shard(tmp_path / "bad.tar"))
+
+
 def test_bytes_after_the_end_mark_are_refused(tmp_path):
     (tmp_path / "two.tar").write_bytes(whole(tmp_path) * 2)
     with pytest.raises(ShardError, match="neither a member nor the end"):

@@ -88,7 +88,7 @@ def _samples(
     loaded: dict[str, tuple[str, bytes] | BadSample] = {}
     for record in group:
         try:
-            members = {"json": _json(record)}
+            members = {"json": json.dumps(record.fields).encode()}
             for number, image in enumerate(record.images):
                 if image not in loaded:
                     loaded[image] = _load_or_bad(image, image_folder, max_pixels=max_pixels)
@@ -101,13 +101,6 @@ def _samples(
             rejects.add(BadRecord(record.line, record.id, error))
         else:
             yield key_of_id(record.id), members
-
-
-def _json(record: Record) -> bytes:
-    try:
-        return json.dumps(record.fields).encode()
-    except RecursionError as error:  # it could just be read, and cannot be written
-        raise BadSample("JSON is nested too deep", str(error)) from error
 
 
 def _load_or_bad(image: str, image_folder: Path, *, max_pixels: int) -> tuple[str, bytes] | BadSample:

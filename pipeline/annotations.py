@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import posixpath
+import os
+import reprlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,33 +13,39 @@ from typing import Any
 
 from pipeline.conversation import check_conversations
 from pipeline.errors import BadSample, PackError
+from pipeline.media import check_media
 from pipeline.shards import parse_record
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Record:
     """One good entry. `line` counts a JSONL file's lines or a JSON list's entries, from 1.
 
+    `id` is the entry's own, or else made of file and line; `repeat` counts the entries with this id, from 1.
     `fields` is the entry as it was; `images` are its image paths below the image folder.
     """
 
     line: int
     id: str
+    repeat: int
     fields: dict[str, Any]
     images: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """One entry that cannot be used, with its id if it has one."""
+    """One entry that cannot be used, with its id if it is an object, and its images if one of them was why."""
 
     line: int
     id: str | None
     error: BadSample
+    images: tuple[str, ...] = ()
 
 
-def read_annotations(path: Path) -> Iterator[Record | BadRecord]:
-    """Every entry in order; of entries with one id the first with a good conversation counts.
+def read_annotations(path: Path, image_folder: Path) -> Iterator[Record | BadRecord]:
+    """Every entry in order, good or bad: what becomes of one changes no other's id or `repeat`.
 
     `.jsonl` and `.ndjson` are read line by line, anything else as one JSON list. Raises `PackError` if the
     file as a whole cannot be read. Image files are not looked at.
@@ -45,21 +53,24 @@ def read_annotations(path: Path) -> Iterator[Record | BadRecord]:
     if not path.is_file():
         raise PackError(f"No annotations at {path}; name a LLaVA JSON or JSONL file.")
     entries = _lines(path) if path.suffix.lower() in (".jsonl", ".ndjson") else _list(path)
-    line_of_id: dict[str, int] = {}
+    repeats: Counter[str] = Counter()
     for line, entry in entries:
-        identity = _id_or_none(entry)
+        identity = None
         try:
-            record = _checked(line, entry)
-            if record.id in line_of_id:
-                raise BadSample("duplicate id", f"{record.id}, first in entry {line_of_id[record.id]}")
+            fields = _object(entry)
+            identity = _id(fields, made=f"{path.stem}-{line}")
+            repeats[identity] += 1
+            images = image_paths(fields.get("image"), image_folder)
+            check_media(fields, num_images=len(images))
+            check_conversations(fields.get("conversations"), num_images=len(images))
         except BadSample as error:
             yield BadRecord(line, identity, error)
         else:
-            line_of_id[record.id] = line
-            yield record
+            yield Record(line, identity, repeats[identity], fields, images)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadSample]]:
+    _check_is_no_list(path)
     with open(path, "rb") as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
@@ -68,6 +79,16 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadSample]]:
                 yield line, parse_record(text)
             except BadSample as error:
                 yield line, error
+
+
+def _check_is_no_list(path: Path) -> None:
+    """Raise `PackError` for one JSON list: line by line it would be as many broken entries as it has lines."""
+    with open(path, "rb") as file:
+        lines = (text.removeprefix(BYTE_ORDER_MARK).strip() for text in file)
+        filled = (text for text in lines if text)
+        first, second = next(filled, b""), next(filled, b"")
+    if first.startswith(b"[") and not (second and first.endswith(b"]")):
+        raise PackError(f"{path} holds one JSON list, not an entry a line; name it .json.")
 
 
 def _list(path: Path) -> Iterator[tuple[int, Any]]:
@@ -87,43 +108,60 @@ def _list(path: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(entries, start=1)
 
 
-def _id_or_none(entry: Any) -> str | None:
-    try:
-        return _id(entry)
-    except BadSample:
-        return None
-
-
-def _id(entry: Any) -> str:
-    value = entry.get("id") if isinstance(entry, dict) else None
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise BadSample("missing id", "" if value is None else f"found {value!r}"[:100])
-    try:
-        return str(value).encode().decode()
-    except UnicodeEncodeError as error:
-        raise BadSample("missing id", "it is not valid Unicode") from error
-
-
-def _checked(line: int, entry: Any) -> Record:
+def _object(entry: Any) -> dict[str, Any]:
     if isinstance(entry, BadSample):
         raise entry
     if not isinstance(entry, dict):
         raise BadSample("JSON is no object", type(entry).__name__)
-    identity = _id(entry)
-    images = _image_paths(entry.get("image"))
-    check_conversations(entry.get("conversations"), num_images=len(images))
-    return Record(line, identity, entry, images)
+    return entry
 
 
-def _image_paths(value: Any) -> tuple[str, ...]:
+def _id(fields: dict[str, Any], *, made: str) -> str:
+    """The entry's id as text, or `made` if it has none."""
+    value = fields.get("id")
+    if value is None or value == "":
+        value = made
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadSample("id is no text", f"found {reprlib.repr(value)}")
+    if not _is_unicode(str(value)):
+        raise BadSample("id is no text", "it is not valid Unicode")
+    return str(value)
+
+
+def image_paths(value: Any, image_folder: Path) -> tuple[str, ...]:
     """The paths of `image` (one, a list of them, or none), each below the image folder."""
-    paths = [] if value is None else value if isinstance(value, list) else [value]
+    paths = value if isinstance(value, list) else [value]
+    if all(path is None or path == "" for path in paths):
+        return ()
     for path in paths:
-        if not isinstance(path, str) or not path or "\0" in path:
-            raise BadSample("image is no path", repr(path)[:100])
-    normal = tuple(posixpath.normpath(path) for path in paths)
-    for path in normal:
-        # By the text alone: folders inside the image folder may well be links to other disks.
-        if path.startswith(("/", "../")) or path in (".", ".."):
-            raise BadSample("image path leaves the image folder", path[:200])
+        if not isinstance(path, str) or not path or "\0" in path or not _is_unicode(path):
+            raise BadSample("image is no path", reprlib.repr(path))
+    return tuple(_below(path, image_folder) for path in paths)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _below(path: str, image_folder: Path) -> str:
+    """A path from the image folder on; raises `BadSample` if it is elsewhere."""
+    normal = os.path.normpath(path)
+    if os.path.isabs(normal):
+        normal = _from_folder(normal, image_folder)
+    # By the text alone: folders inside the image folder may well be links to other disks.
+    if os.path.isabs(normal) or normal.split("/")[0] == ".." or normal == ".":
+        raise BadSample("image path leaves the image folder", normal[:200])
     return normal
+
+
+def _from_folder(path: str, image_folder: Path) -> str:
+    """An absolute path below the image folder, however either is written, from there on; others as they are."""
+    given, real = os.path.abspath(image_folder), os.path.realpath(image_folder)
+    for folder, spelling in ((given, path), (real, path), (real, os.path.realpath(path))):
+        if os.path.commonpath([folder, spelling]) == folder:
+            return os.path.relpath(spelling, folder)
+    return path

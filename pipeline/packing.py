@@ -17,6 +17,7 @@ from blake3 import blake3
 from pipeline.annotations import BadRecord, Record, read_annotations
 from pipeline.decoding import FORMATS, MAX_IMAGE_PIXELS, check_image
 from pipeline.errors import BadSample, PackError
+from pipeline.file_names import as_stored, expand_home
 from pipeline.pack_folder import REJECTS, PackSummary, Rejects, begin_pack, finish_pack, finished_pack
 from pipeline.shard_writer import ShardWriter
 from pipeline.tars import MAX_MEMBER_BYTES
@@ -37,6 +38,7 @@ def pack(
     A finished pack of the same input is left as it is; an unfinished one is begun anew. `progress` gets the
     numbers of entries done and in all. With "fail" a bad entry is listed too, and then raises `PackError`.
     """
+    annotations, output, image_folder = map(expand_home, (annotations, output, image_folder))
     asked = _asked(
         annotations,
         image_folder,
@@ -48,7 +50,7 @@ def pack(
         return finished
     begin_pack(output, asked)
     rejects = Rejects(output / REJECTS, fail=on_bad_sample == "fail")
-    records = rejects.sift(read_annotations(annotations))
+    records = rejects.sift(read_annotations(annotations, image_folder))
     writer = ShardWriter(output, samples_per_shard=samples_per_shard)
     num_done = len(rejects.found)
     num_read = num_done + len(records)
@@ -60,14 +62,18 @@ def pack(
     return finish_pack(output, asked, shards=writer.finish(), rejects=rejects)
 
 
-def key_of_id(identity: str) -> str:
-    """An id as a WebDataset key: percent-encoded, without the "/" and "." that would split it."""
-    return urllib.parse.quote(identity, safe="").replace(".", "%2E")
+def key_of_id(identity: str, repeat: int = 1) -> str:
+    """An id as a WebDataset key: percent-encoded, without the "/" and "." that would split it.
+
+    The second entry with an id gets "+2" behind it, and so on; no id can end so, for its "+" would be encoded.
+    """
+    key = urllib.parse.quote(identity, safe="").replace(".", "%2E")
+    return key if repeat == 1 else f"{key}+{repeat}"
 
 
 def id_of_key(key: str) -> str:
     """The id that `key_of_id` made a key of."""
-    return urllib.parse.unquote(key)
+    return urllib.parse.unquote(key.partition("+")[0])
 
 
 def group_by_image(records: list[Record]) -> list[list[Record]]:
@@ -100,7 +106,7 @@ def _samples(
         except BadSample as error:
             rejects.add(BadRecord(record.line, record.id, error))
         else:
-            yield key_of_id(record.id), members
+            yield key_of_id(record.id, record.repeat), members
 
 
 def _load_or_bad(image: str, image_folder: Path, *, max_pixels: int) -> tuple[str, bytes] | BadSample:
@@ -114,6 +120,8 @@ def _load(image: str, image_folder: Path, *, max_pixels: int) -> tuple[str, byte
     """The ending (by the content) and bytes of an image file that decodes to its end."""
     path = image_folder / image
     try:
+        if not path.is_file():
+            path = as_stored(path)
         if not path.is_file():
             raise BadSample("missing image file", image)
         size = path.stat().st_size

@@ -133,7 +133,8 @@ def test_an_image_is_split_over_shards_only_if_it_alone_fills_one(tmp_path_facto
         assert len(shards) == -(-count // limit)
 
 
-REVERSED = {"conversations": entry(0)["conversations"][::-1]}
+TURNS_OF_0 = entry(0)["conversations"]
+REVERSED = {"conversations": TURNS_OF_0[::-1]}
 BAD = [
     (entry("x", "sub/none.jpg"), "missing image file: sub/none.jpg"),
     (entry("x", "sub"), "missing image file: sub"),
@@ -148,15 +149,35 @@ BAD = [
     (entry("x", None, "<image> Q?"), "<image> in the text, but no image: 1 asked for"),
     ({"id": "x", "conversations": []}, "empty conversations"),
     ({"id": "x"}, "no conversations"),
-    (entry("ok"), "duplicate id: ok, first in entry 1"),
-    ({**entry("x"), "id": None}, "missing id"),
-    ({"conversations": []}, "missing id"),
-    (entry(True), "missing id: found True"),
-    (entry("\ud800"), "missing id: it is not valid Unicode"),
+    (entry(True), "id is no text: found True"),
+    (entry(["a"]), "id is no text: found ['a']"),
+    (entry("\ud800"), "id is no text: it is not valid Unicode"),
     (entry("x", "../secret.jpg"), "image path leaves the image folder: ../secret.jpg"),
     (entry("x", "/etc/passwd"), "image path leaves the image folder: /etc/passwd"),
     (entry("x", "sub/../../y.jpg"), "image path leaves the image folder: ../y.jpg"),
     ({**entry("x"), "image": 3}, "image is no path: 3"),
+    ({**entry("x"), "image": ["sub/0.jpg", None]}, "image is no path: None"),
+    ({**entry("x"), "image": "\ud800.jpg"}, "image is no path: '\\ud800.jpg'"),
+    (entry("x", "/\ud800.jpg"), "image is no path: "),
+    ({**entry("x"), "images": ["a.jpg"]}, "media without a placeholder: images: ['a.jpg']; name images in"),
+    ({**entry("x", question="<image> Q?"), "images": ["a.jpg"]}, "media without a placeholder: images: "),
+    ({**entry("x"), "Image": "a.jpg"}, "media without a placeholder: Image: 'a.jpg'; name images in `image`"),
+    ({**entry("x"), "image_path": "a.jpg"}, "media without a placeholder: image_path: 'a.jpg'; "),
+    ({**entry("x"), "imgUrls": {"0": "http"}}, "media without a placeholder: imgUrls: {'0': 'http'}; "),
+    (
+        {**entry("x"), "video": "a.mp4"},
+        "media without a placeholder: video: 'a.mp4'; only images can be read",
+    ),
+    (
+        {**entry("x", "sub/0.jpg"), "videos": ["a.mp4"]},
+        "media without a placeholder: videos: ['a.mp4']; only",
+    ),
+    ({**entry("x"), "audio-file": "a.wav"}, "media without a placeholder: audio-file: 'a.wav'; only"),
+    ({**entry("x", "sub/0.jpg"), "images": ["a", "b"]}, "media without a placeholder: images: ['a', 'b']; "),
+    (
+        {"id": "x", "conversations": [{**TURNS_OF_0[0], "image": "a"}, TURNS_OF_0[1]]},
+        "media without a placeholder: image: 'a'; ",
+    ),
     (entry("x", None, answer="\udfff"), "text is not valid Unicode: turn 2"),
     ({"id": "x", **REVERSED}, "no answer: the last turn is human's"),
     ({"id": "x", "conversations": [entry(0)["conversations"][0]] * 2}, "wrong role order"),

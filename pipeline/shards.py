@@ -21,7 +21,10 @@ from braceexpand import braceexpand
 from cache import Span
 from pipeline.conversation import check_conversations
 from pipeline.decoding import FORMATS, MAX_IMAGE_PIXELS, read_header
+from pipeline.dotted_names import split_dotted
 from pipeline.errors import BadSample, ShardError
+from pipeline.file_names import as_stored, expand_home, longest_stored
+from pipeline.media import check_media
 from pipeline.tars import Group, open_tar, read_groups, read_member
 
 
@@ -82,7 +85,7 @@ def read_shard(path: str | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Itera
     """
     seen: set[str] = set()
     with open_tar(path) as tar:
-        for group in read_groups(tar, path):
+        for group in (part for run in read_groups(tar, path) for part in split_dotted(run, tar)):
             if group.key in seen:
                 group.problem = BadSample(
                     "key occurs twice in this shard", "its members must be side by side"
@@ -105,28 +108,34 @@ def read_span(path: str | Path, span: Span) -> bytes:
 
 
 def _expand(pattern: str) -> list[str]:
+    """Files that one pattern names. Whatever is there by that very name is no pattern, nor is a folder before one."""
     if "://" in pattern:
         raise ShardError(f"{pattern}: shards are read from local files only; copy them or mount the store.")
-    if Path(pattern).is_dir():
-        found = [str(path) for path in Path(pattern).glob("*.tar")]
-        return found or _refuse(pattern, Path(pattern))
-    if Path(pattern).is_file():
-        return [pattern]
+    path = as_stored(expand_home(pattern))
+    if path.is_dir():
+        # Names with a dot in front are no shards: macOS leaves a ._shard.tar beside each on foreign disks.
+        found = [str(file) for file in path.glob("*.tar") if not file.name.startswith(".")]
+        return found or _refuse(pattern, path)
+    if path.is_file():
+        return [str(path)]
+    folder = longest_stored(path)
     try:
-        names = list(braceexpand(pattern))
+        names = list(braceexpand(str(Path(*path.parts[len(folder.parts) :]))))
     except ValueError as error:  # unbalanced braces
         raise ShardError(f"{pattern}: {error}; write ranges as {{000000..000009}}.") from error
     paths: list[str] = []
-    missing: list[str] = []
+    missing: list[Path] = []
     for name in names:
-        if glob.has_magic(name):
-            paths += glob.glob(name, recursive=True) or _refuse(name, Path(name).parent)
-        elif Path(name).is_file():
-            paths.append(name)
+        file = as_stored(folder / name)
+        if file.is_file():
+            paths.append(str(file))
+        elif glob.has_magic(name):
+            found = glob.glob(str(Path(glob.escape(str(folder))) / name), recursive=True)
+            paths += found or _refuse(str(file), file.parent)
         else:
-            missing.append(name)
+            missing.append(file)
     if missing and len(names) == 1:
-        _refuse(pattern, Path(pattern).parent)
+        _refuse(pattern, path.parent)
     if missing:
         raise ShardError(
             f"{pattern} names {len(names)} shards, {len(missing)} of them missing, first {missing[0]}; "
@@ -160,10 +169,17 @@ def _sample(group: Group, tar: tarfile.TarFile, *, max_pixels: int) -> Sample:
     if group.problem is not None:
         raise group.problem
     if "json" not in group.members:
-        raise BadSample("no JSON file", f"found {', '.join(sorted(group.members))}")
+        dotted = any("." in ending for ending in group.members)
+        why = (
+            f"; the ending of {next(iter(group.members.values())).name} begins at its first dot"
+            if dotted
+            else ""
+        )
+        raise BadSample("no JSON file", f"found {', '.join(sorted(group.members))}{why}")
     record = parse_record(read_member(tar, group.members["json"]))
     members = _image_members(group)
     check_conversations(record.get("conversations"), num_images=len(members))
+    check_media(record, num_images=len(members))
     images = tuple(read_member(tar, member) for member in members)
     for image in images:
         read_header(image, max_pixels=max_pixels)

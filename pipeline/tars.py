@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tarfile
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ from pipeline.errors import BadSample, ShardError
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 REMEDY = "make or copy the shard again."
+# As WebDataset: what is named __like_this__. And what file managers leave beside files, macOS a ._NAME for each
+# NAME: by WebDataset's rule "folder/._1.json" would be a member of the key "folder/".
+NOT_A_MEMBER = re.compile(r"^__[^/]*__($|/)|(^|/)(\.[^/]*$|__MACOSX/)|(^|/)(Thumbs\.db|desktop\.ini)$", re.I)
 
 
 @dataclass
@@ -60,16 +64,21 @@ def read_groups(tar: tarfile.TarFile, path: str | Path) -> Iterator[Group]:
     group: Group | None = None
     for member in read_members(tar, path):
         key, ending = base_plus_ext(member.name)
-        if key is None or ending is None or not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):
-            continue  # as WebDataset: no file, no ending, or named __like_this__
+        if key is None or ending is None or not member.isreg() or NOT_A_MEMBER.search(member.name):
+            continue
         key = key.encode("utf-8", "backslashreplace").decode()  # names in other encodings stay printable
-        if group is None or group.key != key:
+        if group is None or not _is_one_name(group.key, key):
             if group is not None:
                 yield group
             group = Group(key)
         _add(group, ending.lower(), member)
     if group is not None:
         yield group
+
+
+def _is_one_name(first: str, second: str) -> bool:
+    """Whether names are equal but for how accents are stored: archives of macOS may mix both forms."""
+    return first == second or unicodedata.normalize("NFC", first) == unicodedata.normalize("NFC", second)
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -36,12 +36,11 @@ class Record:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """One entry that cannot be used, with its id if it is an object, and its images if one of them was why."""
+    """One entry that cannot be used, with its id if it is an object."""
 
     line: int
     id: str | None
     error: BadSample
-    images: tuple[str, ...] = ()
 
 
 def read_annotations(path: Path, image_folder: Path) -> Iterator[Record | BadRecord]:

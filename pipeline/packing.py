@@ -6,9 +6,11 @@ one shard can hold them, in one shard; a text-only sample stays at its place. Sa
 
 from __future__ import annotations
 
+import errno
 import json
 import urllib.parse
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +20,26 @@ from pipeline.annotations import BadRecord, Record, read_annotations
 from pipeline.decoding import FORMATS, MAX_IMAGE_PIXELS, check_image
 from pipeline.errors import BadSample, PackError
 from pipeline.file_names import as_stored, expand_home
-from pipeline.pack_folder import REJECTS, PackSummary, Rejects, begin_pack, finish_pack, finished_pack
+from pipeline.pack_folder import (
+    IMAGES,
+    REJECTS,
+    UNREADABLE,
+    FinishedPack,
+    PackSummary,
+    Rejects,
+    begin_pack,
+    check_finished,
+    continue_pack,
+    finish_pack,
+    finished_pack,
+    was_interrupted,
+)
+from pipeline.pack_images import PackedImages, State, state_of
 from pipeline.shard_writer import ShardWriter
 from pipeline.tars import MAX_MEMBER_BYTES
+
+# What is wrong with one image file. A disk that fails or a process out of files ends the run: it is not the image.
+ONE_FILES_TROUBLE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.ENOENT}
 
 
 def pack(
@@ -31,12 +50,15 @@ def pack(
     samples_per_shard: int = 1000,
     on_bad_sample: Literal["reject", "fail"] = "reject",
     max_pixels: int = MAX_IMAGE_PIXELS,
+    again: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> PackSummary:
     """Write `shard-000000.tar`, ..., `rejects.jsonl` and, last, `pack.json` into `output`.
 
-    A finished pack of the same input is left as it is; an unfinished one is begun anew. `progress` gets the
-    numbers of entries done and in all. With "fail" a bad entry is listed too, and then raises `PackError`.
+    A finished pack of the same input is left as it is, but for rejected entries whose images were repaired: they
+    come into further shards. `again` packs everything again; an unfinished pack is begun anew. `progress` gets
+    the numbers of entries done and in all. With "fail" a bad entry is listed too, and then raises `PackError`.
     """
     annotations, output, image_folder = map(expand_home, (annotations, output, image_folder))
     asked = _asked(
@@ -46,20 +68,46 @@ def pack(
         policy=on_bad_sample,
         max_pixels=max_pixels,
     )
-    if (finished := finished_pack(output, asked)) is not None:
-        return finished
-    begin_pack(output, asked)
-    rejects = Rejects(output / REJECTS, fail=on_bad_sample == "fail")
-    records = rejects.sift(read_annotations(annotations, image_folder))
-    writer = ShardWriter(output, samples_per_shard=samples_per_shard)
+    rejects = Rejects(output / REJECTS, fail=on_bad_sample == "fail", image_folder=image_folder)
+    finished = finished_pack(output, asked)
+    if finished is None or again:
+        begin_pack(output, asked)
+        records, shards = rejects.sift(read_annotations(annotations, image_folder)), []
+    else:
+        lines = _lines_to_try(finished, output, image_folder, say)
+        if lines is None:
+            return finished.summary
+        continue_pack(output, asked, finished)
+        rejects.found = [reject for reject in finished.rejects if reject.bad.line not in lines]
+        records, shards = _records_of(lines, read_annotations(annotations, image_folder)), finished.shards
+    writer = ShardWriter(output, samples_per_shard=samples_per_shard, shards=shards)
+    packed = PackedImages(output / IMAGES, empty=not shards)
     num_done = len(rejects.found)
     num_read = num_done + len(records)
     for group in group_by_image(records):
-        writer.write(_samples(group, image_folder, rejects, max_pixels=max_pixels))
+        writer.write(_samples(group, image_folder, rejects, packed, max_pixels=max_pixels))
         num_done += len(group)
         if progress is not None:
             progress(num_done, num_read)
+    packed.close()
     return finish_pack(output, asked, shards=writer.finish(), rejects=rejects)
+
+
+def _lines_to_try(
+    finished: FinishedPack, output: Path, image_folder: Path, say: Callable[[str], None]
+) -> set[int] | None:
+    """The entries of a finished pack that are worth trying again, or None if there is nothing to do."""
+    check_finished(output, finished, image_folder=image_folder)
+    lines = {reject.bad.line for reject in finished.rejects if reject.was_repaired(image_folder)}
+    if not lines and not was_interrupted(output):
+        say(f"{output} holds a finished pack of this input: nothing was done; --again packs everything again")
+        return None
+    say(f"{len(lines)} rejected entries whose images changed are tried again; what is packed stays as it is")
+    return lines
+
+
+def _records_of(lines: set[int], entries: Iterator[Record | BadRecord]) -> list[Record]:
+    return [entry for entry in entries if isinstance(entry, Record) and entry.line in lines]
 
 
 def key_of_id(identity: str, repeat: int = 1) -> str:
@@ -87,49 +135,65 @@ def group_by_image(records: list[Record]) -> list[list[Record]]:
 # Samples of a group
 
 
+@dataclass(frozen=True)
+class _Image:
+    """An image file that decodes to its end: its ending by the content, its bytes, its state before reading."""
+
+    ending: str
+    data: bytes
+    state: State
+
+
 def _samples(
-    group: list[Record], image_folder: Path, rejects: Rejects, *, max_pixels: int
+    group: list[Record], image_folder: Path, rejects: Rejects, packed: PackedImages, *, max_pixels: int
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Key and members of each good record; an image that several share is read and decoded once."""
-    loaded: dict[str, tuple[str, bytes] | BadSample] = {}
+    loaded: dict[str, _Image | BadSample] = {}
+    logged: set[str] = set()
     for record in group:
-        try:
-            members = {"json": json.dumps(record.fields).encode()}
-            for number, image in enumerate(record.images):
-                if image not in loaded:
-                    loaded[image] = _load_or_bad(image, image_folder, max_pixels=max_pixels)
-                found = loaded[image]
-                if isinstance(found, BadSample):
-                    raise found
-                ending, data = found
-                members[ending if len(record.images) == 1 else f"{number}.{ending}"] = data
-        except BadSample as error:
-            rejects.add(BadRecord(record.line, record.id, error))
-        else:
-            yield key_of_id(record.id, record.repeat), members
+        for image in record.images:
+            if image not in loaded:
+                loaded[image] = _load_or_bad(image, image_folder, max_pixels=max_pixels)
+        found = [(name, loaded[name]) for name in record.images]
+        if bad := {name: image for name, image in found if isinstance(image, BadSample)}:
+            rejects.add(record, bad)
+            continue
+        images = [image for _, image in found if isinstance(image, _Image)]
+        for name, image in zip(record.images, images, strict=True):
+            if name not in logged:
+                packed.add(name, image.state, blake3(image.data).hexdigest())
+                logged.add(name)
+        yield key_of_id(record.id, record.repeat), _members(record, images)
 
 
-def _load_or_bad(image: str, image_folder: Path, *, max_pixels: int) -> tuple[str, bytes] | BadSample:
+def _members(record: Record, images: list[_Image]) -> dict[str, bytes]:
+    named = {f"{number}.{image.ending}": image.data for number, image in enumerate(images)}
+    if len(images) == 1:
+        named = {images[0].ending: images[0].data}
+    return {"json": json.dumps(record.fields).encode(), **named}
+
+
+def _load_or_bad(image: str, image_folder: Path, *, max_pixels: int) -> _Image | BadSample:
     try:
         return _load(image, image_folder, max_pixels=max_pixels)
     except BadSample as error:
         return error
 
 
-def _load(image: str, image_folder: Path, *, max_pixels: int) -> tuple[str, bytes]:
-    """The ending (by the content) and bytes of an image file that decodes to its end."""
-    path = image_folder / image
+def _load(image: str, image_folder: Path, *, max_pixels: int) -> _Image:
     try:
-        if not path.is_file():
-            path = as_stored(path)
+        path = as_stored(image_folder / image)
         if not path.is_file():
             raise BadSample("missing image file", image)
+        state = state_of(image, image_folder)
         size = path.stat().st_size
         if size > MAX_MEMBER_BYTES:
             raise BadSample("image file too large", f"{image}, {size} bytes; the limit is {MAX_MEMBER_BYTES}")
         data = path.read_bytes()
     except OSError as error:
-        raise BadSample("unreadable image file", f"{image}: {error.strerror}") from error
+        if error.errno not in ONE_FILES_TROUBLE:
+            raise
+        raise BadSample(UNREADABLE, f"{image}: {error.strerror}") from error
     try:
         kind = check_image(data, max_pixels=max_pixels)
     except BadSample as error:
@@ -137,7 +201,7 @@ def _load(image: str, image_folder: Path, *, max_pixels: int) -> tuple[str, byte
     ending = path.suffix.lower().removeprefix(".")
     if FORMATS.get(ending) != kind:
         ending = next(name for name, known in FORMATS.items() if known == kind)
-    return ending, data
+    return _Image(ending, data, state)
 
 
 def _asked(

@@ -1,4 +1,4 @@
-"""Stage 1's progress on stderr: bytes of shards read (hence the time left), samples a second, bytes written."""
+"""Progress on stderr: stage 1's by bytes of shards (hence the time left), packing's by entries."""
 
 from __future__ import annotations
 
@@ -73,3 +73,24 @@ class Progress:
             f"part {self.parts}/{len(self.shards)}",
             refresh=False,
         )
+
+
+class EntryProgress:
+    """A tqdm bar over entries, there from the first call on: who has nothing to do shows none."""
+
+    def __init__(self, *, description: str) -> None:
+        self.description = description
+        self.bar: tqdm | None = None
+
+    def __enter__(self) -> EntryProgress:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many are done, of so many."""
+        if self.bar is None:
+            self.bar = tqdm(desc=self.description, total=total, unit="entry", mininterval=0.5)
+        self.bar.update(done - self.bar.n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -29,12 +29,15 @@ class Shard:
 
 
 class ShardWriter:
-    """Fills shards of at most `samples_per_shard`; a group stays together where one shard can hold it."""
+    """Fills shards of at most `samples_per_shard`; a group stays together where one shard can hold it.
 
-    def __init__(self, folder: Path, *, samples_per_shard: int) -> None:
+    `shards` are those that are there; further ones are numbered after them.
+    """
+
+    def __init__(self, folder: Path, *, samples_per_shard: int, shards: Sequence[Shard] = ()) -> None:
         self.folder = folder
         self.samples_per_shard = samples_per_shard
-        self.shards: list[Shard] = []
+        self.shards = list(shards)
         self._tar: TarWriter | None = None
         self._file: BinaryIO | None = None
         self._num_samples = 0

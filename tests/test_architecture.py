@@ -141,6 +141,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.images",
         "pipeline.media",
         "pipeline.pack_folder",
+        "pipeline.pack_images",
         "pipeline.png_text",
         "pipeline.shard_writer",
         "pipeline.shared_prefix",

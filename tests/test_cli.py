@@ -97,6 +97,24 @@ def test_pack_counts_what_it_packed_and_what_it_rejected(alignkd, tmp_path):
     ]
 
 
+def test_a_pack_that_kept_nothing_fails_also_when_it_is_found_finished(alignkd, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{**training_records()[0], "image": "missing.png"}]))
+    for done in ("", f"{tmp_path}/out holds a finished pack of this input: nothing was done; --again packs "):
+        ran = alignkd("pack", tmp_path / "a.json", tmp_path / "out", "--image-folder", tmp_path)
+        assert ran.code == 1 and f"alignkd: nothing was packed of {tmp_path}/a.json" in ran.err
+        assert ran.out.startswith(f"{tmp_path}/out: 1 samples seen = 0 packed + 1 rejected, 0 shards")
+        assert done in ran.err
+
+
+def test_pack_shows_its_progress_apart_from_its_result(alignkd, tmp_path):
+    (tmp_path / "0.png").write_bytes(picture(0))
+    (tmp_path / "a.json").write_text(json.dumps([{**training_records()[0], "image": "0.png"}] * 40))
+    command = ("pack", tmp_path / "a.json", tmp_path / "out", "--image-folder", tmp_path)
+    ran = alignkd(*command)
+    assert ran.code == 0 and "40/40" in ran.err and "entry/s" in ran.err and "40/40" not in ran.out
+    assert "entry/s" not in alignkd(*command).err
+
+
 def test_teacher_cache_prints_its_counts_and_shows_progress_apart(alignkd, settings, tmp_path):
     ran = alignkd("teacher-cache", *settings, f"cache.path={tmp_path}/s", "data.max_length=60")
     cached = len(Store(tmp_path / "s"))

@@ -268,7 +268,7 @@ def test_a_finished_pack_is_left_as_it_is(tmp_path, images):
     path = write(tmp_path, [*MIXED, entry("x", "sub/none.jpg")])
     first = pack(path, tmp_path / "out", image_folder=images)
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
-    assert set(before) == {"shard-000000.tar", "rejects.jsonl", "pack.json"}
+    assert set(before) == {"shard-000000.tar", "rejects.jsonl", "pack.json", "pack.images.jsonl"}
     assert pack(path, tmp_path / "out", image_folder=images) == first
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
 
@@ -292,7 +292,7 @@ def test_a_pack_that_lost_a_shard_is_not_taken_for_finished(tmp_path, images):
     pack(path, tmp_path / "out", image_folder=images)
     (tmp_path / "out" / "shard-000000.tar").write_bytes(b"")
     with pytest.raises(
-        PackError, match=r"shard-000000.tar is missing or not \d+ bytes, as pack.json says; remove"
+        PackError, match=r"shard-000000.tar is missing or not \d+ bytes, as pack.json says; restore it"
     ):
         pack(path, tmp_path / "out", image_folder=images)
     (tmp_path / "out" / "pack.json").write_text("{}")
@@ -317,6 +317,7 @@ def test_an_interrupted_pack_is_begun_anew(tmp_path, images):
         "shard-000000.tar",
         "rejects.jsonl",
         "pack.json",
+        "pack.images.jsonl",
     }
     assert len(samples_of(tmp_path / "out")) == 6
 

@@ -33,28 +33,40 @@ def pack(
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
     on_bad_sample: Annotated[str, typer.Option(help="reject: list it and go on; fail: stop.")] = "reject",
     max_image_pixels: Annotated[int, typer.Option(min=1, help="Larger images are refused.")] = 64_000_000,
+    again: Annotated[
+        bool, typer.Option("--again", help="Pack everything again, over a finished pack.")
+    ] = False,
 ) -> None:
     """Turn LLaVA annotations and an image folder into WebDataset shards.
 
-    Bad samples are listed with a reason in rejects.jsonl beside the shards, and counted.
+    Bad samples are listed with a reason in rejects.jsonl beside the shards, and counted. A rerun leaves a finished
+    pack as it is, but tries rejected samples whose images have changed again. Exit code 1 if nothing was packed.
     """
     from pipeline.packing import pack as pack_shards
+    from pipeline.progress import EntryProgress
 
     if on_bad_sample not in ("reject", "fail"):
         raise typer.BadParameter(f"--on-bad-sample: expected reject or fail, found {on_bad_sample!r}")
-    summary = pack_shards(
-        annotations,
-        output,
-        image_folder=image_folder,
-        samples_per_shard=samples_per_shard,
-        on_bad_sample=on_bad_sample,  # pyright: ignore[reportArgumentType]
-        max_pixels=max_image_pixels,
-    )
+    with EntryProgress(description="pack") as progress:
+        summary = pack_shards(
+            annotations,
+            output,
+            image_folder=image_folder,
+            samples_per_shard=samples_per_shard,
+            on_bad_sample=on_bad_sample,  # pyright: ignore[reportArgumentType]
+            max_pixels=max_image_pixels,
+            again=again,
+            progress=progress,
+            say=say,
+        )
     print(
         f"{output}: {summary.seen:,} samples seen = {summary.packed:,} packed + {summary.rejected:,} rejected, "
         f"{len(summary.shards)} shards"
     )
     print_reasons(summary.rejects_by_reason, where=str(output / "rejects.jsonl"))
+    if summary.packed == 0:
+        say(f"alignkd: nothing was packed of {annotations}")
+        raise typer.Exit(1)
 
 
 def teacher_cache(

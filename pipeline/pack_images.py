@@ -1,0 +1,73 @@
+"""What a pack read: size, time and blake3 of each image file, to tell later which have changed since."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from blake3 import blake3
+
+from pipeline.file_names import as_stored
+
+State = list[int] | None  # bytes and nanoseconds of the last change; None where there is no file to look at
+
+
+def state_of(image: str, folder: Path) -> State:
+    """Size and time of an image file below a folder."""
+    try:
+        found = as_stored(folder / image).stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+class PackedImages:
+    """A file with a line for each image that went into a shard: its path, state and blake3.
+
+    About 130 bytes an image, hence beside `pack.json` and not in it. A line that a crash cut off is passed over.
+    """
+
+    def __init__(self, path: Path, *, empty: bool) -> None:
+        self._file = open(path, "w" if empty else "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        self._file.write("\n" if not empty else "")
+
+    def add(self, image: str, state: State, digest: str) -> None:
+        self._file.write(json.dumps([image, state, digest]) + "\n")
+
+    def close(self) -> None:
+        """Bring it to the disk: before `pack.json`, which makes it count."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def changed_images(path: Path, folder: Path) -> list[str]:
+    """Packed images whose bytes are others now. One that is gone is none of them: the shards hold it.
+
+    Only those whose size or time differs are read: a copied folder has new times and the same bytes.
+    """
+    last = {image: (state, digest) for image, state, digest in _lines(path)}
+    changed: list[str] = []
+    for image, (state, digest) in last.items():
+        now = state_of(image, folder)
+        if now is not None and now != state and (now[:1] != state[:1] or _digest(image, folder) != digest):
+            changed.append(image)
+    return changed
+
+
+def _lines(path: Path) -> Iterator[tuple[str, list[int], str]]:
+    if not path.is_file():  # packed by a version that did not keep it
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                image, state, digest = json.loads(line)
+            except ValueError:
+                continue
+            yield image, state, digest
+
+
+def _digest(image: str, folder: Path) -> str:
+    return blake3(as_stored(folder / image).read_bytes()).hexdigest()

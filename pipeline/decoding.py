@@ -94,7 +94,8 @@ def read_header(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Ima
     width, height = image.size
     if width * height > max_pixels:
         raise BadSample("too many pixels", f"{width} x {height}; the limit is {max_pixels}")
-    _check_samples(image)
+    with _damage_is_bad():
+        _check_samples(image)
     return image
 
 

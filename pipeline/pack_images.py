@@ -48,13 +48,19 @@ def changed_images(path: Path, folder: Path) -> list[str]:
 
     Only those whose size or time differs are read: a copied folder has new times and the same bytes.
     """
-    last = {image: (state, digest) for image, state, digest in _lines(path)}
-    changed: list[str] = []
-    for image, (state, digest) in last.items():
-        now = state_of(image, folder)
-        if now is not None and now != state and (now[:1] != state[:1] or _digest(image, folder) != digest):
-            changed.append(image)
-    return changed
+    other: dict[str, tuple[State, str]] = {}
+    for image, state, digest in _lines(path):  # of an image's lines the last counts
+        other.pop(image, None)
+        if state_of(image, folder) not in (None, state):
+            other[image] = state, digest
+    return [image for image, (state, digest) in other.items() if not _is_same(image, folder, state, digest)]
+
+
+def _is_same(image: str, folder: Path, state: State, digest: str) -> bool:
+    now = state_of(image, folder)
+    if now is None or state is None or now[0] != state[0]:
+        return now is None
+    return blake3(as_stored(folder / image).read_bytes()).hexdigest() == digest
 
 
 def _lines(path: Path) -> Iterator[tuple[str, list[int], str]]:
@@ -67,7 +73,3 @@ def _lines(path: Path) -> Iterator[tuple[str, list[int], str]]:
             except ValueError:
                 continue
             yield image, state, digest
-
-
-def _digest(image: str, folder: Path) -> str:
-    return blake3(as_stored(folder / image).read_bytes()).hexdigest()

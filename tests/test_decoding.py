@@ -8,6 +8,8 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -197,6 +199,24 @@ def test_a_photograph_with_a_second_one_behind_it_is_its_first_as_jpeg():
     assert check_image(file.getvalue()) == "JPEG"
     first = Image.open(io.BytesIO(encoded(COLOURS, "JPEG")))
     assert decode_image(file.getvalue()).tobytes() == first.tobytes()
+
+
+@given(
+    st.sampled_from(["PNG", "TIFF", "16-bit TIFF"]), st.binary(min_size=1, max_size=12), st.integers(0, 260)
+)
+def test_damaged_headers_and_tags_decode_or_are_refused_but_raise_nothing_else(kind, noise, place):
+    sound = {
+        "PNG": with_text("add_itxt", "x" * 50, zip=True),
+        "TIFF": encoded(COLOURS, "TIFF"),
+        "16-bit TIFF": tiff(TWELVE.tobytes(), bits=16, max_sample=4095),
+    }
+    data = bytearray(sound[kind])
+    data[place : place + len(noise)] = noise
+    for read in (check_image, decode_image):
+        try:
+            read(bytes(data), max_pixels=10_000)
+        except BadSample as error:
+            assert error.reason
 
 
 def test_the_decoding_rules_are_part_of_the_fingerprint():

@@ -57,9 +57,8 @@ def array_files(stored: StoredArray, *, rows: Array, axes: list[str]) -> dict[st
     )
     if num_rows:
         array[...] = rows
-    return {
-        name: memoryview(data.as_numpy_array()) for name, data in files.items()
-    }  # not copied: it is large
+    # Views, for a shard may be gigabytes. numpy's arrays are buffers, though their types do not say so before 3.12.
+    return {name: memoryview(cast(bytes, data.as_numpy_array())) for name, data in files.items()}
 
 
 def _chunk_rows(stored: StoredArray, num_rows: int) -> int:

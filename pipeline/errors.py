@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import errno
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+LONGEST_REASON = 600  # characters of a library's own words
+OUR_PACKAGES = ("pipeline", "cache")
+TORCH_WRITER = "inline_container.cc"  # all that torch.save says of a full disk, beside a position
+# Raised by a line of ours, these are a mistake in it, and need their traceback.
+MISTAKES = (AttributeError, NameError, AssertionError, LookupError, TypeError)
 
 
 class PipelineError(ValueError):
@@ -48,6 +58,69 @@ class BadSample(PipelineError):  # noqa: N818 - it names the thing that is rejec
 
 class TrainingStopped(BaseException):  # no error: like an interrupt, nothing may catch it and go on
     """SIGTERM ended a training after a step; its checkpoint is written."""
+
+
+@contextmanager
+def building(what: str, *, then: str) -> Iterator[None]:
+    """Makes one sentence of what a library raises while it builds `what`; `then` says what to do.
+
+    `ConfigError` where a setting is at fault, `PipelineError` where the disk or the memory is. Our own errors, and
+    mistakes in our own lines, are left as they are. Never around a training: there an error needs its traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_ours(error) or _is_mistake(error):
+            raise
+        if is_of_the_machine(error):
+            then = "make room or correct the rights, and run the same command again"
+            raise PipelineError(f"{what}: {reason_of(error)}; {then}") from error
+        raise ConfigError(f"{what}: {reason_of(error)}; {then}") from error
+
+
+@contextmanager
+def writing(target: Path | str, *, then: str = "make room, and run the same command again") -> Iterator[None]:
+    """Names the file or folder that cannot be written: what a write or fsync raises on a full disk names none."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_writing(error):
+            raise
+        reason = "is the disk full?" if TORCH_WRITER in str(error) else reason_of(error)
+        raise PipelineError(f"{target}: cannot be written ({reason}); {then}") from error
+
+
+def _is_of_writing(error: Exception) -> bool:
+    """Whether the system refused to write, or safetensors or torch say that it did."""
+    is_torchs = isinstance(error, RuntimeError) and (TORCH_WRITER in str(error) or "write(): " in str(error))
+    return isinstance(error, OSError) or type(error).__module__.startswith("safetensors") or is_torchs
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether an error is one that this program raises on purpose."""
+    return type(error).__module__.partition(".")[0] in OUR_PACKAGES
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether an error shows a mistake in a line of this program, and is nothing that a library says."""
+    *_, (raised_in, _) = traceback.walk_tb(error.__traceback__)
+    package = str(raised_in.f_globals.get("__name__")).partition(".")[0]
+    return isinstance(error, MISTAKES) and package in OUR_PACKAGES
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether disk, memory or rights are at fault, and no setting."""
+    if isinstance(error, OSError):
+        return error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+
+
+def reason_of(error: Exception) -> str:
+    """A library's own words on one line; its error's name where they say nothing."""
+    words = " ".join(str(error).split()).rstrip(".")
+    if not words or isinstance(error, LookupError):  # a KeyError's words are the key alone
+        words = f"{type(error).__name__} {words}".strip()
+    return words if len(words) <= LONGEST_REASON else words[: LONGEST_REASON - 3] + "..."
 
 
 def did_you_mean(name: str, known: Sequence[str] | set[str]) -> str:

@@ -14,8 +14,9 @@ from blake3 import blake3
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError
-from pipeline.models.checkpoint import checkpoint_folder
+from pipeline.models.checkpoint import checkpoint_folder, named_if_broken
 
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there is read, as in the original
 SPACE = "\u2581"  # sentencepiece writes a space so
 PROBES = (
     "A chat between a curious user and an artificial intelligence assistant.",
@@ -34,16 +35,18 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     `tokenizer.model` is preferred over `tokenizer.json`, as in the original. Raises `ConfigError` otherwise.
     """
     folder = checkpoint_folder(str(path))
-    if (folder / "tokenizer.model").is_file():
-        tokenizer = _from_sentencepiece(folder / "tokenizer.model")
-    elif (folder / "tokenizer.json").is_file():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    else:
+    file = next((file for name in TOKENIZERS if (file := folder / name).is_file()), None)
+    if file is None:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise ConfigError(
             f"No tokenizer in {path}: it needs tokenizer.model or tokenizer.json, found {found}; "
             "name a folder that holds one."
         )
+    with named_if_broken(file, kind="a tokenizer"):
+        if file.suffix == ".model":
+            tokenizer = _from_sentencepiece(file)
+        else:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     if is_chatml(tokenizer):
         _check_chatml(tokenizer, path)
     elif complaint := _unlike_llama(tokenizer):
@@ -75,10 +78,7 @@ def _from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
     from tokenizers.models import BPE
     from transformers.convert_slow_tokenizer import generate_merges
 
-    try:
-        model = SentencePieceProcessor(model_file=str(file))
-    except (RuntimeError, OSError) as error:
-        raise ConfigError(f"{file} is not a sentencepiece model ({error}); copy it again.") from error
+    model = SentencePieceProcessor(model_file=str(file))
     pieces = [model.id_to_piece(number) for number in range(len(model))]
     ids = {piece: number for number, piece in enumerate(pieces)}
     reserved = {

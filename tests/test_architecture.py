@@ -152,6 +152,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.tokenizer",
     },
     "models": {
+        "pipeline.models.broken_files",
         "pipeline.models.checkpoint",
         "pipeline.models.efficientnet",
         "pipeline.models.merge",

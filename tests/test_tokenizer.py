@@ -155,7 +155,9 @@ def test_a_folder_without_tokenizer_says_what_it_holds(tmp_path):
 
 def test_a_broken_sentencepiece_file_is_named(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(ConfigError, match=r"tokenizer.model is not a sentencepiece model .* copy it again"):
+    with pytest.raises(
+        ConfigError, match=r"tokenizer.model: not readable as a tokenizer .*; copy or download"
+    ):
         load_tokenizer(tmp_path)
 
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 
 from pipeline.errors import ConfigError
+from pipeline.models.broken_files import named_if_broken
 from pipeline.models.efficientnet import EfficientNetLiteConfig
 
 # What `vision_tower_type` may say, and the class of that tower's geometry.
@@ -31,6 +31,9 @@ KNOWN_TOWERS: dict[str, dict[str, Any]] = {
         "projection_dim": 768,
     },
 }
+
+
+ITS_CONFIG = "use the config.json that belongs to the checkpoint"
 
 
 class MobileVLMConfig(LlamaConfig):
@@ -71,6 +74,12 @@ class MobileVLMConfig(LlamaConfig):
             self.vision_config, self.mm_vision_tower, tower_type=self.vision_tower_type
         )
         self._check_select_layer()
+        self._check_pad_token()
+        if (quantised := kwargs.get("quantization_config")) is not None:
+            raise ConfigError(
+                f"quantization_config: quantised weights are not read, found {quantised}; use the unquantised "
+                "checkpoint, or remove the field if the weights are those of one"
+            )
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -87,6 +96,14 @@ class MobileVLMConfig(LlamaConfig):
             raise ConfigError(
                 f"mm_vision_select_layer: the vision tower has {num_states - 1} layers, "
                 f"found {self.mm_vision_select_layer}"
+            )
+
+    def _check_pad_token(self) -> None:
+        pad = self.pad_token_id
+        if pad is not None and not -self.vocab_size <= pad < self.vocab_size:
+            raise ConfigError(
+                f"pad_token_id: {pad} is outside the vocabulary, vocab_size is {self.vocab_size}; set it to null: "
+                "padding is masked here, whatever its token"
             )
 
     @property
@@ -120,12 +137,12 @@ def read_config(folder: Path) -> MobileVLMConfig:
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; name a folder that holds a MobileVLM V2 checkpoint")
     try:
-        return MobileVLMConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"{file}: no MobileVLM V2 config ({reason}); copy or download the checkpoint again"
-        ) from error
+        with named_if_broken(file, kind="a MobileVLM V2 config", then=ITS_CONFIG):
+            return MobileVLMConfig.from_pretrained(folder)
+    except ConfigError as error:
+        if str(error).startswith(str(file)):
+            raise
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def resolve_vision_config(
@@ -144,6 +161,7 @@ def resolve_vision_config(
     if given is None:
         given = KNOWN_TOWERS.get(tower or "")
     if given is None:
+        check_tower_is_here(tower)
         raise ConfigError(
             f"the config describes no vision tower: mm_vision_tower is {tower!r}, known names are "
             f"{sorted(KNOWN_TOWERS)}; add the tower's geometry as `vision_config`"
@@ -153,6 +171,18 @@ def resolve_vision_config(
     return TOWER_TYPES[tower_type](
         **{k: v for k, v in given.items() if k not in ("model_type", "transformers_version")}
     )
+
+
+def check_tower_is_here(tower: str | None) -> None:
+    """Raise `ConfigError` for a tower that is named by a path which leads nowhere."""
+    is_path = tower is not None and (
+        tower.startswith(("/", ".", "~")) or tower.count("/") > 1 or "\\" in tower
+    )
+    if is_path and not Path(tower).is_dir():
+        raise ConfigError(
+            f"mm_vision_tower: {tower!r} is no folder here, but perhaps on the machine that wrote the config; set it "
+            f"to where the tower is, or to its name, such as {' or '.join(sorted(KNOWN_TOWERS))}"
+        )
 
 
 AutoConfig.register("mobilevlm", MobileVLMConfig)

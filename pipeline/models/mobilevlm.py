@@ -18,8 +18,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from pipeline.errors import ConfigError
-from pipeline.models.configuration import MobileVLMConfig, resolve_vision_config
+from pipeline.errors import ConfigError, building
+from pipeline.models.checkpoint import checkpoint_folder, loading
+from pipeline.models.configuration import (
+    MobileVLMConfig,
+    check_tower_is_here,
+    read_config,
+    resolve_vision_config,
+)
 from pipeline.models.merge import IMAGE_TOKEN_INDEX, MergedInputs, merge_vision_tokens
 from pipeline.models.vision import LDPNetV2, build_tower
 from pipeline.shapes import expect_shape
@@ -81,13 +87,16 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
         Raises `ConfigError` naming the tensor if any other is missing or of another shape: nothing stays random.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, in one sentence
-            **kwargs,
-        )
+        if "config" not in kwargs:  # one that is none is named here, with its file
+            read_config(checkpoint_folder(str(pretrained_model_name_or_path)))
+        with loading(pretrained_model_name_or_path):
+            loaded: Any = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, in one sentence
+                **kwargs,
+            )
         model, info = loaded
         for name, found, expected in sorted(info["mismatched_keys"]):
             raise ConfigError(
@@ -96,14 +105,16 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
             )
         missing = set(info["missing_keys"])
         tower_keys = {key for key in model.state_dict() if key.startswith(TOWER_PREFIX)}
-        if tower_keys <= missing and model.config.vision_tower_type == "clip":
-            _load_tower(model)
+        has_no_tower = tower_keys <= missing and model.config.vision_tower_type == "clip"
+        if has_no_tower:
             missing -= tower_keys
         if missing:
             raise ConfigError(
                 f"{pretrained_model_name_or_path}: the checkpoint lacks {len(missing)} tensors of the model, "
                 f"first {min(missing)!r}; use a complete MobileVLM V2 checkpoint"
             )
+        if has_no_tower:
+            _load_tower(model)
         # Loading replaces the parameters, and with them that they are frozen.
         model.model.vision_tower.requires_grad_(False)
         return (model, info) if want_info else model
@@ -227,9 +238,11 @@ def _pad_on_the_left(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Te
 def _load_tower(model: MobileVLMForCausalLM) -> None:
     """Fill the tower from the CLIP checkpoint that the config names (local folder or hub id)."""
     name = model.config.mm_vision_tower
-    clip = CLIPVisionModel.from_pretrained(name, dtype=model.dtype)
-    weights = {key.removeprefix("vision_model."): value for key, value in clip.state_dict().items()}
-    model.model.vision_tower.vision_tower.vision_model.load_state_dict(weights)
+    check_tower_is_here(name)
+    with building(f"mm_vision_tower {name}", then="name a CLIP checkpoint of the geometry in config.json"):
+        clip = CLIPVisionModel.from_pretrained(name, dtype=model.dtype)
+        weights = {key.removeprefix("vision_model."): value for key, value in clip.state_dict().items()}
+        model.model.vision_tower.vision_tower.vision_model.load_state_dict(weights)
 
 
 AutoModelForCausalLM.register(MobileVLMConfig, MobileVLMForCausalLM)

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, building
 from pipeline.models.checkpoint import Checkpoint, digest_of_tensors
-from pipeline.models.configuration import read_config
+from pipeline.models.configuration import ITS_CONFIG, read_config
 from pipeline.models.merge import IGNORE_INDEX, MergedInputs, merge_vision_tokens
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.tap import attention_of_layers, record_layer_inputs
@@ -159,7 +159,8 @@ def plan_teacher(
     """
     checkpoint = Checkpoint(name)
     config = read_config(checkpoint.folder)
-    deepest, all_tensors = deepest_layer(targets), _model_tensors(config)
+    with building(f"teacher {name}", then=ITS_CONFIG):
+        deepest, all_tensors = deepest_layer(targets), _model_tensors(config)
     tensors = needed_tensors(all_tensors, config, deepest=deepest)
     others = needed_tensors(all_tensors, config, deepest=deepest_layer(vouching_for or {}))
     known = checkpoint.tensor_digests({*tensors, *others})
@@ -201,7 +202,8 @@ def load_teacher(plan: TeacherPlan, *, dtype: torch.dtype, device: torch.device)
                 f"{plan.checkpoint.folder}: tensor {name!r} has shape {tuple(tensor.shape)}, its config.json "
                 f"asks for {tuple(expected[name].shape)}; use the config.json that belongs to the checkpoint"
             )
-        weights[name] = tensor.to(dtype=dtype, device=device)
+        with building(f"teacher {plan.checkpoint.folder} on {device}", then="choose another teacher.device"):
+            weights[name] = tensor.to(dtype=dtype, device=device)
     # What is not needed stays on the meta device: a mistake in the plan fails loudly, it cannot go unseen.
     model.load_state_dict(weights, strict=False, assign=True)
     _materialise_buffers(model, device)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+import traceback
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import typer
 
@@ -45,26 +48,46 @@ app.command("slice")(reshape.slice_)
 app.add_typer(inspect.app, name="inspect")
 
 
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, too.")] = False,
+) -> None:
+    """What every command takes, before its name."""
+    context.obj.debug = debug
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; what goes wrong outside the program is one sentence on stderr and an exit code."""
     from cache import CacheError, FingerprintMismatch
     from pipeline.errors import ConfigError, PipelineError, TrainingStopped
 
+    asked = SimpleNamespace(debug=False)
     try:
-        return app(arguments)
-    except TrainingStopped as stopped:
-        code, message = 75, str(stopped)
-    except FingerprintMismatch as error:
-        code, message = 3, str(error)
-    except ConfigError as error:
-        code, message = 2, str(error)
-    except (CacheError, PipelineError) as error:
-        code, message = 1, str(error)
-    except OSError as error:
-        # Files, disks and networks: the system's own words name the file and the trouble.
-        code, message = 1, str(error)
+        return app(_expanded(sys.argv[1:] if arguments is None else arguments), obj=asked)
+    except (TrainingStopped, CacheError, PipelineError, OSError) as error:
+        if asked.debug:
+            traceback.print_exc()
+        code, message = 1, str(error)  # an OSError's are the system's own words, which name the file
+        if isinstance(error, TrainingStopped):
+            code = 75
+        elif isinstance(error, FingerprintMismatch):
+            code = 3
+        elif isinstance(error, ConfigError):
+            code = 2
     print(f"alignkd: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _expanded(arguments: list[str]) -> list[str]:
+    """The arguments with `~` for the home folder in --option=~/file, where no shell puts it in."""
+    pairs = (argument.partition("=") for argument in arguments)
+    return [
+        f"{name}={os.path.expanduser(value)}"
+        if equals and name.startswith("--")
+        else f"{name}{equals}{value}"
+        for name, equals, value in pairs
+    ]
 
 
 if __name__ == "__main__":

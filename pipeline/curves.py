@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from pipeline.errors import writing
+
 # Colours that no figure uses: in the page they become CSS, so that light, dark and print each have their own.
 INK, RULE = "#000001", "#000002"
 CSS = {INK: "currentColor", RULE: "var(--rule)"}
@@ -107,7 +109,8 @@ def draw_sweep(
         left.set_title(f"{name}: {block[0]['questions']:,} questions", loc="left", fontsize=10, weight="bold")
     grid[-1][0].set_xlabel("accuracy, %: dot the mean, rings the seeds", fontsize=9)
     grid[-1][1].set_xlabel("gain over labels only, points, 95% interval", fontsize=9)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep"}):
+    style = {"svg.fonttype": "none", "svg.hashsalt": "sweep"}
+    with writing(output_png.parent), matplotlib.rc_context(style):
         figure.savefig(output_png, format="png", dpi=160)
         figure.savefig(output_svg, format="svg", metadata={"Date": None})
 

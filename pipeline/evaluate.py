@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pipeline.config import DataConfig, EvaluateConfig
 from pipeline.conversation import tokenize_prompt
-from pipeline.errors import BadSample, PipelineError
+from pipeline.errors import BadSample, PipelineError, writing
 from pipeline.inputs import Preparation, pad_rows
 from pipeline.memory import TensorCache
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
@@ -74,7 +74,10 @@ def evaluate_model(
     predictions.sort(key=lambda prediction: (prediction.test_set, prediction.key))
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f"{output.name}.{os.getpid()}")
-    unfinished.write_text("".join(json.dumps(asdict(p) | {"correct": p.correct}) + "\n" for p in predictions))
+    with writing(output):
+        unfinished.write_text(
+            "".join(json.dumps(asdict(p) | {"correct": p.correct}) + "\n" for p in predictions)
+        )
     unfinished.replace(
         output
     )  # all of them or none: who reads the file may not know how many there should be

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.compare import Answered, Gain, accuracy_table, paired_gain, questions_of
 from pipeline.config import Config, labels_only
+from pipeline.errors import writing
 from pipeline.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set
 from pipeline.processes import is_first_process
 from pipeline.provenance import provenance
@@ -69,9 +70,10 @@ def _report(config: Config, models: dict[str, list[Prediction]], output: Path) -
             gain = paired_gain([Answered.of(of_set[DISTILLED])], [Answered.of(of_set[BASELINE])])
             results["gain"][test_set] = asdict(gain)
             blocks.append(_sentence(gain))
-    (output / "results.json").write_text(
-        json.dumps(results | {"provenance": provenance(config)}, indent=1) + "\n"
-    )
+    with writing(output / "results.json"):
+        (output / "results.json").write_text(
+            json.dumps(results | {"provenance": provenance(config)}, indent=1) + "\n"
+        )
     return "\n\n".join(blocks)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, to_yaml
+from pipeline.errors import writing
 
 PACKAGES = (
     "accelerate",
@@ -40,8 +41,9 @@ def provenance(config: Config) -> dict[str, Any]:
 def save_provenance(folder: Path, config: Config, **more: Any) -> None:
     """Write `config.yaml` (usable as --config) and `provenance.json`, with `more` in it, into a run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    (folder / "provenance.json").write_text(json.dumps(provenance(config) | more, indent=1) + "\n")
+    with writing(folder):
+        (folder / "config.yaml").write_text(to_yaml(config))
+        (folder / "provenance.json").write_text(json.dumps(provenance(config) | more, indent=1) + "\n")
 
 
 def finished_identity(mark: Path) -> str | None:
@@ -68,7 +70,8 @@ def read_mark(mark: Path) -> dict[str, Any]:
 def mark_finished(mark: Path, identity: str, config: Config, **more: Any) -> None:
     """Write the mark beside finished work, last: what it was made from, and where it comes from."""
     said = {"identity": identity} | more | {"provenance": provenance(config)}
-    mark.write_text(json.dumps(said, indent=1) + "\n")
+    with writing(mark):
+        mark.write_text(json.dumps(said, indent=1) + "\n")
 
 
 def git_commit() -> str:

@@ -18,12 +18,16 @@ from transformers.training_args import OptimizerNames
 
 from pipeline.config import Config
 from pipeline.data_position import DataPosition
+from pipeline.errors import building
 from pipeline.interruption import leave_sigterm_to_the_parent
 from pipeline.provenance import read_mark
 from pipeline.rank_batches import RankBatches
 
 # Of a checkpoint: the run that it can continue, when that began, its place in the data, and what is not logged yet.
 RUN_FILE = "run.json"
+
+
+CORRECT_TRAIN = "correct the `train` section"
 
 
 class ResumingTrainer(Trainer):
@@ -48,6 +52,7 @@ class ResumingTrainer(Trainer):
             self.resumed_from, self.began = DataPosition(**run["position"]), run["began"]
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **named)
 
+    @building("train: the samples cannot be loaded", then=CORRECT_TRAIN)
     def get_train_dataloader(self) -> DataLoader:
         """Samples in the seed's order, the same for any number of processes, from where the run is on."""
         arguments = self.args
@@ -126,6 +131,10 @@ class ResumingTrainer(Trainer):
                 f"{now.epoch + 1}",
                 file=sys.stderr,
             )
+
+    def _prepare_for_training(self, *arguments, **named):
+        with building("train: the trainer cannot be built", then=CORRECT_TRAIN):
+            return super()._prepare_for_training(*arguments, **named)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None):
         """Over epochs the learning rate is that of a run whose steps were all of today's length."""

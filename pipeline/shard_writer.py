@@ -12,6 +12,8 @@ from typing import BinaryIO
 from blake3 import blake3
 from webdataset.writer import TarWriter
 
+from pipeline.errors import writing
+
 NAME = re.compile(r"shard-\d{6}\.tar")
 PART = ".part"  # the ending of a shard that is being written
 
@@ -50,7 +52,8 @@ class ShardWriter:
         for key, members in group:
             if self._num_samples == self.samples_per_shard:
                 self._close_shard()
-            self._open_shard().write({"__key__": key, **members})
+            with writing(self.folder / self._name()):
+                self._open_shard().write({"__key__": key, **members})
             self._num_samples += 1
 
     def finish(self) -> list[Shard]:
@@ -68,9 +71,10 @@ class ShardWriter:
     def _close_shard(self) -> None:
         if self._tar is None or self._file is None:
             return
-        self._tar.close()
-        publish(self._file, self.folder / self._name())
         path = self.folder / self._name()
+        with writing(path):
+            self._tar.close()
+            publish(self._file, path)
         digest = blake3().update_mmap(path).hexdigest()
         self.shards.append(Shard(self._name(), self._num_samples, path.stat().st_size, digest))
         self._tar, self._file, self._num_samples = None, None, 0
@@ -81,7 +85,7 @@ class ShardWriter:
 
 def write_whole(path: Path, text: str) -> None:
     """Give a file its content so that a crash leaves the old one or the new one."""
-    with open(f"{path}{PART}", "wb") as file:
+    with writing(path), open(f"{path}{PART}", "wb") as file:
         file.write(text.encode())
         publish(file, path)
 

@@ -18,7 +18,7 @@ from pipeline.adapters import add_adapters
 from pipeline.config import Config
 from pipeline.dataset import JoinCollator, JoinedDataset
 from pipeline.distiller import Distiller
-from pipeline.errors import ConfigError, TrainingStopped
+from pipeline.errors import ConfigError, TrainingStopped, building, writing
 from pipeline.inputs import Preparation
 from pipeline.losses import LOSSES
 from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
@@ -27,6 +27,7 @@ from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.processes import is_first_process, num_processes
 from pipeline.provenance import finished_identity, mark_finished, read_mark, save_provenance
 from pipeline.recompute import load_recomputed
+from pipeline.resuming import CORRECT_TRAIN
 from pipeline.stores import open_stores, teacher_facts
 from pipeline.trainer import HEADS_FILE, RUN_FILE, DistillTrainer
 from pipeline.training_arguments import HOW_IT_RUNS, OF_THE_LOG, samples_per_step
@@ -82,9 +83,11 @@ def _finish(trainer: DistillTrainer, folder: Path) -> None:
             f"{folder}: stopped by SIGTERM after step {done} of {whole}, checkpoint-{done} is written; go on with "
             "train.resume_from_checkpoint=true"
         )
-    trainer.save_student(folder / MODEL_FOLDER)
+    with writing(folder / MODEL_FOLDER):
+        trainer.save_student(folder / MODEL_FOLDER)
     if trainer.is_world_process_zero():
-        trainer.state.save_to_json(str(folder / STATE_FILE))
+        with writing(folder / STATE_FILE):
+            trainer.state.save_to_json(str(folder / STATE_FILE))
 
 
 def _save_origin(folder: Path, config: Config, dataset: JoinedDataset) -> None:
@@ -184,10 +187,13 @@ def build_trainer(config: Config, folder: Path, dataset: JoinedDataset, *, ident
     `identity` of the run goes into its checkpoints.
     """
     arguments, stores = training_arguments(config, folder), dataset.stores
-    set_seed(arguments.seed)
-    student = load_student(config, *stores.opened)
-    if config.student.lora is not None:
-        add_adapters(student, config.student.lora)
+    with building(
+        f"student.model {config.student.model}", then="correct the `student` section, or train.seed"
+    ):
+        set_seed(arguments.seed)
+        student = load_student(config, *stores.opened)
+        if config.student.lora is not None:
+            add_adapters(student, config.student.lora)
     reads_teacher = any(LOSSES[name].targets for name in config.losses.active())
     missing = {name: stores.giving(name).store for lacking in dataset.lacking.values() for name in lacking}
     recompute = (
@@ -202,14 +208,15 @@ def build_trainer(config: Config, folder: Path, dataset: JoinedDataset, *, ident
         patch_feature_cache_bytes=config.student.patch_feature_cache_bytes,
         recompute=recompute,
     )
-    return DistillTrainer(
-        model=distiller,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=JoinCollator(dataset.targets),
-        settings=config,
-        identity=identity,
-    )
+    with building("train: the trainer cannot be built", then=CORRECT_TRAIN):
+        return DistillTrainer(
+            model=distiller,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=JoinCollator(dataset.targets),
+            settings=config,
+            identity=identity,
+        )
 
 
 def load_student(config: Config, *stores: Store) -> MobileVLMForCausalLM:
@@ -250,13 +257,10 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    try:
+    with building("train: transformers refuses these arguments", then=CORRECT_TRAIN):
         arguments = TrainingArguments(output_dir=str(folder), **ours | given)
         for tracker in get_reporting_integration_callbacks(arguments.report_to):
             tracker()  # one that is not installed says so now, not after the weights are loaded
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"train: transformers refuses these arguments: {reason}") from error
     return one_device_a_process(arguments)
 
 

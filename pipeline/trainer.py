@@ -17,13 +17,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from pipeline.adapters import adapter_tensors, merged_tensors
 from pipeline.config import Config
 from pipeline.distiller import Distiller, Terms
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, building, writing
 from pipeline.interruption import StopOnSignal, TakeUpLog
 from pipeline.losses import LOSSES
 from pipeline.models.checkpoint import checkpoint_folder, named_if_broken
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.resuming import RUN_FILE, ResumingTrainer
+from pipeline.resuming import CORRECT_TRAIN, RUN_FILE, ResumingTrainer
 from pipeline.term_log import TermLog, gradient_shares
 
 HEADS_FILE = "heads.safetensors"
@@ -96,11 +96,9 @@ class DistillTrainer(ResumingTrainer):
     def create_optimizer(self, model=None):
         """AdamW groups by learning rate and decay; every trained parameter is in one, the heads included."""
         if self.optimizer is None:
-            try:
+            with building("train: the optimizer cannot be made", then=CORRECT_TRAIN):
                 options_class, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
                 self.optimizer = options_class(self._parameter_groups(), **options)
-            except (ValueError, ImportError) as error:
-                raise ConfigError(f"train: the optimizer cannot be made: {error}") from error
         grouped = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         left_out = [
             name for name, p in self.distiller.named_parameters() if p.requires_grad and id(p) not in grouped
@@ -155,6 +153,10 @@ class DistillTrainer(ResumingTrainer):
         save_file(heads, str(folder / HEADS_FILE))
         run = {"identity": self.identity, "began": self.began, "position": asdict(self.position)}
         (folder / RUN_FILE).write_text(json.dumps(run | {"unlogged": unlogged}) + "\n")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

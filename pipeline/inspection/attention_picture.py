@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, writing
 from pipeline.inspection.attention_cells import Cell, Drawing, plan_drawing
 from pipeline.inspection.heat_map import Square, draw_heat, draw_image, outline
 from pipeline.inspection.sample import Inspection
@@ -81,7 +81,7 @@ def draw_attention(
     drawing = plan_drawing(inspection, students or {}, max_tokens=max_tokens, student_layer=student_layer)
     output.parent.mkdir(parents=True, exist_ok=True)
     # No date, and the same names inside each time: one sample, one sequence of bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "alignkd"}):
+    with writing(output), matplotlib.rc_context({"svg.hashsalt": "alignkd"}):
         metadata = {"Date": None} if output.suffix.lower() == ".svg" else None
         AttentionFigure(inspection, drawing).draw().savefig(output, dpi=DOTS_PER_INCH, metadata=metadata)
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.compare import MIN_GAP
 from pipeline.curves import MAX_POINTS
 from pipeline.describe import readable_bytes
+from pipeline.errors import writing
 from pipeline.report import number_format
 from pipeline.report.curve_panels import draw_curves
 from pipeline.report.findings import Findings
@@ -32,7 +33,8 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     page = render_page(gather(folder))
     target = output or folder / PAGE
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    with writing(target):
+        target.write_text(page, encoding="utf-8")
     return target
 
 

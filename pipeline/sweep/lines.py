@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.compare import Answered
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, writing
 from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
 
 SWEEP = "sweep.json"  # what is swept: config, and the identity of every run by its name
@@ -102,7 +102,7 @@ def _read_questions(folder: Path) -> dict[str, Any]:
 
 def _write(file: Path, text: str) -> None:
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    with open(unfinished, "w") as whole:
+    with writing(file), open(unfinished, "w") as whole:
         whole.write(text)
         whole.flush()
         os.fsync(whole.fileno())

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.compare import Answered
 from pipeline.config import Config
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, writing
 from pipeline.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set
 from pipeline.inputs import Preparation
 from pipeline.provenance import provenance
@@ -72,7 +72,8 @@ def _begin(config: Config, folder: Path, identities: Mapping[str, str]) -> None:
     """Write down what this sweep is of; the summary of an earlier one does not outlive that."""
     (folder / SUMMARY).unlink(missing_ok=True)
     made = {"config": config.model_dump(mode="json"), "runs": dict(identities)}
-    (folder / SWEEP).write_text(json.dumps(made | {"provenance": provenance(config)}, indent=1) + "\n")
+    with writing(folder / SWEEP):
+        (folder / SWEEP).write_text(json.dumps(made | {"provenance": provenance(config)}, indent=1) + "\n")
 
 
 def run_folder(name: str) -> Path:

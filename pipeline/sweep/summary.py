@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from pipeline.compare import Answered, gap_closed, paired_gain, text_table
+from pipeline.errors import writing
 from pipeline.sweep.lines import SUMMARY, Line, read_answers, read_teacher
 from pipeline.sweep.variations import SEED, name_of
 
@@ -34,7 +35,8 @@ def summarise_sweep(folder: Path, lines: Mapping[str, Line]) -> dict[str, Any]:
     ]
     accuracy = {name: teacher["accuracy"][name] for name in taught} if teacher else None
     summary = {"rows": rows, "teacher": accuracy or None}
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    with writing(folder / SUMMARY):
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 

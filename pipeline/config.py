@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -16,7 +15,8 @@ from pipeline.losses import LOSSES
 from pipeline.model_settings import DType, StudentConfig, TeacherConfig
 from pipeline.settings import Section
 from pipeline.targets import TARGETS
-from pipeline.training_arguments import check_training_arguments
+from pipeline.training_arguments import checked_training_arguments
+from pipeline.yaml_text import read_yaml, write_yaml
 
 Shards = str | list[str]
 
@@ -132,8 +132,7 @@ class Config(Section):
     @field_validator("train")
     @classmethod
     def _known_training_arguments(cls, train: dict[str, Any]) -> dict[str, Any]:
-        check_training_arguments(train)
-        return train
+        return checked_training_arguments(train)
 
     @model_validator(mode="after")
     def _losses_find_their_targets(self) -> Config:
@@ -208,27 +207,6 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: the value is not readable as YAML: {error}") from error
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, as people mean it, where YAML 1.1 reads a string."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back: a string that looks like 1e-3 in quotes."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
-
-
-def read_yaml(text: str) -> Any:
-    """The values of a YAML text, 1e-3 a number among them."""
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader
-
-
 def _sentence(detail: Mapping[str, Any]) -> str:
     """One problem as one line: the key, what is wrong, and the known name that was perhaps meant."""
     where = [str(part) for part in detail["loc"]]
@@ -272,4 +250,4 @@ def labels_only(config: Config) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that loads back to the same config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return write_yaml(config.model_dump(mode="json"))

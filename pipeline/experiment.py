@@ -15,7 +15,7 @@ from pipeline.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by
 from pipeline.processes import is_first_process
 from pipeline.provenance import provenance
 from pipeline.scores import evaluate_checkpoint, held_out_shards, predictions_file, teacher_predictions
-from pipeline.student import MODEL_FOLDER, train_student
+from pipeline.student import MODEL_FOLDER, train_student, training_arguments
 
 DISTILLED = "student, Align-KD"
 BASELINE = "student, labels only"
@@ -33,6 +33,8 @@ def run_experiment(config: Config, *, say: Callable[[str], None]) -> str:
         runs[BASELINE] = (output / "supervised", labels_only(config))
     if config.evaluate is not None:
         held_out_shards(config.evaluate)  # a wrong path is told before the training, not after it
+    for folder, settings in runs.values():  # so is what transformers refuses
+        training_arguments(settings, folder)
     models: dict[str, list[Prediction]] = {}
     if config.evaluate is not None and (teacher := teacher_predictions(config, say=say)) is not None:
         models[TEACHER] = teacher

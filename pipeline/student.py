@@ -30,7 +30,7 @@ from pipeline.recompute import load_recomputed
 from pipeline.resuming import CORRECT_TRAIN
 from pipeline.stores import open_stores, teacher_facts
 from pipeline.trainer import HEADS_FILE, RUN_FILE, DistillTrainer
-from pipeline.training_arguments import HOW_IT_RUNS, OF_THE_LOG, samples_per_step
+from pipeline.training_arguments import HOW_IT_RUNS, NO_FLOAT16, OF_THE_LOG, samples_per_step
 
 MODEL_FOLDER = "model"
 FINISHED = "finished.json"
@@ -261,6 +261,8 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
         arguments = TrainingArguments(output_dir=str(folder), **ours | given)
         for tracker in get_reporting_integration_callbacks(arguments.report_to):
             tracker()  # one that is not installed says so now, not after the weights are loaded
+    if arguments.fp16 and arguments.device.type == "cpu":  # here alone: elsewhere the config may be for a GPU
+        raise ConfigError(f"{NO_FLOAT16}, and there is no GPU here; set train.bf16, or neither")
     return one_device_a_process(arguments)
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import Field, fields
+from typing import Any, cast
 
 from pipeline.errors import did_you_mean
+from pipeline.yaml_text import yes_or_no
+
+NOTHING_IS_SENT = (
+    "nothing is sent anywhere from a training; send its finished folder `model` with `hf upload`"
+)
 
 # TrainingArguments that the config sets elsewhere, or that transformers 5 renamed, with what to write instead.
 OURS: dict[str, str] = {
     "output_dir": "set the config's own `output_dir`; the student is written below it",
     "hub_token": "log in with `hf auth login`, or set HF_TOKEN: a config is written beside every result",
     "push_to_hub_token": "log in with `hf auth login`, or set HF_TOKEN: a config is written beside every result",
+    "push_to_hub": NOTHING_IS_SENT,
+    "push_to_hub_model_id": NOTHING_IS_SENT,
+    "push_to_hub_organization": NOTHING_IS_SENT,
+    "hub_model_id": NOTHING_IS_SENT,
+    "hub_strategy": NOTHING_IS_SENT,
+    "hub_private_repo": NOTHING_IS_SENT,
+    "hub_always_push": NOTHING_IS_SENT,
+    "hub_revision": NOTHING_IS_SENT,
     "remove_unused_columns": "it must be false for the join, and is",
     "gradient_checkpointing": "set `student.gradient_checkpointing`",
     "warmup_ratio": "transformers 5 takes `warmup_steps`; a value below 1 is a share of all steps",
@@ -26,6 +40,8 @@ OURS: dict[str, str] = {
     "use_liger_kernel": "Liger's kernels were not tried with this student, whose head runs at answers alone",
     "neftune_noise_alpha": "noise in the embeddings would be no part of what the teacher saw",
 }
+
+NO_FLOAT16 = "train.fp16: a CPU does not train in float16"
 
 # Of `train`: how a run is told of and kept, which changes no weight.
 OF_THE_LOG = (
@@ -58,23 +74,87 @@ HOW_IT_RUNS = (
 
 AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
+# TrainingArguments takes these as strings, and true and false beside them.
+ALSO_BOOLEAN = ("fsdp", "resume_from_checkpoint")
 
-def check_training_arguments(train: dict[str, Any]) -> None:
-    """Raises `ValueError` for a name that is unknown or set elsewhere, and for a value of the wrong kind."""
+# What people call a training argument, by its name here.
+CALLED: dict[str, tuple[str, ...]] = {
+    "adam_beta1": ("betas", "adam_betas", "beta1"),
+    "bf16": ("amp", "mixed_precision", "precision"),
+    "dataloader_num_workers": ("num_workers", "workers"),
+    "gradient_accumulation_steps": (
+        "accumulate_grad_batches", "accumulation_steps", "grad_accum", "grad_accumulation", "gradient_accumulation",
+    ),
+    "learning_rate": ("lr", "base_lr", "max_lr"),
+    "logging_steps": ("log_every", "log_interval", "log_steps"),
+    "lr_scheduler_type": ("lr_schedule", "lr_scheduler", "schedule", "scheduler"),
+    "max_grad_norm": ("clip_grad_norm", "grad_clip", "gradient_clipping", "max_norm"),
+    "max_steps": ("max_train_steps", "num_steps", "num_train_steps", "steps", "total_steps"),
+    "num_train_epochs": ("epoch", "epochs", "max_epochs", "n_epochs", "num_epochs"),
+    "optim": ("optimizer", "optimiser"),
+    "output_dir": ("out", "output", "output_folder", "save_dir"),
+    "per_device_train_batch_size": (
+        "batch", "batch_size", "bs", "micro_batch_size", "per_gpu_train_batch_size", "train_batch_size",
+    ),
+    "save_steps": ("save_every", "save_interval"),
+    "seed": ("random_seed",),
+    "warmup_steps": ("num_warmup_steps", "warmup", "warmup_proportion"),
+    "weight_decay": ("decay", "wd"),
+}  # fmt: skip
+MEANT = {called: name for name, names in CALLED.items() for called in names}
+
+
+def checked_training_arguments(train: dict[str, Any]) -> dict[str, Any]:
+    """The section with `yes`, `off` and the like as booleans where a boolean is asked for.
+
+    Raises `ValueError` with a line for each name that is unknown or set elsewhere, and each value of the wrong kind.
+    """
     from transformers import TrainingArguments
 
-    known = {field.name: field.default for field in fields(TrainingArguments) if field.init}
-    for name, value in train.items():
-        if name in OURS:
-            raise ValueError(f"train.{name}: {OURS[name]}")
-        if name not in known:
-            raise ValueError(
-                f"train.{name}: TrainingArguments has no {name!r}{did_you_mean(name, set(known))}"
-            )
-        if name in AT_LEAST_ONE and not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"train.{name}: expected a number from 1 on, found {value!r}")
-        if type(known[name]) in (int, float) and not isinstance(value, int | float | None):
-            raise ValueError(f"train.{name}: expected a number, found {value!r}")
+    known = {field.name: field for field in fields(TrainingArguments) if field.init}
+    read = {name: _read(known.get(name), value) for name, value in train.items()}
+    wrong = [
+        f"train.{name}: {said}" for name, value in read.items() if (said := _complaint(known, name, value))
+    ]
+    if read.get("fp16") is True and read.get("use_cpu") is True:
+        wrong.append(f"{NO_FLOAT16}, and train.use_cpu asks for one; set bf16, or neither")
+    if wrong:
+        raise ValueError("\n  ".join(wrong))
+    return read
+
+
+def _read(field: Field[Any] | None, value: Any) -> Any:
+    """A value whose words of YAML 1.1 are booleans where the field is one, and in a mapping, which has no types."""
+    if isinstance(value, dict):
+        return {name: yes_or_no(inner) for name, inner in cast(dict[str, Any], value).items()}
+    if field is not None and (_kinds(field) == {"bool"} or field.name in ALSO_BOOLEAN):
+        return yes_or_no(value)
+    return value
+
+
+def _kinds(field: Field[Any]) -> set[str]:
+    """The types that a field takes, by name, None left out."""
+    spelled = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+    return {kind.strip() for kind in spelled.split("|")} - {"None"}
+
+
+def _complaint(known: Mapping[str, Field[Any]], name: str, value: Any) -> str | None:
+    """What is wrong with one argument and what to do, or None."""
+    name = MEANT.get(name, name) if MEANT.get(name) in OURS else name
+    if name in OURS:
+        return OURS[name]
+    if name not in known:
+        meant = f"; did you mean {MEANT[name]!r}?" if name in MEANT else did_you_mean(name, set(known))
+        return f"TrainingArguments has no {name!r}{meant}"
+    if name in AT_LEAST_ONE and not (type(value) is int and value >= 1):
+        return f"expected a number from 1 on, found {value!r}"
+    kinds = _kinds(known[name])
+    if kinds == {"bool"} and not isinstance(value, bool | None):
+        return f"expected true or false, found {value!r}"
+    is_number = isinstance(value, int | float | None) and not isinstance(value, bool)
+    if kinds <= {"int", "float"} and not is_number:
+        return f"expected a number, found {value!r}"
+    return None
 
 
 def samples_per_step(train: dict[str, Any], num_processes: int) -> int:

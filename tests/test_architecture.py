@@ -113,6 +113,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.model_settings",
         "pipeline.config",
         "pipeline.training_arguments",
+        "pipeline.yaml_text",
     },
     "distillation": {
         "pipeline.distiller",

@@ -21,6 +21,7 @@ from typing import Any
 from cache import CODECS, PartSizes, part_sizes
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.pairing import check_student
 from pipeline.plan_costs import Costs, measure_costs
 from pipeline.shards import Sample, part_name, read_shard
 from pipeline.targets import TARGETS, TeacherFacts
@@ -75,7 +76,8 @@ class StorePlan:
 
 
 def plan_store(config: Config, *, num_samples: int = 256) -> StorePlan:
-    """Probe and extrapolate. Raises what stage 1 would raise of the config, the shards and the teacher."""
+    """Probe and extrapolate. Raises what stage 1 would raise of the config, the shards and the models."""
+    check_student(config)
     return _plan(config, num_samples=num_samples, stubs={})
 
 
@@ -89,6 +91,7 @@ def _plan(config: Config, *, num_samples: int, stubs: dict[str, float]) -> Store
 
 def plan_within(config: Config, *, max_bytes: float, num_samples: int = 256) -> StorePlan:
     """The first that fits of ever cheaper settings, those of the config first. Raises `ConfigError` if none does."""
+    check_student(config)
     smallest, stubs = None, dict[str, float]()
     for settings in cheaper_settings(config):
         plan = _plan(_with(config, settings), num_samples=num_samples, stubs=stubs)

@@ -23,7 +23,8 @@ from pipeline.inputs import Preparation
 from pipeline.losses import LOSSES
 from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
-from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.pairing import check_pair
 from pipeline.processes import is_first_process, num_processes
 from pipeline.provenance import finished_identity, mark_finished, read_mark, save_provenance
 from pipeline.recompute import load_recomputed
@@ -223,31 +224,11 @@ def load_student(config: Config, *stores: Store) -> MobileVLMForCausalLM:
     """The student's first weights. Raises `ConfigError` if it cannot be held to the teacher of each store."""
     shape = read_config(checkpoint_folder(config.student.model))
     for store in stores:
-        _check_family(config, shape, store)
-    attention = config.losses.active().get("attention")
-    deepest = max((layer for _, layer in attention.layers), default=0) if attention else 0
-    if deepest >= shape.num_hidden_layers:
-        raise ConfigError(
-            f"losses.attention.layers asks for the student's layer {deepest}, but {config.student.model} has "
-            f"layers 0 to {shape.num_hidden_layers - 1}; pair the teacher's layers with these"
-        )
+        check_pair(config, shape, teacher_facts(store), of=store.path)
     student = MobileVLMForCausalLM.from_pretrained(config.student.model, dtype=config.student.dtype)
     if config.student.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     return student
-
-
-def _check_family(config: Config, shape: MobileVLMConfig, store: Store) -> None:
-    facts = teacher_facts(store)
-    for field, theirs, mine in (
-        ("num_vision_tokens", facts.num_vision_tokens, shape.num_vision_tokens),
-        ("vocab_size", facts.vocab_size, shape.vocab_size),
-    ):
-        if theirs != mine:
-            raise ConfigError(
-                f"student.model {config.student.model}: {field} is {mine}, the teacher of {store.path} has "
-                f"{theirs}; Align-KD needs them equal: use a student of the teacher's family"
-            )
 
 
 def training_arguments(config: Config, folder: Path) -> TrainingArguments:

@@ -28,6 +28,7 @@ from pipeline.errors import ConfigError, ShardError
 from pipeline.inputs import Preparation, capture_settings
 from pipeline.models.stub import TeacherPlan, load_teacher, plan_teacher
 from pipeline.overlap import Behind
+from pipeline.pairing import check_student
 from pipeline.part_states import PartStates
 from pipeline.progress import Progress
 from pipeline.provenance import provenance
@@ -68,6 +69,7 @@ def cache_teacher(config: Config, worker: Worker = ALONE, *, recapture_changed: 
     cached all the same. With `recapture_changed` a part whose shard changed is replaced by one of the shard as it is.
     Raises `FingerprintMismatch` if the store holds something else, before anything is written.
     """
+    check_student(config)
     return write_parts(plan_capture(config), worker, recapture_changed=recapture_changed)
 
 

@@ -97,6 +97,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.missing",
         "pipeline.overlap",
         "pipeline.part_states",
+        "pipeline.pairing",
         "pipeline.processes",
         "pipeline.progress",
         "pipeline.provenance",

@@ -265,7 +265,8 @@ def test_a_student_of_another_family_than_one_teacher_is_refused_with_its_store(
     teacher = tmp_path / "teacher"
     tiny_model(vocab_size=600).save_pretrained(teacher)
     shutil.copy(experiment.teacher / "tokenizer.model", teacher)
-    cache_teacher(experiment.config(tmp_path, f"teacher.model={teacher}", f"cache.path={tmp_path}/wide"))
+    here = [f"teacher.model={teacher}", f"student.model={teacher}", f"cache.path={tmp_path}/wide"]
+    cache_teacher(experiment.config(tmp_path, *here))
     config = mixing(
         experiment, tmp_path, stores["attention"], stores["vision"], (tmp_path / "wide", ["logits"])
     )

@@ -42,6 +42,21 @@ def checkpoint_folder(name: str) -> Path:
     return folder
 
 
+def small_files(name: str) -> Path | None:
+    """A folder with a checkpoint's config and tokenizer, of a hub id these alone; None if it cannot be had here."""
+    if (folder := Path(name)).is_dir():
+        return checkpoint_folder(name)
+    if folder.is_absolute():
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "tokenizer.model"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        return None
+
+
 def _downloaded(name: str) -> Path:
     if Path(name).is_absolute() or Path(name).exists():
         found = "a file" if Path(name).exists() else "nothing"

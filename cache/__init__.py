@@ -42,7 +42,15 @@ from cache.push import Pushed, card_at, push_store
 from cache.reader import Store
 from cache.records import PartRecord
 from cache.repair import restore_manifest
-from cache.schema import ArraySpec, Difference, Fingerprint, Manifest, SampleEntry, Span
+from cache.schema import (
+    ArraySpec,
+    Difference,
+    Fingerprint,
+    Manifest,
+    SampleEntry,
+    Span,
+    leaf_differences,
+)
 from cache.scratch import sweep_dead, sweep_old
 from cache.subset import merge_stores, slice_store
 from cache.summary import ArraySummary, PartSizes, Summary, part_sizes, summarise
@@ -104,6 +112,7 @@ __all__ = [
     "card_at",
     "digest_of",
     "drop_from_memory",
+    "leaf_differences",
     "local",
     "merge_stores",
     "part_sizes",

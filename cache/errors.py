@@ -90,8 +90,10 @@ class FingerprintMismatch(CacheError):
 
     def __init__(self, path: Place, differences: Iterable[Difference], *, remedy: str) -> None:
         self.differences = tuple(differences)
-        listed = "; ".join(f"{d.field}: stored {d.stored}, mine {d.mine}" for d in self.differences)
-        super().__init__(f"The store at {path} holds something else than what was asked: {listed}. {remedy}")
+        listed = "; ".join(str(difference) for difference in self.differences)
+        super().__init__(
+            f"The store at {path} holds something else than what was asked (stored -> mine): {listed}. {remedy}"
+        )
 
 
 class SchemaError(CacheError):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from cache.documents import canonical_json, digest_of
+from cache.documents import digest_of
 from cache.errors import NOTHING, SchemaError, UnsupportedFormat
 from cache.layout import FORMAT_VERSION, MANIFEST, check_array_name, check_part_name
 
@@ -48,11 +48,29 @@ def take_all(record: Mapping[str, Any], name: str, kind: type, *, where: str = "
 
 @dataclass(frozen=True)
 class Difference:
-    """One field in which a store is not what was asked for."""
+    """One field in which a store is not what was asked for; of a field with settings inside, one `key` of it."""
 
     field: str
     stored: str
     mine: str
+    key: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.field}: {self.key}" if self.key else self.field
+        return f"{where}: {self.stored or 'none'} -> {self.mine or 'none'}"
+
+
+def leaf_differences(stored: Any, mine: Any, *, at: str = "") -> Iterator[tuple[str, str, str]]:
+    """(dotted key, stored, mine) of the values alone in which two JSON values differ, as JSON, or `absent`."""
+    if isinstance(stored, Mapping) and isinstance(mine, Mapping):
+        one, other = cast(Mapping[str, Any], stored), cast(Mapping[str, Any], mine)
+        for name in sorted(one.keys() | other.keys()):
+            inside = f"{at}.{name}" if at else name
+            yield from leaf_differences(one.get(name, NOTHING), other.get(name, NOTHING), at=inside)
+        return
+    theirs, ours = ("absent" if side is NOTHING else json.dumps(side) for side in (stored, mine))
+    if theirs != ours:
+        yield at, theirs, ours
 
 
 @dataclass(frozen=True)
@@ -157,19 +175,14 @@ class Manifest:
 
     def differences(self, other: Manifest) -> list[Difference]:
         """Every field of fingerprint and arrays in which `other` (mine) differs from this (the stored)."""
-        stored, mine = self.specs, other.specs
-        arrays = [
-            Difference(f"arrays[{name}]", _spelled(stored.get(name)), _spelled(mine.get(name)))
-            for name in sorted(stored.keys() | mine.keys())
-            if _spelled(stored.get(name)) != _spelled(mine.get(name))
-        ]
-        fingerprint = [
-            Difference("capture", *_unequal(self.capture, other.capture))
-            if difference.field == "capture" and self.capture != other.capture
-            else difference
-            for difference in self.fingerprint.differences(other.fingerprint)
-        ]
-        return fingerprint + arrays
+        found: list[Difference] = []
+        for difference in self.fingerprint.differences(other.fingerprint):
+            is_told = difference.field == "capture" and self.capture != other.capture
+            found += _leaves("capture", self.capture, other.capture) if is_told else [difference]
+        stored, mine = ({name: spec.to_json() for name, spec in side.specs.items()} for side in (self, other))
+        for name in sorted(stored.keys() | mine.keys()):
+            found += _leaves(f"arrays[{name}]", stored.get(name, NOTHING), mine.get(name, NOTHING))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -208,15 +221,8 @@ def _sorted_json(specs: tuple[ArraySpec, ...]) -> list[dict[str, Any]]:
     return [spec.to_json() for spec in sorted(specs, key=lambda spec: spec.name)]
 
 
-def _unequal(stored: Mapping[str, Any], mine: Mapping[str, Any]) -> tuple[str, str]:
-    """Of two sections the settings in which they differ, as JSON: digests of them would tell a reader nothing."""
-    names = sorted(name for name in stored.keys() | mine.keys() if stored.get(name) != mine.get(name))
-    theirs, ours = (json.dumps({name: side.get(name) for name in names}) for side in (stored, mine))
-    return theirs, ours
-
-
-def _spelled(spec: ArraySpec | None) -> str:
-    return "absent" if spec is None else canonical_json(spec.to_json()).decode().strip()
+def _leaves(field: str, stored: Any, mine: Any) -> list[Difference]:
+    return [Difference(field, theirs, ours, key) for key, theirs, ours in leaf_differences(stored, mine)]
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def check_fingerprint(
         remedy = REMEDY if config.caches is None else REMEDY_OF_SEVERAL
         raise FingerprintMismatch(source.store.path, refused, remedy=remedy)
     for d in differences:
-        print(f"{source.place}.allow_mismatch: {d.field}: stored {d.stored}, mine {d.mine}", file=sys.stderr)
+        print(f"{source.place}.allow_mismatch (stored -> mine): {d}", file=sys.stderr)
     return differences
 
 

@@ -22,6 +22,7 @@ from cache import (
     Span,
     UnsafeName,
     UnsupportedFormat,
+    leaf_differences,
 )
 from cache.documents import canonical_json, document_bytes, read_document
 from cache.layout import check_array_name, check_file_name, check_part_name
@@ -36,6 +37,32 @@ def test_a_fingerprint_names_every_field_that_differs() -> None:
     mine = replace(FINGERPRINT, tokenizer="99", template="")
     found = [(d.field, d.stored, d.mine) for d in FINGERPRINT.differences(mine)]
     assert found == [("tokenizer", "70", "99"), ("template", "7a", "")]
+
+
+def test_of_settings_the_values_alone_that_differ_are_told_with_their_keys() -> None:
+    stored = {
+        "dtype": "f32",
+        "targets": {"logits": {"top_k": 16, "codec": "a"}, "vision": {}},
+        "layers": [0, 1],
+    }
+    mine = {"dtype": "f32", "targets": {"logits": {"top_k": 8, "codec": "a"}}, "layers": [0], "step": None}
+    assert list(leaf_differences(stored, mine)) == [
+        ("layers", "[0, 1]", "[0]"),
+        ("step", "absent", "null"),
+        ("targets.logits.top_k", "16", "8"),
+        ("targets.vision", "{}", "absent"),
+    ]
+    assert list(leaf_differences({"a": 1}, {"a": 1.0})) == [("a", "1", "1.0")]
+    fingerprint = replace(FINGERPRINT, capture="99", template="")
+    found = manifest(capture=stored).differences(manifest(capture=mine, fingerprint=fingerprint))
+    assert [str(difference) for difference in found] == [
+        "template: 7a -> none",
+        "capture: layers: [0, 1] -> [0]",
+        "capture: step: absent -> null",
+        "capture: targets.logits.top_k: 16 -> 8",
+        "capture: targets.vision: {} -> absent",
+    ]
+    assert {difference.field for difference in found} == {"template", "capture"}
 
 
 def test_the_contents_digest_does_not_know_provenance_or_order() -> None:

@@ -124,14 +124,14 @@ def test_a_store_of_another_fingerprint_is_refused_and_untouched(tmp_path: Path)
         StoreWriter.open(path, mine)
     assert [difference.field for difference in caught.value.differences] == ["template", "arrays[hidden]"]
     text = str(caught.value)
-    assert f"The store at {path} holds something else" in text and "template: stored 7a, mine other" in text
-    assert '"row_shape":[8]' in text and "write to another directory" in text
+    assert f"The store at {path} holds something else" in text and "template: 7a -> other" in text
+    assert "; arrays[hidden]: row_shape: [4] -> [8]. " in text and "write to another directory" in text
     assert snapshot(path) == before
 
 
 def test_an_array_more_or_less_is_a_difference(tmp_path: Path) -> None:
     StoreWriter.open(tmp_path / "s", manifest(arrays=ARRAYS[:2]))
-    with pytest.raises(FingerprintMismatch, match=r"arrays\[vision\]: stored \{.*\}, mine absent"):
+    with pytest.raises(FingerprintMismatch, match=r"arrays\[vision\]: \{.*\} -> absent"):
         StoreWriter.open(tmp_path / "s", manifest(arrays=ARRAYS[:1]))
 
 

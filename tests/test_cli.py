@@ -260,10 +260,11 @@ def test_another_fingerprint_is_3_with_field_both_values_and_the_remedy(
     before = snapshot(experiment.store)
     ran = alignkd(command, *settings, "data.template=plain")
     assert ran.code == 3
-    assert f"The store at {experiment.store} holds something else than what was asked: template: stored " in (
-        ran.complaint
+    assert (
+        f"The store at {experiment.store} holds something else than what was asked (stored -> mine): template: "
+        in (ran.complaint)
     )
-    assert ", mine " in ran.complaint and ran.complaint.rstrip(".").endswith(
+    assert " -> " in ran.complaint and ran.complaint.rstrip(".").endswith(
         ("write to another directory", "--allow-mismatch FIELD lets it differ")
     )
     assert snapshot(experiment.store) == before

@@ -22,7 +22,10 @@ def test_a_field_that_differs_is_3_and_may_be_allowed(field, experiment, tmp_pat
         with pytest.raises(SystemExit) as stopped:
             cli.main([*command, *allowed])
         complaint = capsys.readouterr().err
-        assert stopped.value.code == 3 and f"than what was asked: {field}: stored {OTHER}, mine " in complaint
+        assert (
+            stopped.value.code == 3
+            and f"than what was asked (stored -> mine): {field}: {OTHER} -> " in complaint
+        )
         assert "where a field cannot matter, --allow-mismatch FIELD lets it differ" in complaint
         assert not (tmp_path / "out").exists()
 
@@ -30,7 +33,7 @@ def test_a_field_that_differs_is_3_and_may_be_allowed(field, experiment, tmp_pat
         cli.main([*command, "--allow-mismatch", field])
     told = capsys.readouterr().err
     assert stopped.value.code == 0, told
-    assert f"cache.allow_mismatch: {field}: stored {OTHER}, mine " in told
+    assert f"cache.allow_mismatch (stored -> mine): {field}: {OTHER} -> " in told
     made = json.loads((tmp_path / "out" / "align_kd" / "provenance.json").read_text())
     (difference,) = made["allowed_mismatches"]
     assert (difference["field"], difference["stored"]) == (field, OTHER)

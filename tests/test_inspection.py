@@ -268,7 +268,7 @@ def test_another_tokenizer_than_the_teachers_is_refused(experiment, tmp_path):
     student = Path(shutil.copytree(experiment.student, tmp_path / "student"))
     write_tokenizer(student, [{"conversations": [{"from": "human", "value": "one two three " * 40}]}] * 20)
     config = experiment.config(tmp_path, f"student.model={student}")
-    with pytest.raises(FingerprintMismatch, match=r"tokenizer: stored .*give a config whose `data` section"):
+    with pytest.raises(FingerprintMismatch, match=r"tokenizer: .* -> .*give a config whose `data` section"):
         inspect_sample(experiment.store, "a0", config=config)
 
 
@@ -385,7 +385,7 @@ def test_a_student_that_reads_other_tokens_is_refused(experiment, tmp_path):
     student = Path(shutil.copytree(experiment.student, tmp_path / "student"))
     write_tokenizer(student, [{"conversations": [{"from": "human", "value": "one two three " * 40}]}] * 20)
     seen = inspect_sample(experiment.store, "a0")
-    with pytest.raises(FingerprintMismatch, match=r"tokenizer: stored"):
+    with pytest.raises(FingerprintMismatch, match=r"tokenizer: .* -> "):
         student_attention(seen, str(student), layer=0)
 
 

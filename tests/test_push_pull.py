@@ -76,7 +76,7 @@ def test_what_lies_there_and_is_something_else_stops_a_push(bucket, whole, tmp_p
     other = StoreWriter.open(
         tmp_path / "other", replace(manifest("shard-000000"), fingerprint=replace(FINGERPRINT, teacher="8e"))
     )
-    with pytest.raises(FingerprintMismatch, match=r"teacher: stored 7e, mine 8e.*another URL"):
+    with pytest.raises(FingerprintMismatch, match=r"teacher: 7e -> 8e.*another URL"):
         push_store(Store(other.path), f"{bucket}/taken", card=CARD)
     same = StoreWriter.open(tmp_path / "same", manifest("shard-000000"))
     with same.part("shard-000000", source={}) as part:

@@ -204,7 +204,7 @@ def test_settings_that_are_not_those_of_the_fingerprint_vouch_for_no_part_of_the
 ):
     forged = rewrite_store(experiment.store, tmp_path / "forged", fingerprint={"capture": "0" * 64})
     config = mixing(experiment, tmp_path, (forged, ["attention"]), stores["vision"], stores["logits"])
-    with pytest.raises(FingerprintMismatch, match="capture: stored "):
+    with pytest.raises(FingerprintMismatch, match=r"capture: targets.logits: .* -> absent"):
         train_student(config, tmp_path / "run")
 
 
@@ -214,7 +214,7 @@ def test_a_field_may_differ_in_one_store_which_is_told_and_recorded(experiment, 
     entries.append({"path": str(other), "allow_mismatch": ["template"]})
     config = experiment.config(tmp_path, "cache=null", f"caches={json.dumps(entries)}")
     train_student(config, tmp_path / "run")
-    assert f"caches.2.allow_mismatch: template: stored {'0' * 64}, mine " in capsys.readouterr().err
+    assert f"caches.2.allow_mismatch (stored -> mine): template: {'0' * 64} -> " in capsys.readouterr().err
     (difference,) = json.loads((tmp_path / "run" / "provenance.json").read_text())["allowed_mismatches"]
     assert (difference["field"], difference["store"]) == ("template", str(other))
 

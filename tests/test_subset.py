@@ -95,7 +95,7 @@ def test_a_merge_has_the_parts_of_all_and_is_the_store_that_one_writer_makes(who
 
 def test_stores_that_hold_different_things_are_not_merged(whole, tmp_path):
     other = StoreWriter.open(tmp_path / "other", manifest(fingerprint=replace(FINGERPRINT, template="00")))
-    with pytest.raises(FingerprintMismatch, match=r"template: stored 7a, mine 00\. Merge stores made as"):
+    with pytest.raises(FingerprintMismatch, match=r"template: 7a -> 00\. Merge stores made as"):
         merge_stores([Store(whole), Store(other.path)], tmp_path / "merged")
     same_name = StoreWriter.open(tmp_path / "same", manifest())
     with same_name.part("shard-000000", source={}) as part:

@@ -230,15 +230,18 @@ def test_another_teacher_or_setting_is_refused_before_anything_is_written(field,
     with pytest.raises(FingerprintMismatch) as raised:
         cache_teacher(config)
     assert field in [difference.field for difference in raised.value.differences]
-    assert f"{field}: stored " in str(raised.value) and ", mine " in str(raised.value)
+    assert f"{field}: " in str(raised.value) and " -> " in str(raised.value)
     assert snapshot(experiment.store) == before
 
 
 def test_capture_settings_are_shown_as_they_are_where_they_differ(experiment, tmp_path):
     with pytest.raises(
-        FingerprintMismatch, match=r'capture: stored {"max_length": 200}, mine {"max_length": 1'
+        FingerprintMismatch,
+        match=r"\(stored -> mine\): capture: max_length: 200 -> 100; capture: targets.logits.top_k: 8 -> 4; "
+        r"capture: targets.vision: \{.*\} -> absent; arrays\[",
     ):
-        cache_teacher(experiment.config(tmp_path, "data.max_length=100"))
+        changes = ["data.max_length=100", "targets.logits.top_k=4", "targets.vision.source=recompute"]
+        cache_teacher(experiment.config(tmp_path, *changes))
 
 
 def test_another_tokenizer_is_refused_before_anything_is_written(experiment, tokenizer_folder, tmp_path):
@@ -246,7 +249,7 @@ def test_another_tokenizer_is_refused_before_anything_is_written(experiment, tok
     shutil.copy(tokenizer_folder / "tokenizer.model", teacher)
     before = snapshot(experiment.store)
     with pytest.raises(
-        FingerprintMismatch, match=r"asked: tokenizer: stored [0-9a-f]{64}, mine [0-9a-f]{64}"
+        FingerprintMismatch, match=r"\(stored -> mine\): tokenizer: [0-9a-f]{64} -> [0-9a-f]{64}"
     ):
         cache_teacher(experiment.config(tmp_path, f"teacher.model={teacher}"))
     assert snapshot(experiment.store) == before

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo
 
-from pipeline.settings import Section
+from pipeline.settings import LocalPath, Section
 
 MayDiffer = Literal["tokenizer", "template", "image_preprocessing", "capture"]
 OnMissing = Literal["raise", "skip", "recompute"]
@@ -20,8 +20,8 @@ class CacheConfig(Section):
     to `mirror_bytes`, if one is given.
     """
 
-    path: str
-    mirror: str | None = None
+    path: LocalPath
+    mirror: LocalPath | None = None
     mirror_bytes: int = Field(default=50_000_000_000, ge=1)
     allow_mismatch: list[MayDiffer] = []
 

@@ -13,7 +13,7 @@ from pipeline.cache_settings import CacheConfig, Caches, OnMissing, check_named_
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.losses import LOSSES
 from pipeline.model_settings import DType, StudentConfig, TeacherConfig
-from pipeline.settings import Section
+from pipeline.settings import LocalPath, Section
 from pipeline.targets import TARGETS
 from pipeline.training_arguments import checked_training_arguments
 from pipeline.yaml_text import read_yaml, write_yaml
@@ -99,7 +99,7 @@ class Config(Section):
     processes.
     """
 
-    output_dir: str
+    output_dir: LocalPath
     teacher: TeacherConfig
     student: StudentConfig
     data: DataConfig
@@ -180,13 +180,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config {file}: not readable as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {file}: expected a mapping of sections, found {type(values).__name__}")
+    return _checked(cast(dict[str, Any], values), overrides, where=str(file))
+
+
+def overridden(config: Config, overrides: Sequence[str], *, where: str) -> Config:
+    """A config with overrides; `where` it is from is told in a `ConfigError`, as `load_config` raises it."""
+    return _checked(config.model_dump(mode="json"), overrides, where=where)
+
+
+def _checked(values: dict[str, Any], overrides: Sequence[str], *, where: str) -> Config:
     for override in overrides:
-        _apply_override(cast(dict[str, Any], values), override)
+        _apply_override(values, override)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         problems = "\n".join(_sentence(detail) for detail in error.errors())
-        raise ConfigError(f"config {file}:\n{problems}") from error
+        raise ConfigError(f"config {where}:\n{problems}") from error
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

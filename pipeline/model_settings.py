@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from pipeline.settings import Section
+from pipeline.settings import LocalPath, Section
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -17,7 +17,7 @@ class TeacherConfig(Section):
     `batch_size` is where stage 1 begins; it is halved where memory runs out. `auto` begins high.
     """
 
-    model: str
+    model: LocalPath
     dtype: DType = "auto"
     device: str = "auto"
     batch_size: int | Literal["auto"] = "auto"
@@ -57,7 +57,7 @@ class StudentConfig(Section):
     tower, `patch_feature_cache_bytes` of memory keep its output for each distinct image.
     """
 
-    model: str
+    model: LocalPath
     dtype: DType = "float32"
     gradient_checkpointing: bool = False
     projector_learning_rate: float | None = Field(default=None, gt=0)

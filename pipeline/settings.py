@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -23,3 +24,7 @@ def _power_of_two(value: float) -> float:
 
 
 PowerOfTwo = Annotated[float, AfterValidator(_power_of_two)]
+
+
+# A path whose ~ is the home folder: no shell puts it in after the = of an override, and none reads YAML.
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]

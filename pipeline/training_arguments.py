@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import Field, fields
 from typing import Any, cast
@@ -124,12 +125,15 @@ def checked_training_arguments(train: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(field: Field[Any] | None, value: Any) -> Any:
-    """A value whose words of YAML 1.1 are booleans where the field is one, and in a mapping, which has no types."""
+    """A value with ~ for the home folder, and words of YAML 1.1 as booleans where the field is one.
+
+    They are so inside a mapping, too, which has no types.
+    """
     if isinstance(value, dict):
         return {name: yes_or_no(inner) for name, inner in cast(dict[str, Any], value).items()}
     if field is not None and (_kinds(field) == {"bool"} or field.name in ALSO_BOOLEAN):
         return yes_or_no(value)
-    return value
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _kinds(field: Field[Any]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -138,3 +139,43 @@ def test_draws_that_are_no_draws_of_the_tail_are_found(name, change, drawn, tmp_
     found = check_store(drawn.model_copy(update={"cache": here}), num_samples=100, seed=0)
     assert not found.is_sound
     assert [array.name for array in found.arrays if array.of_limit > 1] == [name]
+
+
+@pytest.fixture
+def moved(experiment, tmp_path):
+    """The store's teacher and shards at another place, as on another machine: nothing is where stage 1 had it."""
+    teacher = copy_of_teacher(experiment, tmp_path / "elsewhere")
+    arrays = rewrite_store(experiment.store, tmp_path / "store")
+    return arrays, f"teacher.model={teacher}"
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    return int(stopped.value.code or 0)
+
+
+def test_the_command_takes_overrides_of_the_config_and_of_the_one_that_the_store_carries(
+    experiment, moved, tmp_path, capsys
+):
+    store, here = moved
+    for config in (["--config", experiment.file, f"output_dir={tmp_path}"], []):
+        assert run("check", store, "--samples", "1", "--no-losses", *config, here) == 0
+        assert capsys.readouterr().out.startswith(
+            f"1 samples captured again with {tmp_path}/elsewhere in float32"
+        )
+    assert run("check", store, "teacher.modle=x") == 2
+    said = capsys.readouterr().err
+    assert f"config of {store}:\n  teacher.modle: unknown key; did you mean 'model'?" in said
+
+
+def test_other_commands_that_take_a_config_take_overrides_too(experiment, moved, tmp_path, capsys):
+    store, here = moved
+    shutil.rmtree(store / "parts" / "shard-000001")
+    config = ["--config", experiment.file, f"output_dir={tmp_path}", f"cache.path={store}", here]
+    assert run("verify", store, "--fix", *config) == 0
+    assert "1 missing parts captured: shard-000001" in capsys.readouterr().err
+    assert run("verify", store, here) == 2
+    assert run("inspect", "sample", store, "a0", f"data.shards={tmp_path}/nowhere") == 2
+    assert f"looked in data.shards, {tmp_path}/nowhere" in capsys.readouterr().err
+    assert run("inspect", store, "a0", here, "--out", tmp_path / "a.png") == 0

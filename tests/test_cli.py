@@ -199,6 +199,15 @@ def test_print_config_prints_what_can_be_read_back_and_does_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_home_folder_after_an_options_equals_sign_is_meant(
+    alignkd, settings, experiment, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(experiment.file, tmp_path / "config.yaml")
+    ran = alignkd("evaluate", "--config=~/config.yaml", settings[2], "--output=~/made/predictions.jsonl")
+    assert ran.code == 0 and (tmp_path / "made" / "predictions.jsonl").is_file()
+
+
 # What goes wrong outside the program: one sentence and an exit code
 
 COMMANDS_WITH_CONFIG = ["teacher-cache", "distill", "evaluate"]

@@ -310,3 +310,45 @@ def test_a_file_that_is_not_there_or_not_a_config_is_named(tmp_path, complaint):
 def test_a_config_cannot_be_changed_after_it_was_checked(load):
     with pytest.raises(ValueError, match="frozen"):
         load(SMALLEST).student.model = "other"
+
+
+# ~ is the home folder
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return str(tmp_path)
+
+
+HOMED = {
+    "output_dir": "~/runs",
+    "teacher": {"model": "~/teacher"},
+    "student": {"model": "~/student"},
+    "data": {"shards": "x.tar"},
+    "cache": {"path": "~/teacher.zarr", "mirror": "~/mirror"},
+    "train": {"resume_from_checkpoint": "~/runs/checkpoint-2", "fsdp_config": "~/fsdp.json"},
+}
+
+
+def test_the_home_folder_may_be_written_short_in_files_and_overrides(load, home):
+    whole = {key: value for key, value in SMALLEST.items() if key != "cache"}
+    overrides = [
+        f"{section}.{key}={value}" if key else f"{section}={value}"
+        for section, inner in HOMED.items()
+        for key, value in (inner.items() if isinstance(inner, dict) else [("", inner)])
+    ]
+    for config in (load(HOMED), load(whole, *overrides)):
+        paths = [config.output_dir, config.teacher.model, config.student.model, config.one_cache.path]
+        paths += [str(config.one_cache.mirror), *sorted(config.train.values(), reverse=True)]
+        names = ["runs", "teacher", "student", "teacher.zarr", "mirror", "runs/checkpoint-2", "fsdp.json"]
+        assert paths == [f"{home}/{name}" for name in names]
+        assert load(to_yaml(config)) == config
+    several = load(SEVERAL, "caches=[{path: ~/a.zarr}, {path: s3://b/~}]")
+    assert [cache.path for cache in several.all_caches()] == [f"{home}/a.zarr", "s3://b/~"]
+
+
+def test_a_tilde_that_is_none_of_a_home_is_left_alone(load, home):
+    config = load(SMALLEST, "output_dir=./~/x", "teacher.model=~nobody-of-this-name/x", "student.model=a~b")
+    assert [config.output_dir, config.student.model] == ["./~/x", "a~b"]
+    assert config.teacher.model == "~nobody-of-this-name/x"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.commands.options import StorePath, load
+from pipeline.commands.options import Overrides, StorePath, load_or_stored
 
 if TYPE_CHECKING:
     from pipeline.inspection.sample import Inspection
@@ -40,6 +40,7 @@ app = typer.Typer(
 def attention(
     store: StorePath,
     key: SampleKey,
+    overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="PNG or SVG file.")] = Path("attention.png"),
     layer: Annotated[
         int | None, typer.Option(min=0, help="Teacher layer; default: the first of the losses'.")
@@ -61,7 +62,7 @@ def attention(
     from pipeline.inspection.attention_picture import draw_attention
     from pipeline.inspection.sample import paired_layer, student_attention
 
-    inspection = _inspect(store, key, config, layer=layer, k=k)
+    inspection = _inspect(store, key, config, overrides, layer=layer, k=k)
     students = {"before": inspection.config.student.model, "after": student} if student else {}
     if student and student_layer is None:
         student_layer = paired_layer(inspection)
@@ -75,13 +76,15 @@ def attention(
 
 
 @app.command()
-def sample(store: StorePath, key: SampleKey, config: ConfigOption = None) -> None:
+def sample(
+    store: StorePath, key: SampleKey, overrides: Overrides = None, config: ConfigOption = None
+) -> None:
     """A sample's tokens in colour: which are trained, where images stand; and the teacher's likeliest answers."""
     from rich.console import Console
 
     from pipeline.inspection.sample_text import describe_sample
 
-    Console(highlight=False).print(describe_sample(_inspect(store, key, config)))
+    Console(highlight=False).print(describe_sample(_inspect(store, key, config, overrides)))
 
 
 @app.command()
@@ -98,7 +101,10 @@ def keys(
         print(key)
 
 
-def _inspect(store: str, key: str, config: Path | None, **options: Any) -> Inspection:
+def _inspect(
+    store: str, key: str, config: Path | None, overrides: list[str] | None, **options: Any
+) -> Inspection:
     from pipeline.inspection.sample import inspect_sample
 
-    return inspect_sample(store, key, config=load(config, None) if config else None, **options)
+    settings = load_or_stored(store, config, overrides) if config or overrides else None
+    return inspect_sample(store, key, config=settings, **options)

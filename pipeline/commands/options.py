@@ -47,6 +47,17 @@ def load(config: Path, overrides: list[str] | None, print_config: bool = False) 
     return settings
 
 
+def load_or_stored(store: str, config: Path | None, overrides: list[str] | None) -> Config:
+    """The config named, else that of stage 1, which the store carries; either with overrides."""
+    if config is not None:
+        return load(config, overrides)
+    from cache import Store
+    from pipeline.config import overridden
+    from pipeline.inspection.sources import stored_config
+
+    return overridden(stored_config(Store(store)), overrides or [], where=f"of {store}")
+
+
 def allowing(overrides: list[str] | None, allow_mismatch: list[str] | None) -> list[str]:
     """Overrides with what --allow-mismatch says, which thus is recorded with the config."""
     allowed = [f"cache.allow_mismatch=[{','.join(allow_mismatch)}]"] if allow_mismatch else []

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.options import AsJson, ConfigFile, Overrides, StorePath, load, say
+from pipeline.commands.options import AsJson, ConfigFile, Overrides, StorePath, load, load_or_stored, say
 
 if TYPE_CHECKING:
     from cache import Report
+    from pipeline.config import Config
 
 
 def info(store: StorePath, as_json: AsJson = False) -> None:
@@ -29,6 +30,7 @@ def info(store: StorePath, as_json: AsJson = False) -> None:
 
 def verify(
     store: StorePath,
+    overrides: Overrides = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also hash every file and decode every value.")
     ] = False,
@@ -55,14 +57,14 @@ def verify(
     from cache import verify as verify_store
     from pipeline.describe import readable_bytes
 
-    if fix != (config is not None):
+    if fix != (config is not None) or (overrides and not fix):
         raise typer.BadParameter(
-            "--fix and --config go together: the teacher that captures again is the config's"
+            "--fix and --config go together, and overrides with them: the teacher that captures again is the config's"
         )
     deep = deep or fix
     report = verify_store(store, deep=deep)
     if config is not None and not report.is_sound:
-        report = _fixed(config, report, allow_fewer)
+        report = _fixed(load(config, overrides), report, allow_fewer)
     if as_json:
         print(json.dumps(report.to_json(), indent=1))
     else:
@@ -79,6 +81,7 @@ def verify(
 
 def check(
     store: StorePath,
+    overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=1, help="How many samples to capture again.")] = 64,
     seed: Annotated[int, typer.Option(help="Which ones.")] = 0,
     losses: Annotated[
@@ -94,12 +97,10 @@ def check(
 
     Where no logits are stored a stub of the teacher suffices: a few percent of its weights.
     """
-    from cache import Store
     from pipeline.check import check_store
     from pipeline.describe_check import describe_check
-    from pipeline.inspection.sources import stored_config
 
-    settings = load(config, None) if config else stored_config(Store(store))
+    settings = load_or_stored(store, config, overrides)
     here = settings.one_cache.model_copy(update={"path": str(store)})  # wherever it was made
     settings = settings.model_copy(update={"cache": here})
     found = check_store(settings, num_samples=samples, seed=seed, with_losses=losses)
@@ -137,13 +138,13 @@ def plan(
         raise typer.Exit(1)
 
 
-def _fixed(config: Path, report: Report, allow_fewer: bool) -> Report:
+def _fixed(config: Config, report: Report, allow_fewer: bool) -> Report:
     """Repair what the report finds, line by line on stderr; the report of the repaired store."""
     from pipeline.repair import repair_store
 
     for problem in report.problems:
         say(f"found {problem.kind}: {problem.file}: {problem.detail}")
-    repair = repair_store(load(config, None), report, say=say, may_hold_fewer=allow_fewer)
+    repair = repair_store(config, report, say=say, may_hold_fewer=allow_fewer)
     say(f"{len(repair.recaptured)} damaged parts captured again: {', '.join(repair.recaptured) or 'none'}")
     say(f"{len(repair.captured)} missing parts captured: {', '.join(repair.captured) or 'none'}")
     return repair.report

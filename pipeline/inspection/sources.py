@@ -77,7 +77,7 @@ def find_preparation(config: Config, store: Store) -> tuple[Preparation, str]:
             continue
         try:
             preparation = Preparation.of(folder, config.data)
-        except ConfigError as error:
+        except PipelineError as error:
             reasons.append(f"{name}: {error}")
             continue
         check_reading(store, preparation)

@@ -68,7 +68,7 @@ def leaf_differences(stored: Any, mine: Any, *, at: str = "") -> Iterator[tuple[
             inside = f"{at}.{name}" if at else name
             yield from leaf_differences(one.get(name, NOTHING), other.get(name, NOTHING), at=inside)
         return
-    theirs, ours = ("absent" if side is NOTHING else json.dumps(side) for side in (stored, mine))
+    theirs, ours = _spelled(stored), _spelled(mine)
     if theirs != ours:
         yield at, theirs, ours
 
@@ -219,6 +219,10 @@ def check_format(record: Mapping[str, Any], file: str | Path) -> None:
 
 def _sorted_json(specs: tuple[ArraySpec, ...]) -> list[dict[str, Any]]:
     return [spec.to_json() for spec in sorted(specs, key=lambda spec: spec.name)]
+
+
+def _spelled(value: Any) -> str:
+    return "absent" if value is NOTHING else json.dumps(value)
 
 
 def _leaves(field: str, stored: Any, mine: Any) -> list[Difference]:

@@ -109,8 +109,10 @@ def draw_sweep(
         left.set_title(f"{name}: {block[0]['questions']:,} questions", loc="left", fontsize=10, weight="bold")
     grid[-1][0].set_xlabel("accuracy, %: dot the mean, rings the seeds", fontsize=9)
     grid[-1][1].set_xlabel("gain over labels only, points, 95% interval", fontsize=9)
-    style = {"svg.fonttype": "none", "svg.hashsalt": "sweep"}
-    with writing(output_png.parent), matplotlib.rc_context(style):
+    with (
+        writing(output_png.parent),
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep"}),
+    ):
         figure.savefig(output_png, format="png", dpi=160)
         figure.savefig(output_svg, format="svg", metadata={"Date": None})
 

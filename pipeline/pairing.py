@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError
@@ -40,7 +39,7 @@ def _note(config: Config, what: str) -> None:
     print(f"student.model {config.student.model} {what}", file=sys.stderr)
 
 
-def check_pair(config: Config, shape: MobileVLMConfig, facts: TeacherFacts, *, of: str | Path) -> None:
+def check_pair(config: Config, shape: MobileVLMConfig, facts: TeacherFacts, *, of: object) -> None:
     """Raise `ConfigError` if a student of this shape cannot be held to the teacher `of` these facts."""
     for field, theirs, mine in (
         ("num_vision_tokens", facts.num_vision_tokens, shape.num_vision_tokens),

@@ -132,7 +132,7 @@ def _read(field: Field[Any] | None, value: Any) -> Any:
     if isinstance(value, dict):
         return {name: yes_or_no(inner) for name, inner in cast(dict[str, Any], value).items()}
     if field is not None and (_kinds(field) == {"bool"} or field.name in ALSO_BOOLEAN):
-        return yes_or_no(value)
+        value = yes_or_no(value)
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 

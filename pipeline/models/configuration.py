@@ -175,10 +175,9 @@ def resolve_vision_config(
 
 def check_tower_is_here(tower: str | None) -> None:
     """Raise `ConfigError` for a tower that is named by a path which leads nowhere."""
-    is_path = tower is not None and (
-        tower.startswith(("/", ".", "~")) or tower.count("/") > 1 or "\\" in tower
-    )
-    if is_path and not Path(tower).is_dir():
+    if tower is None or Path(tower).is_dir():
+        return
+    if tower.startswith(("/", ".", "~")) or tower.count("/") > 1 or "\\" in tower:
         raise ConfigError(
             f"mm_vision_tower: {tower!r} is no folder here, but perhaps on the machine that wrote the config; set it "
             f"to where the tower is, or to its name, such as {' or '.join(sorted(KNOWN_TOWERS))}"

@@ -12,6 +12,8 @@ from pathlib import Path
 LONGEST_REASON = 600  # characters of a library's own words
 OUR_PACKAGES = ("pipeline", "cache")
 TORCH_WRITER = "inline_container.cc"  # all that torch.save says of a full disk, beside a position
+OF_THE_DISK = "make room or correct the rights, and run the same command again"
+OF_THE_MEMORY = "free memory, or take a smaller model, dtype or batch"
 # Raised by a line of ours, these are a mistake in it, and need their traceback.
 MISTAKES = (AttributeError, NameError, AssertionError, LookupError, TypeError)
 
@@ -73,7 +75,7 @@ def building(what: str, *, then: str) -> Iterator[None]:
         if is_ours(error) or _is_mistake(error):
             raise
         if is_of_the_machine(error):
-            then = "make room or correct the rights, and run the same command again"
+            then = OF_THE_DISK if isinstance(error, OSError) else OF_THE_MEMORY
             raise PipelineError(f"{what}: {reason_of(error)}; {then}") from error
         raise ConfigError(f"{what}: {reason_of(error)}; {then}") from error
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pipeline.config import DataConfig, EvaluateConfig
 from pipeline.conversation import tokenize_prompt
-from pipeline.errors import BadSample, PipelineError, writing
+from pipeline.errors import BadSample, PipelineError, building, writing
 from pipeline.inputs import Preparation, pad_rows
 from pipeline.memory import TensorCache
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
@@ -64,7 +64,8 @@ def evaluate_model(
     """
     preparation = Preparation.of(model, data)
     network = MobileVLMForCausalLM.from_pretrained(model, dtype=settings.dtype).eval()
-    network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+    with building(f"model {model} on a GPU", then="set evaluate.dtype to bfloat16"):
+        network = network.to("cuda" if torch.cuda.is_available() else "cpu")
     questions = sorted(_questions(settings, preparation, data), key=lambda q: len(q.prompt))
     features = TensorCache(FEATURE_CACHE_BYTES)
     predictions: list[Prediction] = []

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from pipeline.config import Config, DataConfig
 from pipeline.conversation import TokenizedSample, load_tokenizer, template_digest, tokenize, tokenizer_digest
-from pipeline.errors import BadSample
+from pipeline.errors import BadSample, building
 from pipeline.images import ImagePreprocessor
 from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+PREPROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,13 @@ class Preparation:
         config = read_config(folder)
         image_size = config.tower.image_size
         assert isinstance(image_size, int)
-        preprocess = ImagePreprocessor.from_pretrained(
-            folder,
-            aspect_ratio=data.image_aspect_ratio,
-            image_size=image_size,
-            max_pixels=data.max_image_pixels,
-        )
+        with building(f"{folder / PREPROCESSOR}", then="use the tower's own file, or remove it for CLIP's"):
+            preprocess = ImagePreprocessor.from_pretrained(
+                folder,
+                aspect_ratio=data.image_aspect_ratio,
+                image_size=image_size,
+                max_pixels=data.max_image_pixels,
+            )
         return cls(
             tokenizer=load_tokenizer(folder),
             preprocess=preprocess,

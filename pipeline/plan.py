@@ -20,7 +20,7 @@ from typing import Any
 
 from cache import CODECS, PartSizes, part_sizes
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, writing
 from pipeline.pairing import check_student
 from pipeline.plan_costs import Costs, measure_costs
 from pipeline.shards import Sample, part_name, read_shard
@@ -164,7 +164,7 @@ def _head(shard: str, folder: Path, num_samples: int) -> str:
         if isinstance(item, Sample):
             end = max(end, *(span.offset + span.size for span in (item.json_span, *item.image_spans)))
     target = folder / Path(shard).name
-    with open(shard, "rb") as whole:
+    with writing(target), open(shard, "rb") as whole:
         target.write_bytes(whole.read(-(-end // TAR_BLOCK) * TAR_BLOCK) + bytes(2 * TAR_BLOCK))
     return str(target)
 

@@ -23,6 +23,7 @@ from cache.codecs import Array, StoredArray
 from cache.durable import hash_bytes
 from cache.errors import CorruptPart
 from cache.layout import ZARR_METADATA, shard_file
+from cache.local_files import size_of
 from cache.place import Place, Range, find_ranges, iter_ranges
 from cache.records import FileRecord
 
@@ -99,20 +100,13 @@ def _decompressed(content: memoryview, *, num_bytes: int) -> Array:
 def read_chunks(chunks: Sequence[tuple[OpenArray, int]]) -> Iterator[Array]:
     """Chunks by array and number in turn, all asked for before the first is given."""
     found = iter_ranges([array.range_of(number) for array, number in chunks])
-    for array, number in chunks:
-        try:
-            data = next(found)
-        except OSError as error:
-            raise CorruptPart(array.shard, f"chunk {number} cannot be read ({error})") from error
+    for (array, number), data in zip(chunks, found, strict=True):
         yield array.decode_chunk(number, data)
 
 
 def read_chunk(array: OpenArray, number: int) -> Array:
     """One chunk, whatever it holds."""
-    try:
-        return array.decode_chunk(number, find_ranges([array.range_of(number)])[0])
-    except OSError as error:
-        raise CorruptPart(array.shard, f"chunk {number} cannot be decoded ({error})") from error
+    return array.decode_chunk(number, find_ranges([array.range_of(number)])[0])
 
 
 class Wanted(NamedTuple):
@@ -201,8 +195,9 @@ def _index_range(
     size = 16 * -(-wanted.rows // chunk_rows) + _CHECKSUM_BYTES
     if recorded is None:
         raise CorruptPart(shard, "the file is gone")
-    if isinstance(shard, Path) and shard.is_file() and shard.stat().st_size != recorded.bytes:
-        raise CorruptPart(shard, f"it has {shard.stat().st_size} bytes, part.json says {recorded.bytes}")
+    found = size_of(shard) if isinstance(shard, Path) else None
+    if found not in (None, recorded.bytes):
+        raise CorruptPart(shard, f"it has {found} bytes, part.json says {recorded.bytes}")
     if size > recorded.bytes:
         raise CorruptPart(shard, f"its {recorded.bytes} bytes are too few for an index of {size}")
     return Range(shard, recorded.bytes - size, recorded.bytes)

@@ -26,7 +26,7 @@ CacheError
 │   └── ValueOutOfRange
 ├── UnreadableFile          the system refuses to read a file: nothing is said of what it holds
 └── CorruptFile             a file of the store is damaged
-    └── CorruptPart         ... and it belongs to a part, which can be removed and written again
+    └── CorruptPart         ... and it belongs to a part, which can be captured again
 """
 
 # ruff: noqa: N818 - these names say what happened; "...Error" would add nothing.
@@ -243,6 +243,8 @@ class UnreadableFile(CacheError):
     @property
     def remedy(self) -> str:
         """What to do about an error of this number."""
+        if self.error.errno == errno.ENOENT:
+            return "restore it or correct the path"
         if self.error.errno in (errno.EACCES, errno.EPERM):
             return "ask its owner for access, or run as a user who may read it"
         if self.error.errno in (errno.EMFILE, errno.ENFILE):

@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+import resource
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from cache.errors import UnreadableFile
+
 _CAN_ADVISE = hasattr(os, "posix_fadvise")  # not everywhere
+_ENOUGH_OPEN = 512  # files: what a disk or a file server is asked for at one time
+
+_Range = tuple[Path, int, int | None]
 
 
-def read_ranges(ranges: Sequence[tuple[Path, int, int | None]]) -> Iterator[bytes | None]:
+def read_ranges(ranges: Sequence[_Range]) -> Iterator[bytes | None]:
     """The bytes start..stop of files in turn, short where a file ends early, None where there is no file.
 
-    Every file is opened once, and a disk is given all that it is to read before the first range is waited for.
+    A disk is given all that it is to read before the first range is waited for; of more files than may be open at one
+    time, one group after another. Raises `UnreadableFile` where the system refuses.
     """
+    for group in _groups(ranges, max_open()):
+        yield from _read_together(group)
+
+
+def max_open() -> int:
+    """Files that one reading may hold open: an eighth of what the process may, for several readings at a time."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _ENOUGH_OPEN if limit == resource.RLIM_INFINITY else max(1, min(limit // 8, _ENOUGH_OPEN))
+
+
+def size_of(file: Path) -> int | None:
+    """A file's size in bytes, a link's target's; None if there is no such file."""
+    try:
+        with _told(file):
+            return file.stat().st_size if file.is_file() else None
+    except FileNotFoundError:
+        return None
+
+
+def _groups(ranges: Sequence[_Range], max_files: int) -> Iterator[Sequence[_Range]]:
+    """The ranges in order, cut so that no group is of more files than that."""
+    start, files = 0, set[Path]()
+    for number, (file, _, _) in enumerate(ranges):
+        if file not in files and len(files) == max_files:
+            yield ranges[start:number]
+            start, files = number, set[Path]()
+        files.add(file)
+    yield ranges[start:]
+
+
+def _read_together(ranges: Sequence[_Range]) -> Iterator[bytes | None]:
     with ExitStack() as closing:
         descriptors = {file: _opened(file, closing) for file in dict.fromkeys(file for file, _, _ in ranges)}
         for file, start, stop in ranges:
@@ -22,12 +61,13 @@ def read_ranges(ranges: Sequence[tuple[Path, int, int | None]]) -> Iterator[byte
                 _advise(descriptor, start, stop)
         for file, start, stop in ranges:
             descriptor = descriptors[file]
-            yield None if descriptor is None else _read(descriptor, start, stop)
+            yield None if descriptor is None else _read(file, descriptor, start, stop)
 
 
 def _opened(file: Path, closing: ExitStack) -> int | None:
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        with _told(file):
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     closing.callback(os.close, descriptor)
@@ -43,12 +83,29 @@ def _advise(descriptor: int, start: int, stop: int | None) -> None:
         os.posix_fadvise(descriptor, start, 0 if stop is None else stop - start, os.POSIX_FADV_WILLNEED)
 
 
-def _read(descriptor: int, start: int, stop: int | None) -> bytes:
-    size = (os.fstat(descriptor).st_size if stop is None else stop) - start
-    data = os.pread(descriptor, max(size, 0), start)
-    while len(data) < size and (more := os.pread(descriptor, size - len(data), start + len(data))):
-        data += more  # a system reads 2 GiB at most at a time
-    return data
+def _read(file: Path, descriptor: int, start: int, stop: int | None) -> bytes | None:
+    try:
+        with _told(file):
+            size = (os.fstat(descriptor).st_size if stop is None else stop) - start
+            data = os.pread(descriptor, max(size, 0), start)
+            while len(data) < size and (more := os.pread(descriptor, size - len(data), start + len(data))):
+                data += more  # a system reads 2 GiB at most at a time
+            return data
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def _told(file: Path) -> Generator[None]:
+    """`FileNotFoundError` where there is no such file, but a folder or nothing; else `UnreadableFile`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(file)) from error
+    except OSError as error:
+        raise UnreadableFile(file, error) from error
 
 
 def drop_from_memory(folder: Path) -> None:

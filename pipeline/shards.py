@@ -25,7 +25,7 @@ from pipeline.dotted_names import split_dotted
 from pipeline.errors import BadSample, ShardError
 from pipeline.file_names import as_stored, expand_home, longest_stored
 from pipeline.media import check_media
-from pipeline.tars import Group, open_tar, read_groups, read_member
+from pipeline.tars import Group, open_tar, read_groups, read_member, reading
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def read_shard(path: str | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Itera
 
 def read_span(path: str | Path, span: Span) -> bytes:
     """A member's bytes by their place in the tar, without reading the rest."""
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         file.seek(span.offset)
         data = file.read(span.size)
     if len(data) != span.size:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 import tarfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from webdataset.tariterators import base_plus_ext
 
+from cache import UnreadableFile
 from pipeline.errors import BadSample, ShardError
 
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
@@ -36,21 +38,17 @@ class Group:
 
 def open_tar(path: str | Path) -> tarfile.TarFile:
     """The tar, open for reading; raises `ShardError` if it is compressed or no tar."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(6)
-    except OSError as error:
-        raise ShardError(
-            f"{path} cannot be read ({error.strerror}); restore it or correct the path."
-        ) from error
+    with reading(path), open(path, "rb") as file:
+        start = file.read(6)
     for magic, name in COMPRESSIONS.items():
         if start.startswith(magic):
             raise ShardError(
                 f"{path} is compressed with {name}, so no sample can be found by its place; unpack it."
             )
     try:
-        return tarfile.open(path, "r:")
-    except (OSError, MemoryError):
+        with reading(path):
+            return tarfile.open(path, "r:")
+    except (ShardError, MemoryError):
         raise  # the machine's trouble, not the shard's
     except Exception as error:  # damaged headers can raise anything in tarfile's parsers
         raise ShardError(f"{path} is no tar file ({error}); {REMEDY}") from error
@@ -85,16 +83,26 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     """A member's bytes."""
     file = tar.extractfile(member)
     assert file is not None  # groups hold regular files only
-    return file.read()
+    with reading(str(tar.name)):
+        return file.read()
+
+
+@contextmanager
+def reading(path: str | Path) -> Generator[None]:
+    """Raise `ShardError` for what the system refuses: it says which file, why, and nothing about what it holds."""
+    try:
+        yield
+    except OSError as error:
+        raise ShardError(str(UnreadableFile(Path(path), error))) from error
 
 
 def read_members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.TarInfo]:
     """Every member in its order. Raises `ShardError` if the tar is truncated or damaged."""
     try:
-        while (member := tar.next()) is not None:
+        while (member := _next(tar, path)) is not None:
             yield member
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else every header is kept
-    except (OSError, MemoryError):
+    except (ShardError, MemoryError):
         raise  # the machine's trouble, not the shard's
     except Exception as error:  # damaged headers can raise anything in tarfile's parsers
         raise ShardError(
@@ -103,11 +111,17 @@ def read_members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.Tar
     _check_end(tar, path)
 
 
+def _next(tar: tarfile.TarFile, path: str | Path) -> tarfile.TarInfo | None:
+    with reading(path):
+        return tar.next()
+
+
 def _check_end(tar: tarfile.TarFile, path: str | Path) -> None:
     # tarfile takes a damaged header, or the file's end, for the end of the archive: samples would be lost.
     file: BinaryIO = tar.fileobj  # pyright: ignore[reportAssignmentType]
-    file.seek(tar.offset)
-    end = file.read(tarfile.BLOCKSIZE)
+    with reading(path):
+        file.seek(tar.offset)
+        end = file.read(tarfile.BLOCKSIZE)
     if len(end) < tarfile.BLOCKSIZE:
         raise ShardError(f"{path} is truncated: it ends at byte {tar.offset} without an end mark; {REMEDY}")
     while end:
@@ -115,7 +129,8 @@ def _check_end(tar: tarfile.TarFile, path: str | Path) -> None:
             raise ShardError(
                 f"{path} is damaged at byte {tar.offset}: neither a member nor the end; {REMEDY}"
             )
-        end = file.read(1024 * 1024)
+        with reading(path):
+            end = file.read(1024 * 1024)
 
 
 def _add(group: Group, ending: str, member: tarfile.TarInfo) -> None:

@@ -1,10 +1,11 @@
-"""Reading local files beside the system's own memory of them: told what will be read, or asked to forget."""
+"""Local files: read by ranges, which the system is told of before, and listed; refusals are `UnreadableFile`."""
 
 from __future__ import annotations
 
 import errno
 import os
 import resource
+import stat
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -34,12 +35,48 @@ def max_open() -> int:
 
 
 def size_of(file: Path) -> int | None:
-    """A file's size in bytes, a link's target's; None if there is no such file."""
+    """A file's size in bytes, a link's target's; None if there is no such file. `UnreadableFile` if none can tell."""
     try:
         with _told(file):
-            return file.stat().st_size if file.is_file() else None
+            about = file.stat()
     except FileNotFoundError:
         return None
+    return about.st_size if stat.S_ISREG(about.st_mode) else None
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of files and folders in a folder, sorted; none if it is absent. `UnreadableFile` if none can list it."""
+    try:
+        with _told(folder):
+            return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+
+
+def sizes_below(folder: Path, *, leave_out_unreadable: bool = False) -> dict[str, int]:
+    """Size in bytes of every file below a folder, by its relative path with '/'; a link's is its target's.
+
+    Raises `UnreadableFile` for a folder that cannot be entered, unless such are left out.
+    """
+    sizes: dict[str, int] = {}
+    for name in names_in(folder):
+        try:
+            with _told(folder / name):
+                is_folder = (folder / name).is_dir()
+            if is_folder and not _is_loop(folder / name):
+                below = sizes_below(folder / name, leave_out_unreadable=leave_out_unreadable)
+                sizes |= {f"{name}/{inner}": size for inner, size in below.items()}
+            elif (size := size_of(folder / name)) is not None:
+                sizes[name] = size
+        except UnreadableFile:
+            if not leave_out_unreadable:
+                raise
+    return sizes
+
+
+def _is_loop(path: Path) -> bool:
+    """Whether it is a link to a folder that it lies in."""
+    return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
 
 
 def _groups(ranges: Sequence[_Range], max_files: int) -> Iterator[Sequence[_Range]]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from cache.durable import files_below, hash_blocks, hash_file
+from cache import local_files
+from cache.durable import hash_blocks, hash_file
 from cache.errors import NotThere
-from cache.local_files import read_ranges
 from cache.mirror import MirrorFolder
 from cache.remote import blocks, download, fetch, list_files, list_folder
 
@@ -104,7 +104,9 @@ def iter_ranges(ranges: Sequence[Range]) -> Iterator[bytes | None]:
     """
     runs = _runs(ranges)
     if all(isinstance(run[0].file, Path) for run in runs):
-        wholes = read_ranges([(cast(Path, run[0].file), run[0].start, run[-1].stop) for run in runs])
+        wholes = local_files.read_ranges(
+            [(cast(Path, run[0].file), run[0].start, run[-1].stop) for run in runs]
+        )
         for run, data in zip(runs, wholes, strict=True):
             yield from _split(data, run)
     else:
@@ -161,9 +163,14 @@ def hash_of(file: Place) -> str:
     return hash_file(file) if isinstance(file, Path) else hash_blocks(blocks(file.url))
 
 
-def sizes_below(folder: Place) -> dict[str, int]:
-    """Size in bytes of every file below the folder, by its relative path with '/'."""
-    return files_below(folder) if isinstance(folder, Path) else list_files(folder.url)
+def sizes_below(folder: Place, *, leave_out_unreadable: bool = False) -> dict[str, int]:
+    """Size in bytes of every file below the folder, by its relative path with '/'; a link's is its target's.
+
+    Raises `UnreadableFile` for a folder that the system refuses to list, unless such are left out.
+    """
+    if isinstance(folder, Path):
+        return local_files.sizes_below(folder, leave_out_unreadable=leave_out_unreadable)
+    return list_files(folder.url)
 
 
 def copy_files(copies: Mapping[Place, Path]) -> None:

@@ -14,6 +14,7 @@ from cache.codecs import Array, check_specs, decode_rows, stored_arrays
 from cache.documents import read_document
 from cache.errors import CorruptFile, DuplicateKey, KeyNotInStore, StoreNotFound, UnknownArray, UnknownPart
 from cache.layout import MANIFEST, PART_RECORD, part_path, parts_path
+from cache.local_files import names_in, size_of
 from cache.mirror import Mirror
 from cache.part_reader import FinishedPart
 from cache.place import Place, Range, find_ranges, place
@@ -185,8 +186,8 @@ def _decoded(specs: Sequence[ArraySpec], rows: Iterator[Array]) -> dict[str, Arr
 def read_manifest(path: Place) -> Manifest:
     """The manifest of the store at `path`; StoreNotFound if there is none."""
     file = path / MANIFEST
-    data = None if isinstance(path, Path) else find_ranges([Range(file)])[0]
-    if data is None and not (isinstance(file, Path) and file.exists()):
+    data = find_ranges([Range(file)])[0]
+    if data is None:
         raise StoreNotFound(path, _found_at(path))
     manifest = Manifest.from_json(read_document(file, data))
     check_specs(manifest.arrays)
@@ -202,10 +203,13 @@ def _found_at(path: Place) -> str:
 def finished_parts(path: Place, manifest: Manifest) -> dict[str, bytes | None]:
     """Names of the parts that carry their done-mark; from a server also what the mark says.
 
-    A server is asked for every planned part, all at once: not all of them can list what they have.
+    A server is asked for every planned part, all at once: not all of them can list what they have. Raises
+    `UnreadableFile` for a folder that this user may not enter: what is in it may well be finished.
     """
     if isinstance(path, Path):
-        return dict.fromkeys(mark.parent.name for mark in parts_path(path).glob(f"*/{PART_RECORD}"))
+        parts = parts_path(path)
+        names = [name for name in names_in(parts) if size_of(parts / name / PART_RECORD) is not None]
+        return dict.fromkeys(names)
     names = manifest.planned_parts
     marks = find_ranges([Range(part_path(path, name) / PART_RECORD) for name in names])
     return {name: data for name, data in zip(names, marks, strict=True) if data is not None}

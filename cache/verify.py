@@ -74,7 +74,7 @@ def verify(path: str | Path, *, deep: bool) -> Report:
 
 def _report(store: Place, audits: list[PartAudit], *, problems: list[Problem], deep: bool) -> Report:
     records = [audit.record for audit in audits if audit.record]
-    sizes = sizes_below(store)
+    sizes = sizes_below(store, leave_out_unreadable=True)
     return Report(
         path=str(store),
         deep=deep,

@@ -129,7 +129,9 @@ def _is_marked(part: Place) -> bool:
 
 def _check_files(audit: PartAudit, record: PartRecord) -> Iterator[str]:
     """Relative names of the files that are not what part.json says; each becomes a problem."""
-    found = sizes_below(audit.path)
+    found = audit.attempt(lambda: sizes_below(audit.path), kind="metadata")
+    if found is None:
+        return
     for name in sorted(found.keys() - record.files.keys() - {PART_RECORD}):
         audit.found(kind_of_extra(name), audit.path / name, "part.json does not list it")
     for name, recorded in sorted(record.files.items()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -130,7 +131,7 @@ def _expand(pattern: str) -> list[str]:
         if file.is_file():
             paths.append(str(file))
         elif glob.has_magic(name):
-            found = glob.glob(str(Path(glob.escape(str(folder))) / name), recursive=True)
+            found = _glob(str(Path(glob.escape(str(folder))) / name))
             paths += found or _refuse(str(file), file.parent)
         else:
             missing.append(file)
@@ -142,6 +143,17 @@ def _expand(pattern: str) -> list[str]:
             "correct the range or restore the files."
         )
     return paths
+
+
+def _glob(pattern: str) -> list[str]:
+    """The paths that a glob names. A folder on its way that cannot be listed raises: its shards would be left out."""
+    folders = os.path.dirname(pattern)
+    while glob.has_magic(folders):
+        for folder in glob.glob(f"{folders}/", recursive=True):
+            with reading(folder), os.scandir(folder):
+                pass
+        folders = os.path.dirname(folders)
+    return glob.glob(pattern, recursive=True)
 
 
 def _refuse(pattern: str, folder: Path) -> NoReturn:

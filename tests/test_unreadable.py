@@ -13,9 +13,9 @@ from small_experiment import write_shard
 from small_store import fill_part, manifest, sample_arrays, write_store
 
 from cache import CorruptFile, CorruptPart, Span, Store, StoreWriter, UnreadableFile
-from cache.local_files import max_open, read_ranges
+from cache.local_files import max_open, read_ranges, sizes_below
 from pipeline.errors import ShardError
-from pipeline.shards import read_shard, read_span
+from pipeline.shards import expand_shards, read_shard, read_span
 
 PART = "shard-000000"
 SHARD = f"parts/{PART}/hidden/c/0/0"
@@ -136,6 +136,54 @@ def test_what_is_damaged_is_captured_again_by_a_command_and_not_removed_by_hand(
     assert "remove" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", [f"parts/{PART}", "parts", ""])
+def test_a_folder_that_this_user_may_not_enter_is_not_taken_as_unfinished(name: str):
+    with open_folder() as folder:
+        path = write_store(folder / "s")
+        with (
+            closed(path / name),
+            without_rights(),
+            pytest.raises(
+                UnreadableFile, match=r"cannot be read \(Permission denied\); ask its owner"
+            ) as caught,
+        ):
+            Store(path)
+        assert str(caught.value).startswith(str(path / name))
+        assert Store(path).parts == (PART, "shard-000001")
+
+
+def test_a_folder_inside_a_part_that_this_user_may_not_enter_is_no_damage():
+    with open_folder() as folder:
+        store = Store(write_store(folder / "s"))
+        with (
+            closed((folder / "s" / SHARD).parent),
+            without_rights(),
+            pytest.raises(UnreadableFile, match=SHARD),
+        ):
+            store.read("a0", ["hidden"])
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_sizes_are_of_what_can_be_seen_only_where_that_is_asked_for(mode: int):
+    with open_folder() as folder:
+        path = write_store(folder / "s")
+        whole = sizes_below(path)
+        assert whole == {f: (path / f).stat().st_size for f in whole} and f"parts/{PART}/part.json" in whole
+        with closed(path / "parts" / PART, mode), without_rights():
+            with pytest.raises(UnreadableFile, match="Permission denied"):
+                sizes_below(path)
+            seen = sizes_below(path, leave_out_unreadable=True)
+        assert seen == {file: size for file, size in whole.items() if not file.startswith(f"parts/{PART}/")}
+
+
+def test_what_lies_in_parts_and_is_no_part_is_left_out(tmp_path: Path):
+    path = write_store(tmp_path / "s")
+    (path / "parts" / ".DS_Store").write_bytes(b"x")
+    (path / "parts" / "begun").mkdir()
+    (path / "parts" / "odd" / "part.json").mkdir(parents=True)
+    assert Store(path).parts == (PART, "shard-000001")
+
+
 def _read_all(store: Store) -> None:
     store.read("a0", ["hidden"])
     store.rejects(PART)
@@ -174,3 +222,19 @@ def test_a_shard_on_a_disk_that_fails_is_no_damaged_shard(shard_folder: Path, re
 def test_a_shard_read_while_no_file_may_be_opened_is_no_damaged_shard(shard_folder: Path):
     with few_open_files(spare=0), pytest.raises(ShardError, match=r"Too many open files.*ulimit -n"):
         list(read_shard(shard_folder / "a.tar"))
+
+
+@pytest.mark.parametrize("pattern", ["*/*.tar", "**/*.tar", "*/inner/*.tar", "mine*/inner/*.tar"])
+def test_shards_of_a_folder_that_this_user_may_not_enter_are_not_left_out(shard_folder: Path, pattern: str):
+    for name in ("mine", "theirs"):
+        (shard_folder / name / "inner").mkdir(parents=True)
+        for place in ("", "inner"):
+            shard = shard_folder / name / place / f"{name}-{place}.tar"
+            shard.write_bytes((shard_folder / "a.tar").read_bytes())
+    with closed(shard_folder / "theirs"), without_rights():
+        if pattern.startswith("mine"):
+            assert len(expand_shards(str(shard_folder / pattern))) == 1
+        else:
+            with pytest.raises(ShardError, match=r"theirs cannot be read \(Permission denied\)"):
+                expand_shards(str(shard_folder / pattern))
+    assert expand_shards(str(shard_folder / pattern))

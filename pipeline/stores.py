@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -147,14 +147,14 @@ def check_fingerprint(
 ) -> list[Difference]:
     """Compare, field by field, what a store holds with what the config asks; raises `FingerprintMismatch`.
 
-    Fields of the store's `allow_mismatch` may differ: they are told on stderr and returned. Of several stores only
-    the settings of the targets that are taken from it count.
+    Fields of the store's `allow_mismatch` may differ: they are told on stderr and returned. Only the settings of the
+    targets that are taken from it and that a loss reads count: it may hold others.
     """
-    stored = source.store.manifest
+    read = targets_read(config).intersection(source.targets)
+    stored = _of_targets(source.store.manifest, read)
     # Teacher and dtype are stage 1's business; the store knows them and stage 2 has no other.
     capture = capture_settings(config, dtype=str(stored.capture.get("dtype")))
-    if config.caches is not None:
-        stored, capture = _of_targets(stored, source), capture | {"targets": _kept(capture, source)}
+    capture |= {"targets": _kept(capture, read)}
     mine = Fingerprint(
         teacher=stored.fingerprint.teacher, capture=digest_of(capture), **preparation.digests()
     )
@@ -167,18 +167,23 @@ def check_fingerprint(
     return differences
 
 
-def _of_targets(stored: Manifest, source: Source) -> Manifest:
-    """The manifest as if the targets that are taken had been captured alone."""
+def targets_read(config: Config) -> set[str]:
+    """Names of the targets that the configured losses read."""
+    return {target for name in config.losses.active() for target in LOSSES[name].targets}
+
+
+def _of_targets(stored: Manifest, names: Collection[str]) -> Manifest:
+    """The manifest as if these targets had been captured alone."""
     if digest_of(stored.capture) != stored.fingerprint.capture:
         return stored  # its settings are not those of its fingerprint: nothing can be said of a part of them
-    capture = stored.capture | {"targets": _kept(stored.capture, source)}
+    capture = stored.capture | {"targets": _kept(stored.capture, names)}
     return replace(
         stored, capture=capture, fingerprint=replace(stored.fingerprint, capture=digest_of(capture))
     )
 
 
-def _kept(capture: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    return {name: settings for name, settings in capture.get("targets", {}).items() if name in source.targets}
+def _kept(capture: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: settings for name, settings in capture.get("targets", {}).items() if name in names}
 
 
 def _sources(config: Config, stores: Sequence[Store]) -> list[Source]:

@@ -29,7 +29,7 @@ from pipeline.processes import is_first_process, num_processes
 from pipeline.provenance import finished_identity, mark_finished, read_mark, save_provenance
 from pipeline.recompute import load_recomputed
 from pipeline.resuming import CORRECT_TRAIN
-from pipeline.stores import open_stores, teacher_facts
+from pipeline.stores import open_stores, targets_read, teacher_facts
 from pipeline.trainer import HEADS_FILE, RUN_FILE, DistillTrainer
 from pipeline.training_arguments import HOW_IT_RUNS, NO_FLOAT16, OF_THE_LOG, samples_per_step
 
@@ -178,7 +178,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def needed_targets(config: Config) -> dict[str, Any]:
     """The stored targets that the configured losses read, by name."""
-    read = {target for name in config.losses.active() for target in LOSSES[name].targets}
+    read = targets_read(config)
     return {name: settings for name, settings in config.targets.cached().items() if name in read}
 
 

@@ -122,6 +122,40 @@ def test_a_store_may_hold_more_than_is_taken_from_it(experiment, of_other_teache
     assert len(opened(config)) == 13
 
 
+NO_LOGITS = ["losses.logits=null", "targets.logits=null"]
+
+
+def test_a_config_may_read_some_of_one_stores_targets(experiment, stores, tmp_path):
+    some = losses_of(experiment.config(tmp_path, *NO_LOGITS, *STEPS), tmp_path / "some")
+    sliced = part_of_store(experiment.store, tmp_path / "sliced", ["attention", "vision"])
+    config = experiment.config(tmp_path, f"cache.path={sliced}", *NO_LOGITS, *STEPS)
+    assert some == losses_of(config, tmp_path / "of_sliced") and "loss/logits" not in some[0]
+
+
+@pytest.mark.parametrize("changes", [["targets.logits.top_k=4"], ["targets.logits.tail_samples=2"]])
+def test_a_target_that_no_loss_reads_may_be_another_in_the_store(changes, experiment, stores, tmp_path):
+    config = experiment.config(tmp_path, "losses.logits=null", *changes)
+    train_student(config, tmp_path / "run")
+    with pytest.raises(FingerprintMismatch, match=r"capture: stored .*logits"):
+        train_student(experiment.config(tmp_path, *changes), tmp_path / "other")
+
+
+@pytest.mark.parametrize("changes", [["targets.vision.codec=float16"], ["data.max_length=100"]])
+def test_what_a_loss_reads_must_be_as_it_was_captured_also_beside_others(changes, experiment, tmp_path):
+    with pytest.raises(FingerprintMismatch, match="capture: stored "):
+        train_student(experiment.config(tmp_path, *NO_LOGITS, *changes), tmp_path / "run")
+
+
+def test_a_target_that_the_one_store_does_not_hold_is_refused_where_a_loss_reads_it(
+    experiment, stores, tmp_path
+):
+    only_logits = f"cache.path={stores['logits']}"
+    with pytest.raises(FingerprintMismatch, match=r"capture: stored .*mine .*attention"):
+        train_student(experiment.config(tmp_path, only_logits), tmp_path / "run")
+    config = experiment.config(tmp_path, only_logits, *NO_VISION, "losses.attention=null")
+    train_student(config, tmp_path / "run")
+
+
 def test_every_sample_joins_its_arrays_of_every_store_also_after_pickling(experiment, stores, tmp_path):
     dataset = opened(mixing(experiment, tmp_path, *stores.values()))
     whole = stored_arrays(experiment.store)

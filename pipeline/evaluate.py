@@ -8,16 +8,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from blake3 import blake3
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from cache import Span
 from pipeline.config import DataConfig, EvaluateConfig
 from pipeline.conversation import tokenize_prompt
-from pipeline.errors import BadSample, PipelineError, building, writing
+from pipeline.errors import BadSample, PipelineError, ShardError, building, writing
 from pipeline.inputs import Preparation, pad_rows
 from pipeline.memory import TensorCache
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.shards import Rejected, Sample, expand_shards, read_shard
+from pipeline.shards import Rejected, expand_shards, read_shard, read_span
 
 PREDICTIONS_FILE = "predictions.jsonl"
 FEATURE_CACHE_BYTES = 256 * 2**20
@@ -39,14 +43,30 @@ class Prediction:
         return self.answer.strip() == self.prediction.strip()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Question:
-    """A sample's last turn as a prompt."""
+    """A sample's last turn as a prompt. Where its images lie is held, and not their bytes: there may be very many."""
 
     test_set: str
-    sample: Sample
-    prompt: tuple[int, ...]
+    shard: str
+    key: str
+    question_type: str
+    prompt: NDArray[np.int32]
     answer: str
+    image_digests: tuple[str, ...]
+    image_spans: tuple[Span, ...]
+
+    @property
+    def group(self) -> str:
+        """What questions of one image share."""
+        return self.image_digests[0] if self.image_digests else self.key
+
+    def read_image(self, number: int) -> bytes:
+        """The bytes of one of its images. Raises `ShardError` if the shard changed since the question was read."""
+        data, span = read_span(self.shard, self.image_spans[number]), self.image_spans[number]
+        if blake3(data).hexdigest() != self.image_digests[number]:
+            raise ShardError(f"{self.shard}: {span.file} changed while it was evaluated; evaluate again.")
+        return data
 
 
 def evaluate_model(
@@ -66,7 +86,7 @@ def evaluate_model(
     network = MobileVLMForCausalLM.from_pretrained(model, dtype=settings.dtype).eval()
     with building(f"model {model} on a GPU", then="set evaluate.dtype to bfloat16"):
         network = network.to("cuda" if torch.cuda.is_available() else "cpu")
-    questions = sorted(_questions(settings, preparation, data), key=lambda q: len(q.prompt))
+    questions = sorted(questions_of(settings, preparation, data), key=lambda q: len(q.prompt))
     features = TensorCache(FEATURE_CACHE_BYTES)
     predictions: list[Prediction] = []
     for start in tqdm(range(0, len(questions), settings.batch_size), desc=description, unit="batch"):
@@ -112,7 +132,8 @@ def accuracy_by_type(predictions: Sequence[Prediction]) -> dict[str, tuple[float
     return {name: (sum(correct) / len(correct), len(correct)) for name, correct in groups.items()}
 
 
-def _questions(settings: EvaluateConfig, preparation: Preparation, data: DataConfig) -> Iterator[Question]:
+def questions_of(settings: EvaluateConfig, preparation: Preparation, data: DataConfig) -> Iterator[Question]:
+    """Every question of every test set, shard by shard."""
     for test_set, shards in settings.test_sets().items():
         for shard in expand_shards(shards):
             yield from _questions_of_shard(test_set, shard, preparation, data)
@@ -125,7 +146,16 @@ def _questions_of_shard(
         if isinstance(item, Rejected):
             raise BadSample("a test sample cannot be asked", f"{item.key!r} of {shard}: {item.reason}")
         prompt = tokenize_prompt(item.conversations, preparation.tokenizer, template=preparation.template)
-        yield Question(test_set, item, tuple(prompt), item.conversations[-1]["value"])
+        yield Question(
+            test_set=test_set,
+            shard=shard,
+            key=item.key,
+            question_type=str(item.metadata.get("question_type", "all questions")),
+            prompt=np.array(prompt, dtype=np.int32),
+            answer=item.conversations[-1]["value"],
+            image_digests=item.image_digests,
+            image_spans=item.image_spans,
+        )
 
 
 def _answer(
@@ -138,7 +168,7 @@ def _answer(
     """Greedy answers to a batch, prompts padded on the right (the model moves the padding to the left)."""
     mask = pad_rows([[1] * len(question.prompt) for question in questions], 0)
     generated = network.generate(
-        pad_rows([question.prompt for question in questions], 0).to(network.device),
+        pad_rows([question.prompt.tolist() for question in questions], 0).to(network.device),
         patch_features=_patch_features(network, preparation, questions, features),
         attention_mask=mask.to(network.device),
         max_new_tokens=max_new_tokens,
@@ -149,9 +179,9 @@ def _answer(
     texts = preparation.tokenizer.batch_decode(generated, skip_special_tokens=True)
     return [
         Prediction(
-            key=question.sample.key,
-            group=question.sample.image_digests[0] if question.sample.image_digests else question.sample.key,
-            question_type=str(question.sample.metadata.get("question_type", "all questions")),
+            key=question.key,
+            group=question.group,
+            question_type=question.question_type,
             answer=question.answer,
             prediction=text,
             test_set=question.test_set,
@@ -168,14 +198,13 @@ def _patch_features(
     features: TensorCache,
 ) -> torch.Tensor | None:
     """The frozen tower's features 'I M W' of all images of the batch, each distinct image computed once."""
-    images = {
-        d: data for q in questions for d, data in zip(q.sample.image_digests, q.sample.images, strict=True)
-    }
+    images = {digest: (q, number) for q in questions for number, digest in enumerate(q.image_digests)}
     if not images:
         return None
 
     def compute(fresh: list[str]) -> torch.Tensor:
-        pixels = torch.stack([preparation.preprocess(images[digest]) for digest in fresh])
+        wanted = [images[digest] for digest in fresh]
+        pixels = torch.stack([preparation.preprocess(q.read_image(number)) for q, number in wanted])
         return network.patch_features(pixels.to(network.device))
 
-    return features.stack([digest for q in questions for digest in q.sample.image_digests], compute)
+    return features.stack([digest for q in questions for digest in q.image_digests], compute)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
-from small_experiment import held_out_records, picture, write_shard
+from small_experiment import held_out_records, picture, shard_members, write_shard
+from small_store import flip_bit
 
-from pipeline.errors import BadSample, PipelineError
-from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set, evaluate_model, read_predictions
+from pipeline.errors import BadSample, PipelineError, ShardError
+from pipeline.evaluate import (
+    Prediction,
+    accuracy_by_type,
+    by_test_set,
+    evaluate_model,
+    questions_of,
+    read_predictions,
+)
 from pipeline.inputs import Preparation
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.shards import read_shard
@@ -112,6 +121,26 @@ def test_a_test_sample_that_cannot_be_asked_stops_the_evaluation(answers, tmp_pa
         BadSample, match=r"a test sample cannot be asked: 'odd' of .*test.tar: JSON is no object"
     ):
         answers(shards=str(tmp_path / "s"))
+
+
+def test_questions_hold_no_image_and_read_it_again_when_it_is_asked_about(experiment, tmp_path):
+    config = experiment.config(tmp_path)
+    preparation = Preparation.of(config.student.model, config.data)
+    questions = list(questions_of(config.evaluate, preparation, config.data))
+    assert [len(question.image_spans) for question in questions] == [1, 1, 1, 0, 2, 1]
+    members = dict(shard_members(experiment.held_out / "shard-000000.tar"))
+    assert not any(members["h0.png"] in pickle.dumps(question) for question in questions)
+    assert questions[4].read_image(1) == picture(2)
+
+
+def test_an_image_that_changed_while_it_was_evaluated_is_told(experiment, tmp_path):
+    write_shard(tmp_path / "s" / "a.tar", shard_members(experiment.held_out / "shard-000000.tar"))
+    config = experiment.config(tmp_path, f"evaluate.shards={tmp_path}/s")
+    preparation = Preparation.of(config.student.model, config.data)
+    question = next(questions_of(config.evaluate, preparation, config.data))
+    flip_bit(tmp_path / "s" / "a.tar", offset=question.image_spans[0].offset + 20)
+    with pytest.raises(ShardError, match=r"a.tar: h0.png changed while it was evaluated; evaluate again"):
+        question.read_image(0)
 
 
 @pytest.mark.parametrize("content", [b'{"key": "h0", "gro', b"[1]\n", b'{"other": 1}\n', b"\xff\xfe"])

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from cache.columns import Integers, Spans, Texts, compact, digests, offsets
 from cache.errors import CorruptPart, SchemaError
 from cache.layout import INDEX
 from cache.place import Place
 from cache.records import read_part_file
-from cache.schema import ArraySpec, Manifest, SampleEntry, Span, take, take_all
-
-Offsets = NDArray[np.int64]
+from cache.schema import ArraySpec, Manifest, SampleEntry, take, take_all
 
 
 @dataclass(frozen=True)
 class PartIndex:
     """index.json: columns over the samples of a part, in the order in which their rows are stored."""
 
-    keys: tuple[str, ...]
-    digests: tuple[str, ...]  # distinct images; row i of every image-owned array belongs to digests[i]
-    image_offsets: Offsets  # CSR over samples into the three columns below
-    image_numbers: tuple[int, ...]  # into digests
-    image_spans: tuple[Span, ...]
-    json_spans: tuple[Span, ...]
-    row_offsets: dict[str, Offsets]  # CSR over samples into the rows of every sample-owned array
+    keys: Sequence[str]
+    digests: Sequence[str]  # distinct images; row i of every image-owned array belongs to digests[i]
+    image_offsets: Integers  # CSR over samples into the two columns below
+    image_numbers: Integers  # into digests
+    image_spans: Spans
+    json_spans: Spans
+    row_offsets: dict[str, Integers]  # CSR over samples into the rows of every sample-owned array
 
     def entry(self, sample: int) -> SampleEntry:
-        span = slice(self.image_offsets[sample], self.image_offsets[sample + 1])
-        images = tuple(self.digests[number] for number in self.image_numbers[span])
-        return SampleEntry(self.keys[sample], images, self.image_spans[span], self.json_spans[sample])
+        images = tuple(self.digests[number] for number in self.image_rows(sample))
+        spans = self.image_spans[self._images(sample)]
+        return SampleEntry(self.keys[sample], images, spans, self.json_spans[sample])
 
-    def image_rows(self, sample: int) -> tuple[int, ...]:
-        return self.image_numbers[self.image_offsets[sample] : self.image_offsets[sample + 1]]
+    def image_rows(self, sample: int) -> list[int]:
+        return self.image_numbers[self._images(sample)].tolist()
+
+    def _images(self, sample: int) -> slice:
+        return slice(int(self.image_offsets[sample]), int(self.image_offsets[sample + 1]))
 
     def sample_rows(self, sample: int, name: str) -> tuple[int, int]:
         offsets = self.row_offsets[name]
@@ -57,19 +58,20 @@ class PartIndex:
     def of(
         cls,
         entries: Sequence[SampleEntry],
-        digests: Sequence[str],
+        image_digests: Sequence[str],
         *,
         row_counts: Mapping[str, Sequence[int]],
     ) -> PartIndex:
-        number = {digest: i for i, digest in enumerate(digests)}
+        number = {digest: i for i, digest in enumerate(image_digests)}
+        numbers = [number[digest] for entry in entries for digest in entry.images]
         return cls(
-            keys=tuple(entry.key for entry in entries),
-            digests=tuple(digests),
-            image_offsets=_offsets([len(entry.images) for entry in entries]),
-            image_numbers=tuple(number[digest] for entry in entries for digest in entry.images),
-            image_spans=tuple(span for entry in entries for span in entry.image_spans),
-            json_spans=tuple(entry.json_span for entry in entries),
-            row_offsets={name: _offsets(counts) for name, counts in row_counts.items()},
+            keys=Texts(entry.key for entry in entries),
+            digests=digests(image_digests),
+            image_offsets=offsets([len(entry.images) for entry in entries]),
+            image_numbers=compact(np.array(numbers, dtype=np.int64)),
+            image_spans=Spans.of([span for entry in entries for span in entry.image_spans]),
+            json_spans=Spans.of([entry.json_span for entry in entries]),
+            row_offsets={name: offsets(counts) for name, counts in row_counts.items()},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +80,7 @@ class PartIndex:
             "digests": list(self.digests),
             "images": {
                 "offsets": self.image_offsets.tolist(),
-                "number": list(self.image_numbers),
+                "number": self.image_numbers.tolist(),
                 **_span_columns(self.image_spans),
             },
             "json": _span_columns(self.json_spans),
@@ -90,13 +92,13 @@ class PartIndex:
         images = take(record, "images", dict)
         rows = take(record, "rows", dict)
         index = cls(
-            keys=tuple(take_all(record, "keys", str)),
-            digests=tuple(take_all(record, "digests", str)),
-            image_offsets=_take_offsets(images, "offsets", where="images"),
-            image_numbers=tuple(take_all(images, "number", int, where="images")),
+            keys=Texts(take_all(record, "keys", str)),
+            digests=digests(take_all(record, "digests", str)),
+            image_offsets=_take_integers(images, "offsets", where="images"),
+            image_numbers=_take_integers(images, "number", where="images"),
             image_spans=_spans(images, where="images"),
             json_spans=_spans(take(record, "json", dict), where="json"),
-            row_offsets={name: _take_offsets(rows, name, where="rows") for name in rows},
+            row_offsets={name: _take_integers(rows, name, where="rows") for name in rows},
         )
         index._check()
         return index
@@ -108,52 +110,50 @@ class PartIndex:
         _expect_offsets(
             "images.offsets", self.image_offsets, samples=len(self.keys), end=len(self.image_spans)
         )
-        for name, offsets in self.row_offsets.items():
-            _expect_offsets(f"rows.{name}", offsets, samples=len(self.keys), end=None)
-        if any(not 0 <= number < len(self.digests) for number in self.image_numbers):
-            raise SchemaError(
-                "images.number", expected=f"numbers below {len(self.digests)}", found=self.image_numbers
-            )
+        for name, of_rows in self.row_offsets.items():
+            _expect_offsets(f"rows.{name}", of_rows, samples=len(self.keys), end=None)
+        if ((self.image_numbers < 0) | (self.image_numbers >= len(self.digests))).any():
+            expected = f"numbers below {len(self.digests)}"
+            raise SchemaError("images.number", expected=expected, found=self.image_numbers.tolist())
 
 
-def _take_offsets(record: Mapping[str, Any], name: str, *, where: str) -> Offsets:
+def _take_integers(record: Mapping[str, Any], name: str, *, where: str) -> Integers:
     values: list[int] = take_all(record, name, int, where=where)
     try:
-        return np.array(values, dtype=np.int64)
+        return compact(np.array(values, dtype=np.int64))
     except OverflowError:
         largest = max(values, key=abs)
         raise SchemaError(f"{where}.{name}", expected="numbers below 2^63", found=largest) from None
 
 
-def _offsets(counts: Sequence[int]) -> Offsets:
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+def _span_columns(spans: Spans) -> dict[str, list[Any]]:
+    return {"file": list(spans.files), "offset": spans.offsets.tolist(), "size": spans.sizes.tolist()}
 
 
-def _span_columns(spans: Sequence[Span]) -> dict[str, list[Any]]:
-    return {name: [getattr(span, name) for span in spans] for name in ("file", "offset", "size")}
+def _spans(record: Mapping[str, Any], *, where: str) -> Spans:
+    files = take_all(record, "file", str, where=where)
+    places, sizes = (_take_integers(record, name, where=where) for name in ("offset", "size"))
+    for column in (places, sizes):
+        _expect_length(where, column, len(files))
+    return Spans(files, places, sizes)
 
 
-def _spans(record: Mapping[str, Any], *, where: str) -> tuple[Span, ...]:
-    kinds = {"file": str, "offset": int, "size": int}
-    columns = [take_all(record, name, kind, where=where) for name, kind in kinds.items()]
-    for column in columns[1:]:
-        _expect_length(where, column, len(columns[0]))
-    return tuple(Span(*row) for row in zip(*columns, strict=True))
-
-
-def _expect_length(field: str, column: Sequence[Any], length: int) -> None:
+def _expect_length(field: str, column: Sized, length: int) -> None:
     if len(column) != length:
         raise SchemaError(field, expected=f"{length} elements", found=f"{len(column)} elements")
 
 
-def _expect_offsets(field: str, offsets: Offsets, *, samples: int, end: int | None) -> None:
-    last = end if end is not None else int(offsets[-1]) if offsets.size else -1
+def _expect_offsets(field: str, found: Integers, *, samples: int, end: int | None) -> None:
+    last = end if end is not None else int(found[-1]) if found.size else -1
     wrong = (
-        offsets.size != samples + 1 or offsets[0] != 0 or offsets[-1] != last or (np.diff(offsets) < 0).any()
+        found.size != samples + 1
+        or found[0] != 0
+        or found[-1] != last
+        or (found[1:] < found[:-1]).any()  # not by differences: unsigned numbers have none below 0
     )
     if wrong:
         expected = f"{samples + 1} offsets rising from 0 to {last}"
-        raise SchemaError(field, expected=expected, found=offsets.tolist())
+        raise SchemaError(field, expected=expected, found=found.tolist())
 
 
 def read_part_index(part: Place, manifest: Manifest, *, data: bytes | None = None) -> PartIndex:

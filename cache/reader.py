@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from cache.chunk_cache import ChunkCache
 from cache.chunks import OpenArray
 from cache.codecs import Array, check_specs, decode_rows, stored_arrays
 from cache.documents import read_document
-from cache.errors import CorruptFile, DuplicateKey, KeyNotInStore, StoreNotFound, UnknownArray, UnknownPart
+from cache.errors import CacheError, CorruptFile, KeyNotInStore, StoreNotFound, UnknownArray, UnknownPart
+from cache.keys import Found, KeyTable
 from cache.layout import MANIFEST, PART_RECORD, part_path, parts_path
 from cache.local_files import names_in, size_of
 from cache.mirror import Mirror
@@ -24,6 +25,9 @@ from cache.schema import ArraySpec, Manifest, SampleEntry
 DEFAULT_CACHE_BYTES = 64 * 1024**2
 """Only chunks that samples share are kept, at most one or two an array and sample: room for those of a thousand
 samples, which is what a shuffled window of blocks needs."""
+
+
+_INDEXES_AT_ONCE = 64  # as bytes, which take more room than what is read from them
 
 
 class Store:
@@ -59,20 +63,32 @@ class Store:
         return tuple(sorted(set(self.manifest.planned_parts) - set(self.parts)))
 
     def __len__(self) -> int:
-        return len(self._places())
+        return len(self._keys())
 
     def __contains__(self, key: object) -> bool:
-        return key in self._places()
+        return isinstance(key, str) and self.find([key]) != [None]
 
     def keys(self) -> Iterator[str]:
         """Every sample's key, part by part, in stored order."""
-        return iter(self._places())
+        return iter(self._keys())
+
+    def find(self, keys: Sequence[str]) -> list[Found | None]:
+        """Of each key its part, and its sample's number there; None where the store does not have it."""
+        return self._keys().find(keys)
 
     def entries(self, part: str) -> Sequence[SampleEntry]:
         """What the index says of the part's samples, in stored order."""
         self._read_indexes()
         index = self._part(part).index
         return [index.entry(sample) for sample in range(len(index.keys))]
+
+    def num_samples(self, part: str) -> int:
+        """How many samples the part holds."""
+        return len(self._part(part).index.keys)
+
+    def entry(self, part: str, sample: int) -> SampleEntry:
+        """What the index says of one sample of the part, by its number."""
+        return self._part(part).index.entry(sample)
 
     def rejects(self, part: str) -> list[tuple[str, str]]:
         """(key, reason) of every sample of the part that could not be cached."""
@@ -81,7 +97,7 @@ class Store:
 
     def locate(self, key: str) -> tuple[str, SampleEntry]:
         part, sample = self._place(key)
-        return part, self._part(part).index.entry(sample)
+        return part, self.entry(part, sample)
 
     def rows(self, key: str, name: str) -> int:
         """How many rows `read` gives for this array, from the index alone."""
@@ -118,7 +134,7 @@ class Store:
     def _start(self) -> None:
         self._process = -1
         self._chunks = ChunkCache(self.cache_bytes)
-        self._by_key: dict[str, tuple[str, int]] | None = None
+        self._key_table: KeyTable | None = None
         self._finished = {
             name: FinishedPart(self.path, name, manifest=self.manifest, mirror=self.mirror)
             for name in self.parts
@@ -144,26 +160,30 @@ class Store:
             raise UnknownArray(name, known=specs, path=self.path)
         return specs[name]
 
-    def _place(self, key: str) -> tuple[str, int]:
-        places = self._places()
-        if key not in places:
+    def _place(self, key: str) -> Found:
+        [place] = self.find([key])
+        if place is None:
             missing = len(self.missing_parts)
-            raise KeyNotInStore(key, path=self.path, num_samples=len(places), num_missing_parts=missing)
-        return places[key]
+            raise KeyNotInStore(key, path=self.path, num_samples=len(self), num_missing_parts=missing)
+        return place
 
-    def _places(self) -> dict[str, tuple[str, int]]:
-        if self._by_key is None:
+    def _keys(self) -> KeyTable:
+        if self._key_table is None:
             self._read_indexes()
-            self._by_key = index_keys((name, self._part(name).index.keys) for name in self.parts)
-        return self._by_key
+            self._key_table = index_keys((name, self._part(name).index.keys) for name in self.parts)
+        return self._key_table
 
     def _read_indexes(self) -> None:
-        """Every index that was not read yet; from a server they come together, not one by one."""
+        """Every index that was not read yet; from a server many come together, not one by one."""
         if isinstance(self.path, Path):
             return
-        todo = [(part, Range(file)) for part in self._finished.values() if (file := part.index_file)]
-        for (part, _), data in zip(todo, find_ranges([whole for _, whole in todo]), strict=True):
-            part.index_data = data
+        todo = [(part, file) for part in self._finished.values() if (file := part.index_file)]
+        for start in range(0, len(todo), _INDEXES_AT_ONCE):
+            some = todo[start : start + _INDEXES_AT_ONCE]
+            for (part, _), data in zip(some, find_ranges([Range(file) for _, file in some]), strict=True):
+                part.index_data = data
+                with suppress(CacheError):  # it is raised where the part is asked for
+                    _ = part.index
 
 
 @contextmanager
@@ -215,12 +235,6 @@ def finished_parts(path: Place, manifest: Manifest) -> dict[str, bytes | None]:
     return {name: data for name, data in zip(names, marks, strict=True) if data is not None}
 
 
-def index_keys(parts: Iterable[tuple[str, Sequence[str]]]) -> dict[str, tuple[str, int]]:
+def index_keys(parts: Iterable[tuple[str, Sequence[str]]]) -> KeyTable:
     """Part and place of every key; DuplicateKey if two samples share one."""
-    places: dict[str, tuple[str, int]] = {}
-    for part, keys in parts:
-        for sample, key in enumerate(keys):
-            if key in places:
-                raise DuplicateKey(key, parts=(places[key][0], part))
-            places[key] = (part, sample)
-    return places
+    return KeyTable(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from pipeline.conversation import TokenizedSample
 from pipeline.errors import BadSample, ConfigError, JoinError
 from pipeline.inputs import Preparation, pad_tokens
 from pipeline.memory import BoundedCache, TensorCache
-from pipeline.missing import Row, join_rows
+from pipeline.missing import join_rows
 from pipeline.models.merge import text_rows
 from pipeline.rank_batches import Filler
+from pipeline.rows import Row
 from pipeline.shards import expand_shards, parse_record, part_name, read_span
 from pipeline.stores import Stores, first_difference
 from pipeline.stores import teacher_facts as teacher_facts
@@ -78,13 +80,13 @@ class JoinedDataset(Dataset[JoinedSample]):
         self.preparation = preparation
         self.targets = targets
         self.shards = {part_name(shard): shard for shard in expand_shards(shards)}
-        joined = join_rows(self.stores, self.shards, lambda entry: is_chosen(entry, fraction))
+        is_taken = None if fraction >= 1 else partial(is_chosen, fraction=fraction)
+        joined = join_rows(self.stores, self.shards, is_taken)
         self.rows, self.missing = joined.rows, joined.missing
-        self.lacking = {key: lacking & set(targets) for key, lacking in joined.lacking.items()}
-        if not self.rows:
+        if not len(self.rows):
             raise ConfigError(self._without_rows(fraction))
         self.names = [source.arrays(targets) for source in self.stores.sources]
-        self.verified: set[str] = set()
+        self.verified = np.zeros(len(self.rows), dtype=np.bool_)
         self.pixels = TensorCache(PIXEL_CACHE_BYTES)
         self.stored: BoundedCache[StoredSample] = BoundedCache(STORED_CACHE_BYTES)
 
@@ -100,6 +102,16 @@ class JoinedDataset(Dataset[JoinedSample]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def lacking(self, index: int | None = None) -> frozenset[str]:
+        """The targets of a sample, or of any, that no store gave, to be made again beside the student."""
+        lacks = self.rows.lacks if index is None else self.rows.lacks[[index]]
+        lost = (
+            source.targets
+            for source, of_one in zip(self.stores.sources, lacks.T, strict=False)
+            if of_one.any()
+        )
+        return frozenset(self.targets).intersection(target for targets in lost for target in targets)
+
     def __getitem__(self, index: int) -> JoinedSample:
         [sample] = self.__getitems__([index])
         return sample
@@ -107,7 +119,7 @@ class JoinedDataset(Dataset[JoinedSample]):
     def __getitems__(self, indices: Sequence[int]) -> list[JoinedSample]:
         """A batch, which torch's loader asks for in one piece, so that all of it is asked of the store at once."""
         rows = [self.rows[index] for index in indices]
-        stored = self._stored({entry.key: (part, entry) for part, entry in rows})
+        stored = self._stored({row[1].key: (index, row) for index, row in zip(indices, rows, strict=True)})
         return [
             JoinedSample(
                 entry.key,
@@ -115,13 +127,13 @@ class JoinedDataset(Dataset[JoinedSample]):
                 {digest: self._pixels(part, entry, n) for n, digest in enumerate(entry.images)},
                 entry.images,
                 stored[entry.key].arrays,
-                self.lacking.get(entry.key, frozenset()),
+                self.lacking(index),
                 is_filler=isinstance(index, Filler),
             )
             for index, (part, entry) in zip(indices, rows, strict=True)
         ]
 
-    def _stored(self, rows: Mapping[str, Row]) -> dict[str, StoredSample]:
+    def _stored(self, rows: Mapping[str, tuple[int, Row]]) -> dict[str, StoredSample]:
         """By key what the store holds of the samples; what is not in memory is read together."""
         found = {key: held for key in rows if (held := self.stored.get(key)) is not None}
         fresh = [key for key in rows if key not in found]
@@ -129,23 +141,24 @@ class JoinedDataset(Dataset[JoinedSample]):
             found[key] = self.stored.put(key, self._checked(*rows[key], arrays))
         return found
 
-    def _checked(self, part: str, entry: SampleEntry, arrays: dict[str, np.ndarray]) -> StoredSample:
+    def _checked(self, index: int, row: Row, arrays: dict[str, np.ndarray]) -> StoredSample:
+        part, entry = row
         tokens = TokenizedSample(
             tuple(arrays.pop("input_ids").tolist()), tuple(arrays.pop("labels").tolist())
         )
-        if entry.key not in self.verified:
+        if not self.verified[index]:
             self._compare_tokens(part, entry, tokens)
-            self.verified.add(entry.key)
+            self.verified[index] = True
         arrays["num_images"] = np.array(len(entry.images))
-        return StoredSample(tokens, arrays | self._blanks(entry, tokens))
+        return StoredSample(tokens, arrays | self._blanks(index, len(entry.images), tokens))
 
-    def _blanks(self, entry: SampleEntry, tokens: TokenizedSample) -> dict[str, np.ndarray]:
+    def _blanks(self, index: int, num_images: int, tokens: TokenizedSample) -> dict[str, np.ndarray]:
         """Zeros in the shape of what no store gave, to be made again beside the student."""
         blanks: dict[str, np.ndarray] = {}
-        for name in self.lacking.get(entry.key, ()):
+        for name in self.lacking(index):
             rows = text_rows(pad_tokens([tokens]))
             facts = teacher_facts(self.stores.giving(name).store)
-            needed = int(TARGETS[name].rows(torch.tensor([len(entry.images)]), rows, rows))
+            needed = int(TARGETS[name].rows(torch.tensor([num_images]), rows, rows))
             for spec in TARGETS[name].arrays(self.targets[name], facts):
                 blanks[spec.name] = np.zeros((needed, *spec.row_shape), dtype=np.float32)
         return blanks

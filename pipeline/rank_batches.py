@@ -55,20 +55,21 @@ class RankBatches:
         first = self.first_sample if self.epoch == self.first_epoch else 0
         for start in range(0, len(self) * together, together):
             mine = start + self.process_index * self.batch_size
-            yield order[max(mine, first) : mine + self.batch_size] or [Filler(order[max(start, first)])]
+            batch = order[max(mine, first) : mine + self.batch_size].tolist()
+            yield batch or [Filler(order[max(start, first)])]
 
 
-def shuffled(num_samples: int, generator: torch.Generator, *, block: int) -> list[int]:
+def shuffled(num_samples: int, generator: torch.Generator, *, block: int) -> torch.Tensor:
     """An order of all samples: each by itself, or blocks of neighbours drawn at random and mixed within a window.
 
     Neighbours share chunks of the store, so a block is read at once; a window of `WINDOW` samples or more, far more
     than a batch, keeps a batch from being made of neighbours.
     """
     if block == 1:
-        return torch.randperm(num_samples, generator=generator).tolist()
+        return torch.randperm(num_samples, generator=generator)
     starts = block * torch.randperm(math.ceil(num_samples / block), generator=generator)
-    order: list[int] = []
+    order: list[torch.Tensor] = []
     for some in starts.split(math.ceil(WINDOW / block)):
         window = torch.cat([torch.arange(start, min(start + block, num_samples)) for start in some.tolist()])
-        order += window[torch.randperm(len(window), generator=generator)].tolist()
-    return order
+        order.append(window[torch.randperm(len(window), generator=generator)])
+    return torch.cat(order)

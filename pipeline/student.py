@@ -196,7 +196,7 @@ def build_trainer(config: Config, folder: Path, dataset: JoinedDataset, *, ident
         if config.student.lora is not None:
             add_adapters(student, config.student.lora)
     reads_teacher = any(LOSSES[name].targets for name in config.losses.active())
-    missing = {name: stores.giving(name).store for lacking in dataset.lacking.values() for name in lacking}
+    missing = {name: stores.giving(name).store for name in dataset.lacking()}
     recompute = (
         load_recomputed(config, *stores.opened, device=arguments.device, missing=missing)
         if reads_teacher

@@ -14,7 +14,7 @@ from pipeline.rank_batches import Filler, RankBatches, shuffled
 
 
 def order(num_samples: int, *, block: int, seed: int = 0) -> list[int]:
-    return shuffled(num_samples, torch.Generator().manual_seed(seed), block=block)
+    return shuffled(num_samples, torch.Generator().manual_seed(seed), block=block).tolist()
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 200), st.integers(0, 3))

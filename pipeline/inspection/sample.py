@@ -188,9 +188,9 @@ def attention_distance(inspection: Inspection, student: Tensor) -> float:
 def _join(store: Store, entry: SampleEntry, shard: str, preparation: Preparation) -> JoinedSample:
     """The sample of stage 2: text, images and stored arrays, compared with each other."""
     dataset = JoinedDataset(store, shard, preparation, targets=_captured(store))
-    if preparation.tokenizer is None:
-        dataset.verified.add(entry.key)  # there is nothing to read the text with, so nothing to compare
     row = next(n for n, (_, other) in enumerate(dataset.rows) if other.key == entry.key)
+    if preparation.tokenizer is None:
+        dataset.verified[row] = True  # there is nothing to read the text with, so nothing to compare
     return dataset[row]
 
 

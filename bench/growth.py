@@ -3,6 +3,7 @@
 python bench/growth.py                   about 15 minutes on two CPU cores
 python bench/growth.py --size full       a GPU with 80 GB, one size after the other
 python bench/growth.py --quick           a smoke test with tiny models
+python bench/growth.py --join 1000000    what a data set of so many made-up samples holds in memory
 
 `stage 1` is that of bench/stage1.py, shard to part with all targets; `stage 2` is `cached` of bench/stage2.py, a step
 with every loss and its batches in memory, or `loading`, the same with batches from shards and store, where samples
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from growth_work import Point, prepare, work_of
+from join_memory import described_join, join_memory
 from laws import Law, error_at_the_largest, fit
 from side_by_side import Turns, measure, save, take_turns
 
@@ -93,6 +95,11 @@ def main() -> int:
     if options.contestant:
         take_turns(work_of(__file__, Point.parse(options.contestant), options))
         return 0
+    if options.join:
+        found = join_memory(options.join)
+        print(described_join(found))
+        save([], options.output, join=found)
+        return 0
     size = "tiny" if options.quick else options.size
     plan = PLANS[size] if options.repeats is None else replace(PLANS[size], repeats=options.repeats)
     results, all_turns = [], []
@@ -115,6 +122,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--only", help="sweeps whose name has these words")
+    parser.add_argument("--join", type=int, metavar="SAMPLES", help="memory of a data set, and nothing else")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/growth.json"))
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--contestant", help=argparse.SUPPRESS)

@@ -87,6 +87,17 @@ def test_a_sweep_is_summed_up_by_medians_and_a_law_of_what_was_counted():
     )
 
 
+def test_the_memory_of_a_join_is_measured_on_made_up_samples(tmp_path):
+    """Of so few samples what does not grow with them counts as well: a row of theirs is of some 200 bytes."""
+    output = tmp_path / "join.json"
+    command = [sys.executable, str(BENCH / "growth.py"), "--join", "30000", "--output", str(output)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
+    found = json.loads(output.read_text())["join"]
+    assert found["samples"] == 30_000 and process.stdout.startswith("30,000 samples: joined in ")
+    assert 100 < found["bytes_a_sample"] < 600 and found["worker_bytes_a_sample"] < 300
+
+
 def test_the_quick_run_measures_both_stages_with_their_laws(tmp_path):
     output = tmp_path / "growth.json"
     command = [sys.executable, str(BENCH / "growth.py"), "--quick", "--output", str(output)]

@@ -14,6 +14,10 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_ra
 from cache.errors import StoreUnreachable
 
 _BLOCK_BYTES = 1 << 22
+_FORBIDDEN = (
+    "this may also mean that it is not there, for a server that may not list answers 403 for what is absent: check "
+    "the URL, then ask for the right to list (on S3 s3:ListBucket) and to read"
+)
 
 _patiently = retry(
     retry=retry_if_exception_type(StoreUnreachable),
@@ -169,5 +173,16 @@ def _told(url: str) -> Generator[None]:
 
 
 def _unreachable(url: str, error: BaseException) -> StoreUnreachable:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return StoreUnreachable(url, f"{type(error).__name__}: {reason}")
+    reason = f"{type(error).__name__}: {' '.join(str(error).split()) or type(error).__name__}"
+    return (
+        StoreUnreachable(url, reason, remedy=_FORBIDDEN)
+        if _is_forbidden(error)
+        else StoreUnreachable(url, reason)
+    )
+
+
+def _is_forbidden(error: BaseException) -> bool:
+    """HTTP's 403, as the servers' drivers spell it."""
+    return isinstance(error, PermissionError) or 403 in (
+        getattr(error, name, None) for name in ("status", "code", "status_code")
+    )

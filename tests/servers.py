@@ -66,6 +66,15 @@ class StaticWithRanges(Static):
         self.wfile.write(piece)
 
 
+class Secretive(StaticWithRanges):
+    """As a bucket whose reader may not list it: what is absent is forbidden."""
+
+    def do_GET(self) -> None:
+        if Path(self.translate_path(self.path)).is_file():
+            return super().do_GET()
+        return self.send_error(403)
+
+
 @contextmanager
 def static_server(folder: Path, handler: type[Static] = StaticWithRanges) -> Iterator[tuple[str, list[Any]]]:
     """A folder over HTTP; gives its URL and the list of requests, (path, range) each."""

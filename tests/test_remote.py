@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from email.message import Message
 from pathlib import Path
+from urllib.error import HTTPError
 
 import fsspec
 import numpy as np
 import pytest
-from servers import Static, StaticWithRanges, static_server
+from servers import Secretive, Static, StaticWithRanges, static_server
 from small_experiment import weights
 from small_store import entry, flip_bit, sample_arrays, write_store
 
@@ -27,7 +29,7 @@ from cache import (
     summarise,
     verify,
 )
-from cache.remote import fetch
+from cache.remote import _unreachable, fetch
 from pipeline.student import train_student
 
 
@@ -142,6 +144,24 @@ def test_what_is_not_there_is_told_in_one_sentence(bucket, tmp_path, capsys, imp
     with pytest.raises(SystemExit) as caught:
         cli.main(["info", f"{bucket}/nothing"])
     assert caught.value.code == 1 and "No teacher store at s3://lab/nothing" in capsys.readouterr().err
+
+
+def test_a_server_that_forbids_what_is_absent_may_mean_that(tmp_path, impatient):
+    write_store(tmp_path / "s")
+    with static_server(tmp_path, Secretive) as (url, _):
+        assert len(Store(f"{url}/s")) == 6
+        shutil.rmtree(tmp_path / "s" / "parts" / "shard-000001")
+        for name in ("s", "nothing"):
+            with pytest.raises(StoreUnreachable) as caught:
+                Store(f"{url}/{name}")
+            assert "403" in str(caught.value) and "may also mean that it is not there" in str(caught.value)
+        assert "/nothing/manifest.json cannot be reached" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Forbidden"), HTTPError("", 403, "", Message(), None)])
+def test_every_spelling_of_403_may_mean_that_nothing_is_there(error):
+    assert "may also mean that it is not there" in str(_unreachable("s3://lab/s", error))
+    assert "not there" not in str(_unreachable("s3://lab/s", OSError(5, "Input/output error")))
 
 
 def test_a_missing_driver_is_named_with_its_extra(monkeypatch):

@@ -29,13 +29,13 @@ def without_rights() -> Iterator[None]:
         yield
         return
     try:
-        os.seteuid(NOBODY)
+        os.setresuid(NOBODY, NOBODY, 0)
     except OSError as error:
         pytest.skip(f"root here may not become another user: {error}")
     try:
         yield
     finally:
-        os.seteuid(0)
+        os.setresuid(0, 0, 0)
 
 
 @contextmanager

@@ -90,6 +90,10 @@ class Store:
         """What the index says of one sample of the part, by its number."""
         return self._part(part).index.entry(sample)
 
+    def source(self, part: str) -> dict[str, Any]:
+        """What the part's record says of the shard that it was captured from."""
+        return self._part(part).record.source
+
     def rejects(self, part: str) -> list[tuple[str, str]]:
         """(key, reason) of every sample of the part that could not be cached."""
         finished = self._part(part)

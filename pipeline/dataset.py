@@ -21,6 +21,7 @@ from pipeline.missing import join_rows
 from pipeline.models.merge import text_rows
 from pipeline.rank_batches import Filler
 from pipeline.rows import Row
+from pipeline.shard_identity import check_unchanged
 from pipeline.shards import expand_shards, parse_record, part_name, read_span
 from pipeline.stores import Stores, first_difference
 from pipeline.stores import teacher_facts as teacher_facts
@@ -80,6 +81,7 @@ class JoinedDataset(Dataset[JoinedSample]):
         self.preparation = preparation
         self.targets = targets
         self.shards = {part_name(shard): shard for shard in expand_shards(shards)}
+        check_unchanged(self.stores.opened, self.shards)
         is_taken = None if fraction >= 1 else partial(is_chosen, fraction=fraction)
         joined = join_rows(self.stores, self.shards, is_taken)
         self.rows, self.missing = joined.rows, joined.missing

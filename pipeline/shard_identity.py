@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
+from cache import Store
+from pipeline.errors import JoinError
 from pipeline.tars import open_tar, read_members
 
 
@@ -53,3 +55,19 @@ def shard_change(shard: str, source: Mapping[str, Any]) -> str | None:
         return None
     members = _members_digest(shard, about.st_size, about.st_mtime_ns)
     return None if members == source["members"] else "as large as it was, with other members"
+
+
+def check_unchanged(stores: Sequence[Store], shards: Mapping[str, str]) -> None:
+    """Raise `JoinError` if a shard (part -> path) is not the one that a store's part was captured from."""
+    changes = [
+        (shard, store.path, change)
+        for store in stores
+        for part, shard in shards.items()
+        if part in store.parts and (change := shard_change(shard, store.source(part)))
+    ]
+    if changes:
+        shard, path, change = changes[0]
+        raise JoinError(
+            f"{len(changes)} of {len(shards)} shards changed since they were cached in {path}, first {shard} "
+            f"({change}); restore them, or run `alignkd teacher-cache --recapture-changed`"
+        )

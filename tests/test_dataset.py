@@ -184,10 +184,13 @@ def test_a_text_that_is_none_any_more_is_refused(change, reason, experiment, joi
 
 def test_a_shard_cut_short_is_refused(experiment, join, tmp_path):
     shutil.copytree(experiment.shards, tmp_path / "s")
+    dataset = join(shards=tmp_path / "s")
     shard = tmp_path / "s" / "shard-000002.tar"
     shard.write_bytes(shard.read_bytes()[:1500])
     with pytest.raises(ShardError, match=r"shard-000002.tar: .* the shard has changed since it was read"):
-        read_all(join(shards=tmp_path / "s"))
+        read_all(dataset)
+    with pytest.raises(JoinError, match=r"1 of 3 shards changed since .*shard-000002.tar \(.* 1,500 now\)"):
+        join(shards=tmp_path / "s")
 
 
 def test_a_shard_without_its_part_says_what_to_run(experiment, join, tmp_path):

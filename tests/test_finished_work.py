@@ -122,9 +122,16 @@ def test_a_shard_that_changed_is_reported_and_captured_again_by_request(copy, ex
     assert (run.parts_written, run.parts_found) == (0, 3) and snapshot(store / "parts") == before
     assert len(run.changed) == 1 and run.changed[0].startswith(f"{shards}/{PART}.tar (")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["teacher-cache", "--config", str(tmp_path / "config.yaml")])
-    assert stopped.value.code == 1 and "with --recapture-changed captures" in capsys.readouterr().err
+    for command, code, said in (
+        ("teacher-cache", 1, "with --recapture-changed captures what is there now"),
+        (
+            "distill",
+            1,
+            f"1 of 3 shards changed since they were cached in {store}, first {shards}/{PART}.tar (",
+        ),
+    ):
+        found = run_of([command, "--config", str(tmp_path / "config.yaml")], capsys)
+        assert found[0] == code and said in found[1]
 
     run = cache_teacher(config, recapture_changed=True)
     assert (run.parts_written, run.parts_found, run.changed) == (1, 2, ())

@@ -98,17 +98,27 @@ class Distiller(nn.Module):
         return outputs, coverage
 
     def _nothing(self, patch_features: Tensor | None) -> Tensor | float:
-        """Zero that puts the projector into the graph of a batch without images.
+        """Zero that puts heads, and the projector, into the graph of a batch that has no image for them.
 
-        Processes add up their gradients parameter by parameter, and the batch of another may have images.
+        Processes add up their gradients parameter by parameter, and the batch of another may have images: a parameter
+        without a gradient in one of them would leave the others waiting, or pair the wrong tensors (FSDP2).
         """
-        if patch_features is not None or not (dist.is_available() and dist.is_initialized()):
+        if not (dist.is_available() and dist.is_initialized()):
             return 0.0
+        zero = sum(0.0 * head(*head.nothing()).sum() for head in self.heads.values())
+        if patch_features is not None:
+            return zero
         config = self.student.config
         blank = torch.zeros(
             1, config.num_vision_tokens, config.vision_config.hidden_size, device=self.student.device
         )
-        return 0.0 * self.student.encode_images(patch_features=blank).sum()
+        return zero + 0.0 * self.student.encode_images(patch_features=blank).sum()
+
+    def of_images(self) -> list[nn.Parameter]:
+        """The trained parameters that a batch without an image gives no gradient in one process."""
+        modules = [self.student.model.mm_projector]
+        modules += [head for head in self.heads.values() if isinstance(head, VisionMap)]
+        return [parameter for module in modules for parameter in module.parameters()]
 
     def _tapped_layers(self) -> list[int]:
         attention = self.losses.get("attention")

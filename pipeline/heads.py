@@ -17,6 +17,10 @@ class HeadMixer(nn.Module):
         """'B H T J' of the teacher's heads -> 'B H T J' of the student's, for one pair of layers."""
         return torch.einsum("sh,bhtj->bstj", self.scores[pair].softmax(dim=-1), attention)
 
+    def nothing(self) -> tuple[Tensor, int]:
+        """Arguments of a forward over no rows: every parameter is in its graph, with a gradient of zero."""
+        return torch.zeros(1, self.scores.shape[2], 0, 0, device=self.scores.device), 0
+
 
 class VisionMap(nn.Linear):
     """The trained linear map of the teacher's vision features; the identity to begin with at equal widths."""
@@ -26,3 +30,7 @@ class VisionMap(nn.Linear):
         if teacher_width == student_width:
             nn.init.eye_(self.weight)
         nn.init.zeros_(self.bias)
+
+    def nothing(self) -> tuple[Tensor]:
+        """Arguments of a forward over no rows: every parameter is in its graph, with a gradient of zero."""
+        return (torch.zeros(0, self.in_features, device=self.weight.device),)

@@ -141,7 +141,7 @@ class ResumingTrainer(Trainer):
         return super().create_scheduler(num_training_steps - self.schedule_ahead, optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.is_fsdp_enabled and self.args.optim == OptimizerNames.SGD:
+        if checkpoint is not None and self.is_fsdp_enabled and not self.keeps_sharded_state:
             self._load_schedule(Path(checkpoint))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -149,6 +149,11 @@ class ResumingTrainer(Trainer):
         if self._is_cut_otherwise() and self.args.max_steps <= 0 and isinstance(schedule, LambdaLR):
             schedule.last_epoch = self.position.step - self.schedule_ahead - 1
             schedule.step()  # to the step that the run is at; sets the optimizer's rates, too
+
+    @property
+    def keeps_sharded_state(self) -> bool:
+        """Whether the optimizer is sharded and has a state: plain SGD has none."""
+        return self.is_fsdp_enabled and self.args.optim != OptimizerNames.SGD
 
     def _load_schedule(self, checkpoint: Path) -> None:
         """All there is to load with plain SGD, whose optimizer has no state.

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import TrainerCallback
 
 from pipeline.adapters import adapter_tensors, merged_tensors
 from pipeline.config import Config
@@ -36,6 +37,24 @@ class NonFiniteLossError(PipelineError):
     """A loss term became NaN or infinite; training stops before the optimizer sees it."""
 
 
+class LeaveImagesOut(TrainerCallback):
+    """Of a step of several processes that met no image, what only images train is left as it is, as in one process.
+
+    There it has no gradient; here it has one of zero, by which an optimizer's momentum and decay would change it.
+    """
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer: Any = None, **kwargs):
+        if self.trainer.has_images:
+            return
+        for parameter in self.trainer.distiller.of_images():
+            # torch loads no sharded optimizer that lacks a parameter's state, so there the first step counts.
+            if not self.trainer.keeps_sharded_state or parameter in optimizer.state:
+                parameter.grad = None
+
+
 class DistillTrainer(ResumingTrainer):
     """A Trainer whose loss is the weighted sum of terms, each divided by its count over the whole step."""
 
@@ -50,8 +69,10 @@ class DistillTrainer(ResumingTrainer):
         self.term_log = TermLog({}, {})
         self.gradient_shares: dict[str, float] = {}
         self.unlogged: dict[str, Any] | None = None
+        self.has_images = True  # the step at work, in any process
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
+        self.add_callback(LeaveImagesOut(self))
         self.add_callback(TakeUpLog(self))
         # `get_batch_samples` returns counts over the whole optimizer step, so no further division is due.
         self.model_accepts_loss_kwargs = True
@@ -60,10 +81,12 @@ class DistillTrainer(ResumingTrainer):
         """The micro-batches of one optimizer step, and each loss term's count over all of them and all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.tensor([count_terms(batch, self.losses) for batch in batches], dtype=torch.float32)
-        # Whether to stop after this step goes along: all ranks must do so after the same one.
-        mine = torch.cat([counts.sum(dim=0), torch.tensor([float(self.stop.is_asked)])])
-        *summed, num_asked = self.accelerator.reduce(mine.to(device), reduction="sum")
-        self.stop.is_agreed = self.args.world_size > 1 and bool(num_asked > 0)
+        # Along go whether to stop after this step, which all ranks must do at once, and whether any has images.
+        shown = any(batch["pixel_values"] is not None and not batch["is_filler"] for batch in batches)
+        mine = torch.cat([counts.sum(dim=0), torch.tensor([float(self.stop.is_asked), float(shown)])])
+        *summed, num_asked, num_shown = self.accelerator.reduce(mine.to(device), reduction="sum")
+        if self.args.world_size > 1:
+            self.stop.is_agreed, self.has_images = bool(num_asked > 0), bool(num_shown > 0)
         return batches, dict(zip(self.losses, summed, strict=True))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: Any = None):

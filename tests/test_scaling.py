@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from launched import TORCHRUN, accelerate, distill
 from safetensors.torch import load_file
 from small_experiment import weights
 
+from cache import Store
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.rank_batches import Filler, RankBatches
 from pipeline.student import train_student
@@ -33,7 +36,11 @@ WEIGHTS = {"rtol": 1e-5, "atol": 1e-6}
 
 def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     """What it wrote, results and the rest, once it is done."""
-    output, complaint = process.communicate()
+    try:
+        output, complaint = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:  # processes that wait for each other wait for ever
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == 0, complaint
     return output, complaint
 
@@ -130,12 +137,24 @@ def test_a_sharded_student_has_the_losses_and_is_saved_whole(experiment, alone, 
     ],
 )
 def test_a_sharded_run_goes_on_from_its_checkpoint(optimizer, experiment, tmp_path):
-    whole = sharded(experiment, tmp_path / "two", *optimizer)
+    assert_goes_on_from("checkpoint-3", experiment, tmp_path, *optimizer)
+
+
+def test_a_sharded_run_goes_on_from_a_checkpoint_that_met_no_image_yet(experiment, tmp_path):
+    seed = next(seed for seed in range(1000) if steps_of_two(seed)[0] == texts_of(experiment))
+    one_each = ["train.per_device_train_batch_size=1", "train.num_train_epochs=1", f"train.data_seed={seed}"]
+    adam = ["train.optim=adamw_torch", "train.learning_rate=1e-3", "train.save_steps=1"]
+    assert_goes_on_from("checkpoint-1", experiment, tmp_path, *one_each, *adam)
+
+
+def assert_goes_on_from(checkpoint: str, experiment, tmp_path: Path, *overrides: str) -> None:
+    """A sharded run whose later work is lost ends as it did."""
+    whole = sharded(experiment, tmp_path / "two", *overrides)
     last = (log_of(whole), weights(whole / "model"))
-    for left in ("model", "checkpoint-6", "checkpoint-8"):
-        shutil.rmtree(whole / left)
+    for left in (folder for folder in whole.iterdir() if folder.is_dir() and folder.name != checkpoint):
+        shutil.rmtree(left)
     (whole / "finished.json").unlink()
-    sharded(experiment, tmp_path / "two", *optimizer, "train.resume_from_checkpoint=true")
+    sharded(experiment, tmp_path / "two", *overrides, "train.resume_from_checkpoint=true")
     assert log_of(whole) == last[0]
     assert all(torch.equal(value, last[1][name]) for name, value in weights(whole / "model").items())
 
@@ -153,6 +172,33 @@ def test_shares_of_the_gradient_of_a_sharded_student_are_refused(experiment, tmp
         "alignkd: log_gradient_shares needs whole gradients, but FSDP cuts them up; set it to false"
         in complaint
     )
+
+
+# By default DDP finds out by itself what has no gradient; told not to, it would wait, as FSDP2 does.
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_a_process_may_have_text_alone(how, experiment, tmp_path):
+    """And both in one step, which changes nothing that images alone train, not by weight decay either."""
+    seed = next(seed for seed in range(1000) if texts_of(experiment) in steps_of_two(seed))
+    shared = [*TWO_EPOCHS, *SGD, f"train.data_seed={seed}", "train.weight_decay=1.0", "train.save_steps=8"]
+    whole = "train.per_device_train_batch_size=2"
+    train_student(experiment.config(tmp_path, whole, *shared), tmp_path / "alone")
+    cut = ["train.per_device_train_batch_size=1", "train.ddp_find_unused_parameters=false"]
+    program = "tests/fsdp_on_cpu.py" if how == "fsdp2" else "cli.py"
+    finish(distill(experiment, tmp_path / "two", *shared, *cut, launcher=accelerate(how), program=program))
+    assert_same_curve(tmp_path / "two" / "align_kd", tmp_path / "alone")
+    assert_same_student(tmp_path / "two" / "align_kd", tmp_path / "alone")
+
+
+def texts_of(experiment) -> set[int]:
+    """The two samples without an image, by their place in the store."""
+    entries = [
+        entry for part in Store(experiment.store).parts for entry in Store(experiment.store).entries(part)
+    ]
+    return {place for place, entry in enumerate(entries) if not entry.images}
+
+
+def steps_of_two(seed: int) -> list[set[int]]:
+    return [set(batch) for batch in RankBatches(13, 2, seed=seed)]
 
 
 # How an epoch is cut

@@ -13,6 +13,7 @@ import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from cache import Span
 from pipeline.config import DataConfig, EvaluateConfig
@@ -86,12 +87,13 @@ def evaluate_model(
     network = MobileVLMForCausalLM.from_pretrained(model, dtype=settings.dtype).eval()
     with building(f"model {model} on a GPU", then="set evaluate.dtype to bfloat16"):
         network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+    network.generation_config = _greedy(preparation, settings.max_new_tokens)
     questions = sorted(questions_of(settings, preparation, data), key=lambda q: len(q.prompt))
     features = TensorCache(FEATURE_CACHE_BYTES)
     predictions: list[Prediction] = []
     for start in tqdm(range(0, len(questions), settings.batch_size), desc=description, unit="batch"):
         batch = questions[start : start + settings.batch_size]
-        predictions += _answer(network, preparation, batch, features, settings.max_new_tokens)
+        predictions += _answer(network, preparation, batch, features)
     predictions.sort(key=lambda prediction: (prediction.test_set, prediction.key))
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f"{output.name}.{os.getpid()}")
@@ -158,12 +160,22 @@ def _questions_of_shard(
         )
 
 
+def _greedy(preparation: Preparation, max_new_tokens: int) -> GenerationConfig:
+    """In place of the checkpoint's own: transformers would take from that whatever a call does not name."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=preparation.tokenizer.pad_token_id,
+        eos_token_id=preparation.tokenizer.eos_token_id,
+    )
+
+
 def _answer(
     network: MobileVLMForCausalLM,
     preparation: Preparation,
     questions: Sequence[Question],
     features: TensorCache,
-    max_new_tokens: int,
 ) -> list[Prediction]:
     """Greedy answers to a batch, prompts padded on the right (the model moves the padding to the left)."""
     mask = pad_rows([[1] * len(question.prompt) for question in questions], 0)
@@ -171,10 +183,7 @@ def _answer(
         pad_rows([question.prompt.tolist() for question in questions], 0).to(network.device),
         patch_features=_patch_features(network, preparation, questions, features),
         attention_mask=mask.to(network.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=preparation.tokenizer.pad_token_id,
-        eos_token_id=preparation.tokenizer.eos_token_id,
+        generation_config=network.generation_config,
     )
     texts = preparation.tokenizer.batch_decode(generated, skip_special_tokens=True)
     return [

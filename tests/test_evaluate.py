@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from small_experiment import held_out_records, picture, shard_members, write_shard
 from small_store import flip_bit
+from transformers import GenerationConfig
 
 from pipeline.errors import BadSample, PipelineError, ShardError
 from pipeline.evaluate import (
@@ -61,6 +64,27 @@ def test_accuracy_is_told_by_question_type_and_for_all():
     )
     assert found == {"colour": (1 / 3, 3), "yes/no": (1 / 2, 2), "all": (2 / 5, 5)}
     assert list(found) == ["colour", "yes/no", "all"]
+
+
+# Each changes some answer of the experiment's student if transformers is left to take it.
+OF_A_CHECKPOINT = [
+    {"repetition_penalty": 0.01},
+    {"no_repeat_ngram_size": 1},
+    {"num_beams": 4, "length_penalty": 5.0},
+    {"min_new_tokens": 3, "suppress_tokens": list(range(100, 400))},
+]
+
+
+@pytest.mark.parametrize("settings", OF_A_CHECKPOINT, ids=lambda settings: next(iter(settings)))
+def test_answers_are_greedy_whatever_the_checkpoint_says_of_generation(
+    settings, answers, experiment, tmp_path
+):
+    model = Path(shutil.copytree(experiment.student, tmp_path / "model"))
+    GenerationConfig(**settings).save_pretrained(model)
+    expected = answers(max_new_tokens=8)
+    assert answers(model=model, max_new_tokens=8) == expected
+    network = MobileVLMForCausalLM.from_pretrained(model)
+    assert all(getattr(network.generation_config, name) == value for name, value in settings.items())
 
 
 def test_a_model_can_answer_in_bfloat16(answers):

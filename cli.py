@@ -15,7 +15,8 @@ from pipeline.commands import experiments, inspect, reshape, share, stages, stor
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a check failed or the work could not be done; 2 a wrong command line or config;
 3 the store's fingerprint is not what the config asks for; 75 SIGTERM stopped the training, a checkpoint is
-written and the same command with train.resume_from_checkpoint=true goes on; 130 interrupted.
+written and the same command with train.resume_from_checkpoint=true resumes; 130 interrupted by Ctrl-C, which
+leaves a checkpoint, too.
 """
 
 app = typer.Typer(
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> Any:
             traceback.print_exc()
         code, message = 1, str(error)  # an OSError's are the system's own words, which name the file
         if isinstance(error, TrainingStopped):
-            code = 75
+            code = error.exit_code
         elif isinstance(error, FingerprintMismatch):
             code = 3
         elif isinstance(error, ConfigError):

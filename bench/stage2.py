@@ -69,6 +69,7 @@ def _trainer(options: argparse.Namespace, losses: Mapping[str, Any]) -> Any:
     """The Trainer of stage 2, its optimizer made, and its data set."""
     from pipeline.dataset import JoinedDataset
     from pipeline.inputs import Preparation
+    from pipeline.run_identity import RunIdentity
     from pipeline.stores import open_stores
     from pipeline.student import build_trainer, needed_targets
 
@@ -76,7 +77,7 @@ def _trainer(options: argparse.Namespace, losses: Mapping[str, Any]) -> Any:
     preparation = Preparation.of(config.student.model, config.data)
     stores = open_stores(config, preparation)
     dataset = JoinedDataset(stores, config.data.shards, preparation, targets=needed_targets(config))
-    trainer = build_trainer(config, Path(options.folder) / "out", dataset, identity="bench")
+    trainer = build_trainer(config, Path(options.folder) / "out", dataset, identity=RunIdentity("bench", {}))
     trainer.model.to(trainer.args.device).train()
     trainer.create_optimizer()
     return trainer

@@ -11,10 +11,10 @@ from typing import Any
 from cache.chunk_cache import ChunkCache
 from cache.chunks import OpenArray
 from cache.codecs import Array, check_specs, decode_rows, stored_arrays
-from cache.documents import read_document
+from cache.documents import digest_of, read_document
 from cache.errors import CacheError, CorruptFile, KeyNotInStore, StoreNotFound, UnknownArray, UnknownPart
 from cache.keys import Found, KeyTable
-from cache.layout import MANIFEST, PART_RECORD, part_path, parts_path
+from cache.layout import INDEX, MANIFEST, PART_RECORD, part_path, parts_path
 from cache.local_files import names_in, size_of
 from cache.mirror import Mirror
 from cache.part_reader import FinishedPart
@@ -98,6 +98,14 @@ class Store:
         """(key, reason) of every sample of the part that could not be cached."""
         finished = self._part(part)
         return read_rejects(finished.path, finished.record)
+
+    def contents(self, part: str, names: Sequence[str]) -> str:
+        """Digest of the part's samples and of what is stored of these arrays, by its record: nothing else is read."""
+        folders = tuple(f"{name}/" for name in names)
+        files = self._part(part).record.files
+        return digest_of({
+            file: said.blake3 for file, said in files.items() if file == INDEX or file.startswith(folders)
+        })  # fmt: skip
 
     def locate(self, key: str) -> tuple[str, SampleEntry]:
         part, sample = self._place(key)

@@ -58,8 +58,12 @@ class BadSample(PipelineError):  # noqa: N818 - it names the thing that is rejec
         return (type(self), (self.kind, self.detail))
 
 
-class TrainingStopped(BaseException):  # no error: like an interrupt, nothing may catch it and go on
-    """SIGTERM ended a training after a step; its checkpoint is written."""
+class TrainingStopped(BaseException):  # no error: like an interrupt, nothing may catch it and carry on
+    """SIGTERM or Ctrl-C ended a training after a step; its checkpoint is written."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)
 
 
 @contextmanager

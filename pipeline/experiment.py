@@ -15,15 +15,18 @@ from pipeline.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by
 from pipeline.processes import is_first_process
 from pipeline.provenance import provenance
 from pipeline.scores import evaluate_checkpoint, held_out_shards, predictions_file, teacher_predictions
-from pipeline.student import MODEL_FOLDER, train_student, training_arguments
+from pipeline.student import train_student, training_arguments
+from pipeline.training_folder import MODEL_FOLDER
 
 DISTILLED = "student, Align-KD"
 BASELINE = "student, labels only"
 TEACHER = "teacher"
 
 
-def run_experiment(config: Config, *, say: Callable[[str], None]) -> str:
+def run_experiment(config: Config, *, say: Callable[[str], None], overwrite: bool = False) -> str:
     """Do what is not done yet below `output_dir` and return the table of results (also in `results.json`).
+
+    What was trained there with other settings is replaced only with `overwrite`.
 
     Of several processes all train; the first alone evaluates, when all is trained, and has the table.
     """
@@ -41,7 +44,7 @@ def run_experiment(config: Config, *, say: Callable[[str], None]) -> str:
     for name, (folder, settings) in runs.items():
         if is_first_process():
             say(f"{name}: {', '.join(settings.losses.active())} -> {folder}")
-        train_student(settings, folder)
+        train_student(settings, folder, overwrite=overwrite)
     if not is_first_process():
         return ""
     if config.evaluate is not None:

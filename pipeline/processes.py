@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.errors import PipelineError
+
+LOCK = "lock"
 
 
 def num_processes() -> int:
@@ -13,3 +22,35 @@ def num_processes() -> int:
 def is_first_process() -> bool:
     """Whether this is the one process that prints results and writes files."""
     return int(os.environ.get("RANK") or 0) == 0
+
+
+def check_together(connected: int) -> None:
+    """Raise `PipelineError` unless as many processes are connected as the launcher started.
+
+    Each would be the first, and write its own training into the folder of all.
+    """
+    if connected != num_processes():
+        raise PipelineError(
+            f"{num_processes()} processes were started, but this one is connected with {connected - 1} others: each "
+            "would train by itself into one folder; start one for each GPU with torchrun or accelerate launch, or "
+            "set train.use_cpu=true"
+        )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a training's folder, made if need be. Raises `PipelineError` if another process does.
+
+    A record lock: workers that load data do not inherit it, and a crash lets go of it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise PipelineError(
+                    f"{folder}: another process is training there; wait for it, or give another output_dir"
+                ) from error
+            # A file system without locks: nothing is known of others.
+        yield

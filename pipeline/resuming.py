@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 from pipeline.config import Config
 from pipeline.data_position import DataPosition
 from pipeline.errors import building
-from pipeline.interruption import leave_sigterm_to_the_parent
+from pipeline.interruption import leave_signals_to_the_parent
 from pipeline.provenance import read_mark
 from pipeline.rank_batches import RankBatches
 
@@ -76,7 +76,7 @@ class ResumingTrainer(Trainer):
             pin_memory=arguments.dataloader_pin_memory,
             persistent_workers=arguments.dataloader_persistent_workers,
             prefetch_factor=arguments.dataloader_prefetch_factor,
-            worker_init_fn=leave_sigterm_to_the_parent,
+            worker_init_fn=leave_signals_to_the_parent,
         )
         # Cut by rank already; accelerate would fill the end of an epoch with samples of its beginning.
         return prepare_data_loader(

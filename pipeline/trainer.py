@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import TrainerCallback
@@ -24,7 +24,9 @@ from pipeline.losses import LOSSES
 from pipeline.models.checkpoint import checkpoint_folder, named_if_broken
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.saved_files import save_tensors
 from pipeline.resuming import CORRECT_TRAIN, RUN_FILE, ResumingTrainer
+from pipeline.run_identity import RunIdentity
 from pipeline.term_log import TermLog, gradient_shares
 
 HEADS_FILE = "heads.safetensors"
@@ -58,7 +60,7 @@ class LeaveImagesOut(TrainerCallback):
 class DistillTrainer(ResumingTrainer):
     """A Trainer whose loss is the weighted sum of terms, each divided by its count over the whole step."""
 
-    def __init__(self, *, settings: Config, identity: str, **kwargs: Any):
+    def __init__(self, *, settings: Config, identity: RunIdentity, **kwargs: Any):
         super().__init__(settings=settings, **kwargs)
         self.identity = identity
         self.losses = settings.losses.active()
@@ -172,10 +174,11 @@ class DistillTrainer(ResumingTrainer):
         if not self.args.should_save:
             return
         if self.settings.student.lora is not None:
-            save_file(adapter_tensors(student), str(folder / ADAPTERS_FILE))
-        save_file(heads, str(folder / HEADS_FILE))
-        run = {"identity": self.identity, "began": self.began, "position": asdict(self.position)}
-        (folder / RUN_FILE).write_text(json.dumps(run | {"unlogged": unlogged}) + "\n")
+            save_tensors(adapter_tensors(student), folder / ADAPTERS_FILE)
+        save_tensors(heads, folder / HEADS_FILE)
+        run = {"identity": self.identity.digest, "made_of": self.identity.made_of, "began": self.began}
+        run |= {"position": asdict(self.position), "unlogged": unlogged}
+        (folder / RUN_FILE).write_text(json.dumps(run) + "\n")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
@@ -231,7 +234,7 @@ class DistillTrainer(ResumingTrainer):
         source = checkpoint_folder(self.settings.student.model)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
-                shutil.copy(source / name, folder)
+                shutil.copyfile(source / name, folder / name)  # not its mode: a private original stays one
 
     def _tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Those of the student and those of the heads, by name; of a sharded model whole, in the first process."""

@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError, TrainingStopped
 from pipeline.inputs import Preparation
 from pipeline.model_settings import LoraConfig
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.run_identity import RunIdentity
 from pipeline.stores import open_stores
 from pipeline.student import build_trainer, needed_targets, train_student
 from pipeline.trainer import ADAPTERS_FILE
@@ -28,7 +29,7 @@ def test_only_adapters_projector_and_heads_move(experiment, tmp_path):
     preparation = Preparation.of(config.student.model, config.data)
     stores = open_stores(config, preparation)
     dataset = JoinedDataset(stores, config.data.shards, preparation, targets=needed_targets(config))
-    trainer = build_trainer(config, tmp_path / "run", dataset, identity="of a test")
+    trainer = build_trainer(config, tmp_path / "run", dataset, identity=RunIdentity("of a test", {}))
     before = {name: value.clone() for name, value in trainer.distiller.state_dict().items()}
     trainer.train()
     moved = {n for n, value in trainer.distiller.state_dict().items() if not torch.equal(value, before[n])}

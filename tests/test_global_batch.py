@@ -20,7 +20,7 @@ from test_resume import assert_same_run, stop_after
 from cache import Store
 from pipeline.data_position import DataPosition
 from pipeline.dataset import JoinCollator, JoinedDataset
-from pipeline.errors import ConfigError, TrainingStopped
+from pipeline.errors import PipelineError, TrainingStopped
 from pipeline.inputs import Preparation
 from pipeline.provenance import read_mark
 from pipeline.rank_batches import Filler, RankBatches
@@ -149,10 +149,10 @@ def orders(experiment, tmp_path_factory) -> list[list[str]]:
 def stopped(experiment, tmp_path, monkeypatch):
     """Runs the experiment into one folder, stopped after a step; `None` lets it come to its end."""
 
-    def run(step: int | None, *overrides: str, folder: str = "run") -> Path:
+    def run(step: int | None, *overrides: str, folder: str = "run", overwrite: bool = False) -> Path:
         config = experiment.config(tmp_path, *overrides)
         if step is None:
-            train_student(config, tmp_path / folder)
+            train_student(config, tmp_path / folder, overwrite=overwrite)
         else:
             with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
                 stop_after(step, patch)
@@ -288,13 +288,14 @@ def test_a_finished_run_is_not_that_of_another_global_batch(steps, stopped):
     assert len(steps) == 2
     stopped(None, *saving, *cut(2, 2))
     assert len(steps) == 2  # the same four samples a step: it is that run
-    with pytest.raises(
-        ConfigError, match=r"run is finished, with 4 samples a step, and cannot go on with others"
-    ):
-        stopped(None, *saving, *cut(6), RESUMED)
+    for asked in ([], [RESUMED]):
+        with pytest.raises(
+            PipelineError, match=r"run holds a finished training, .*: samples a step: 4 -> 6;"
+        ):
+            stopped(None, *saving, *cut(6), *asked)
     assert (run / "finished.json").is_file() and len(steps) == 2
-    stopped(None, *saving, *cut(6))
-    assert [len(made) for made in steps[2:]] == [6, 6]  # not asked to go on: anew, as with other settings
+    stopped(None, *saving, *cut(6), overwrite=True)
+    assert [len(made) for made in steps[2:]] == [6, 6]
 
 
 def test_a_checkpoint_says_where_in_the_data_it_was_made(stopped):
@@ -304,9 +305,10 @@ def test_a_checkpoint_says_where_in_the_data_it_was_made(stopped):
 
 
 def test_what_goes_on_is_the_run_that_began_last_not_the_one_that_came_furthest(steps, orders, stopped):
+    """As of two runs whose checkpoints came into one folder."""
     run = stopped(6, *EPOCHS, *cut(2))
-    anew = [*EPOCHS, "train.resume_from_checkpoint=false"]
-    stopped(2, *anew, *cut(4))
+    other = stopped(2, *EPOCHS, *cut(4), folder="other")
+    shutil.copytree(other / "checkpoint-2", run / "checkpoint-2")
     steps.clear()
     stopped(4, *EPOCHS, *cut(4))
     assert joined(steps) == orders[0][8:]

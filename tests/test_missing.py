@@ -14,9 +14,10 @@ from small_mixture import another_teacher, losses_of, mixing, part_of_store
 from cache import FingerprintMismatch, Store
 from pipeline.config import labels_only
 from pipeline.dataset import JoinCollator, JoinedDataset
-from pipeline.errors import ConfigError, JoinError
+from pipeline.errors import ConfigError, JoinError, PipelineError
 from pipeline.inputs import Preparation
 from pipeline.provenance import finished_identity
+from pipeline.run_identity import RunIdentity
 from pipeline.stores import open_stores
 from pipeline.student import build_trainer, needed_targets, train_student
 from pipeline.teacher import cache_teacher
@@ -247,7 +248,7 @@ def test_only_what_a_store_lacks_is_made_again(batch_of, lacking, mixed, experim
     samples = {sample.key: sample for sample in (dataset[index] for index in range(len(dataset)))}
     batch = JoinCollator(dataset.targets)([samples[key] for key in batch_of])
     config = mixed(*names, more=RECOMPUTE)
-    trainer = build_trainer(config, tmp_path / "run", dataset, identity="of a test")
+    trainer = build_trainer(config, tmp_path / "run", dataset, identity=RunIdentity("of a test", {}))
     distiller = trainer.distiller
     patch_features = distiller._patch_features(batch)
     assert distiller.recompute is not None
@@ -296,7 +297,9 @@ def test_a_batch_that_lacks_rows_does_not_pass_as_whole(mixed, tmp_path):
     dataset = opened(config)
     samples = {sample.key: sample for sample in (dataset[index] for index in range(len(dataset)))}
     batch = JoinCollator(dataset.targets)([samples[key] for key in ("a0", "a1")])
-    distiller = build_trainer(config, tmp_path / "run", dataset, identity="of a test").distiller
+    distiller = build_trainer(
+        config, tmp_path / "run", dataset, identity=RunIdentity("of a test", {})
+    ).distiller
     distiller.recompute = None
     with pytest.raises(
         JoinError, match=r"kd/coverage is 0.500, must be 1: sample 1 of the batch .* received 0"
@@ -365,5 +368,7 @@ def test_a_run_is_done_again_when_a_store_has_more(mixed, stores, tmp_path):
     first = finished_identity(tmp_path / "run" / "finished.json")
     shutil.rmtree(attention)
     shutil.copytree(stores["attention"], attention)
-    train_student(config, tmp_path / "run")
+    with pytest.raises(PipelineError, match=r"missing: \[\d+\] -> \[\], samples\.contents: "):
+        train_student(config, tmp_path / "run")
+    train_student(config, tmp_path / "run", overwrite=True)
     assert finished_identity(tmp_path / "run" / "finished.json") != first

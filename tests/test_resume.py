@@ -16,6 +16,7 @@ from launched import TORCHRUN, distill
 from small_experiment import weights
 
 from pipeline.errors import TrainingStopped
+from pipeline.interruption import StopOnSignal
 from pipeline.losses import LOSSES
 from pipeline.student import train_student
 from pipeline.trainer import DistillTrainer
@@ -44,13 +45,13 @@ def whole(experiment, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM to this process in the forward of a step."""
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, *, sent: int = signal.SIGTERM) -> None:
+    """A signal to this process in the forward of a step."""
     before = DistillTrainer.compute_loss
 
     def compute_loss(trainer, *arguments, **named):
         if trainer.state.global_step == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sent)
         return before(trainer, *arguments, **named)
 
     monkeypatch.setattr(DistillTrainer, "compute_loss", compute_loss)
@@ -72,6 +73,47 @@ def test_a_run_stopped_after_any_step_goes_on_as_if_it_had_not(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train_student(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_what_to_type_next(
+    experiment, whole, tmp_path, monkeypatch, capfd
+):
+    config = experiment.config(tmp_path, *TEN_STEPS)
+    told = (
+        r"run: stopped by Ctrl-C after step 4 of 10, checkpoint-4 is written; run the same command with train"
+    )
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match=told) as stopped:
+        stop_after(4, patch, sent=signal.SIGINT)
+        train_student(config, tmp_path / "run")
+    assert stopped.value.exit_code == 130
+    said = "stopping after this step, with a checkpoint; Ctrl-C again ends at once"
+    assert capfd.readouterr().err.splitlines().count(said) == 1
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    train_student(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_second_ctrl_c_ends_at_once_but_not_one_that_a_launcher_sends_after_the_first(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with StopOnSignal() as stop:
+        for later in (0.0, 0.5):
+            now[0] += later
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_asked and stop.exit_code == 130
+        now[0] += 1.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_job_in_the_background_of_a_script_ignores_ctrl_c_as_before():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopOnSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.is_asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_may_be_stopped_again_and_again(experiment, whole, tmp_path, monkeypatch):
@@ -149,7 +191,10 @@ def long_run(experiment, tmp_path_factory) -> Path:
     return folder / "out" / "align_kd"
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
+CODES = [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+
+
+@pytest.mark.parametrize(("sent", "code"), CODES)
 def test_a_command_that_is_killed_is_gone_on_with_by_the_same_command(
     sent, code, experiment, long_run, tmp_path
 ):
@@ -160,14 +205,16 @@ def test_a_command_that_is_killed_is_gone_on_with_by_the_same_command(
     os.killpg(process.pid, sent)  # as SLURM does: also the data-loading workers
     output, complaint = process.communicate()
     assert (process.returncode, output) == (code, "")
-    if sent == signal.SIGTERM:
-        assert complaint.splitlines()[-1].startswith(f"alignkd: {run}: stopped by SIGTERM after step ")
+    if sent != signal.SIGKILL:
+        by = "SIGTERM" if sent == signal.SIGTERM else "Ctrl-C"
+        assert complaint.splitlines()[-1].startswith(f"alignkd: {run}: stopped by {by} after step ")
     again = distill(experiment, tmp_path / "out", *LONG, two_workers)
     assert again.communicate()[0].startswith("student trained") and again.returncode == 0
     assert_same_run(run, long_run)
 
 
-def test_two_processes_stop_together_and_one_goes_on(experiment, tmp_path):
+@pytest.mark.parametrize(("sent", "by"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_two_processes_stop_together_and_one_goes_on(sent, by, experiment, tmp_path):
     """The global batch stays, the number of processes does not: the curve is the same within rounding."""
     sgd = ["train.optim=sgd", "train.learning_rate=0.001"]
     long = [*LONG, *sgd, "train.max_steps=150", "train.logging_steps=1"]
@@ -176,11 +223,11 @@ def test_two_processes_stop_together_and_one_goes_on(experiment, tmp_path):
         experiment, tmp_path / "out", *long, "train.gradient_accumulation_steps=1", launcher=TORCHRUN
     )
     wait_for(run / "checkpoint-30" / "trainer_state.json", process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(sent)
     _, complaint = process.communicate()
     assert process.returncode != 0
     step = max(int(file.name.split("-")[1]) for file in run.glob("checkpoint-*"))
-    assert f"stopped by SIGTERM after step {step} of 150" in complaint and step < 150
+    assert f"stopped by {by} after step {step} of 150" in complaint and step < 150
     again = distill(experiment, tmp_path / "out", *long)
     assert again.communicate() and again.returncode == 0
     process = distill(experiment, tmp_path / "alone", *long)

@@ -7,15 +7,18 @@ import os
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from launched import TORCHRUN, accelerate, distill
 from safetensors.torch import load_file
 from small_experiment import weights
 
 from cache import Store
+from pipeline.errors import PipelineError
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.rank_batches import Filler, RankBatches
 from pipeline.student import train_student
@@ -94,6 +97,39 @@ def test_two_processes_under_accelerate_with_accumulation_do_too(experiment, alo
     finish(distill(experiment, tmp_path / "two", *quarter, *TWO_EPOCHS, *SGD, launcher=accelerate("ddp")))
     assert_same_curve(tmp_path / "two" / "align_kd", alone)
     assert_same_student(tmp_path / "two" / "align_kd", alone)
+
+
+def without_use_cpu(experiment, folder: Path):
+    """The experiment as on a machine whose devices are left to transformers."""
+    settings = yaml.safe_load(experiment.file.read_text())
+    del settings["train"]["use_cpu"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return replace(experiment, file=folder / "config.yaml")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="two processes would take two devices")
+def test_two_processes_without_a_device_train_one_student_unasked_too(experiment, alone, tmp_path):
+    """transformers connects processes on CPUs only if told that they are to be used."""
+    half = ["train.per_device_train_batch_size=2", *TWO_EPOCHS, *SGD]
+    unsaid = without_use_cpu(experiment, tmp_path)
+    finish(distill(unsaid, tmp_path / "two", *half, launcher=TORCHRUN))
+    assert_same_curve(tmp_path / "two" / "align_kd", alone)
+    assert_same_student(tmp_path / "two" / "align_kd", alone)
+
+
+@pytest.mark.parametrize("launched", [{"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "4", "RANK": "3"}])
+def test_processes_that_are_not_connected_are_refused_before_anything_is_written(
+    launched, experiment, tmp_path, monkeypatch
+):
+    unsaid = without_use_cpu(experiment, tmp_path)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        PipelineError,
+        match=r"\d processes were started, but this one is connected with 0 others: each would train",
+    ):
+        train_student(unsaid.config(tmp_path, "train.use_cpu=false"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_shares_of_the_gradient_are_those_of_all_processes(experiment, tmp_path):

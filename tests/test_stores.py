@@ -16,7 +16,7 @@ import cli
 from cache import FingerprintMismatch, Store
 from pipeline.config import labels_only, load_config, to_yaml
 from pipeline.dataset import JoinedDataset
-from pipeline.errors import ConfigError, JoinError
+from pipeline.errors import ConfigError, JoinError, PipelineError
 from pipeline.inputs import Preparation
 from pipeline.provenance import finished_identity
 from pipeline.stores import open_stores
@@ -386,7 +386,11 @@ def test_a_run_is_done_again_when_one_of_its_stores_is_another(
     assert snapshot(tmp_path / "run") == before
     shutil.rmtree(logits)
     part_of_store(of_other_teacher, logits, ["logits"])
-    train_student(config, tmp_path / "run")
+    with pytest.raises(
+        PipelineError, match=r"stores\[2\]\.teacher: [0-9a-f]{12} -> [0-9a-f]{12}; give another"
+    ):
+        train_student(config, tmp_path / "run")
+    train_student(config, tmp_path / "run", overwrite=True)
     assert finished_identity(tmp_path / "run" / "finished.json") != first
 
 

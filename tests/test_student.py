@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import save_file
-from small_experiment import rewrite_store, snapshot, weights
+from small_experiment import rewrite_store, shard_members, snapshot, weights, write_shard
 
 from cache import FingerprintMismatch, StoreNotFound
 from pipeline.config import load_config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.provenance import finished_identity
 from pipeline.student import one_device_a_process, train_student, training_arguments
 from pipeline.teacher import cache_teacher
+from pipeline.trainer import HEADS_FILE
 
 
 def test_stage_2_opens_no_teacher(experiment, tmp_path):
@@ -188,7 +190,7 @@ def test_a_mark_cut_by_a_kill_is_no_finished_run(experiment, tmp_path):
 
 
 def other_setting(experiment, config, folder):
-    return config.model_copy(update={"train": {**config.train, "max_steps": 3}})
+    return config.model_copy(update={"train": {**config.train, "learning_rate": 3e-3}})
 
 
 def other_first_weights(experiment, config, folder):
@@ -211,17 +213,65 @@ def other_store(experiment, config, folder):
     return config
 
 
-@pytest.mark.parametrize("change", [other_setting, other_first_weights, other_store])
-def test_a_run_is_done_again_when_what_it_depends_on_changed(change, experiment, tmp_path):
+def other_answers(experiment, config, folder):
+    """As long as before, so that shards and store look alike."""
+    for shard in (folder / "shards").glob("*.tar"):
+        members = [(n, data.replace(b"circle", b"square")) for n, data in shard_members(shard)]
+        write_shard(shard, members)
+    shutil.rmtree(folder / "store")
+    cache_teacher(config)
+    return config
+
+
+CHANGED = {
+    other_setting: r"train\.learning_rate: 0\.001 -> 0\.003",
+    other_first_weights: r"first weights: [0-9a-f]{12} -> [0-9a-f]{12}",
+    other_store: r"store\.teacher: [0-9a-f]{12} -> [0-9a-f]{12}",
+    other_answers: r"samples\.contents: [0-9a-f]{12} -> [0-9a-f]{12}",
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_run_is_replaced_only_if_asked_when_what_it_depends_on_changed(change, experiment, tmp_path):
     shutil.copytree(experiment.student, tmp_path / "student")
     rewrite_store(experiment.store, tmp_path / "store", lambda key, arrays: arrays)
+    shutil.copytree(experiment.shards, tmp_path / "shards")
     overrides = [f"student.model={tmp_path}/student", f"cache.path={tmp_path}/store"]
-    config = experiment.config(tmp_path, *overrides)
+    config = experiment.config(tmp_path, *overrides, f"data.shards={tmp_path}/shards")
     train_student(config, tmp_path / "run")
-    before = weights(tmp_path / "run" / "model")
-    train_student(change(experiment, config, tmp_path), tmp_path / "run")
+    before, kept = weights(tmp_path / "run" / "model"), snapshot(tmp_path / "run")
+    other = change(experiment, config, tmp_path)
+    with pytest.raises(
+        PipelineError, match=rf"run holds a finished training, .*{CHANGED[change]}.* --overwrite"
+    ):
+        train_student(other, tmp_path / "run")
+    assert snapshot(tmp_path / "run") == kept
+    train_student(other, tmp_path / "run", overwrite=True)
     after = weights(tmp_path / "run" / "model")
     assert any(not (before[name] == after[name]).all() for name in before)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_all_that_is_saved_has_the_umasks_mode(umask, mode, experiment, tmp_path):
+    """safetensors keeps what it writes to its owner; a tokenizer that was private is copied."""
+    student = Path(shutil.copytree(experiment.student, tmp_path / "student"))
+    (student / "tokenizer.model").chmod(0o600)
+    saving = [f"student.model={student}", "train.save_strategy=steps", "train.save_steps=2"]
+    before = os.umask(umask)
+    try:
+        train_student(experiment.config(tmp_path, *saving), tmp_path / "run")
+    finally:
+        os.umask(before)
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert {file.name for file in files} > {
+        "model.safetensors",
+        HEADS_FILE,
+        "tokenizer.model",
+        "optimizer.pt",
+    }
+    assert {str(file): oct(file.stat().st_mode & 0o777) for file in files} == {
+        str(file): oct(mode) for file in files
+    }
 
 
 def test_the_result_is_in_mobilevlms_own_layout(experiment, tmp_path):

@@ -18,8 +18,10 @@ from pipeline.errors import ConfigError, JoinError
 from pipeline.inputs import Preparation
 from pipeline.losses import LOSSES
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.student import build_trainer, checkpoint_to_resume, needed_targets, train_student
+from pipeline.run_identity import RunIdentity
+from pipeline.student import build_trainer, needed_targets, train_student
 from pipeline.trainer import HEADS_FILE, RUN_FILE, DistillTrainer, NonFiniteLossError
+from pipeline.training_folder import Start, start_of
 
 SGD = ["train.optim=sgd", "train.learning_rate=0.01"]
 LABELS_ALONE = [f"losses.{name}=null" for name in LOSSES if name != "supervised"]
@@ -43,7 +45,7 @@ def trainer_of(experiment, tmp_path):
         preparation = Preparation.of(config.student.model, config.data)
         store = Store(config.one_cache.path)
         dataset = RecordedDataset(store, config.data.shards, preparation, targets=needed_targets(config))
-        return build_trainer(config, tmp_path / folder, dataset, identity="of a test")
+        return build_trainer(config, tmp_path / folder, dataset, identity=RunIdentity("of a test", {}))
 
     return build
 
@@ -254,11 +256,22 @@ def test_a_checkpoint_cut_by_a_kill_is_passed_over_for_the_one_before(name, inte
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:20])
-    identity = json.loads((stopped / "checkpoint-2" / RUN_FILE).read_text())["identity"]
-    assert checkpoint_to_resume(config, stopped, identity) == str(stopped / "checkpoint-2")
+    run = json.loads((stopped / "checkpoint-2" / RUN_FILE).read_text())
+    identity = RunIdentity(run["identity"], run["made_of"])
+    start = start_of(config, stopped, identity, samples=4, overwrite=False)
+    assert start == Start(checkpoint=stopped / "checkpoint-2")
 
 
-@pytest.mark.parametrize("change", ["train.learning_rate=0.5", "losses.logits=null", "data.fraction=0.5"])
+CHANGES = {
+    "train.learning_rate=0.5": r"train\.learning_rate: 0\.001 -> 0\.5;",
+    "losses.logits=null": r'losses\.logits: \{"weight": 0\.1, .*\} -> null;',
+    "losses.logits.temperature=2": r"losses\.logits\.temperature: 1\.0 -> 2\.0;",
+    "data.fraction=0.5": r"data\.fraction: 1\.0 -> 0\.5, samples\.number: 13 -> \d+;",
+    "train.seed=7": r"train\.seed: not set -> 7;",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_checkpoint_of_other_settings_is_not_continued(change, interrupted, experiment, tmp_path):
     _, _, stopped = interrupted
     before = snapshot(stopped)
@@ -266,7 +279,7 @@ def test_a_checkpoint_of_other_settings_is_not_continued(change, interrupted, ex
     for asked in ("true", str(stopped / "checkpoint-2")):
         config = experiment.config(tmp_path, *saving, f"train.resume_from_checkpoint={asked}", change)
         with pytest.raises(
-            ConfigError, match=r"checkpoint-2 was made with other settings, data or first weights"
+            ConfigError, match=rf"checkpoint-2 was made with other settings: {CHANGES[change]} restore them"
         ):
             train_student(config, stopped)
     assert {name: kept for name, kept in snapshot(stopped).items() if "checkpoint-2" in name} == before

@@ -154,16 +154,20 @@ def distill(
     overrides: Overrides = None,
     print_config: PrintConfig = False,
     allow_mismatch: AllowMismatch = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train anew in place of a training of other settings.")
+    ] = False,
 ) -> None:
     """Stage 2: train the student from the store; no teacher is loaded.
 
-    With `baseline: true` the same student is also trained on labels alone, and both are compared.
+    With `baseline: true` the same student is also trained on labels alone, and both are compared. Ctrl-C and SIGTERM
+    leave a checkpoint. Nothing that was trained before is replaced without --overwrite.
     """
     settings = load(config, allowing(overrides, allow_mismatch), print_config)
     from pipeline.experiment import run_experiment
     from pipeline.processes import is_first_process
 
-    result = run_experiment(settings, say=say)
+    result = run_experiment(settings, say=say, overwrite=overwrite)
     if is_first_process():
         print(result)
 

@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import typer
-from safetensors.torch import save_file
 from transformers.utils import logging
 
 from pipeline.compare import text_table
@@ -34,6 +33,7 @@ from pipeline.emoji.models import (
 )
 from pipeline.errors import PipelineError
 from pipeline.inputs import Preparation
+from pipeline.models.saved_files import save_tensors
 from pipeline.scores import evaluate_checkpoint
 
 STUDY = Path("runs/emoji")
@@ -81,7 +81,7 @@ def teacher(
     write_checkpoint(model, untrained, language=language)
     learned = train_teacher(model, untrained, scenes, align_steps=align_steps, epochs=epochs)
     LEARNED.parent.mkdir(parents=True, exist_ok=True)
-    save_file(learned, LEARNED)
+    save_tensors(learned, LEARNED)
     print(f"{LEARNED}: {sum(value.numel() for value in learned.values()):,} parameters")
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMissingImports]
 from peft.tuners.lora import LoraLayer  # pyright: ignore[reportMissingImports]
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.conversation import load_tokenizer
@@ -31,6 +30,7 @@ from pipeline.emoji.data import TEACHER_SETS
 from pipeline.emoji.scenes import IMAGE_SIZE
 from pipeline.images import ImagePreprocessor
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.saved_files import save_tensors
 from pipeline.shared_prefix import ImageQuestions, answer_loss, group_by_image
 
 RANK = 8
@@ -95,7 +95,7 @@ def train_answers(
             schedule.step()
             step += 1
             if snapshot is not None and step % SNAPSHOT_STEPS == 0:
-                save_file(learned_of(model), snapshot)
+                save_tensors(learned_of(model), snapshot)
             if step % 10 == 0:
                 spent = time.monotonic() - started
                 print(

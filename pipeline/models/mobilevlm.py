@@ -27,6 +27,7 @@ from pipeline.models.configuration import (
     resolve_vision_config,
 )
 from pipeline.models.merge import IMAGE_TOKEN_INDEX, MergedInputs, merge_vision_tokens
+from pipeline.models.saved_files import readable_under_the_umask
 from pipeline.models.vision import LDPNetV2, build_tower
 from pipeline.shapes import expect_shape
 
@@ -122,6 +123,7 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory, **kwargs):
         """Write the published layout; `architectures` keeps the original code's class name."""
         super().save_pretrained(save_directory, **kwargs)
+        readable_under_the_umask(Path(save_directory).glob("*.safetensors"))
         config_file = Path(save_directory) / "config.json"
         if config_file.is_file():
             fields = json.loads(config_file.read_text()) | {"architectures": ["MobileLlamaForCausalLM"]}

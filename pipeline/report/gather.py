@@ -14,8 +14,8 @@ from pipeline.report.cost import cost_of_store
 from pipeline.report.findings import Findings, Origin, Result, Scores, gaps_closed
 from pipeline.report.run_folder import PROVENANCE, named_if_damaged, origin_of, read_json, read_run
 from pipeline.report.sweep_folder import SweepFolder
-from pipeline.student import STATE_FILE
 from pipeline.sweep.lines import SWEEP
+from pipeline.training_folder import STATE_FILE
 
 DISTILLED_FOLDER, BASELINE_FOLDER, TEACHER_FOLDER = "align_kd", "supervised", "teacher"
 

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.errors import PipelineError
 from pipeline.losses import LOSSES
 from pipeline.report.findings import LogLine, Origin, TrainingRun
-from pipeline.student import STATE_FILE
+from pipeline.training_folder import STATE_FILE
 
 PROVENANCE = "provenance.json"
 

@@ -17,10 +17,10 @@ from pipeline.report.run_folder import (
     read_run,
     reads_teacher,
 )
-from pipeline.student import STATE_FILE
 from pipeline.sweep.lines import RUNS, SUMMARY, SWEEP, read_lines
 from pipeline.sweep.run import run_folder
 from pipeline.sweep.variations import SEED
+from pipeline.training_folder import STATE_FILE
 
 
 class SweepFolder:

@@ -20,11 +20,12 @@ from pipeline.inputs import Preparation
 from pipeline.provenance import provenance
 from pipeline.scores import evaluate_checkpoint, held_out_shards
 from pipeline.stores import open_stores
-from pipeline.student import FINISHED, MODEL_FOLDER, STATE_FILE, train_student
+from pipeline.student import train_student
 from pipeline.sweep.identity import run_identity
 from pipeline.sweep.jobs import Failed, Job, attempt, run_jobs
 from pipeline.sweep.lines import SUMMARY, SWEEP, Line, read_lines, write_line
 from pipeline.sweep.variations import Variation
+from pipeline.training_folder import FINISHED, MODEL_FOLDER, STATE_FILE
 
 
 def run_sweep(
@@ -91,7 +92,7 @@ class Outcome:
 
 def train_and_evaluate(config: Config, folder: Path) -> Outcome:
     """One run: its accuracy by test set and question type, its last logged terms, and what it cost."""
-    model = train_student(config, folder)
+    model = train_student(config, folder, overwrite=True)  # what it is to replace was told by `run_sweep`
     predictions = evaluate_checkpoint(config, str(model), output=folder / PREDICTIONS_FILE)
     answered = {name: Answered.of(of_set) for name, of_set in by_test_set(predictions).items()}
     return Outcome(_measured(config, folder, predictions), answered)

@@ -13,8 +13,9 @@ from pipeline.config import Config, EvaluateConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluate import PREDICTIONS_FILE, Prediction, evaluate_model, read_predictions
 from pipeline.inputs import Preparation
+from pipeline.model_weights import are_the_teachers, weights_of
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.provenance import finished_identity, made_with, mark_finished
+from pipeline.provenance import finished_identity, made_with, mark_finished, read_mark
 from pipeline.shards import expand_shards
 
 
@@ -23,12 +24,13 @@ def evaluate_checkpoint(config: Config, model: str, *, output: Path | None = Non
     if config.evaluate is None:
         raise ConfigError("the config has no `evaluate` section; name held-out shards as evaluate.shards")
     output = output or predictions_file(config, model)
-    stamp = _stamp(output)
-    identity = digest_of(_evaluation_identity(config, model))
+    stamp, weights = _stamp(output), weights_of(Checkpoint(model))
+    identity = digest_of(_evaluation_identity(config, model, weights["digest"]))
     if not output.is_file() or finished_identity(stamp) != identity:
         stamp.unlink(missing_ok=True)
         evaluate_model(model, config.data, config.evaluate, output=output, description=f"evaluate {model}")
-        mark_finished(stamp, identity, config)
+    if (finished_identity(stamp), read_mark(stamp).get("weights")) != (identity, weights):
+        mark_finished(stamp, identity, config, weights=weights)
     return read_predictions(output)
 
 
@@ -43,10 +45,12 @@ def teacher_predictions(config: Config, *, say: Callable[[str], None]) -> list[P
     file = predictions_file(config, config.teacher.model)
     if not file.is_file():
         return None
-    if _asked(made_with(_stamp(file))) != _asked(config.model_dump(mode="json")):
+    stamp = _stamp(file)
+    is_asked_alike = _asked(made_with(stamp)) == _asked(config.model_dump(mode="json"))
+    if not (is_asked_alike and are_the_teachers(read_mark(stamp).get("weights") or {}, config)):
         say(
-            f"{file} is of another teacher, or was asked otherwise, than this config says: the teacher is left out; "
-            "run `alignkd evaluate` with this config"
+            f"{file} is of another teacher's weights, or was asked otherwise, than this config says: the teacher is "
+            "left out; run `alignkd evaluate` with this config"
         )
         return None
     return read_predictions(file)
@@ -57,10 +61,10 @@ def _stamp(predictions: Path) -> Path:
 
 
 def _asked(config: Mapping[str, Any]) -> list[Any]:
-    """Of a config, what a teacher's answers depend on; which questions they answer is compared by the questions."""
-    teacher, evaluate, data = (config.get(section) or {} for section in ("teacher", "evaluate", "data"))
+    """Of a config, how its teacher is asked; which questions it answers is compared by the questions."""
+    evaluate, data = (config.get(section) or {} for section in ("evaluate", "data"))
     how = [evaluate.get(name) for name in ("max_new_tokens", "dtype")]
-    return [teacher.get("model"), *how, *(data.get(name) for name in ("template", "image_aspect_ratio"))]
+    return [*how, *(data.get(name) for name in ("template", "image_aspect_ratio"))]
 
 
 def held_out_shards(settings: EvaluateConfig) -> list[tuple[str, str]]:
@@ -73,9 +77,9 @@ def held_out_digests(settings: EvaluateConfig) -> list[tuple[str, str]]:
     return [(name, blake3().update_mmap(shard).hexdigest()) for name, shard in held_out_shards(settings)]
 
 
-def _evaluation_identity(config: Config, model: str) -> list[Any]:
+def _evaluation_identity(config: Config, model: str, weights: str) -> list[Any]:
     """What predictions depend on: the weights, how they are asked, and the bytes of what they are asked."""
     assert config.evaluate is not None
     preparation = Preparation.of(model, config.data).digests()
     settings = config.evaluate.model_dump(mode="json", exclude={"shards", "batch_size"})
-    return [Checkpoint(model).digest(), preparation, held_out_digests(config.evaluate), settings]
+    return [weights, preparation, held_out_digests(config.evaluate), settings]

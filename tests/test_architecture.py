@@ -95,6 +95,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.interruption",
         "pipeline.longest_first",
         "pipeline.missing",
+        "pipeline.model_weights",
         "pipeline.overlap",
         "pipeline.part_states",
         "pipeline.pairing",

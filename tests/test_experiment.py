@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
-from small_experiment import snapshot, weights
+from small_experiment import copy_of_teacher, snapshot, weights
 
 from pipeline.config import labels_only
 from pipeline.errors import ConfigError, ShardError
 from pipeline.experiment import run_experiment
 from pipeline.scores import evaluate_checkpoint, teacher_predictions
+from pipeline.teacher import cache_teacher
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +96,84 @@ def test_answers_of_another_teacher_or_to_other_settings_are_not_the_teachers(as
     other = experiment.config(tmp_path, asked.format(student=experiment.student))
     assert teacher_predictions(other, say=said.append) is None
     assert (
-        "is of another teacher, or was asked otherwise, than this config says: the teacher is left out"
+        "is of another teacher's weights, or was asked otherwise, than this config says: the teacher"
         in said[0]
     )
+
+
+@pytest.fixture
+def taught(experiment, tmp_path):
+    """A teacher that a test may change, its store and its answers; asks for these again, with what is said."""
+    teacher = copy_of_teacher(experiment, tmp_path / "teacher_model")
+
+    def config(*overrides: str):
+        return experiment.config(
+            tmp_path, f"teacher.model={teacher}", f"cache.path={tmp_path}/store", *overrides
+        )
+
+    def again(*overrides: str):
+        said: list[str] = []
+        return teacher_predictions(config(*overrides), say=said.append), said
+
+    cache_teacher(config())
+    evaluate_checkpoint(config(), str(teacher))
+    return teacher, config, again
+
+
+def change_weights(folder: Path) -> None:
+    tensors = weights(folder)
+    tensors["lm_head.weight"] *= -1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_answers_of_a_teacher_whose_weights_changed_in_their_place_are_not_the_teachers(taught):
+    teacher, _, again = taught
+    assert again()[0] and not again()[1]
+    change_weights(teacher)
+    answers, said = again()
+    assert answers is None and "is of another teacher's weights" in said[0]
+
+
+def test_answers_of_the_same_weights_elsewhere_or_touched_are_the_teachers(taught, tmp_path):
+    teacher, _, again = taught
+    (teacher / "model.safetensors").touch()
+    assert again()[0]
+    moved = teacher.rename(tmp_path / "moved")
+    assert again(f"teacher.model={moved}")[0]
+
+
+def test_files_that_were_not_touched_are_not_read(taught):
+    teacher, _, again = taught
+    file = teacher / "model.safetensors"
+    state = file.stat()
+    change_weights(teacher)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert again()[0]  # as good as untouched: nothing else shows that it is not
+
+
+def test_where_the_teacher_is_not_the_store_says_whose_answers_they_are(taught, experiment):
+    teacher, config, again = taught
+    shutil.rmtree(teacher)
+    assert again()[0]
+    shutil.copytree(experiment.teacher, teacher)
+    change_weights(teacher)
+    evaluate_checkpoint(config(), str(teacher))
+    shutil.rmtree(teacher)
+    assert again()[0] is None
+
+
+def test_answers_of_an_earlier_version_do_not_say_whose_they_are_and_are_stamped_without_asking(
+    taught, tmp_path
+):
+    teacher, config, again = taught
+    file = tmp_path / "teacher" / "predictions.jsonl"
+    stamp = file.with_suffix(".stamp.json")
+    mark = json.loads(stamp.read_text())
+    del mark["weights"]
+    stamp.write_text(json.dumps(mark))
+    assert again()[0] is None
+    assert not was_asked_again(config(), teacher, file)
+    assert again()[0]
 
 
 def test_the_student_on_labels_alone_keeps_the_weight_of_the_labels(experiment, tmp_path):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,6 +175,13 @@ def plan_teacher(
         digest=digest_of_tensors({name: known[name] for name in tensors}),
         digests=_by_group(known),
     )
+
+
+def whole_groups(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """As `TeacherPlan.digests`, of all that a whole model reads of a checkpoint; `known`: its tensors' digests."""
+    config = read_config(folder)
+    names = needed_tensors(_model_tensors(config), config, deepest=None)
+    return _by_group({name: known[name] for name in names if name in known})
 
 
 def _by_group(digests: Mapping[str, str]) -> dict[str, str]:

@@ -166,8 +166,11 @@ class DistillTrainer(ResumingTrainer):
     def _sum_over_ranks(self, mine: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, self.accelerator.reduce(mine, reduction="sum"))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """A checkpoint is the student as Hugging Face users know it, and the heads beside it."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A checkpoint is the student as Hugging Face users know it, and the heads beside it.
+
+        For all processes: they gather what is written. Not `_save`, which some releases call in the first one alone.
+        """
         folder = Path(output_dir or str(self.args.output_dir))
         unlogged = self._unlogged()
         student, heads = self.save_student(folder)

@@ -105,7 +105,8 @@ class Distiller(nn.Module):
         """
         if not (dist.is_available() and dist.is_initialized()):
             return 0.0
-        zero = sum(0.0 * head(*head.nothing()).sum() for head in self.heads.values())
+        heads: Any = self.heads.values()
+        zero = sum(0.0 * head(*head.nothing()).sum() for head in heads)
         if patch_features is not None:
             return zero
         config = self.student.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -70,8 +71,10 @@ def read_mark(mark: Path) -> dict[str, Any]:
 def mark_finished(mark: Path, identity: str, config: Config, **more: Any) -> None:
     """Write the mark beside finished work, last: what it was made from, and where it comes from."""
     said = {"identity": identity} | more | {"provenance": provenance(config)}
+    unfinished = mark.with_name(f"{mark.name}.{os.getpid()}")
     with writing(mark):
-        mark.write_text(json.dumps(said, indent=1) + "\n")
+        unfinished.write_text(json.dumps(said, indent=1) + "\n")
+        unfinished.replace(mark)  # a kill leaves a whole mark or none
 
 
 def git_commit() -> str:

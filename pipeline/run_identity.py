@@ -96,7 +96,8 @@ def is_longer(changes: Sequence[Change]) -> bool:
     """Whether all that changed is that `max_steps`, or else the number of epochs, was raised."""
     if len(changes) != 1 or changes[0].key not in ("train.max_steps", "train.num_train_epochs"):
         return False
-    old, new = (3.0 if value is NOT_SET else value for value in (changes[0].old, changes[0].new))
+    default = -1 if changes[0].key == "train.max_steps" else 3.0  # transformers' own
+    old, new = (default if value is NOT_SET else value for value in (changes[0].old, changes[0].new))
     return 0 < old < new  # -1 steps: the epochs say how many
 
 

@@ -42,11 +42,16 @@ def start_of(config: Config, folder: Path, identity: RunIdentity, *, samples: in
     resumes = config.train.get("resume_from_checkpoint") not in (None, False)
     finished_of = _changes_of_finished(mark, identity, samples) if mark else []
     own = [file for file in checkpoints if identity.may_lengthen(read_mark(file / RUN_FILE))]
-    if resumes and own and (not mark or is_longer(finished_of)):
+    if resumes and own and (not (folder / FINISHED).exists() or is_longer(finished_of)):
         # Of runs that began anew in this folder the last; they may differ in the samples of a step.
         return Start(checkpoint=max(own, key=lambda file: read_mark(file / RUN_FILE)["began"]))
-    if overwrite or not (mark or checkpoints):
-        return Start(replaces=bool(mark or checkpoints))
+    is_empty = not checkpoints and not (folder / FINISHED).exists()
+    if overwrite or is_empty:
+        return Start(replaces=not is_empty)
+    if not mark and (folder / FINISHED).exists():
+        raise PipelineError(
+            f"{folder / FINISHED} cannot be read: what is trained there may be finished; restore it, {INSTEAD}"
+        )
     if mark:
         why = _why_no_longer(finished_of, identity, has_checkpoint=bool(own))
         raise PipelineError(f"{folder} holds a finished training, {why}; {INSTEAD}")

@@ -178,14 +178,18 @@ def test_asking_to_resume_leaves_a_finished_run_as_it_is(experiment, tmp_path):
     assert snapshot(tmp_path / "run") == before
 
 
-def test_a_mark_cut_by_a_kill_is_no_finished_run(experiment, tmp_path):
+@pytest.mark.parametrize("length", [0, 20])
+def test_a_mark_that_cannot_be_read_is_not_taken_for_none(length, experiment, tmp_path):
     config = experiment.config(tmp_path)
     train_student(config, tmp_path / "run")
     mark = tmp_path / "run" / "finished.json"
     whole = finished_identity(mark)
-    mark.write_text(mark.read_text()[:20])
-    assert finished_identity(mark) is None
-    train_student(config, tmp_path / "run")
+    mark.write_text(mark.read_text()[:length])
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(PipelineError, match=r"finished\.json cannot be read: what is trained there may be"):
+        train_student(config, tmp_path / "run")
+    assert snapshot(tmp_path / "run") == before
+    train_student(config, tmp_path / "run", overwrite=True)
     assert finished_identity(mark) == whole is not None
 
 

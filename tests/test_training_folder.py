@@ -14,6 +14,7 @@ from small_experiment import snapshot
 from test_resume import assert_same_run, stop_after
 
 from pipeline.errors import ConfigError, PipelineError, TrainingStopped
+from pipeline.run_identity import NOT_SET, Change, is_longer
 from pipeline.student import train_student
 from pipeline.training_folder import RUN_FILE
 
@@ -186,6 +187,23 @@ def test_a_checkpoint_says_what_it_was_made_of(trained):
     made_of = json.loads((run / "checkpoint-2" / RUN_FILE).read_text())["made_of"]
     assert made_of == json.loads((run / "finished.json").read_text())["made_of"]
     assert made_of["losses"]["logits"]["weight"] == 0.1 and made_of["samples"]["number"] == 13
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new", "longer"),
+    [
+        ("train.max_steps", 2, 3, True),
+        ("train.max_steps", 3, 2, False),
+        ("train.max_steps", NOT_SET, 9, False),
+        ("train.max_steps", -1, 9, False),
+        ("train.num_train_epochs", NOT_SET, 4, True),
+        ("train.num_train_epochs", NOT_SET, 2, False),
+        ("train.seed", 1, 2, False),
+    ],
+)
+def test_longer_is_more_steps_or_epochs_than_there_were(key, old, new, longer):
+    assert is_longer([Change(key, old, new)]) == longer
+    assert not is_longer([Change(key, old, new), Change("data.fraction", 1.0, 0.5)])
 
 
 # One at a time

@@ -12,7 +12,7 @@ from refusals import closed, few_open_files, open_folder, put_on_a_failing_disk,
 from small_experiment import write_shard
 from small_store import fill_part, manifest, sample_arrays, write_store
 
-from cache import CorruptFile, CorruptPart, Span, Store, StoreWriter, UnreadableFile
+from cache import CorruptFile, CorruptPart, Span, Store, StoreWriter, UnreadableFile, verify
 from cache.local_files import max_open, read_ranges, sizes_below
 from pipeline.errors import ShardError
 from pipeline.shards import expand_shards, read_shard, read_span
@@ -187,6 +187,28 @@ def test_what_lies_in_parts_and_is_no_part_is_left_out(tmp_path: Path):
 def _read_all(store: Store) -> None:
     store.read("a0", ["hidden"])
     store.rejects(PART)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"parts/{PART}",
+        f"parts/{PART}/hidden",
+        f"parts/{PART}/part.json",
+        f"parts/{PART}/index.json",
+        f"parts/{PART}/rejects.jsonl",
+        f"parts/{PART}/hidden/zarr.json",
+    ],
+)
+def test_verify_lists_what_cannot_be_read_and_counts_no_part_as_damaged(name: str, deep: bool):
+    with open_folder() as folder:
+        path = write_store(folder / "s")
+        with closed(path / name), without_rights():
+            report = verify(path, deep=deep)
+        assert {problem.kind for problem in report.problems} == {"unreadable"} and not report.is_sound
+        assert all(problem.file.startswith(name) for problem in report.problems)
+        assert report.damaged_parts == () and verify(path, deep=True).is_sound
 
 
 # Shards

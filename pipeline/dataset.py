@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from blake3 import blake3
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from cache import SampleEntry, Store
+from cache import CacheError, SampleEntry, Store
 from pipeline.conversation import TokenizedSample
-from pipeline.errors import BadSample, ConfigError, JoinError
+from pipeline.errors import BadSample, ConfigError, JoinError, PipelineError
 from pipeline.inputs import Preparation, pad_tokens
 from pipeline.memory import BoundedCache, TensorCache
 from pipeline.missing import join_rows
@@ -58,6 +58,19 @@ class StoredSample:
     @property
     def nbytes(self) -> int:
         return 80 * len(self.tokens.input_ids) + sum(array.nbytes for array in self.arrays.values())
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a worker of the loader could not read a batch, in place of the batch."""
+
+    reason: str
+
+    @staticmethod
+    def check(batch: dict[str, Any]) -> None:
+        """Raise `JoinError` if that is what a batch holds."""
+        if (reason := batch.get("refused")) is not None:
+            raise JoinError(reason)
 
 
 class JoinedDataset(Dataset[JoinedSample]):
@@ -115,11 +128,23 @@ class JoinedDataset(Dataset[JoinedSample]):
         return frozenset(self.targets).intersection(target for targets in lost for target in targets)
 
     def __getitem__(self, index: int) -> JoinedSample:
-        [sample] = self.__getitems__([index])
+        [sample] = self._joined([index])
         return sample
 
-    def __getitems__(self, indices: Sequence[int]) -> list[JoinedSample]:
-        """A batch, which torch's loader asks for in one piece, so that all of it is asked of the store at once."""
+    def __getitems__(self, indices: Sequence[int]) -> list[JoinedSample] | Refused:
+        """A batch, which torch's loader asks for in one piece, so that all of it is asked of the store at once.
+
+        In a worker of the loader an error of ours is returned, for `Refused.check` to raise where it is read: torch
+        would raise another one, with the worker's traceback for a message.
+        """
+        try:
+            return self._joined(indices)
+        except (CacheError, PipelineError, OSError) as error:
+            if get_worker_info() is None:
+                raise
+            return Refused(str(error))
+
+    def _joined(self, indices: Sequence[int]) -> list[JoinedSample]:
         rows = [self.rows[index] for index in indices]
         stored = self._stored({row[1].key: (index, row) for index, row in zip(indices, rows, strict=True)})
         return [
@@ -215,11 +240,13 @@ class JoinCollator:
 
     targets: Mapping[str, Any]
 
-    def __call__(self, samples: Sequence[JoinedSample]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[JoinedSample] | Refused) -> dict[str, Any]:
         """`input_ids`, `attention_mask`, `labels` 'B S'; `pixel_values` 'I C Y X' or None; `image_digests`;
         `targets` fields of `TeacherTargets`; `received` target -> rows that each sample brought, int64 'B'; `lacking`
         target -> whether a sample has rows of zeros for it, bool 'B', where one has; `is_filler`: see `Filler`.
         """
+        if isinstance(samples, Refused):
+            return {"refused": samples.reason}
         pixels = [sample.pixels[digest] for sample in samples for digest in sample.image_digests]
         batch: dict[str, Any] = pad_tokens([sample.tokens for sample in samples])
         batch["pixel_values"] = torch.stack(pixels) if pixels else None

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from pipeline.adapters import adapter_tensors, merged_tensors
 from pipeline.config import Config
+from pipeline.dataset import Refused
 from pipeline.distiller import Distiller, Terms
 from pipeline.errors import ConfigError, PipelineError, building, writing
 from pipeline.interruption import StopOnSignal, TakeUpLog
@@ -82,6 +83,8 @@ class DistillTrainer(ResumingTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and each loss term's count over all of them and all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            Refused.check(batch)
         counts = torch.tensor([count_terms(batch, self.losses) for batch in batches], dtype=torch.float32)
         # Along go whether to stop after this step, which all ranks must do at once, and whether any has images.
         shown = any(batch["pixel_values"] is not None and not batch["is_filler"] for batch in batches)

@@ -279,10 +279,13 @@ def test_another_fingerprint_is_3_with_field_both_values_and_the_remedy(
     assert snapshot(experiment.store) == before
 
 
-def test_a_damaged_part_stops_distilling_with_1_and_names_the_file(alignkd, settings, store_copy):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_part_stops_distilling_with_1_and_names_the_file(workers, alignkd, settings, store_copy):
+    """Also where a worker of torch's loader reads it, which would raise its own error, of many lines."""
     file = flip_a_byte(store_copy, "shard-000001", "attention/layer_0")
-    ran = alignkd("distill", *settings, f"cache.path={store_copy}", "train.max_steps=4")
-    assert ran.code == 1
+    overrides = [f"cache.path={store_copy}", "train.max_steps=4", f"train.dataloader_num_workers={workers}"]
+    ran = alignkd("distill", *settings, *overrides)
+    assert ran.code == 1 and len(ran.complaint.splitlines()) == 1 and "Traceback" not in ran.err
     assert str(file.relative_to(store_copy)) in ran.complaint and " is damaged" in ran.complaint
     assert "(reading sample " in ran.complaint and "`alignkd verify --deep`" in ran.complaint
 

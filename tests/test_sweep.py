@@ -73,10 +73,16 @@ def test_a_wider_sweep_runs_only_what_is_new(finished, sweep_of, tmp_path):
     assert len(read_lines(folder)) == 2
 
 
-def test_other_settings_are_run_again_and_replace_their_lines(sweep_of, tmp_path):
+def test_other_settings_replace_a_run_only_if_that_is_asked_for(sweep_of, tmp_path):
     vary = ["losses=none", "train.seed=0"]
     first, _, _ = sweep_of(tmp_path, vary=vary)
-    second, _, said = sweep_of(tmp_path, "train.learning_rate=0.1", vary=vary)
+    before = snapshot(tmp_path)
+    with pytest.raises(
+        PipelineError, match=r"1 of these runs made with other .*such as losses=none,train.seed=0; "
+    ):
+        sweep_of(tmp_path, "train.learning_rate=0.1", vary=vary)
+    assert snapshot(tmp_path / "runs") == before and read_lines(tmp_path) == lines
+    second, _, said = sweep_of(tmp_path, "train.learning_rate=0.1", vary=vary, overwrite=True)
     assert len(said) == 2 and len(read_lines(tmp_path)) == 1
     assert first["losses=none,train.seed=0"]["identity"] != second["losses=none,train.seed=0"]["identity"]
 
@@ -105,7 +111,9 @@ def test_a_damaged_line_is_named(sweep_of, tmp_path):
 def test_lines_made_with_other_settings_stay_until_they_are_replaced(sweep_of, tmp_path):
     vary = ["losses=none", "train.seed=0"]
     first, _, _ = sweep_of(tmp_path, vary=vary)
-    lines, failed, said = sweep_of(tmp_path, "train.learning_rate=1e30", "train.max_steps=4", vary=vary)
+    lines, failed, said = sweep_of(
+        tmp_path, "train.learning_rate=1e30", "train.max_steps=4", vary=vary, overwrite=True
+    )
     assert not lines and failed and "1 made with other settings and to be replaced" in said[0]
     assert read_lines(tmp_path) == list(first.values())
 

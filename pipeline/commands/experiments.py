@@ -24,6 +24,9 @@ def sweep(
         int, typer.Option(min=1, help="Runs at a time, each with its share of cores or GPUs.")
     ] = 1,
     keep_models: Annotated[bool, typer.Option(help="Keep every student's weights.")] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train runs anew that were made with other settings.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
 ) -> None:
     """Many student experiments from one store: every combination of --vary, each held against labels alone.
@@ -52,7 +55,9 @@ def sweep(
         return
     folder = output or Path(settings.output_dir) / "sweep"
     with alone_in(folder):
-        lines, failed = run_sweep(settings, runs, folder, jobs=jobs, keep_models=keep_models, say=say)
+        lines, failed = run_sweep(
+            settings, runs, folder, jobs=jobs, keep_models=keep_models, overwrite=overwrite, say=say
+        )
         if taught := teacher_predictions(settings, say=say):
             keep_teacher(folder, taught)
         if lines:

@@ -35,20 +35,26 @@ def run_sweep(
     *,
     jobs: int = 1,
     keep_models: bool = True,
+    overwrite: bool = False,
     say: Callable[[str], None],
 ) -> tuple[dict[str, Line], dict[str, str]]:
     """Train and evaluate what is not done yet; lines of the finished runs and reasons of the failed, by name.
 
     The caller holds the folder (`alone_in`). A run is done when its line was made from the same config, store, first
-    weights and questions. No teacher is opened. Raises `FingerprintMismatch` before the first run if the store is
-    another one.
+    weights and questions; runs made from others are replaced only with `overwrite`, else `PipelineError` names one.
+    No teacher is opened. Raises `FingerprintMismatch` before the first run if the store is another one.
     """
     _check(config)
     identities = {run.name: run_identity(run.config) for run in runs}
-    lines, num_others = _finished(folder, identities)
+    lines, others = _finished(folder, identities)
+    if others and not overwrite:
+        raise PipelineError(
+            f"{folder} holds {len(others)} of these runs made with other settings, data or first weights, such as "
+            f"{others[0]}; give another --output, or --overwrite to train them anew in its place"
+        )
     _begin(config, folder, identities)
-    others = f", {num_others} made with other settings and to be replaced" if num_others else ""
-    say(f"{len(runs)} runs, {len(lines)} of them done{others}; {jobs} at a time -> {folder}")
+    replaced = f", {len(others)} made with other settings and to be replaced" if others else ""
+    say(f"{len(runs)} runs, {len(lines)} of them done{replaced}; {jobs} at a time -> {folder}")
     if not keep_models:
         for name in lines:  # a kill may have come before the weights went
             _discard_models(folder / run_folder(name))
@@ -92,7 +98,7 @@ class Outcome:
 
 def train_and_evaluate(config: Config, folder: Path) -> Outcome:
     """One run: its accuracy by test set and question type, its last logged terms, and what it cost."""
-    model = train_student(config, folder, overwrite=True)  # what it is to replace was told by `run_sweep`
+    model = train_student(config, folder, overwrite=True)  # `run_sweep` asked before
     predictions = evaluate_checkpoint(config, str(model), output=folder / PREDICTIONS_FILE)
     answered = {name: Answered.of(of_set) for name, of_set in by_test_set(predictions).items()}
     return Outcome(_measured(config, folder, predictions), answered)
@@ -122,11 +128,11 @@ def _check(config: Config) -> None:
     open_stores(config, preparation)
 
 
-def _finished(folder: Path, identities: Mapping[str, str]) -> tuple[dict[str, Line], int]:
-    """Lines of runs that need not run again, made from the same things, and how many were made from others."""
+def _finished(folder: Path, identities: Mapping[str, str]) -> tuple[dict[str, Line], list[str]]:
+    """Lines of runs that need not run again, made from the same things, and names of those made from others."""
     known = [line for line in read_lines(folder) if line["name"] in identities]
     current = {line["name"]: line for line in known if line["identity"] == identities[line["name"]]}
-    return current, len(known) - len(current)
+    return current, [line["name"] for line in known if line["name"] not in current]
 
 
 def _line(run: Variation, outcome: Outcome, identity: str) -> Line:

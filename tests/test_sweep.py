@@ -76,7 +76,7 @@ def test_a_wider_sweep_runs_only_what_is_new(finished, sweep_of, tmp_path):
 def test_other_settings_replace_a_run_only_if_that_is_asked_for(sweep_of, tmp_path):
     vary = ["losses=none", "train.seed=0"]
     first, _, _ = sweep_of(tmp_path, vary=vary)
-    before = snapshot(tmp_path)
+    before, lines = snapshot(tmp_path / "runs"), read_lines(tmp_path)
     with pytest.raises(
         PipelineError, match=r"1 of these runs made with other .*such as losses=none,train.seed=0; "
     ):

@@ -35,7 +35,7 @@ def read_document(path: Place, data: bytes | None = None) -> dict[str, Any]:
     """
     try:
         data = path.read_bytes() if data is None else data
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CorruptFile(path, f"it cannot be read ({error.strerror})") from error
     except OSError as error:
         raise UnreadableFile(path, error) from error

@@ -14,7 +14,8 @@ CacheError
 ├── CountMismatch           samples that were seen but neither cached nor rejected
 ├── PartConflict            two stores to be merged that hold different parts of one name
 ├── PartLost                an unfinished part whose files another process removed
-├── HoldsFewer              a part that would replace one that holds more samples
+├── HoldsFewer              a part that would replace one that holds more samples, or nobody knows how many
+├── ForeignPart             a part of another fingerprint or other arrays than its store's
 ├── DuplicateKey            one sample key twice
 ├── DuplicateImage          one image twice in a part
 ├── UnknownImage            a sample that points at an image its part does not hold
@@ -158,10 +159,24 @@ class PartLost(CacheError):
 
 
 class HoldsFewer(CacheError):
-    def __init__(self, part: str, *, held: int, now: int) -> None:
+    """`held` is None where neither part.json nor index.json says how many samples a part holds."""
+
+    def __init__(self, part: str, *, held: int | None, now: int) -> None:
+        known = "it cannot be told how many samples it holds" if held is None else f"it holds {held} samples"
+        remedy = "or allow it with `alignkd verify --fix --allow-fewer`" if now else "or remove its shard"
         super().__init__(
-            f"Part {part!r} is left as it is: it holds {held} samples, captured again it would hold {now}; see why "
-            "samples are rejected now, or allow it with `alignkd verify --fix --allow-fewer`."
+            f"Part {part!r} is left as it is: {known}, captured again it would hold {now}; see why samples are "
+            f"rejected now, {remedy}."
+        )
+
+
+class ForeignPart(CacheError):
+    def __init__(self, file: Place, part: str) -> None:
+        self.file = file
+        self.detail = "the part was written for a store of another fingerprint or other arrays"
+        super().__init__(
+            f"{file}: {self.detail}; it is not damaged: put back the manifest.json that part {part!r} was written "
+            "under, or move the part elsewhere."
         )
 
 
@@ -256,7 +271,8 @@ class UnreadableFile(CacheError):
 
 class CorruptFile(CacheError):
     remedy = (
-        "run `alignkd verify` on the store to see what else is damaged, and restore the file from a copy."
+        "run `alignkd verify` on the store to see what else is damaged, and restore the file from a copy; "
+        "`alignkd verify --fix --config CONFIG` writes a manifest again."
     )
 
     def __init__(self, file: Place, detail: str, *, key: str = "") -> None:

@@ -44,6 +44,16 @@ def size_of(file: Path) -> int | None:
     return about.st_size if stat.S_ISREG(about.st_mode) else None
 
 
+def is_there(file: Path) -> bool:
+    """Whether the name exists, whatever it is. `UnreadableFile` if that cannot be told."""
+    try:
+        with _told(file):
+            file.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def names_in(folder: Path) -> list[str]:
     """Names of files and folders in a folder, sorted; none if it is absent. `UnreadableFile` if none can list it."""
     try:

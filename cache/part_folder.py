@@ -13,9 +13,10 @@ from cache.durable import files_below, hash_bytes, publish, sync_directory, sync
 from cache.errors import CacheError, HoldsFewer, PartLost
 from cache.index import PartIndex
 from cache.layout import GROUP_METADATA, INDEX, PART_RECORD, ZARR_METADATA, parent_groups, part_path
+from cache.local_files import is_there
 from cache.locks import store_lock
 from cache.records import FileRecord, PartRecord, read_part_file, read_part_record
-from cache.scratch import new_scratch, remove
+from cache.scratch import REPLACED, new_scratch, remove
 
 
 class PartFolder:
@@ -57,19 +58,19 @@ class PartFolder:
     ) -> PartRecord | None:
         """Seal the folder with its record and rename it to its place; None, or the record of the part found there.
 
-        With `replace` the part that is there makes room, unless it holds more samples than this one. Without, a
-        finished part stays, and so does one that is damaged or cannot be read: its error is raised. `check` runs
-        while no other writer can publish. Raises `PartLost` if a file of the folder is gone.
+        With `replace` the part that is there makes room. Without, a finished part stays, and so does one that is
+        damaged or cannot be read: its error is raised. What makes room holds no more samples than this part, unless
+        `may_hold_fewer`, and none makes room for an empty part: else `HoldsFewer`. `check` runs while no other
+        writer can publish. Raises `PartLost` if a file of the folder is gone.
         """
         self._seal(record)
         target = part_path(self._store, self._name)
         with store_lock(self._store):
             check()
             while not publish(self.path, target):
-                if not replace and (target / PART_RECORD).exists():
+                if not replace and is_there(target / PART_RECORD):
                     return read_part_record(target, contents=record.contents)
-                if replace and not may_hold_fewer:
-                    _check_not_fewer(target, record)
+                _check_not_fewer(target, record, may_hold_fewer=may_hold_fewer)
                 if self._swap(target):
                     break
         return None
@@ -89,8 +90,9 @@ class PartFolder:
         sync_directory(self.path)
 
     def _swap(self, target: Path) -> bool:
-        """Put this folder where another one is; False if a third came first. A failure puts the other one back."""
-        aside = new_scratch(self._store, f"{target.name}.replaced")
+        """Put this folder where another one is; False if a third came first. A failure puts the other one back, and
+        after a crash between the two renames `sweep_dead` does."""
+        aside = new_scratch(self._store, f"{target.name}{REPLACED}")
         with suppress(FileNotFoundError):  # another writer is doing the same
             publish(target, aside)
         try:
@@ -102,10 +104,14 @@ class PartFolder:
         return published
 
 
-def _check_not_fewer(target: Path, record: PartRecord) -> None:
-    held = _num_samples(target)
-    if held is not None and record.counts.cached < held:
-        raise HoldsFewer(record.part, held=held, now=record.counts.cached)
+def _check_not_fewer(target: Path, record: PartRecord, *, may_hold_fewer: bool) -> None:
+    held, now = _num_samples(target), record.counts.cached
+    if held is None:  # a part, unless it has no done-mark either
+        loses = not may_hold_fewer and is_there(target / PART_RECORD)
+    else:
+        loses = now < held and (now == 0 or not may_hold_fewer)
+    if loses:
+        raise HoldsFewer(record.part, held=held, now=now)
 
 
 def _num_samples(part: Path) -> int | None:

@@ -240,7 +240,8 @@ def finished_parts(path: Place, manifest: Manifest) -> dict[str, bytes | None]:
     """
     if isinstance(path, Path):
         parts = parts_path(path)
-        names = [name for name in names_in(parts) if size_of(parts / name / PART_RECORD) is not None]
+        planned = set(names_in(parts)) & set(manifest.planned_parts)  # what else lies there is no part
+        names = [name for name in sorted(planned) if size_of(parts / name / PART_RECORD) is not None]
         return dict.fromkeys(names)
     names = manifest.planned_parts
     marks = find_ranges([Range(part_path(path, name) / PART_RECORD) for name in names])

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from cache.codecs import stored_arrays
 from cache.documents import canonical_json, digest_of, read_document
 from cache.durable import hash_bytes
-from cache.errors import CorruptFile, CorruptPart, SchemaError, UnsafeName, UnsupportedFormat
+from cache.errors import CorruptFile, CorruptPart, ForeignPart, SchemaError, UnsafeName, UnsupportedFormat
 from cache.layout import FORMAT_VERSION, PART_RECORD, REJECTS, check_file_name
 from cache.place import Place, Range, find_ranges
 from cache.schema import ArraySpec, check_format, expect, take
@@ -90,7 +90,7 @@ def read_part_record(part: Place, *, contents: str | None = None, data: bytes | 
     if record.part != part.name:
         raise CorruptPart(file, f"it is the record of part {record.part!r}")
     if contents is not None and record.contents != contents:
-        raise CorruptPart(file, "the part was written for a store of another fingerprint or other arrays")
+        raise ForeignPart(file, record.part)
     return record
 
 

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from cache.durable import hash_bytes
-from cache.layout import scratch_path
+from cache.durable import hash_bytes, publish
+from cache.layout import part_path, scratch_path
+
+REPLACED = ".replaced"  # ends the stem of a part that was taken out of its place
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,21 @@ def scratch_owner(name: str) -> ScratchOwner | None:
 
 
 def sweep_dead(store: Path) -> list[str]:
-    """Remove what processes of this host that no longer run left in tmp/; returns the names removed."""
-    entries = sorted(scratch_path(store).iterdir())
+    """Remove what processes that surely no longer run left in tmp/; returns the names removed.
+
+    A part that was taken out to be replaced, by a process that died before the new one was in its place, is put back.
+    """
+    entries = sorted(scratch_path(store).iterdir()) if scratch_path(store).is_dir() else []
     dead = [entry for entry in entries if (owner := scratch_owner(entry.name)) and owner.is_dead]
-    for entry in dead:
+    removed = [entry for entry in dead if not _put_back(store, entry)]
+    for entry in removed:
         remove(entry)
-    return [entry.name for entry in dead]
+    return [entry.name for entry in removed]
+
+
+def _put_back(store: Path, entry: Path) -> bool:
+    part, replaced, _ = entry.name.rpartition(f"{REPLACED}.")
+    return bool(replaced) and not part_path(store, part).exists() and publish(entry, part_path(store, part))
 
 
 def sweep_old(store: Path, *, seconds: float) -> list[str]:

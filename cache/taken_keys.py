@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from cache.errors import CacheError
+from cache.documents import read_document
+from cache.errors import CorruptPart, DuplicateKey, UnreadableFile
 from cache.index import read_part_index
-from cache.layout import part_path, parts_path
-from cache.records import PartRecord, read_part_record
+from cache.layout import MANIFEST, PART_RECORD, part_path
+from cache.local_files import is_there
+from cache.records import read_part_record
 from cache.schema import Manifest
 
 
 class TakenKeys:
-    """The keys of the finished parts of a store, read part by part as other writers publish them.
+    """The keys of the parts of a store, read part by part as other writers publish them.
 
-    A part counts only if it is done: what cannot be read, or is damaged, holds no key against a sample. `counts`
-    leaves out parts that are to be replaced.
+    Keys are those of a part's index, also while its done-mark is damaged or cannot be read: they are taken until the
+    part is replaced. `counts` is False for the names of parts that are to be replaced.
     """
 
-    def __init__(self, store: Path, manifest: Manifest, *, counts: Callable[[PartRecord], bool]) -> None:
+    def __init__(self, store: Path, manifest: Manifest, *, counts: Callable[[str], bool]) -> None:
         self._store, self._manifest, self._counts = store, manifest, counts
         self._part_of: dict[str, str] = {}
         self._known: set[str] = set()
         self._coming: dict[str, frozenset[str]] = {}  # by part
+        self._shared: DuplicateKey | None = None
 
     def refresh(self) -> None:
-        """Read the indexes of parts published since the last time."""
-        for name in sorted(set(os.listdir(parts_path(self._store))) - self._known):
-            if self._is_done(name):
-                index = read_part_index(part_path(self._store, name), self._manifest)
-                self._part_of |= dict.fromkeys(index.keys, name)
-                self._known.add(name)
-                self._coming.pop(name, None)
+        """Read the indexes of parts published since the last time.
+
+        Raises `CorruptPart` or `UnreadableFile` for an index that cannot be read: which keys are free cannot be told.
+        """
+        planned = Manifest.from_json(read_document(self._store / MANIFEST)).planned_parts
+        for name in planned:
+            if name not in self._known and self._is_there(name) and self._counts(name):
+                self._take(name)
 
     def expect(self, part: str, keys: Iterable[str]) -> None:
         """Count keys as the part's before it is published; a part that is published meanwhile goes before it."""
@@ -46,9 +49,24 @@ class TakenKeys:
             holders.insert(0, self._part_of[key])
         return next((name for name in holders if name != than), None)
 
-    def _is_done(self, name: str) -> bool:
+    def check(self) -> None:
+        """Raise `DuplicateKey` if two published parts hold one key."""
+        self.refresh()
+        if self._shared:
+            raise self._shared
+
+    def _is_there(self, name: str) -> bool:
+        return is_there(part_path(self._store, name) / PART_RECORD)
+
+    def _take(self, name: str) -> None:
+        folder = part_path(self._store, name)
+        for key in read_part_index(folder, self._manifest).keys:
+            other = self._part_of.setdefault(key, name)
+            if other != name and not self._shared:
+                self._shared = DuplicateKey(key, parts=(other, name))
+        self._coming.pop(name, None)
         try:
-            record = read_part_record(part_path(self._store, name), contents=self._manifest.contents_digest())
-        except CacheError:
-            return False
-        return self._counts(record)
+            read_part_record(folder)
+        except (CorruptPart, UnreadableFile):
+            return  # its keys are taken for now, and read again: it may be replaced
+        self._known.add(name)

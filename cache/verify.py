@@ -17,7 +17,7 @@ from cache.schema import Manifest
 from cache.scratch import scratch_owner
 from cache.verify_part import PartAudit, Problem, audit_part, kind_of_extra
 
-_NO_DAMAGE = ("missing part", "unexpected file", "stray file", "unreadable")
+_NO_DAMAGE = ("missing part", "unexpected file", "stray file", "foreign part", "unreadable")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def verify(path: str | Path, *, deep: bool) -> Report:
     manifest, problems = _manifest(store)
     problems += [*_folder_problems(store), *_plan_problems(store, manifest)]
     names = [entry.name for entry in _entries(store / PARTS) if entry.is_dir()]
+    if manifest:  # other folders are named above, and are no parts
+        names = [name for name in names if name in manifest.planned_parts]
     audits = [audit_part(store, name, manifest=manifest, deep=deep) for name in names]
     problems += [problem for audit in audits for problem in audit.problems]
     problems += _shared_keys(audits)
@@ -136,7 +138,7 @@ def _plan_problems(store: Place, manifest: Manifest | None) -> Iterator[Problem]
     for name in sorted(set(manifest.planned_parts) - present):
         yield Problem("missing part", f"{PARTS}/{name}", "planned, but not written")
     for name in sorted(present - set(manifest.planned_parts)):
-        yield Problem("unexpected file", f"{PARTS}/{name}", "the manifest does not plan this part")
+        yield Problem(kind_of_extra(name), f"{PARTS}/{name}", "the manifest does not plan this part")
 
 
 def _shared_keys(audits: list[PartAudit]) -> Iterator[Problem]:

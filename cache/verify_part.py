@@ -11,7 +11,7 @@ import numpy as np
 
 from cache.chunks import OpenArray, read_chunk
 from cache.codecs import StoredArray, holds_fill, stored_arrays
-from cache.errors import CorruptFile, CorruptPart, UnreadableFile, UnsafeName, UnsupportedFormat
+from cache.errors import CorruptFile, CorruptPart, ForeignPart, UnreadableFile, UnsafeName, UnsupportedFormat
 from cache.index import PartIndex
 from cache.layout import INDEX, PART_RECORD, PARTS, REJECTS, ZARR_METADATA
 from cache.part_reader import FinishedPart
@@ -26,6 +26,7 @@ Kind = Literal[
     "missing file",
     "unexpected file",
     "stray file",
+    "foreign part",
     "unreadable",
     "size",
     "checksum",
@@ -33,7 +34,9 @@ Kind = Literal[
     "non-finite",
     "metadata",
 ]
-_STRAY = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-f]+|Thumbs\.db|desktop\.ini|\.smbdelete.*|\.fuse_hidden.*")
+_STRAY = re.compile(
+    r"\.DS_Store|\._.*|\.nfs[0-9a-f]+|\.ipynb_checkpoints|Thumbs\.db|desktop\.ini|\.smbdelete.*|\.fuse_hidden.*"
+)
 _SMALL_FILES = (ZARR_METADATA, INDEX, REJECTS)  # hashed also when not deep
 
 
@@ -86,6 +89,8 @@ class PartAudit:
             self.found(_kind_of(error, otherwise=kind), error.file, error.detail)
         except UnreadableFile as error:
             self.found("unreadable", error.file, error.reason)
+        except ForeignPart as error:
+            self.found("foreign part", error.file, error.detail)
         except UnsupportedFormat as error:
             self.found("metadata", place(error.file), str(error))
         except UnsafeName as error:

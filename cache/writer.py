@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,14 @@ from typing import Any
 from cache.codecs import check_specs
 from cache.documents import canonical_json, document_bytes, read_document
 from cache.durable import replace_file, sync_directory
-from cache.errors import FingerprintMismatch, StoreNotFound, UnplannedPart, UnreadableFile
+from cache.errors import (
+    CorruptPart,
+    FingerprintMismatch,
+    StoreNotFound,
+    UnplannedPart,
+    UnreadableFile,
+    UnsafeName,
+)
 from cache.layout import (
     GROUP_METADATA,
     LEASES,
@@ -21,6 +28,7 @@ from cache.layout import (
     PARTS,
     SCRATCH,
     ZARR_METADATA,
+    check_part_name,
     leases_path,
     part_path,
     parts_path,
@@ -44,7 +52,7 @@ class StoreWriter:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
         self._contents = manifest.contents_digest()
-        self.taken = TakenKeys(path, manifest, counts=lambda record: True)
+        self.taken = TakenKeys(path, manifest, counts=lambda part: True)
 
     @classmethod
     def open(cls, path: str | Path, manifest: Manifest) -> StoreWriter:
@@ -84,8 +92,8 @@ class StoreWriter:
         """True if the part is finished; raises as `record` does."""
         return self.record(part) is not None
 
-    def leave_out(self, counts: Callable[[PartRecord], bool]) -> None:
-        """Let the keys of parts that are to be replaced be free for others."""
+    def leave_out(self, counts: Callable[[str], bool]) -> None:
+        """Let the keys of parts that are to be replaced be free for others: those for whose names it is False."""
         self.taken = TakenKeys(self.path, self.manifest, counts=counts)
 
     def claim(self, part: str) -> AbstractContextManager[bool]:
@@ -113,15 +121,29 @@ def _check_free_or_store(path: Path) -> None:
 
 
 def _united(path: Path, manifest: Manifest) -> Manifest:
-    """The stored manifest with the parts of both; mine where there is none yet."""
+    """The stored manifest with the parts of both; mine, with the parts that are there, where there is none."""
     planned = set(manifest.planned_parts)
     if not (path / MANIFEST).exists():
-        return replace(manifest, planned_parts=tuple(sorted(planned)))
+        return replace(manifest, planned_parts=tuple(sorted(planned | set(parts_present(path, manifest)))))
     stored = Manifest.from_json(read_document(path / MANIFEST))
     differences = stored.differences(manifest)
     if differences:
         raise FingerprintMismatch(path, differences, remedy=_REMEDY)
     return replace(stored, planned_parts=tuple(sorted(planned | set(stored.planned_parts))))
+
+
+def parts_present(store: Path, manifest: Manifest) -> list[str]:
+    """Names of the parts of a store without a manifest, all of them of this manifest's fingerprint and arrays.
+
+    Raises `ForeignPart` for one that is not. A damaged part has a name all the same.
+    """
+    names: list[str] = []
+    for mark in sorted(parts_path(store).glob(f"*/{PART_RECORD}")):
+        with suppress(CorruptPart, UnreadableFile):
+            read_part_record(mark.parent, contents=manifest.contents_digest())
+        with suppress(UnsafeName):
+            names.append(check_part_name(mark.parent.name))
+    return names
 
 
 def _prepare_directories(path: Path) -> None:

@@ -29,7 +29,9 @@ from pipeline.targets import TARGETS
 
 PIXEL_CACHE_BYTES = 256 * 2**20
 STORED_CACHE_BYTES = 256 * 2**20
-CHANGED = "the shard changed after it was cached: restore it, or cache it again into a new store"
+CHANGED = (
+    "the shard changed after it was cached: restore it, or run `alignkd teacher-cache --recapture-changed`"
+)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from cache import CacheError, PartRecord, StoreWriter
+from cache import CacheError, StoreWriter
 from pipeline.errors import ShardError
 from pipeline.shard_identity import shard_change
 from pipeline.shards import part_name
@@ -36,7 +36,7 @@ class PartStates:
             return True
         try:
             record = self.store.record(part)
-            change = None if record is None else shard_change(shard, record.source)
+            change = record and shard_change(shard, record.source, read_through=self.recapture_changed)
         except (CacheError, ShardError, OSError) as error:
             self.refused[shard] = str(error)
             return False
@@ -52,7 +52,7 @@ class PartStates:
             self.recapture_changed and self.store.record(part_name(shard)) is not None
         )
 
-    def holds_keys(self, record: PartRecord) -> bool:
-        """Whether the keys of a finished part are taken; those of a part that is to be replaced are free."""
-        shard = self.shard_of.get(record.part)
+    def holds_keys(self, part: str) -> bool:
+        """Whether the keys of a part are taken; those of a part that is to be replaced are free."""
+        shard = self.shard_of.get(part)
         return shard is None or not self.needs_capture(shard)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cache import Report, StoreWriter, local, restore_manifest, verify
 from pipeline.config import Config
-from pipeline.errors import ConfigError, ShardError
+from pipeline.errors import ConfigError
 from pipeline.shards import part_name
 from pipeline.teacher import plan_capture, write_parts
 
@@ -20,6 +20,7 @@ class Repair:
     manifest_restored: bool
     recaptured: tuple[str, ...]  # damaged parts
     captured: tuple[str, ...]  # missing parts
+    broken: tuple[str, ...]  # why the others could not be captured
     report: Report
 
 
@@ -31,7 +32,7 @@ def repair_store(
     A damaged part stays until the new one is whole, and for good if the new one would hold fewer samples, unless
     `may_hold_fewer`. Files that the format does not know, and files that the system refuses to read, are left alone.
     Raises, before anything is written, `FingerprintMismatch` if the config would write other values, and
-    `ConfigError` if it does not name the shard of a part; `ShardError` at the end, if a part could not be captured.
+    `ConfigError` if it does not name the shard of a part.
     """
     store = local(report.path, doing="repaired")
     if store.resolve() != Path(config.one_cache.path).resolve():
@@ -50,9 +51,14 @@ def repair_store(
     manifest = replace(plan.manifest, planned_parts=tuple(part_name(shard) for shard in todo))
     StoreWriter.open(store, manifest)  # compares fingerprints, and puts lost group files back
     plan = replace(plan, shards=todo, manifest=manifest)
-    if broken := write_parts(plan, recapture=damaged, may_hold_fewer=may_hold_fewer).broken:
-        raise ShardError("; ".join(broken))
-    return Repair(manifest_restored, tuple(damaged), tuple(missing), verify(store, deep=True))
+    broken = write_parts(plan, recapture=damaged, may_hold_fewer=may_hold_fewer).broken
+    after = verify(store, deep=True)
+    left = {
+        *after.damaged_parts,
+        *(problem.part for problem in after.problems if problem.kind == "missing part"),
+    }
+    mended = [tuple(name for name in names if name not in left) for names in (damaged, missing)]
+    return Repair(manifest_restored, mended[0], mended[1], broken, after)
 
 
 def _shard_of(part: str, shards: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from pipeline.tars import open_tar, read_members
 
 
 def shard_source(shard: str) -> dict[str, Any]:
-    """What a part records of its shard: name, size in bytes, time of change, and a digest of its members.
+    """What a part records of its shard: name, size, time of change, digests of its members' places and of its bytes.
 
     Raises `ShardError` if the shard is damaged.
     """
@@ -25,7 +25,13 @@ def shard_source(shard: str) -> dict[str, Any]:
         "bytes": about.st_size,
         "modified_ns": about.st_mtime_ns,
         "members": _members_digest(shard, about.st_size, about.st_mtime_ns),
+        "blake3": _digest(shard, about.st_size, about.st_mtime_ns),
     }
+
+
+@lru_cache(maxsize=1 << 16)
+def _digest(shard: str, _size: int, _modified_ns: int) -> str:
+    return blake3().update_mmap(shard).hexdigest()
 
 
 @lru_cache(maxsize=1 << 16)
@@ -42,19 +48,22 @@ def _members_digest(shard: str, _size: int, _modified_ns: int) -> str:
     return digest.hexdigest()
 
 
-def shard_change(shard: str, source: Mapping[str, Any]) -> str | None:
+def shard_change(shard: str, source: Mapping[str, Any], *, read_through: bool = False) -> str | None:
     """How the shard differs from what a part's `source` says; None if it is the same, or it cannot be told.
 
     Size and time of change are compared first, as `make` does. Only a shard that was touched or copied has its
-    members read. A part written before this record was kept has a size at most.
+    members listed; with `read_through` all of it is read, for content that changed at the same size. A part written
+    before this record was kept has a size at most.
     """
     about = Path(shard).stat()
     if source.get("bytes", about.st_size) != about.st_size:
         return f"{source['bytes']:,} bytes when it was captured, {about.st_size:,} now"
     if "members" not in source or source.get("modified_ns") == about.st_mtime_ns:
         return None
-    members = _members_digest(shard, about.st_size, about.st_mtime_ns)
-    return None if members == source["members"] else "as large as it was, with other members"
+    if _members_digest(shard, about.st_size, about.st_mtime_ns) != source["members"]:
+        return "as large as it was, with other members"
+    is_same = not read_through or _digest(shard, about.st_size, about.st_mtime_ns) == source.get("blake3")
+    return None if is_same else "the same members with other content"
 
 
 def check_unchanged(stores: Sequence[Store], shards: Mapping[str, str]) -> None:

@@ -18,7 +18,6 @@ from cache import (
     HoldsFewer,
     Manifest,
     PartSummary,
-    Store,
     StoreWriter,
     digest_of,
 )
@@ -67,7 +66,8 @@ def cache_teacher(config: Config, worker: Worker = ALONE, *, recapture_changed: 
     Several workers may write one store: each begins with its share of the shards, and takes over what others left.
     A shard that cannot be read, or whose part cannot be read, is left out and reported in the summary; the others are
     cached all the same. With `recapture_changed` a part whose shard changed is replaced by one of the shard as it is.
-    Raises `FingerprintMismatch` if the store holds something else, before anything is written.
+    Raises `FingerprintMismatch` if the store holds something else, before anything is written, and `CorruptPart` or
+    `UnreadableFile` if an index cannot be read: which keys are free cannot be told then.
     """
     check_student(config)
     return write_parts(plan_capture(config), worker, recapture_changed=recapture_changed)
@@ -127,8 +127,8 @@ def write_parts(
             capture = Capture(config, teacher, plan.preparation, progress)
             while todo:
                 todo = run.capture_all(capture, todo, worker)
-    if worker.world_size > 1:
-        len(Store(config.one_cache.path))  # raises if two parts hold one key after all
+    if run.summaries or worker.world_size > 1:
+        store.taken.check()
     return _summary(config, run, parts_found=found)
 
 

@@ -65,6 +65,16 @@ def test_a_killed_commit_leaves_the_part_to_do_and_the_rest_unchanged(
     assert verify(path, deep=True).problems == ()
 
 
+def test_a_part_whose_replacement_was_killed_half_way_is_put_back(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path, manifest())
+    finish(writer, PART, "a")
+    before = snapshot(tmp_path / "parts")
+    aside = new_scratch(tmp_path, f"{PART}.replaced")
+    os.rename(tmp_path / "parts" / PART, aside.with_name(aside.name.replace(f".{os.getpid()}.", ".4194305.")))
+    assert StoreWriter.open(tmp_path, manifest()).is_done(PART)
+    assert snapshot(tmp_path / "parts") == before and not list((tmp_path / "tmp").iterdir())
+
+
 def test_what_a_process_of_another_container_on_this_host_writes_is_not_swept(tmp_path: Path) -> None:
     """Containers may share a host's name, and their process ids mean nothing here."""
     StoreWriter.open(tmp_path, manifest())

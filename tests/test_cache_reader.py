@@ -28,6 +28,7 @@ from cache import (
     CorruptFile,
     CorruptPart,
     DuplicateKey,
+    ForeignPart,
     KeyNotInStore,
     Store,
     StoreNotFound,
@@ -282,13 +283,21 @@ def test_an_index_with_a_number_beyond_64_bits_is_told(tmp_path: Path) -> None:
 
 def test_a_part_of_another_store_or_name_is_refused(tmp_path: Path) -> None:
     path = write_store(tmp_path / "s")
-    (path / "parts" / PART).rename(path / "parts/shard-000009")
+    swapped = {PART: "shard-000001", "shard-000001": PART}
+    for name in swapped:
+        (path / "parts" / name).rename(path / name)
+    for name, other in swapped.items():
+        (path / name).rename(path / "parts" / other)
     with pytest.raises(CorruptPart, match=f"it is the record of part '{PART}'"):
         Store(path).read("a0", ["hidden"])
     content = read_document(path / "manifest.json")
     content["fingerprint"]["teacher"] = "other"
     (path / "manifest.json").write_bytes(document_bytes(content))
-    with pytest.raises(CorruptPart, match="written for a store of another fingerprint or other arrays"):
+    for name, other in swapped.items():
+        (path / "parts" / other).rename(path / name)
+    for name in swapped:
+        (path / name).rename(path / "parts" / name)
+    with pytest.raises(ForeignPart, match="written for a store of another fingerprint or other arrays"):
         Store(path).read("b0", ["hidden"])
 
 

@@ -121,7 +121,7 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], set[tuple[str, str]]]] = [
     (
         "part not planned",
         lambda s: shutil.copytree(s / PART, s / "parts/extra"),
-        {("unexpected file", "parts/extra"), ("metadata", "parts/extra/part.json")},
+        {("unexpected file", "parts/extra")},
     ),
     (
         "longer shard",
@@ -175,7 +175,11 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], set[tuple[str, str]]]] = [
         lambda s: rewrite_index(s / PART, lambda index: index["rows"].pop("hidden")),
         {("count", f"{PART}/index.json")},
     ),
-    ("other store", lambda s: rewrite_record(s / PART, contents="00"), {("metadata", f"{PART}/part.json")}),
+    (
+        "other store",
+        lambda s: rewrite_record(s / PART, contents="00"),
+        {("foreign part", f"{PART}/part.json")},
+    ),
     ("other name", lambda s: rewrite_record(s / PART, part="x"), {("metadata", f"{PART}/part.json")}),
     ("no JSON in rejects", lambda s: reject_line(s / PART, "?"), {("metadata", f"{PART}/rejects.jsonl")}),
     (

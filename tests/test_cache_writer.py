@@ -35,6 +35,7 @@ from cache import (
     DuplicateImage,
     DuplicateKey,
     FingerprintMismatch,
+    ForeignPart,
     HoldsFewer,
     NonFiniteValue,
     PartClosed,
@@ -280,7 +281,7 @@ def test_a_part_without_its_done_mark_is_done_again(tmp_path: Path) -> None:
 DAMAGED_MARKS: dict[str, tuple[Callable[[Path], Any], type[CacheError]]] = {
     "a flipped byte": (lambda mark: flip_bit(mark, offset=30), CorruptPart),
     "emptied": (lambda mark: mark.write_bytes(b""), CorruptPart),
-    "of another store": (lambda mark: rewrite_record(mark.parent, contents="00" * 32), CorruptPart),
+    "of another store": (lambda mark: rewrite_record(mark.parent, contents="00" * 32), ForeignPart),
     # Reading a process's memory at 0 is an input/output error, for root too.
     "a disk error": (lambda mark: (mark.unlink(), mark.symlink_to("/proc/self/mem")), UnreadableFile),
 }
@@ -392,5 +393,5 @@ def test_another_writer_is_opened_only_by_its_own_store(tmp_path: Path) -> None:
     path = write_store(tmp_path / "s")
     other = StoreWriter.open(tmp_path / "o", manifest(fingerprint=replace(FINGERPRINT, teacher="00")))
     os.rename(path / "parts" / PART, tmp_path / "o/parts" / PART)
-    with pytest.raises(CorruptPart, match="written for a store of another fingerprint"):
+    with pytest.raises(ForeignPart, match="written for a store of another fingerprint"):
         other.is_done(PART)

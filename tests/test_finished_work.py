@@ -8,13 +8,24 @@ import shutil
 from pathlib import Path
 
 import pytest
+from refusals import closed, open_folder, without_rights
 from small_experiment import picture, shard_members, snapshot, write_shard
-from small_store import flip_bit
+from small_store import flip_bit, manifest, write_store
 
 import cli
-from cache import PartWriter, Store, summarise, verify
+from cache import (
+    ForeignPart,
+    PartWriter,
+    Store,
+    UnreadableFile,
+    UnsupportedFormat,
+    restore_manifest,
+    summarise,
+    verify,
+)
+from cache.documents import document_bytes, read_document
 from pipeline.config import to_yaml
-from pipeline.errors import ConfigError, ShardError
+from pipeline.errors import ConfigError
 from pipeline.repair import repair_store
 from pipeline.shard_identity import shard_change, shard_source
 from pipeline.teacher import cache_teacher
@@ -105,10 +116,9 @@ def test_a_repair_does_not_swap_a_part_for_one_that_holds_fewer(copy):
     write_shard(shards / f"{PART}.tar", shard_members(shards / f"{PART}.tar")[:-2])
     before = snapshot(store / "parts")
     report = verify(store, deep=True)
-    with pytest.raises(
-        ShardError, match=r"it holds 5 samples, captured again it would hold 4.*--allow-fewer"
-    ):
-        repair_store(config, report, say=lambda line: None)
+    repair = repair_store(config, report, say=lambda line: None)
+    assert not repair.recaptured and not repair.report.is_sound
+    assert "it holds 5 samples, captured again it would hold 4" in repair.broken[0]
     assert snapshot(store / "parts") == before
     repair = repair_store(config, report, say=lambda line: None, may_hold_fewer=True)
     assert repair.report.problems == () and summarise(store).samples == 12
@@ -163,6 +173,106 @@ def test_a_shard_is_known_by_size_and_members_and_not_by_when_it_was_copied(tmp_
     write_shard(shard, samples(*"abcdefghij"))
     assert "bytes when it was captured" in str(shard_change(str(shard), source))
     assert shard_change(str(shard), {"shard": "a.tar"}) is None  # recorded before there was more to compare
+
+
+def test_a_shard_of_other_content_at_the_same_size_is_captured_again_by_request(copy):
+    config, _, shards = copy
+    members = [
+        (name, data.replace(b"red", b"tan") if name.endswith("json") else data)
+        for name, data in shard_members(shards / f"{PART}.tar")
+    ]
+    assert members != shard_members(shards / f"{PART}.tar")
+    write_shard(shards / f"{PART}.tar", members)
+    run = cache_teacher(config, recapture_changed=True)
+    assert (run.parts_written, run.parts_found) == (1, 2)
+    assert cache_teacher(config, recapture_changed=True).parts_written == 0
+
+
+def test_a_part_never_makes_room_for_an_empty_one(copy):
+    config, store, shards = copy
+    before = snapshot(store / "parts")
+    write_shard(shards / f"{PART}.tar", [("a.json", b"[]"), ("b.json", b"[]")])
+    run = cache_teacher(config, recapture_changed=True)
+    assert run.parts_written == 0 and "it holds 5 samples, captured again it would hold 0" in run.broken[0]
+    assert snapshot(store / "parts") == before
+
+
+def test_a_part_without_its_done_mark_makes_no_room_for_a_smaller_one(copy):
+    config, store, shards = copy
+    (store / "parts" / PART / "part.json").unlink()
+    write_shard(shards / f"{PART}.tar", shard_members(shards / f"{PART}.tar")[:2])
+    before = snapshot(store / "parts")
+    run = cache_teacher(config)
+    assert "it holds 5 samples, captured again it would hold" in run.broken[0]
+    assert snapshot(store / "parts") == before
+
+
+def test_keys_of_a_part_that_cannot_be_read_for_the_moment_stay_taken(copy):
+    config, store, shards = copy
+    moved = shard_members(shards / f"{PART}.tar")[:2]
+    num_moved = len({name.split(".")[0] for name, _ in moved})
+    write_shard(shards / "shard-000000.tar", [*shard_members(shards / "shard-000000.tar"), *moved])
+    shutil.rmtree(store / "parts" / "shard-000000")
+    mark = store / "parts" / PART / "part.json"
+    kept = mark.read_bytes()
+    MARKS["a disk error"](mark)
+    run = cache_teacher(config)
+    assert (run.parts_written, run.rejected, len(run.broken)) == (1, num_moved, 1)
+    mark.unlink()
+    mark.write_bytes(kept)
+    assert cache_teacher(config).parts_found == 3 and verify(store, deep=True).problems == ()
+
+
+def test_without_a_manifest_other_settings_do_not_take_over_the_parts(copy):
+    config, store, shards = copy
+    (store / "manifest.json").unlink()
+    before = snapshot(store)
+    logits = config.targets.logits.model_copy(update={"top_k": 4})
+    other = config.targets.model_copy(update={"logits": logits})
+    with pytest.raises(ForeignPart, match="another fingerprint or other arrays; it is not damaged"):
+        cache_teacher(config.model_copy(update={"targets": other}))
+    assert snapshot(store).keys() - {".lock"} == before.keys() - {".lock"}
+    one = config.data.model_copy(update={"shards": str(shards / "shard-000000.tar")})
+    assert cache_teacher(config.model_copy(update={"data": one})).parts_found == 1
+    assert len(Store(store).parts) == 3 and verify(store, deep=True).problems == ()
+
+
+def test_a_manifest_of_another_version_is_not_written_again(copy):
+    config, store, _ = copy
+    file = store / "manifest.json"
+    file.write_bytes(document_bytes(read_document(file) | {"format_version": 99}))
+    with pytest.raises(UnsupportedFormat):
+        repair_store(config, verify(store, deep=True), say=lambda line: None)
+    assert b'"format_version":99' in file.read_bytes()
+
+
+def test_a_manifest_that_this_user_may_not_read_is_not_written_again():
+    with open_folder() as folder:
+        store = write_store(folder / "s")
+        store.chmod(0o777)
+        before = (store / "manifest.json").read_bytes()
+        with closed(store / "manifest.json"), without_rights(), pytest.raises(UnreadableFile):
+            restore_manifest(store, manifest())
+        assert (store / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", f"{PART}.bak", f"{PART} (copy)"])
+def test_folders_beside_the_parts_are_named_and_hinder_nothing(name, copy):
+    config, store, _ = copy
+    shutil.copytree(store / "parts" / PART, store / "parts" / name)
+    assert cache_teacher(config).parts_found == 3 and len(Store(store)) == 13
+    flip_bit(store / "parts" / PART / "vision/c/0/0/0", offset=20)
+    repair = repair_store(config, verify(store, deep=True), say=lambda line: None)
+    assert repair.recaptured == (PART,) and [p.file for p in repair.report.problems] == [f"parts/{name}"]
+
+
+def test_a_repair_reports_what_it_did_beside_what_it_could_not(copy):
+    config, store, shards = copy
+    for part in ("shard-000000", PART):
+        flip_bit(store / "parts" / part / "vision/c/0/0/0", offset=20)
+    (shards / "shard-000000.tar").write_bytes(b"garbage" * 1000)
+    repair = repair_store(config, verify(store, deep=True), say=lambda line: None)
+    assert repair.recaptured == (PART,) and "shard-000000.tar is no tar file" in repair.broken[0]
 
 
 def test_a_key_that_another_worker_published_meanwhile_is_rejected(experiment, tmp_path, monkeypatch):

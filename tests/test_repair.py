@@ -63,7 +63,7 @@ def test_another_config_removes_nothing(damaged, manifest_is_there):
     expected = (
         (FingerprintMismatch, "capture")
         if manifest_is_there
-        else (Exception, "was not written with this config")
+        else (Exception, "written for a store of another fingerprint")
     )
     with pytest.raises(expected[0], match=expected[1]):
         repair_store(other, verify(store, deep=True), say=lambda line: None)

@@ -147,4 +147,6 @@ def _fixed(config: Config, report: Report, allow_fewer: bool) -> Report:
     repair = repair_store(config, report, say=say, may_hold_fewer=allow_fewer)
     say(f"{len(repair.recaptured)} damaged parts captured again: {', '.join(repair.recaptured) or 'none'}")
     say(f"{len(repair.captured)} missing parts captured: {', '.join(repair.captured) or 'none'}")
+    for reason in repair.broken:
+        say(f"not captured: {reason}")
     return repair.report

@@ -14,7 +14,7 @@ from pipeline.errors import BadSample
 from pipeline.png_text import without_large_text
 
 MAX_IMAGE_PIXELS = 64_000_000
-# File name endings in a shard, and the Pillow format of each; no other format is ever tried.
+# File name endings that pack writes, and the Pillow format of each; no other format is ever tried.
 FORMATS = {
     "jpg": "JPEG",
     "jpeg": "JPEG",
@@ -25,6 +25,8 @@ FORMATS = {
     "tif": "TIFF",
     "tiff": "TIFF",
 }
+# Endings that images have in shards made elsewhere: two more names of JPEG, which pack writes as jpg.
+ENDINGS = {*FORMATS, "jfif", "mpo"}
 KNOWN = sorted(set(FORMATS.values()))
 
 # What changes pixels before any resizing: part of the fingerprint. Change it with the code below, never alone.

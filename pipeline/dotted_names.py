@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pipeline.decoding import FORMATS
+from pipeline.decoding import ENDINGS
 from pipeline.errors import BadSample
 from pipeline.tars import MAX_MEMBER_BYTES, Group, read_member
 
@@ -34,7 +34,7 @@ def _is_sample(ending: str, group: Group, tar: tarfile.TarFile) -> bool:
     if not dot or last != "json":
         return False
     kinds = {other.rpartition(".")[2] for other in group.members if other.startswith(f"{stem}.")}
-    if "json" not in group.members and kinds & set(FORMATS):
+    if "json" not in group.members and kinds & ENDINGS:
         return True
     member = group.members[ending]
     try:

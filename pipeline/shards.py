@@ -21,7 +21,7 @@ from braceexpand import braceexpand
 
 from cache import Span
 from pipeline.conversation import check_conversations
-from pipeline.decoding import FORMATS, MAX_IMAGE_PIXELS, read_header
+from pipeline.decoding import ENDINGS, MAX_IMAGE_PIXELS, read_header
 from pipeline.dotted_names import split_dotted
 from pipeline.errors import BadSample, ShardError
 from pipeline.file_names import as_stored, expand_home, longest_stored
@@ -223,7 +223,7 @@ def _image_members(group: Group) -> list[tarfile.TarInfo]:
     single: list[tarfile.TarInfo] = []
     for ending, member in group.members.items():
         number, _, kind = ending.rpartition(".")
-        if kind not in FORMATS:
+        if kind not in ENDINGS:
             continue
         if number == "":
             single.append(member)

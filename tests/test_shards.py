@@ -115,6 +115,13 @@ def test_text_only_and_several_images_are_samples_too(tmp_path):
     assert isinstance(pair, Sample) and pair.images == (picture(0, "JPEG"), picture(1))
 
 
+@pytest.mark.parametrize("ending", ["jfif", "mpo", "MPO", "0.jfif"])
+def test_other_names_of_jpeg_are_images(tmp_path, ending):
+    image = picture(kind="JPEG")
+    (sample,) = read_members(tmp_path, ("a.json", record()), (f"a.{ending}", image))
+    assert isinstance(sample, Sample) and sample.images == (image,)
+
+
 def test_names_follow_webdatasets_rule(tmp_path):
     samples = read_members(
         tmp_path,

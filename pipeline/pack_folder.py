@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from pipeline.annotations import BadRecord, Record
 from pipeline.errors import BadSample, PackError
-from pipeline.pack_images import State, changed_images, state_of
+from pipeline.pack_images import State, changed_images, missing_images, state_of
 from pipeline.shard_writer import NAME, PART, Shard, write_whole
 
 FINISHED = "pack.json"
@@ -19,6 +20,7 @@ UNFINISHED = "pack.unfinished.json"
 REJECTS = "rejects.jsonl"
 IMAGES = "pack.images.jsonl"
 UNREADABLE = "unreadable image file"
+OR_ANOTHER = "name another output, or replace this pack with --again."
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,16 @@ class Reject:
 
 @dataclass(frozen=True)
 class FinishedPack:
-    """A finished pack of the input that is asked for."""
+    """A finished pack of the input that is asked for, but for the image folder, which may have moved.
+
+    Of the file of its images the first `images_size` bytes count; None in packs of before that was recorded.
+    """
 
     summary: PackSummary
     shards: list[Shard]
     rejects: list[Reject]
+    image_folder: str
+    images_size: int | None
 
 
 def finished_pack(output: Path, asked: dict[str, Any]) -> FinishedPack | None:
@@ -67,21 +74,19 @@ def finished_pack(output: Path, asked: dict[str, Any]) -> FinishedPack | None:
         summary = PackSummary(**{**described["summary"], "shards": tuple(shard.name for shard in shards)})
         rejects = [_reject(**row) for row in described.get("rejects", [])]
         found = dict(described["input"])
+        image_folder, images_size = str(found["image_folder"]), described.get("images_size")
     except (ValueError, KeyError, TypeError) as error:
-        raise PackError(
-            f"{file} cannot be read ({error}); remove the folder {output} and pack again."
-        ) from error
+        raise PackError(f"{file} cannot be read ({error}); {OR_ANOTHER}") from error
     for name, value in asked.items():
-        if found.get(name) != value:
+        if name != "image_folder" and found.get(name) != value:
             raise PackError(
-                f"{output} holds a pack of other input: {name} was {found.get(name)}, now {value}; "
-                f"remove the folder {output}, or name another output."
+                f"{output} holds a pack of other input: {name} was {found.get(name)}, now {value}; {OR_ANOTHER}"
             )
-    return FinishedPack(summary, shards, rejects)
+    return FinishedPack(summary, shards, rejects, image_folder, images_size)
 
 
 def check_finished(output: Path, pack: FinishedPack, *, image_folder: Path) -> None:
-    """Raise `PackError` if a shard is gone, or holds images that have changed since."""
+    """Raise `PackError` if a shard is gone, or holds images that have changed since, or are not in a new folder."""
     for shard in pack.shards:
         path = output / shard.name
         if not path.is_file() or path.stat().st_size != shard.size_bytes:
@@ -89,10 +94,23 @@ def check_finished(output: Path, pack: FinishedPack, *, image_folder: Path) -> N
                 f"{path} is missing or not {shard.size_bytes} bytes, as {FINISHED} says; "
                 f"restore it, or pack everything again with --again."
             )
-    if changed := changed_images(output / IMAGES, image_folder):
+    if Path(pack.image_folder).resolve() != image_folder.resolve():
+        _check_moved(output, pack, image_folder)
+    if changed := changed_images(output / IMAGES, image_folder, size=pack.images_size):
         raise PackError(
             f"{len(changed)} image(s) changed after they were packed, first {changed[0]}; {output} holds what they "
             "were, and nothing was done: restore them, or pack everything again with --again."
+        )
+
+
+def _check_moved(output: Path, pack: FinishedPack, image_folder: Path) -> None:
+    """Raise `PackError` unless a folder of another name holds every image that was packed."""
+    missing = missing_images(output / IMAGES, image_folder, size=pack.images_size)
+    if missing or not (output / IMAGES).is_file():
+        what = f"where {len(missing)} of its images are missing, first {missing[0]}" if missing else "unseen"
+        raise PackError(
+            f"{output} holds a pack of other input: image_folder was {pack.image_folder}, now {image_folder}, "
+            f"{what}; {OR_ANOTHER}"
         )
 
 
@@ -101,7 +119,7 @@ def begin_pack(output: Path, asked: dict[str, Any]) -> None:
     if output.exists() and not output.is_dir():
         raise PackError(f"{output} is a file; name a folder for the shards.")
     output.mkdir(parents=True, exist_ok=True)
-    left = _shards_in(output)
+    left = shards_in(output)
     if left and not (output / UNFINISHED).is_file() and not (output / FINISHED).is_file():
         raise PackError(
             f"{output} already holds {left[0].name}, which is of no pack known here; name an empty folder."
@@ -118,9 +136,12 @@ def was_interrupted(output: Path) -> bool:
 
 
 def continue_pack(output: Path, asked: dict[str, Any], pack: FinishedPack) -> None:
-    """Make ready to add shards to a finished pack; those that an interrupted run added are removed."""
+    """Make ready to add shards to a finished pack; what an interrupted run added is removed."""
     if was_interrupted(output):
-        for path in set(_shards_in(output)) - {output / shard.name for shard in pack.shards}:
+        images = output / IMAGES
+        if pack.images_size is not None and images.is_file() and images.stat().st_size > pack.images_size:
+            os.truncate(images, pack.images_size)
+        for path in set(shards_in(output)) - {output / shard.name for shard in pack.shards}:
             path.unlink()
     write_whole(output / UNFINISHED, json.dumps(asked, indent=1) + "\n")
 
@@ -141,6 +162,7 @@ def finish_pack(output: Path, asked: dict[str, Any], *, shards: list[Shard], rej
         "shards": [asdict(shard) for shard in shards],
         "summary": asdict(summary),
         "rejects": [_row(reject) for reject in found],
+        "images_size": (output / IMAGES).stat().st_size,
     }
     rejects.write()
     write_whole(output / FINISHED, json.dumps(described, indent=1) + "\n")
@@ -148,7 +170,8 @@ def finish_pack(output: Path, asked: dict[str, Any], *, shards: list[Shard], rej
     return summary
 
 
-def _shards_in(output: Path) -> list[Path]:
+def shards_in(output: Path) -> list[Path]:
+    """The shards in a folder, by their names, and those that were being written."""
     return [path for path in output.iterdir() if NAME.fullmatch(path.name.removesuffix(PART))]
 
 

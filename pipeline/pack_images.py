@@ -43,13 +43,20 @@ class PackedImages:
         self._file.close()
 
 
-def changed_images(path: Path, folder: Path) -> list[str]:
+def missing_images(path: Path, folder: Path, *, size: int | None) -> list[str]:
+    """Packed images that are not below a folder."""
+    return [
+        image for image in {image for image, _, _ in _lines(path, size)} if state_of(image, folder) is None
+    ]
+
+
+def changed_images(path: Path, folder: Path, *, size: int | None) -> list[str]:
     """Packed images whose bytes are others now. One that is gone is none of them: the shards hold it.
 
     Only those whose size or time differs are read: a copied folder has new times and the same bytes.
     """
     other: dict[str, tuple[State, str]] = {}
-    for image, state, digest in _lines(path):  # of an image's lines the last counts
+    for image, state, digest in _lines(path, size):  # of an image's lines the last counts
         other.pop(image, None)
         if state_of(image, folder) not in (None, state):
             other[image] = state, digest
@@ -63,13 +70,18 @@ def _is_same(image: str, folder: Path, state: State, digest: str) -> bool:
     return blake3(as_stored(folder / image).read_bytes()).hexdigest() == digest
 
 
-def _lines(path: Path) -> Iterator[tuple[str, list[int], str]]:
+def _lines(path: Path, size: int | None) -> Iterator[tuple[str, list[int], str]]:
+    """The lines in the first `size` bytes: those behind are of a run that was interrupted, and count nothing."""
     if not path.is_file():  # packed by a version that did not keep it
         return
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
+        num_read = 0
         for line in file:
+            num_read += len(line)
+            if size is not None and num_read > size:
+                return
             try:
                 image, state, digest = json.loads(line)
-            except ValueError:
+            except (ValueError, TypeError):
                 continue
             yield image, state, digest

@@ -20,6 +20,7 @@ from pipeline.annotations import BadRecord, Record, read_annotations
 from pipeline.decoding import FORMATS, MAX_IMAGE_PIXELS, check_image
 from pipeline.errors import BadSample, PackError
 from pipeline.file_names import as_stored, expand_home
+from pipeline.pack_again import replacing, settle
 from pipeline.pack_folder import (
     IMAGES,
     REJECTS,
@@ -51,14 +52,17 @@ def pack(
     on_bad_sample: Literal["reject", "fail"] = "reject",
     max_pixels: int = MAX_IMAGE_PIXELS,
     again: bool = False,
+    allow_fewer: bool = False,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> PackSummary:
     """Write `shard-000000.tar`, ..., `rejects.jsonl` and, last, `pack.json` into `output`.
 
     A finished pack of the same input is left as it is, but for rejected entries whose images were repaired: they
-    come into further shards. `again` packs everything again; an unfinished pack is begun anew. `progress` gets
-    the numbers of entries done and in all. With "fail" a bad entry is listed too, and then raises `PackError`.
+    come into further shards. `again` packs everything again and then replaces the pack, one of other input too,
+    unless it would hold fewer samples: these only with `allow_fewer`. An unfinished pack is begun anew.
+    `progress` gets the numbers of entries done and in all; of a finished pack, those that are tried again. With
+    "fail" a bad entry is listed too, and then raises `PackError`.
     """
     annotations, output, image_folder = map(expand_home, (annotations, output, image_folder))
     asked = _asked(
@@ -68,29 +72,34 @@ def pack(
         policy=on_bad_sample,
         max_pixels=max_pixels,
     )
-    rejects = Rejects(output / REJECTS, fail=on_bad_sample == "fail", image_folder=image_folder)
-    finished = finished_pack(output, asked)
-    if finished is None or again:
-        begin_pack(output, asked)
-        records, shards = rejects.sift(read_annotations(annotations, image_folder)), []
-    else:
-        lines = _lines_to_try(finished, output, image_folder, say)
-        if lines is None:
-            return finished.summary
-        continue_pack(output, asked, finished)
-        rejects.found = [reject for reject in finished.rejects if reject.bad.line not in lines]
-        records, shards = _records_of(lines, read_annotations(annotations, image_folder)), finished.shards
-    writer = ShardWriter(output, samples_per_shard=samples_per_shard, shards=shards)
-    packed = PackedImages(output / IMAGES, empty=not shards)
-    num_done = len(rejects.found)
-    num_read = num_done + len(records)
-    for group in group_by_image(records):
-        writer.write(_samples(group, image_folder, rejects, packed, max_pixels=max_pixels))
-        num_done += len(group)
-        if progress is not None:
-            progress(num_done, num_read)
-    packed.close()
-    return finish_pack(output, asked, shards=writer.finish(), rejects=rejects)
+    if settle(output):
+        say(f"{output}: the pack that an interrupted --again had finished is in place now")
+    with replacing(output, again=again, allow_fewer=allow_fewer) as place:
+        rejects = Rejects(place / REJECTS, fail=on_bad_sample == "fail", image_folder=image_folder)
+        finished = None if again else finished_pack(output, asked)
+        if finished is None:
+            begin_pack(place, asked)
+            records, shards = rejects.sift(read_annotations(annotations, image_folder)), []
+            num_done = len(rejects.found)
+        else:
+            lines = _lines_to_try(finished, output, image_folder, say)
+            if lines is None:
+                return finished.summary
+            continue_pack(output, asked, finished)
+            records, shards = _records_of(lines, read_annotations(annotations, image_folder)), finished.shards
+            tried = {record.line for record in records}
+            rejects.found = [reject for reject in finished.rejects if reject.bad.line not in tried]
+            num_done = 0
+        writer = ShardWriter(place, samples_per_shard=samples_per_shard, shards=shards)
+        packed = PackedImages(place / IMAGES, empty=not shards)
+        num_read = num_done + len(records)
+        for group in group_by_image(records):
+            writer.write(_samples(group, image_folder, rejects, packed, max_pixels=max_pixels))
+            num_done += len(group)
+            if progress is not None:
+                progress(num_done, num_read)
+        packed.close()
+        return finish_pack(place, asked, shards=writer.finish(), rejects=rejects)
 
 
 def _lines_to_try(
@@ -102,8 +111,13 @@ def _lines_to_try(
     if not lines and not was_interrupted(output):
         say(f"{output} holds a finished pack of this input: nothing was done; --again packs everything again")
         return None
-    say(f"{len(lines)} rejected entries whose images changed are tried again; what is packed stays as it is")
+    say(f"{_tried(len(lines))} tried again; what is packed stays as it is")
     return lines
+
+
+def _tried(number: int) -> str:
+    entries, are = ("entry", "is") if number == 1 else ("entries", "are")
+    return f"{number} rejected {entries} whose images changed {are}"
 
 
 def _records_of(lines: set[int], entries: Iterator[Record | BadRecord]) -> list[Record]:
@@ -218,7 +232,7 @@ def _asked(
         raise PackError(f"on_bad_sample: unknown value {policy!r}; known are reject, fail.")
     return {
         "annotations": blake3().update_mmap(annotations).hexdigest(),
-        "image_folder": str(image_folder),
+        "image_folder": str(image_folder.resolve()),
         "samples_per_shard": samples_per_shard,
         "on_bad_sample": policy,
         "max_pixels": max_pixels,

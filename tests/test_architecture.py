@@ -146,6 +146,7 @@ FLOORS: dict[str, set[str]] = {
         "pipeline.file_names",
         "pipeline.images",
         "pipeline.media",
+        "pipeline.pack_again",
         "pipeline.pack_folder",
         "pipeline.pack_images",
         "pipeline.png_text",

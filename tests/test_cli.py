@@ -106,6 +106,20 @@ def test_a_pack_that_kept_nothing_fails_also_when_it_is_found_finished(alignkd, 
         assert done in ran.err
 
 
+def test_pack_again_replaces_a_pack_by_a_smaller_one_only_when_asked(alignkd, tmp_path):
+    records = [{**record, "image": f"{number}.png"} for number, record in enumerate(training_records()[:2])]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    command = ("pack", tmp_path / "a.json", tmp_path / "out", "--image-folder", tmp_path)
+    assert alignkd(*command).code == 0
+    (tmp_path / "1.png").unlink()
+    refused = alignkd(*command, "--again")
+    assert refused.code == 1 and "it holds 2 samples, and packed again it would hold 1;" in refused.err
+    replaced = alignkd(*command, "--again", "--allow-fewer")
+    assert replaced.code == 0 and "2 samples seen = 1 packed + 1 rejected" in replaced.out
+
+
 def test_pack_shows_its_progress_apart_from_its_result(alignkd, tmp_path):
     (tmp_path / "0.png").write_bytes(picture(0))
     (tmp_path / "a.json").write_text(json.dumps([{**training_records()[0], "image": "0.png"}] * 40))

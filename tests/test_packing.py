@@ -277,12 +277,13 @@ def test_a_pack_of_other_input_is_never_overwritten(tmp_path, images):
     path = write(tmp_path, MIXED)
     pack(path, tmp_path / "out", image_folder=images)
     with pytest.raises(
-        PackError, match=r"holds a pack of other input: samples_per_shard was 1000, now 3; remove"
+        PackError, match=r"holds a pack of other input: samples_per_shard was 1000, now 3; name another"
     ):
         pack(path, tmp_path / "out", image_folder=images, samples_per_shard=3)
     write(tmp_path, MIXED[:2])
     with pytest.raises(
-        PackError, match=r"holds a pack of other input: annotations was .*; remove the folder"
+        PackError,
+        match=r"holds a pack of other input: annotations was .*; name another output, or .* --again",
     ):
         pack(path, tmp_path / "out", image_folder=images)
 
@@ -296,7 +297,7 @@ def test_a_pack_that_lost_a_shard_is_not_taken_for_finished(tmp_path, images):
     ):
         pack(path, tmp_path / "out", image_folder=images)
     (tmp_path / "out" / "pack.json").write_text("{}")
-    with pytest.raises(PackError, match=r"pack.json cannot be read .*; remove the folder"):
+    with pytest.raises(PackError, match=r"pack.json cannot be read .*; name another output, or .* --again"):
         pack(path, tmp_path / "out", image_folder=images)
 
 

@@ -34,7 +34,10 @@ def pack(
     on_bad_sample: Annotated[str, typer.Option(help="reject: list it and go on; fail: stop.")] = "reject",
     max_image_pixels: Annotated[int, typer.Option(min=1, help="Larger images are refused.")] = 64_000_000,
     again: Annotated[
-        bool, typer.Option("--again", help="Pack everything again, over a finished pack.")
+        bool, typer.Option("--again", help="Pack everything again, and replace the pack when it is whole.")
+    ] = False,
+    allow_fewer: Annotated[
+        bool, typer.Option("--allow-fewer", help="With --again: also by a pack of fewer samples.")
     ] = False,
 ) -> None:
     """Turn LLaVA annotations and an image folder into WebDataset shards.
@@ -56,6 +59,7 @@ def pack(
             on_bad_sample=on_bad_sample,  # pyright: ignore[reportArgumentType]
             max_pixels=max_image_pixels,
             again=again,
+            allow_fewer=allow_fewer,
             progress=progress,
             say=say,
         )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
+from functools import cache as once
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from cache import Store
@@ -67,6 +69,16 @@ def train_student(config: Config, folder: Path, *, overwrite: bool = False) -> P
         return _train(config, folder, dataset, identity, arguments, overwrite=overwrite)
 
 
+class AfterFirstStep(TrainerCallback):
+    """Begins a training's folder once a step is done: one that cannot start leaves what was there as it is."""
+
+    def __init__(self, begin: Callable[[], None]):
+        self.begin = begin
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.begin()
+
+
 def _train(
     config: Config,
     folder: Path,
@@ -80,16 +92,24 @@ def _train(
     if is_finished(folder, identity, samples):  # by another process, before this one held the folder
         return folder / MODEL_FOLDER
     start = start_of(config, folder, identity, samples=samples, overwrite=overwrite)
-    cast(PartialState, arguments.distributed_state).wait_for_everyone()  # all have looked before one writes
-    if is_first_process():
-        _prepare_folder(folder, start)
-        _save_origin(folder, config, dataset)
     trainer = build_trainer(config, folder, dataset, identity=identity, arguments=arguments)
+
+    @once
+    def begin() -> None:
+        together = cast(PartialState, arguments.distributed_state)
+        together.wait_for_everyone()  # all have looked before one writes
+        if is_first_process():
+            _prepare_folder(folder, start)
+            _save_origin(folder, config, dataset)
+        together.wait_for_everyone()
+
+    trainer.add_callback(AfterFirstStep(begin))
     with (
         redirect_stdout(sys.stderr),
         trainer.stop,
     ):  # the Trainer prints its log; standard output is for results
         trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
+        begin()  # of a training without steps
         _finish(trainer, folder)
     if trainer.is_world_process_zero():
         made_of = {"made_of": identity.made_of, "samples_per_step": samples}

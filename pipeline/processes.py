@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, writing
 
 LOCK = "lock"
 
@@ -43,8 +43,10 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     A record lock: workers that load data do not inherit it, and a crash lets go of it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a") as lock:
+    with writing(folder, then="give this user the right to write there, or give another output_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a")  # noqa: SIM115
+    with lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

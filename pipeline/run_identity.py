@@ -5,19 +5,33 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any
+
+from transformers import TrainingArguments
 
 from cache import digest_of
 from pipeline.config import Config
 from pipeline.dataset import JoinedDataset
-from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
+from pipeline.models.configuration import read_config
 from pipeline.stores import TOKENS
 from pipeline.training_arguments import HOW_IT_RUNS, OF_THE_LOG
 
 NOT_SET = object()
 DIGEST = re.compile(r"[0-9a-f]{64}")
 SHOWN = 100  # characters of a value in a message
+
+STUDENT_SETTINGS = "student's config.json"
+PLACE_IN_A_LIST = re.compile(r"\[\d+\]")
+# Keys that name a place, by what is compared of what lies there: a moved copy is the same.
+SAYS_WHAT_IS_THERE: dict[str, tuple[str, ...]] = {
+    "cache.path": ("store", "samples"),
+    "caches.path": ("stores", "samples"),
+    "data.shards": ("samples",),
+    "student.model": ("first weights", STUDENT_SETTINGS),
+}
 
 # Schedules whose learning rate at a step does not depend on how many steps there are.
 OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
@@ -68,15 +82,28 @@ class RunIdentity:
         first_weights = Checkpoint(config.student.model).digest()
         samples = {"number": len(dataset), "contents": _contents(dataset)}
         made_of |= {"samples": samples, "first weights": first_weights}
+        made_of[STUDENT_SETTINGS] = _config_digest(checkpoint_folder(config.student.model))
         digest = digest_of([settings, stored, len(dataset), first_weights])
         return cls(digest, json.loads(json.dumps(made_of)))
 
     def changes(self, mark: Mapping[str, Any]) -> list[Change]:
         """What differs from the training whose mark this is; of marks that list nothing, that something does."""
         if isinstance(mark.get("made_of"), dict):
-            return list(_changes(mark["made_of"], self.made_of))
+            before = mark["made_of"]
+            changes = _changes(before, self.made_of)
+            return [change for change in changes if not self._is_none(change, before)]
         known = mark.get("identity") == self.digest
         return [] if known else [Change("settings, data or first weights", "others", "these")]
+
+    def _is_none(self, change: Change, before: Mapping[str, Any]) -> bool:
+        """Whether a key says the same in other words: transformers' default, or another place of equal contents."""
+        if change.key == STUDENT_SETTINGS and change.old is NOT_SET:  # a mark of an earlier version
+            return True
+        names = SAYS_WHAT_IS_THERE.get(PLACE_IN_A_LIST.sub("", change.key), ())
+        if names:
+            return all(name in before and before[name] == self.made_of.get(name) for name in names)
+        old, new = (_or_default(change.key, value) for value in (change.old, change.new))
+        return old is not NOT_SET and old == new
 
     def may_lengthen(self, mark: Mapping[str, Any]) -> bool:
         """Whether this is the same run with more steps, and none of those made would have been another one."""
@@ -99,6 +126,17 @@ def is_longer(changes: Sequence[Change]) -> bool:
     default = -1 if changes[0].key == "train.max_steps" else 3.0  # transformers' own
     old, new = (default if value is NOT_SET else value for value in (changes[0].old, changes[0].new))
     return 0 < old < new  # -1 steps: the epochs say how many
+
+
+def _or_default(key: str, value: Any) -> Any:
+    """A value, or transformers' default of a key of `train` that is not set."""
+    section, _, name = key.partition(".")
+    if value is not NOT_SET or section != "train":
+        return value
+    field = TrainingArguments.__dataclass_fields__.get(name)
+    if field is None:
+        return value
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _changes(old: Any, new: Any, key: str = "") -> Iterator[Change]:
@@ -124,6 +162,15 @@ def _shown(value: Any) -> str:
     if isinstance(value, str):
         return value[:12] if DIGEST.fullmatch(value) else value[:SHOWN]
     return json.dumps(value)[:SHOWN]
+
+
+def _config_digest(folder: Path) -> str:
+    """Of a checkpoint's config.json, but for who wrote it."""
+    read_config(folder)  # says what is wrong with it
+    settings = json.loads((folder / "config.json").read_text())
+    return digest_of(
+        {name: settings[name] for name in settings.keys() - {"_name_or_path", "transformers_version"}}
+    )
 
 
 def _contents(dataset: JoinedDataset) -> str:

@@ -16,7 +16,7 @@ from pipeline.processes import is_first_process
 from pipeline.provenance import provenance
 from pipeline.scores import evaluate_checkpoint, held_out_shards, predictions_file, teacher_predictions
 from pipeline.student import train_student, training_arguments
-from pipeline.training_folder import MODEL_FOLDER
+from pipeline.training_folder import MODEL_FOLDER, check_inputs
 
 DISTILLED = "student, Align-KD"
 BASELINE = "student, labels only"
@@ -36,8 +36,9 @@ def run_experiment(config: Config, *, say: Callable[[str], None], overwrite: boo
         runs[BASELINE] = (output / "supervised", labels_only(config))
     if config.evaluate is not None:
         held_out_shards(config.evaluate)  # a wrong path is told before the training, not after it
-    for folder, settings in runs.values():  # so is what transformers refuses
+    for folder, settings in runs.values():  # so is what transformers refuses, and what would be lost
         training_arguments(settings, folder)
+        check_inputs(settings, folder)
     models: dict[str, list[Prediction]] = {}
     if config.evaluate is not None and (teacher := teacher_predictions(config, say=say)) is not None:
         models[TEACHER] = teacher

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.configuration import read_config
 from pipeline.provenance import read_mark
 from pipeline.run_identity import OPEN_SCHEDULES, Change, RunIdentity, is_longer
 from pipeline.trainer import HEADS_FILE, RUN_FILE, TOKENIZER_FILES
@@ -20,8 +22,10 @@ FINISHED = "finished.json"
 STATE_FILE = "trainer_state.json"  # transformers' own name for it
 OF_A_MODEL = ("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
               *TOKENIZER_FILES)  # fmt: skip
+ANSWERS = "predictions.*"  # of the student, and what they were made from
 RESUME = "train.resume_from_checkpoint=true"
-INSTEAD = "give another output_dir, or --overwrite to train anew in its place"
+ELSEWHERE = "give another output_dir"
+INSTEAD = f"{ELSEWHERE}, or --overwrite to train anew in its place"
 
 
 @dataclass(frozen=True)
@@ -38,23 +42,41 @@ def start_of(config: Config, folder: Path, identity: RunIdentity, *, samples: in
     `samples` of a step: a run under way may change them. Raises `PipelineError` naming what differs, or how to
     resume; `ConfigError` if a checkpoint is asked for that is none of this run.
     """
+    check_inputs(config, folder)
     mark, checkpoints = read_mark(folder / FINISHED), _asked_checkpoints(config, folder)
     resumes = config.train.get("resume_from_checkpoint") not in (None, False)
     finished_of = _changes_of_finished(mark, identity, samples) if mark else []
     own = [file for file in checkpoints if identity.may_lengthen(read_mark(file / RUN_FILE))]
-    if resumes and own and (not (folder / FINISHED).exists() or is_longer(finished_of)):
+    is_readable = bool(mark) or not (folder / FINISHED).exists()
+    if resumes and own and is_readable and (not finished_of or is_longer(finished_of)):
         # Of runs that began anew in this folder the last; they may differ in the samples of a step.
         return Start(checkpoint=max(own, key=lambda file: read_mark(file / RUN_FILE)["began"]))
-    is_empty = not checkpoints and not (folder / FINISHED).exists()
+    is_empty = not (checkpoints or (folder / FINISHED).exists() or has_weights(folder))
+    if overwrite and config.train.get("resume_from_checkpoint") not in (None, False, True):
+        changes = identity.changes(read_mark(checkpoints[0] / RUN_FILE))
+        raise ConfigError(
+            f"train.resume_from_checkpoint: {checkpoints[0]} was {_made_with(changes, identity)}, and --overwrite "
+            f"would remove it; restore them, or {ELSEWHERE}"
+        )
     if overwrite or is_empty:
         return Start(replaces=not is_empty)
-    if not mark and (folder / FINISHED).exists():
+    if not is_readable:
         raise PipelineError(
             f"{folder / FINISHED} cannot be read: what is trained there may be finished; restore it, {INSTEAD}"
+        )
+    if mark and not finished_of:
+        raise PipelineError(
+            f"{folder} holds this training, finished, but its model cannot be used: {model_fault(folder)}; "
+            f"restore it, {INSTEAD}"
         )
     if mark:
         why = _why_no_longer(finished_of, identity, has_checkpoint=bool(own))
         raise PipelineError(f"{folder} holds a finished training, {why}; {INSTEAD}")
+    if not checkpoints:
+        raise PipelineError(
+            f"{folder / MODEL_FOLDER} holds weights, and there is no {FINISHED} to say what they were trained with; "
+            f"{INSTEAD}"
+        )
     changes = identity.changes(read_mark(checkpoints[0] / RUN_FILE))
     if resumes:
         raise ConfigError(
@@ -70,9 +92,61 @@ def start_of(config: Config, folder: Path, identity: RunIdentity, *, samples: in
 
 
 def is_finished(folder: Path, identity: RunIdentity, samples: int) -> bool:
-    """Whether the folder holds this very training, done."""
+    """Whether the folder holds this very training, done, with its model."""
     mark = read_mark(folder / FINISHED)
-    return bool(mark) and not _changes_of_finished(mark, identity, samples)
+    is_this = bool(mark) and not _changes_of_finished(mark, identity, samples)
+    return is_this and model_fault(folder) is None
+
+
+def holds_finished(folder: Path) -> bool:
+    """Whether a training came to its end here, of whatever settings, also if its mark is gone."""
+    return (folder / FINISHED).exists() or ((folder / STATE_FILE).exists() and has_weights(folder))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether weights lie where a training writes its student."""
+    patterns = ("*.safetensors", "pytorch_model*.bin")  # the second not of ours
+    return any(file for pattern in patterns for file in (folder / MODEL_FOLDER).glob(pattern))
+
+
+def model_fault(folder: Path) -> str | None:
+    """What keeps the student that was trained here from being read: a file that is missing, cut or foreign."""
+    model = folder / MODEL_FOLDER
+    try:
+        read_config(model)
+        Checkpoint(str(model)).check_files()
+    except ConfigError as error:
+        return str(error).split("; ")[0]  # what to do is another thing here
+    return None
+
+
+def check_inputs(config: Config, folder: Path) -> None:
+    """Raise `PipelineError` if what a training reads lies among what it writes, and may have to remove."""
+    places = [place.resolve() for place in (folder / MODEL_FOLDER, *_checkpoints(folder))]
+    for key, path in _inputs(config):
+        if any(file.is_relative_to(place) for file in _files_of(Path(path)) for place in places):
+            raise PipelineError(
+                f"{key} {path} lies among the model and checkpoints of {folder}, which a training there replaces; "
+                f"{ELSEWHERE}"
+            )
+
+
+def _inputs(config: Config) -> Iterator[tuple[str, str]]:
+    """Key and place of all that is read; of hub ids and URLs a place where nothing is."""
+    yield from (("student.model", config.student.model), ("teacher.model", config.teacher.model))
+    yield from (("cache.path", cache.path) for cache in config.all_caches())
+    held_out = {} if config.evaluate is None else config.evaluate.test_sets()
+    for key, shards in (
+        ("data.shards", config.data.shards),
+        *(("evaluate.shards", s) for s in held_out.values()),
+    ):
+        yield from ((key, shard) for shard in ([shards] if isinstance(shards, str) else shards))
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A place and the files right in it, links followed."""
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
+    return [file.resolve() for file in (path, *files)]
 
 
 def _changes_of_finished(mark: dict[str, Any], identity: RunIdentity, samples: int) -> list[Change]:
@@ -146,9 +220,9 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def remove_training(folder: Path) -> list[str]:
-    """Remove what a training left, and nothing else: mark, checkpoints, the model's files. Returns their names."""
+    """Remove what a training left, and nothing else: mark, checkpoints, model, its answers. Returns their names."""
     model = folder / MODEL_FOLDER
-    left = [folder / FINISHED, folder / STATE_FILE, *_checkpoints(folder)]
+    left = [folder / FINISHED, folder / STATE_FILE, *_checkpoints(folder), *folder.glob(ANSWERS)]
     left += [file for pattern in OF_A_MODEL for file in model.glob(pattern)]
     left = [file for file in left if file.exists()]
     for file in left:  # the mark first: what is half removed is not finished

@@ -98,6 +98,43 @@ def test_a_line_that_is_gone_is_written_again_without_training(sweep_of, tmp_pat
     assert snapshot(tmp_path / "runs") == model
 
 
+def test_a_finished_run_without_its_line_is_replaced_only_if_asked(sweep_of, tmp_path):
+    """A kill came between the training and the line, and other settings are asked for now."""
+    vary = ["losses=none", "train.seed=0"]
+    sweep_of(tmp_path, vary=vary)
+    (tmp_path / "runs.jsonl").unlink()
+    model = tmp_path / "runs" / "losses=none,train.seed=0" / "model" / "model.safetensors"
+    good = model.read_bytes()
+    for mark in ("kept", "lost"):
+        if mark == "lost":
+            (model.parent.parent / "finished.json").unlink()
+        lines, failed, _ = sweep_of(tmp_path, "train.learning_rate=0.1", vary=vary)
+        assert not lines and "--overwrite" in failed["losses=none,train.seed=0"]
+        assert model.read_bytes() == good
+    lines, failed, _ = sweep_of(tmp_path, "train.learning_rate=0.1", vary=vary, overwrite=True)
+    assert lines and not failed and model.read_bytes() != good
+
+
+def test_a_run_that_a_kill_cut_short_is_trained_anew(sweep_of, tmp_path):
+    vary = ["losses=none", "train.seed=0"]
+    sweep_of(tmp_path, vary=vary)
+    run = tmp_path / "runs" / "losses=none,train.seed=0"
+    for file in (tmp_path / "runs.jsonl", run / "finished.json", run / "trainer_state.json"):
+        file.unlink()
+    lines, failed, _ = sweep_of(tmp_path, vary=vary)
+    assert lines and not failed
+
+
+def test_models_that_a_sweep_reads_lie_outside_it(sweep_of, tmp_path):
+    vary = ["losses=none", "train.seed=0"]
+    sweep_of(tmp_path, vary=vary)
+    before = snapshot(tmp_path / "runs")
+    student = tmp_path / "runs" / "losses=none,train.seed=0" / "model"
+    with pytest.raises(PipelineError, match=r"student\.model .* lies among the model and checkpoints of"):
+        sweep_of(tmp_path, f"student.model={student}", vary=vary, overwrite=True, keep_models=False)
+    assert snapshot(tmp_path / "runs") == before
+
+
 def test_a_damaged_line_is_named(sweep_of, tmp_path):
     sweep_of(tmp_path, vary=["losses=none", "train.seed=0"])
     file = tmp_path / "runs.jsonl"

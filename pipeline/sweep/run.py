@@ -25,7 +25,7 @@ from pipeline.sweep.identity import run_identity
 from pipeline.sweep.jobs import Failed, Job, attempt, run_jobs
 from pipeline.sweep.lines import SUMMARY, SWEEP, Line, read_lines, write_line
 from pipeline.sweep.variations import Variation
-from pipeline.training_folder import FINISHED, MODEL_FOLDER, STATE_FILE
+from pipeline.training_folder import FINISHED, MODEL_FOLDER, STATE_FILE, check_inputs, holds_finished
 
 
 def run_sweep(
@@ -45,6 +45,8 @@ def run_sweep(
     No teacher is opened. Raises `FingerprintMismatch` before the first run if the store is another one.
     """
     _check(config)
+    for run in runs:  # whose models may be discarded
+        check_inputs(config, folder / run_folder(run.name))
     identities = {run.name: run_identity(run.config) for run in runs}
     lines, others = _finished(folder, identities)
     if others and not overwrite:
@@ -59,7 +61,8 @@ def run_sweep(
         for name in lines:  # a kill may have come before the weights went
             _discard_models(folder / run_folder(name))
     failed: dict[str, str] = {}
-    for run, outcome in _outcomes([run for run in runs if run.name not in lines], folder, jobs):
+    todo = [run for run in runs if run.name not in lines]
+    for run, outcome in _outcomes(todo, folder, jobs, overwrite=overwrite):
         if isinstance(outcome, Failed):
             failed[run.name] = outcome.reason
             say(f"FAILED {run.name}: {outcome.reason}")
@@ -96,9 +99,12 @@ class Outcome:
     answered: dict[str, Answered]
 
 
-def train_and_evaluate(config: Config, folder: Path) -> Outcome:
-    """One run: its accuracy by test set and question type, its last logged terms, and what it cost."""
-    model = train_student(config, folder, overwrite=True)  # `run_sweep` asked before
+def train_and_evaluate(config: Config, folder: Path, overwrite: bool = False) -> Outcome:
+    """One run: its accuracy by test set and question type, its last logged terms, and what it cost.
+
+    A finished training of other settings is replaced only with `overwrite`; what a kill cut short is trained anew.
+    """
+    model = train_student(config, folder, overwrite=overwrite or not holds_finished(folder))
     predictions = evaluate_checkpoint(config, str(model), output=folder / PREDICTIONS_FILE)
     answered = {name: Answered.of(of_set) for name, of_set in by_test_set(predictions).items()}
     return Outcome(_measured(config, folder, predictions), answered)
@@ -142,7 +148,7 @@ def _line(run: Variation, outcome: Outcome, identity: str) -> Line:
 
 
 def _outcomes(
-    runs: Sequence[Variation], folder: Path, jobs: int
+    runs: Sequence[Variation], folder: Path, jobs: int, *, overwrite: bool
 ) -> Iterator[tuple[Variation, Outcome | Failed]]:
     """Each run with what it says, or with why it says nothing, as they finish."""
     by_name = {run.name: run for run in runs}
@@ -150,7 +156,7 @@ def _outcomes(
         Job(
             run.name,
             train_and_evaluate,
-            (run.config, folder / run_folder(run.name)),
+            (run.config, folder / run_folder(run.name), overwrite),
             folder / run_folder(run.name),
         )
         for run in runs
@@ -163,8 +169,10 @@ def _outcomes(
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold a sweep's folder, made if need be: two in one would train into the same runs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
+    with writing(folder, then="give this user the right to write there, or give another --output"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

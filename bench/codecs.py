@@ -35,8 +35,8 @@ from pipeline.config import Config, load_config
 from pipeline.dataset import JoinCollator, JoinedDataset, JoinedSample, teacher_facts
 from pipeline.distiller import Distiller
 from pipeline.losses import LogitsLoss
-from pipeline.models.merge import Slots
 from pipeline.models.stub import load_teacher
+from pipeline.positions import Slots
 from pipeline.student import load_student
 from pipeline.targets import TARGETS, LogitsTarget, TeacherFacts, TeacherForward
 from pipeline.teacher import plan_capture

@@ -116,7 +116,7 @@ def _flops(point: Point, size: str, lengths: Mapping[str, float]) -> float:
 def _lengths(options: argparse.Namespace) -> dict[str, float]:
     """Means over samples: positions, vision tokens included; rows of text after the image; answers."""
     from pipeline.inputs import Preparation
-    from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+    from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
     from pipeline.shards import Sample, expand_shards, read_shard
 
     config = stage1.config_of(options, stage1.TARGETS)

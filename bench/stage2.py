@@ -118,7 +118,7 @@ def _plain(options: argparse.Namespace) -> Work:
     """Cross entropy of the logits of every position, as the model's own forward gives them."""
     from torch.nn.functional import cross_entropy
 
-    from pipeline.models.merge import IGNORE_INDEX
+    from pipeline.positions import IGNORE_INDEX
 
     trainer = _trainer(options, LABELS)
     batches, student = _collated(trainer, options.batch_size), trainer.distiller.student

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cache.codecs import CODECS, Codec
+from cache.differences import Difference, leaf_differences
 from cache.documents import digest_of
 from cache.errors import (
     ArrayMismatch,
@@ -45,12 +46,10 @@ from cache.records import PartRecord
 from cache.repair import restore_manifest
 from cache.schema import (
     ArraySpec,
-    Difference,
     Fingerprint,
     Manifest,
     SampleEntry,
     Span,
-    leaf_differences,
 )
 from cache.scratch import sweep_dead, sweep_old
 from cache.subset import merge_stores, slice_store

@@ -35,26 +35,17 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from cache.differences import Difference
 
-    from cache.place import Place
-    from cache.schema import Difference
+Place = Any
+"""A `Path`, or a `RemotePath`: errors lie below the files that define it, and only print it."""
 
 
 class CacheError(Exception):
     """The root of the tree: catches everything this package raises on purpose."""
-
-
-class _Nothing:
-    def __repr__(self) -> str:
-        return "nothing"
-
-
-NOTHING = _Nothing()
-"""What a SchemaError found where a field is absent."""
 
 
 class StoreNotFound(CacheError):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from cache.differences import NOTHING, Difference, leaf_differences
 from cache.documents import digest_of
-from cache.errors import NOTHING, SchemaError, UnsupportedFormat
+from cache.errors import SchemaError, UnsupportedFormat
 from cache.layout import FORMAT_VERSION, MANIFEST, check_array_name, check_part_name
 
 Owner = Literal["sample", "image"]
@@ -44,33 +44,6 @@ def take_all(record: Mapping[str, Any], name: str, kind: type, *, where: str = "
     values = take(record, name, list, where=where)
     field = f"{where}.{name}" if where else name
     return [expect(value, kind, field=f"{field}[{i}]") for i, value in enumerate(values)]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One field in which a store is not what was asked for; of a field with settings inside, one `key` of it."""
-
-    field: str
-    stored: str
-    mine: str
-    key: str = ""
-
-    def __str__(self) -> str:
-        where = f"{self.field}: {self.key}" if self.key else self.field
-        return f"{where}: {self.stored or 'none'} -> {self.mine or 'none'}"
-
-
-def leaf_differences(stored: Any, mine: Any, *, at: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted key, stored, mine) of the values alone in which two JSON values differ, as JSON, or `absent`."""
-    if isinstance(stored, Mapping) and isinstance(mine, Mapping):
-        one, other = cast(Mapping[str, Any], stored), cast(Mapping[str, Any], mine)
-        for name in sorted(one.keys() | other.keys()):
-            inside = f"{at}.{name}" if at else name
-            yield from leaf_differences(one.get(name, NOTHING), other.get(name, NOTHING), at=inside)
-        return
-    theirs, ours = _spelled(stored), _spelled(mine)
-    if theirs != ours:
-        yield at, theirs, ours
 
 
 @dataclass(frozen=True)
@@ -219,10 +192,6 @@ def check_format(record: Mapping[str, Any], file: str | Path) -> None:
 
 def _sorted_json(specs: tuple[ArraySpec, ...]) -> list[dict[str, Any]]:
     return [spec.to_json() for spec in sorted(specs, key=lambda spec: spec.name)]
-
-
-def _spelled(value: Any) -> str:
-    return "absent" if value is NOTHING else json.dumps(value)
 
 
 def _leaves(field: str, stored: Any, mine: Any) -> list[Difference]:

@@ -14,7 +14,7 @@ from blake3 import blake3
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import BadSample, ConfigError
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.templates import IMAGE_TOKEN, TEMPLATES, Template, Turn, token_ids
 from pipeline.tokenizer import is_chatml, load_tokenizer, tokenizer_digest
 

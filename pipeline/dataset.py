@@ -18,7 +18,7 @@ from pipeline.errors import BadSample, ConfigError, JoinError, PipelineError
 from pipeline.inputs import Preparation, pad_tokens
 from pipeline.memory import BoundedCache, TensorCache
 from pipeline.missing import join_rows
-from pipeline.models.merge import text_rows
+from pipeline.positions import text_rows
 from pipeline.rank_batches import Filler
 from pipeline.rows import Row
 from pipeline.shard_identity import check_unchanged

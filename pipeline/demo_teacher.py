@@ -19,8 +19,8 @@ from pipeline import demo
 from pipeline.conversation import load_tokenizer
 from pipeline.demo_card import write_card
 from pipeline.images import ImagePreprocessor
-from pipeline.models.merge import IGNORE_INDEX
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.positions import IGNORE_INDEX
 from pipeline.shared_prefix import ImageQuestions, answer_loss, group_by_image
 
 MAX_SHIFT_PIXELS = 12

@@ -14,9 +14,10 @@ from pipeline.errors import JoinError
 from pipeline.heads import HeadMixer, VisionMap
 from pipeline.losses import LOSSES, StudentOutputs, TeacherTargets
 from pipeline.memory import TensorCache
-from pipeline.models.merge import IGNORE_INDEX, MergedInputs
+from pipeline.models.merge import MergedInputs
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.models.tap import attention_of_layers, record_layer_inputs
+from pipeline.positions import IGNORE_INDEX
 from pipeline.shapes import expect_shape
 from pipeline.targets import TARGETS, TeacherFacts
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.vocabulary import AnswerScores
+from pipeline.vocabulary import SMALLEST_LOG_PROBABILITY, AnswerScores
 
-SMALLEST_LOG_PROBABILITY = -30.0
 # How fast the control variate of `within_tail` is let go as the student leaves the teacher: any value is unbiased,
 # and 3 to 30 are alike in noise (docs/decisions.md).
 CONTROL_DECAY = 10.0

@@ -15,7 +15,7 @@ from pipeline.errors import BadSample, building
 from pipeline.images import ImagePreprocessor
 from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 PREPROCESSOR = "preprocessor_config.json"
 

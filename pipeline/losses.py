@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.divergences import DIVERGENCES, buckets, within_tail
-from pipeline.models.merge import Slots, answers_in, attended_images_in, images_in, text_rows_in
+from pipeline.positions import Slots, answers_in, attended_images_in, images_in, text_rows_in
 from pipeline.settings import Section
 from pipeline.vocabulary import AnswerScores, score_answers
 

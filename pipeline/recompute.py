@@ -20,9 +20,9 @@ from pipeline.errors import ConfigError
 from pipeline.memory import TensorCache
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.configuration import read_config
-from pipeline.models.merge import IMAGE_TOKEN_INDEX, text_rows
 from pipeline.models.mobilevlm import TOWER_PREFIX
 from pipeline.models.stub import Teacher, TeacherPlan, load_teacher, plan_teacher
+from pipeline.positions import IMAGE_TOKEN_INDEX, text_rows
 from pipeline.targets import TARGETS, TeacherFacts
 
 REMEDY = (

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.conversation import tokenize
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
 @dataclass(frozen=True)

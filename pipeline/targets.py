@@ -15,12 +15,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from cache import ArraySpec
-from pipeline.divergences import SMALLEST_LOG_PROBABILITY
 from pipeline.errors import ConfigError
-from pipeline.models.merge import Slots
+from pipeline.positions import Slots
 from pipeline.settings import PowerOfTwo, Section
 from pipeline.tail_draws import draw_tail
-from pipeline.vocabulary import with_tail
+from pipeline.vocabulary import SMALLEST_LOG_PROBABILITY, with_tail
 
 Arrays = dict[str, np.ndarray]
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import BadSample
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 IMAGE_TOKEN = "<image>"
 

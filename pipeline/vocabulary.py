@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 PIECE_BYTES = 1 << 25  # of float32 logits that are at work at once
+SMALLEST_LOG_PROBABILITY = -30.0  # below it log probabilities are alike: differences there are noise
 _SMALLEST = 1e-38  # a tail's share of the largest weight: less is nothing in float32
 _LARGEST_EXPONENT = 80.0
 

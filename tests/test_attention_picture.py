@@ -24,7 +24,7 @@ from pipeline.inspection.attention_picture import AttentionFigure, draw_attentio
 from pipeline.inspection.heat_map import DARKEST_GREY, Square, border, draw_heat, draw_image, outline
 from pipeline.inspection.sample import Inspection, attention_distance, inspect_sample
 from pipeline.inspection.sheet import Sheet, drawable, text_width, wrap
-from pipeline.models.merge import IGNORE_INDEX
+from pipeline.positions import IGNORE_INDEX
 from pipeline.shapes import ShapeError
 from pipeline.teacher import cache_teacher
 

@@ -20,8 +20,8 @@ from small_experiment import (
 
 from cache import Store, summarise, verify
 from pipeline.inputs import Preparation
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.shards import read_shard
 from pipeline.teacher import cache_teacher
 

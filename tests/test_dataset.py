@@ -17,7 +17,7 @@ from cache import SampleEntry, Span, Store
 from pipeline.dataset import JoinCollator, JoinedDataset, is_chosen
 from pipeline.errors import ConfigError, JoinError, ShardError
 from pipeline.inputs import Preparation
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.shards import read_shard
 from pipeline.teacher import cache_teacher
 

@@ -21,8 +21,8 @@ from pipeline.demo import write_tokenizer
 from pipeline.errors import BadSample, ConfigError, JoinError, PipelineError
 from pipeline.inputs import Preparation
 from pipeline.inspection.sample import attention_distance, inspect_sample, paired_layer, student_attention
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.shards import Sample, read_shard
 from pipeline.teacher import cache_teacher
 

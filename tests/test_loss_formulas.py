@@ -19,7 +19,7 @@ from pipeline.losses import (
     VisionAllLoss,
     VisionFocusLoss,
 )
-from pipeline.models.merge import Slots
+from pipeline.positions import Slots
 
 N = 3  # vision tokens of an image
 # Two samples: text rows 4 and 2, images 1 and 2; the slots' values matter only where they are -1.

@@ -21,8 +21,8 @@ from pipeline.losses import (
     VisionFocusLoss,
     focus_tokens,
 )
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots
 from pipeline.models.tap import record_layer_inputs, text_to_vision_attention
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots
 from pipeline.tail_draws import draw_tail
 from pipeline.targets import TARGETS
 

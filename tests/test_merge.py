@@ -7,16 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.models.merge import (
+from pipeline.models.merge import ImageCountError, merge_vision_tokens, merged_positions
+from pipeline.positions import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
-    ImageCountError,
     answers_in,
     attended_images_in,
     find_slots,
     images_in,
-    merge_vision_tokens,
-    merged_positions,
     text_rows_in,
 )
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import CLIPVisionModel
 
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ImageCountError
+from pipeline.models.merge import ImageCountError
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.tap import text_to_vision_attention
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.shapes import ShapeError
 
 IMAGE = IMAGE_TOKEN_INDEX

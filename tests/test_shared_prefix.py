@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.conversation import load_tokenizer
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.shared_prefix import ImageQuestions, answer_loss, group_by_image, shared_prefix_row
 
 IMAGE = IMAGE_TOKEN_INDEX

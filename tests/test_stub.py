@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ConfigError
-from pipeline.models.merge import IMAGE_TOKEN_INDEX
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMForCausalLM
 from pipeline.models.stub import load_teacher, plan_teacher
+from pipeline.positions import IMAGE_TOKEN_INDEX
 from pipeline.targets import AttentionTarget, LogitsTarget, VisionTarget
 
 IMAGE = IMAGE_TOKEN_INDEX

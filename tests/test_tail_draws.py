@@ -12,7 +12,7 @@ import torch
 from cache import Store, StoreWriter, summarise
 from pipeline.errors import ConfigError
 from pipeline.losses import LOSSES, LogitsLoss, StudentOutputs, TeacherTargets
-from pipeline.models.merge import Slots
+from pipeline.positions import Slots
 from pipeline.tail_draws import draw_tail, uniforms
 from pipeline.targets import TARGETS, AttentionTarget, LogitsTarget, TeacherFacts
 from pipeline.teacher import cache_teacher

@@ -13,8 +13,8 @@ from cache import CODECS
 from cache.codecs import decode_rows, encode_rows
 from pipeline.errors import ConfigError
 from pipeline.losses import LOSSES
-from pipeline.models.merge import IMAGE_TOKEN_INDEX
 from pipeline.models.stub import load_teacher, plan_teacher, teacher_facts
+from pipeline.positions import IMAGE_TOKEN_INDEX
 from pipeline.targets import (
     TARGETS,
     AttentionTarget,

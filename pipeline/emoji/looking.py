@@ -17,9 +17,9 @@ from torch import Tensor
 from pipeline.emoji.alignment import TOKENS_OF_CELLS
 from pipeline.emoji.scenes import PLACES
 from pipeline.inputs import Preparation, pad_tokens
-from pipeline.models.merge import IGNORE_INDEX
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.models.tap import attention_of_layers, record_layer_inputs
+from pipeline.positions import IGNORE_INDEX
 
 # Questions that name a place: "What is at the top left?"
 ABOUT_A_CELL = ("name", "kind")

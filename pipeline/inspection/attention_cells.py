@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.inspection.sample import Inspection, attention_distance
 from pipeline.inspection.token_text import visible
-from pipeline.models.merge import IGNORE_INDEX
+from pipeline.positions import IGNORE_INDEX
 from pipeline.shapes import expect_shape
 
 

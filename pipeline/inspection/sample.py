@@ -37,8 +37,8 @@ from pipeline.losses import (
 )
 from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots, find_slots
 from pipeline.models.stub import load_teacher, plan_teacher
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots, find_slots
 from pipeline.shards import parse_record, read_span
 from pipeline.targets import TARGETS, AttentionTarget, TeacherFacts
 

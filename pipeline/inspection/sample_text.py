@@ -8,7 +8,7 @@ from rich.text import Text
 
 from pipeline.inspection.sample import Answer, Inspection
 from pipeline.inspection.token_text import visible
-from pipeline.models.merge import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 # Neighbours differ, so that every token is seen; brackets and arrows say the same where there is no colour.
 GIVEN = ("", "dim")

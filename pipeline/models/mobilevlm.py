@@ -26,9 +26,10 @@ from pipeline.models.configuration import (
     read_config,
     resolve_vision_config,
 )
-from pipeline.models.merge import IMAGE_TOKEN_INDEX, MergedInputs, merge_vision_tokens
+from pipeline.models.merge import MergedInputs, merge_vision_tokens
 from pipeline.models.saved_files import readable_under_the_umask
 from pipeline.models.vision import LDPNetV2, build_tower
+from pipeline.positions import IMAGE_TOKEN_INDEX
 from pipeline.shapes import expect_shape
 
 TOWER_PREFIX = "model.vision_tower."

@@ -20,9 +20,10 @@ from transformers import CLIPVisionConfig
 from pipeline.errors import ConfigError, building
 from pipeline.models.checkpoint import Checkpoint, digest_of_tensors
 from pipeline.models.configuration import ITS_CONFIG, read_config
-from pipeline.models.merge import IGNORE_INDEX, MergedInputs, merge_vision_tokens
+from pipeline.models.merge import MergedInputs, merge_vision_tokens
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.tap import attention_of_layers, record_layer_inputs
+from pipeline.positions import IGNORE_INDEX
 from pipeline.targets import TeacherFacts, TeacherForward, deepest_layer
 
 TAPPED = ("input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight")

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from pipeline.models.merge import MergedInputs, Slots
+from pipeline.models.merge import MergedInputs
+from pipeline.positions import Slots
 
 
 @contextmanager

@@ -1,0 +1,72 @@
+"""Positions in a sequence by their role: text, vision tokens, answers, image placeholders.
+
+One placeholder (-200) in `input_ids` stands for the N vision tokens of one image, as in the original code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+IMAGE_TOKEN_INDEX = -200
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Positions by role in the merged sequence, padded with -1 on the right.
+
+    `text`    int64 'B T'  unpadded text positions after the sample's first vision token, ascending
+    `vision`  int64 'B J'  positions of the vision tokens, image after image
+    """
+
+    text: torch.Tensor
+    vision: torch.Tensor
+
+
+def find_slots(is_vision: torch.Tensor, attention_mask: torch.Tensor) -> Slots:
+    """Positions by role, from bool 'B S' masks of vision tokens and of unpadded positions."""
+    after_vision = is_vision.long().cumsum(dim=1) > 0
+    return Slots(
+        text=_padded_positions(attention_mask & after_vision & ~is_vision),
+        vision=_padded_positions(is_vision),
+    )
+
+
+def _padded_positions(chosen: torch.Tensor) -> torch.Tensor:
+    """Positions of the true entries of every row, ascending, padded with -1: bool 'B S' -> int64 'B T'."""
+    counts = chosen.sum(dim=1)
+    order = torch.argsort(~chosen, dim=1, stable=True)[:, : int(counts.max())]
+    return torch.where(torch.arange(order.shape[1], device=chosen.device) < counts[:, None], order, -1)
+
+
+def answers_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """Answer positions of a batch of ids and labels 'B S', before any forward."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def text_rows(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Text-query rows of each sample, int64 'B': unpadded text tokens after the first image of their sample."""
+    is_image = batch["input_ids"] == IMAGE_TOKEN_INDEX
+    after_image = is_image.long().cumsum(dim=1) > 0
+    return (after_image & ~is_image & batch["attention_mask"].bool()).sum(dim=1)
+
+
+def text_rows_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """Text-query rows of a batch."""
+    return int(text_rows(batch).sum())
+
+
+def images_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """Images of a batch."""
+    return int((batch["input_ids"] == IMAGE_TOKEN_INDEX).sum())
+
+
+def attended_images_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """Images that some text of their sample follows."""
+    is_image = batch["input_ids"] == IMAGE_TOKEN_INDEX
+    is_text = ~is_image & batch["attention_mask"].bool()
+    before_text = is_text.flip(1).long().cumsum(dim=1).flip(1) > 0
+    return int((is_image & before_text).sum())

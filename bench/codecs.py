@@ -29,17 +29,17 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cache import ArraySpec, Store, StoreWriter, part_sizes
-from cache.codecs import decode_rows, encode_rows
-from pipeline.check import captured_again, loss_terms
-from pipeline.config import Config, load_config
-from pipeline.dataset import JoinCollator, JoinedDataset, JoinedSample, teacher_facts
-from pipeline.distiller import Distiller
-from pipeline.losses import LogitsLoss
+from cache.format.codecs import decode_rows, encode_rows
+from pipeline.config.config import Config, load_config
+from pipeline.distill.join.dataset import JoinCollator, JoinedDataset, JoinedSample, teacher_facts
+from pipeline.distill.model.distiller import Distiller
+from pipeline.distill.student import load_student
+from pipeline.losses.losses import LogitsLoss
 from pipeline.models.stub import load_teacher
 from pipeline.positions import Slots
-from pipeline.student import load_student
-from pipeline.targets import TARGETS, LogitsTarget, TeacherFacts, TeacherForward
-from pipeline.teacher import plan_capture
+from pipeline.targets.targets import TARGETS, LogitsTarget, TeacherFacts, TeacherForward
+from pipeline.teacher_cache.teacher import plan_capture
+from pipeline.upkeep.check import captured_again, loss_terms
 
 QUICK_SAMPLES = 16
 # Target -> codecs and steps to be tried, the first of which loses nothing.

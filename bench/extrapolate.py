@@ -28,7 +28,7 @@ from profiles import PROFILES, STEPS, reference_bytes
 from random_models import MODELS
 from reading_samples import SIZES
 
-from cache.codecs import stored_arrays
+from cache.format.codecs import stored_arrays
 
 NUM_SAMPLES = {"pretrain": 1_246_000, "finetune": 2_428_000}
 RUNS = (1, 2, 5, 10)

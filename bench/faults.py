@@ -174,8 +174,8 @@ def _finish(experiment: Any, store: Path) -> str:
 
 
 def _cache(experiment: Any, store: Path) -> None:
-    from pipeline.config import load_config
-    from pipeline.teacher import cache_teacher
+    from pipeline.config.config import load_config
+    from pipeline.teacher_cache.teacher import cache_teacher
 
     cache_teacher(load_config(experiment.file, [f"cache.path={store}"]))
 

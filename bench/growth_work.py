@@ -115,9 +115,9 @@ def _flops(point: Point, size: str, lengths: Mapping[str, float]) -> float:
 
 def _lengths(options: argparse.Namespace) -> dict[str, float]:
     """Means over samples: positions, vision tokens included; rows of text after the image; answers."""
-    from pipeline.inputs import Preparation
+    from pipeline.data.preparation import Preparation
+    from pipeline.data.shards import Sample, expand_shards, read_shard
     from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-    from pipeline.shards import Sample, expand_shards, read_shard
 
     config = stage1.config_of(options, stage1.TARGETS)
     preparation = Preparation.of(config.teacher.model, config.data)
@@ -156,8 +156,8 @@ def _sharing(script: str, point: Point, options: argparse.Namespace, arguments: 
 
 def _share(point: Point, options: argparse.Namespace) -> Work:
     """One of these processes; loading the teacher is a part of its turn, as of every run of stage 1."""
-    from pipeline import workers
-    from pipeline.teacher import plan_capture, write_parts
+    from pipeline.teacher_cache import workers
+    from pipeline.teacher_cache.teacher import plan_capture, write_parts
 
     # A worker with nothing left looks every few seconds whether the others are done: in hours that is
     # nothing, here it would be all that is measured.

@@ -30,9 +30,9 @@ from hypothesis import strategies as st
 from small_store import rewrite_record, write_store
 
 from cache import CacheError, Store, summarise, verify
-from cache.documents import canonical_json, document_bytes
+from cache.format.documents import canonical_json, document_bytes
+from pipeline.data.shards import read_shard
 from pipeline.errors import PipelineError
-from pipeline.shards import read_shard
 
 MEMORY_BYTES = 2 * 2**30
 KINDS = (tarfile.REGTYPE, tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE)

@@ -53,9 +53,9 @@ def described_join(found: dict[str, float]) -> str:
 def write_store(folder: Path, num_samples: int) -> None:
     """Empty shards, and a store that has an index of each."""
     from cache import FORMAT_VERSION, ArraySpec, Fingerprint, Manifest, StoreWriter
-    from cache.documents import document_bytes
-    from cache.index import PartIndex
-    from cache.records import Counts, PartRecord
+    from cache.format.documents import document_bytes
+    from cache.format.index import PartIndex
+    from cache.format.records import Counts, PartRecord
 
     starts = range(0, num_samples, SAMPLES_A_SHARD)
     parts = tuple(f"shard-{number:06d}" for number in range(len(starts)))
@@ -93,7 +93,7 @@ def _entry(number: int) -> Any:
 def measure(folder: Path) -> dict[str, float]:
     """The join of the store, as stage 2 makes it, and a forked worker that looks at samples."""
     from cache import Store
-    from pipeline.dataset import JoinedDataset
+    from pipeline.distill.join.dataset import JoinedDataset
 
     nothing: Any = None  # no text is tokenised
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is resident now

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from reading_samples import SIZES, Size, entry_of, manifest, samples
 
 from cache import CODECS, ArraySpec, StoreWriter, part_sizes
-from cache.codecs import decode_rows, encode_rows
+from cache.format.codecs import decode_rows, encode_rows
 
 Targets = Mapping[str, Mapping[str, Any]]
 FLOAT16_BYTES = 2

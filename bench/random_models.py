@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipeline.data.packing import pack
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
-from pipeline.packing import pack
 
 # A tower's share of the work is that of the full size: about 8% of the teacher's at 300 positions.
 SMALL_TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 2}

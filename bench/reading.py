@@ -32,7 +32,7 @@ from reading_samples import SIZES, VISION_STEP, Size, write_samples
 from reading_table import MODES, OURS, WINDOWS, bars, summary, table
 
 from cache import Store, drop_from_memory
-from cache.codecs import stored_arrays
+from cache.format.codecs import stored_arrays
 
 WORKER = Path(__file__).parent / "reading_worker.py"
 # Peer -> what pip installs for it. MDS needs an older numpy, and two of them torch, which they would replace.

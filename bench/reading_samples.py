@@ -18,9 +18,9 @@ from blake3 import blake3
 from safetensors.numpy import save
 
 from cache import FORMAT_VERSION, ArraySpec, Fingerprint, Manifest, SampleEntry, Span, StoreWriter
-from cache.codecs import encode_rows, stored_arrays
-from pipeline.targets import TARGETS, TeacherFacts
-from pipeline.teacher import TOKEN_ARRAYS
+from cache.format.codecs import encode_rows, stored_arrays
+from pipeline.targets.targets import TARGETS, TeacherFacts
+from pipeline.teacher_cache.teacher import TOKEN_ARRAYS
 
 Arrays = dict[str, np.ndarray]
 NUM_MAPS = 64

@@ -115,7 +115,7 @@ def _ours(
     folder: Path, indices: Sequence[int], *, cache_bytes: int | None, as_floats: bool
 ) -> Iterator[Arrays]:
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    import cache.reader as reader
+    import cache.read.reader as reader
 
     if not as_floats:
         reader.decode_rows = lambda spec, stored: stored  # what is stored, by suffix

@@ -45,7 +45,7 @@ def config_of(options: argparse.Namespace, targets: Mapping[str, Any], *, store:
     """Stage 1's, with a store of this process's own unless one is named."""
     from random_models import compute_dtype
 
-    from pipeline.config import Config
+    from pipeline.config.config import Config
 
     folder = Path(options.folder)
     return Config.model_validate({
@@ -64,10 +64,10 @@ def config_of(options: argparse.Namespace, targets: Mapping[str, Any], *, store:
 
 def _capturing(options: argparse.Namespace, targets: Mapping[str, Any]) -> Work:
     from cache import StoreWriter
-    from pipeline.capture import Capture
     from pipeline.models.stub import load_teacher
-    from pipeline.progress import Progress
-    from pipeline.teacher import plan_capture
+    from pipeline.teacher_cache.capture import Capture
+    from pipeline.teacher_cache.progress import Progress
+    from pipeline.teacher_cache.teacher import plan_capture
 
     plan = plan_capture(config_of(options, targets))
     teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
@@ -88,11 +88,11 @@ def _batches(options: argparse.Namespace, targets: Mapping[str, Any]) -> Any:
     """The whole teacher, and stage 1's own batches with their images preprocessed: nothing left but to compute."""
     import torch
 
-    from pipeline.inputs import pad_tokens
-    from pipeline.longest_first import Prepared, longest_first
+    from pipeline.data.preparation import pad_tokens
+    from pipeline.data.shards import read_shard
     from pipeline.models.stub import load_teacher
-    from pipeline.shards import read_shard
-    from pipeline.teacher import plan_capture
+    from pipeline.teacher_cache.longest_first import Prepared, longest_first
+    from pipeline.teacher_cache.teacher import plan_capture
 
     plan = plan_capture(config_of(options, targets))
     teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)

@@ -36,7 +36,7 @@ def prepare(options: argparse.Namespace) -> None:
     """Models, a shard, and its store."""
     from random_models import write_model, write_shard
 
-    from pipeline.teacher import cache_teacher
+    from pipeline.teacher_cache.teacher import cache_teacher
 
     folder = Path(options.folder)
     for role in ("teacher", "student"):
@@ -50,7 +50,7 @@ def prepare(options: argparse.Namespace) -> None:
 def _config(options: argparse.Namespace, losses: Mapping[str, Any]) -> Any:
     from random_models import compute_dtype
 
-    from pipeline.config import Config
+    from pipeline.config.config import Config
 
     folder, dtype = Path(options.folder), compute_dtype(options.size)
     return Config.model_validate({
@@ -67,11 +67,11 @@ def _config(options: argparse.Namespace, losses: Mapping[str, Any]) -> Any:
 
 def _trainer(options: argparse.Namespace, losses: Mapping[str, Any]) -> Any:
     """The Trainer of stage 2, its optimizer made, and its data set."""
-    from pipeline.dataset import JoinedDataset
-    from pipeline.inputs import Preparation
-    from pipeline.run_identity import RunIdentity
-    from pipeline.stores import open_stores
-    from pipeline.student import build_trainer, needed_targets
+    from pipeline.data.preparation import Preparation
+    from pipeline.distill.join.dataset import JoinedDataset
+    from pipeline.distill.join.stores import open_stores
+    from pipeline.distill.student import build_trainer, needed_targets
+    from pipeline.distill.training.run_identity import RunIdentity
 
     config = _config(options, losses)
     preparation = Preparation.of(config.student.model, config.data)
@@ -175,7 +175,7 @@ def _for_ever(loader: Any) -> Iterator[Any]:
 
 def _online(options: argparse.Namespace) -> Work:
     from pipeline.models.stub import load_teacher
-    from pipeline.teacher import plan_capture
+    from pipeline.teacher_cache.teacher import plan_capture
 
     trainer = _trainer(options, ALL)
     batches = _collated(trainer, options.batch_size)

@@ -106,7 +106,7 @@ def _load(checkpoint: str) -> dict[str, int]:
         needed_tensors,
         teacher_facts,
     )
-    from pipeline.targets import TARGETS
+    from pipeline.targets.targets import TARGETS
 
     targets = {name: TARGETS[name].settings() for name in ("attention", "vision")}
     found, config = Checkpoint(checkpoint), read_config(Path(checkpoint))

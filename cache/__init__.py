@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from cache.codecs import CODECS, Codec
+from cache.care.push import Pushed, card_at, push_store
+from cache.care.repair import restore_manifest
+from cache.care.subset import merge_stores, slice_store
+from cache.care.summary import ArraySummary, PartSizes, Summary, part_sizes, summarise
+from cache.care.verify import Report, verify
+from cache.care.verify_part import Problem
 from cache.differences import Difference, leaf_differences
-from cache.documents import digest_of
 from cache.errors import (
     ArrayMismatch,
     CacheError,
@@ -35,29 +39,25 @@ from cache.errors import (
     UnsupportedFormat,
     ValueOutOfRange,
 )
-from cache.layout import FORMAT_VERSION
-from cache.local_files import drop_from_memory
-from cache.mirror import Mirror
-from cache.part_writer import PartSummary, PartWriter
-from cache.place import local
-from cache.push import Pushed, card_at, push_store
-from cache.reader import Store
-from cache.records import PartRecord
-from cache.repair import restore_manifest
-from cache.schema import (
+from cache.files.local_files import drop_from_memory
+from cache.files.mirror import Mirror
+from cache.files.place import local
+from cache.format.codecs import CODECS, Codec
+from cache.format.documents import digest_of
+from cache.format.layout import FORMAT_VERSION
+from cache.format.records import PartRecord
+from cache.format.schema import (
     ArraySpec,
     Fingerprint,
     Manifest,
     SampleEntry,
     Span,
 )
-from cache.scratch import sweep_dead, sweep_old
-from cache.subset import merge_stores, slice_store
-from cache.summary import ArraySummary, PartSizes, Summary, part_sizes, summarise
-from cache.taken_keys import TakenKeys
-from cache.verify import Report, verify
-from cache.verify_part import Problem
-from cache.writer import StoreWriter
+from cache.read.reader import Store
+from cache.write.part_writer import PartSummary, PartWriter
+from cache.write.scratch import sweep_dead, sweep_old
+from cache.write.taken_keys import TakenKeys
+from cache.write.writer import StoreWriter
 
 __all__ = [
     "CODECS",

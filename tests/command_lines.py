@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 import cli
-from pipeline.config import load_config
+from pipeline.config.config import load_config
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()

@@ -205,7 +205,7 @@ def bucket() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def experiment(tiny_model, tmp_path_factory) -> Experiment:
     """Shards, teacher, student and config of a whole experiment, and its store. Tests must not write into it."""
-    from pipeline.teacher import cache_teacher
+    from pipeline.teacher_cache.teacher import cache_teacher
 
     small = build_experiment(tmp_path_factory.mktemp("experiment"), tiny_model)
     cache_teacher(small.config(small.file.parent))

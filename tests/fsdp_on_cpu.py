@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
 import cli
-from pipeline.trainer import DistillTrainer
+from pipeline.distill.training.trainer import DistillTrainer
 
 _initialise = PartialState.__init__
 

@@ -43,11 +43,11 @@ def measure() -> dict[str, Any]:
 
 def first_steps(folder: Path) -> list[dict[str, str]]:
     """Pack, cache and train in an empty folder, with the shipped config."""
-    from pipeline import demo
-    from pipeline.config import load_config
-    from pipeline.packing import pack
-    from pipeline.student import train_student
-    from pipeline.teacher import cache_teacher
+    from pipeline.config.config import load_config
+    from pipeline.data.packing import pack
+    from pipeline.distill.student import train_student
+    from pipeline.studies import demo
+    from pipeline.teacher_cache.teacher import cache_teacher
 
     records = demo.conversations("train")[:NUM_QUESTIONS]
     (folder / "train.json").write_text(json.dumps(records))

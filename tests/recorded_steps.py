@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import cli
-from pipeline.dataset import JoinCollator
-from pipeline.trainer import DistillTrainer
+from pipeline.distill.join.dataset import JoinCollator
+from pipeline.distill.training.trainer import DistillTrainer
 
 FOLDER = "RECORDED_STEPS"  # the environment's variable that names where to
 

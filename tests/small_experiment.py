@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from cache import Store, StoreWriter
-from pipeline.config import Config, load_config, to_yaml
-from pipeline.demo import write_tokenizer
+from pipeline.config.config import Config, load_config, to_yaml
+from pipeline.data.packing import pack
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.packing import pack
+from pipeline.studies.demo import write_tokenizer
 
 COLOURS = ("red", "green", "blue", "brown", "black", "teal")
 SHAPES = ("circle", "triangle", "rectangle", "line")

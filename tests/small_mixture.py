@@ -10,10 +10,10 @@ from pathlib import Path
 from small_experiment import Experiment
 
 from cache import Store, slice_store
-from pipeline.config import Config
+from pipeline.config.config import Config
+from pipeline.distill.student import train_student
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.slices import manifest_with
-from pipeline.student import train_student
+from pipeline.upkeep.slices import manifest_with
 
 
 def part_of_store(

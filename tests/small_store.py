@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import FORMAT_VERSION, ArraySpec, Fingerprint, Manifest, PartWriter, SampleEntry, Span, StoreWriter
-from cache.arrays import array_files
-from cache.codec import StoredArray
-from cache.documents import document_bytes
-from cache.durable import files_below, hash_file
-from cache.layout import PART_RECORD
-from cache.records import FileRecord, PartRecord, read_part_record
+from cache.files.durable import files_below, hash_file
+from cache.format.arrays import array_files
+from cache.format.codec import StoredArray
+from cache.format.documents import document_bytes
+from cache.format.layout import PART_RECORD
+from cache.format.records import FileRecord, PartRecord, read_part_record
 
 Arrays = dict[str, NDArray[Any]]
 

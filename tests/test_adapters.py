@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 from small_experiment import weights
 from test_resume import TEN_STEPS, assert_same_run, stop_after
 
-from pipeline.adapters import add_adapters, merged_tensors
-from pipeline.dataset import JoinedDataset
+from pipeline.config.model_settings import LoraConfig
+from pipeline.data.preparation import Preparation
+from pipeline.distill.join.dataset import JoinedDataset
+from pipeline.distill.join.stores import open_stores
+from pipeline.distill.model.adapters import add_adapters, merged_tensors
+from pipeline.distill.student import build_trainer, needed_targets, train_student
+from pipeline.distill.training.run_identity import RunIdentity
+from pipeline.distill.training.trainer import ADAPTERS_FILE
 from pipeline.errors import ConfigError, TrainingStopped
-from pipeline.inputs import Preparation
-from pipeline.model_settings import LoraConfig
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.run_identity import RunIdentity
-from pipeline.stores import open_stores
-from pipeline.student import build_trainer, needed_targets, train_student
-from pipeline.trainer import ADAPTERS_FILE
 
 LORA = "student.lora={rank: 2, alpha: 3, target_modules: [q_proj, down_proj]}"
 

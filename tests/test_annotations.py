@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from test_packing import entry, rejects_of, samples_of, write
 
-from pipeline.annotations import Record, read_annotations
+from pipeline.data.annotations import Record, read_annotations
+from pipeline.data.packing import id_of_key, pack
 from pipeline.errors import PackError
-from pipeline.packing import id_of_key, pack
 
 COMPOSED = unicodedata.normalize("NFC", "Größe é.png")
 APART = unicodedata.normalize("NFD", COMPOSED)

@@ -16,279 +16,36 @@ ROOT = Path(__file__).parent.parent
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 
-# The floors of the house. A new module takes its place here.
-FLOORS: dict[str, set[str]] = {
-    "command line": {"cli"},
-    "commands": {
-        "pipeline.commands",
-        "pipeline.commands.experiments",
-        "pipeline.commands.inspect",
-        "pipeline.commands.options",
-        "pipeline.commands.reshape",
-        "pipeline.commands.share",
-        "pipeline.commands.stages",
-        "pipeline.commands.store",
-    },
-    "report": {
-        "pipeline.report",
-        "pipeline.report.cost",
-        "pipeline.report.curve_panels",
-        "pipeline.report.findings",
-        "pipeline.report.forest",
-        "pipeline.report.gather",
-        "pipeline.report.headline",
-        "pipeline.report.number_format",
-        "pipeline.report.page",
-        "pipeline.report.run_folder",
-        "pipeline.report.sweep_folder",
-        "pipeline.report.throughput",
-    },
-    "sweep": {
-        "pipeline.sweep",
-        "pipeline.sweep.identity",
-        "pipeline.sweep.jobs",
-        "pipeline.sweep.lines",
-        "pipeline.sweep.run",
-        "pipeline.sweep.summary",
-        "pipeline.sweep.variations",
-    },
-    "experiment": {
-        "pipeline.experiment",
-        "pipeline.demo_card",
-        "pipeline.demo_teacher",
-        "pipeline.emoji.__main__",
-        "pipeline.emoji.alignment",
-        "pipeline.emoji.card",
-        "pipeline.emoji.looking",
-        "pipeline.emoji.teacher",
-    },
-    "upkeep": {
-        "pipeline.card",
-        "pipeline.check",
-        "pipeline.describe_check",
-        "pipeline.describe_plan",
-        "pipeline.plan",
-        "pipeline.plan_costs",
-        "pipeline.repair",
-        "pipeline.slices",
-    },
-    "comparison": {"pipeline.compare", "pipeline.curves", "pipeline.scores"},
-    "inspection": {
-        "pipeline.inspection",
-        "pipeline.inspection.attention_cells",
-        "pipeline.inspection.attention_picture",
-        "pipeline.inspection.heat_map",
-        "pipeline.inspection.sample",
-        "pipeline.inspection.sample_text",
-        "pipeline.inspection.sheet",
-        "pipeline.inspection.sources",
-        "pipeline.inspection.token_text",
-    },
-    "stages": {"pipeline.packing", "pipeline.teacher", "pipeline.student", "pipeline.evaluate"},
-    "stage parts": {
-        "pipeline.adapters",
-        "pipeline.capture",
-        "pipeline.data_position",
-        "pipeline.dataset",
-        "pipeline.describe",
-        "pipeline.inputs",
-        "pipeline.interruption",
-        "pipeline.longest_first",
-        "pipeline.missing",
-        "pipeline.model_weights",
-        "pipeline.overlap",
-        "pipeline.part_states",
-        "pipeline.pairing",
-        "pipeline.processes",
-        "pipeline.progress",
-        "pipeline.provenance",
-        "pipeline.rank_batches",
-        "pipeline.recompute",
-        "pipeline.resuming",
-        "pipeline.rows",
-        "pipeline.run_identity",
-        "pipeline.stores",
-        "pipeline.term_log",
-        "pipeline.trainer",
-        "pipeline.training_folder",
-        "pipeline.workers",
-    },
-    "config": {
-        "pipeline.cache_settings",
-        "pipeline.model_settings",
-        "pipeline.config",
-        "pipeline.training_arguments",
-        "pipeline.yaml_text",
-    },
-    "distillation": {
-        "pipeline.distiller",
-        "pipeline.divergences",
-        "pipeline.heads",
-        "pipeline.losses",
-        "pipeline.models.stub",
-        "pipeline.tail_draws",
-        "pipeline.targets",
-        "pipeline.vocabulary",
-    },
-    "data": {
-        "pipeline.annotations",
-        "pipeline.conversation",
-        "pipeline.decoding",
-        "pipeline.demo",
-        "pipeline.dotted_names",
-        "pipeline.emoji",
-        "pipeline.emoji.art",
-        "pipeline.emoji.concepts",
-        "pipeline.emoji.data",
-        "pipeline.emoji.language",
-        "pipeline.emoji.models",
-        "pipeline.emoji.scenes",
-        "pipeline.file_names",
-        "pipeline.images",
-        "pipeline.media",
-        "pipeline.pack_again",
-        "pipeline.pack_folder",
-        "pipeline.pack_images",
-        "pipeline.png_text",
-        "pipeline.shard_writer",
-        "pipeline.shared_prefix",
-        "pipeline.shard_identity",
-        "pipeline.shards",
-        "pipeline.tars",
-        "pipeline.templates",
-        "pipeline.tokenizer",
-    },
-    "models": {
-        "pipeline.models.broken_files",
-        "pipeline.models.checkpoint",
-        "pipeline.models.efficientnet",
-        "pipeline.models.merge",
-        "pipeline.models.configuration",
-        "pipeline.models.mobilevlm",
-        "pipeline.models.saved_files",
-        "pipeline.models.tap",
-        "pipeline.models.vision",
-    },
-    "ground": {
-        "pipeline",
-        "pipeline.errors",
-        "pipeline.memory",
-        "pipeline.models",
-        "pipeline.positions",
-        "pipeline.settings",
-        "pipeline.shapes",
-    },
-    "store": {
-        "cache",
-        "cache.arrays",
-        "cache.chunk_cache",
-        "cache.chunks",
-        "cache.codec",
-        "cache.codecs",
-        "cache.columns",
-        "cache.differences",
-        "cache.documents",
-        "cache.durable",
-        "cache.errors",
-        "cache.index",
-        "cache.keys",
-        "cache.layout",
-        "cache.leases",
-        "cache.local_files",
-        "cache.locks",
-        "cache.mirror",
-        "cache.part_folder",
-        "cache.part_reader",
-        "cache.part_writer",
-        "cache.place",
-        "cache.push",
-        "cache.quantised",
-        "cache.reader",
-        "cache.records",
-        "cache.remote",
-        "cache.repair",
-        "cache.schema",
-        "cache.scratch",
-        "cache.subset",
-        "cache.summary",
-        "cache.taken_keys",
-        "cache.verify",
-        "cache.verify_part",
-        "cache.writer",
-    },
-}
-
-# Floor -> floors that its modules may import. A floor that lists itself lets its modules import each other.
-MAY_IMPORT: dict[str, set[str]] = {
-    "command line": {"commands", "ground", "store"},
-    "commands": {
-        "commands",
-        "report",
-        "inspection",
-        "sweep",
-        "experiment",
-        "comparison",
-        "upkeep",
-        "stages",
-        "stage parts",
-        "config",
-        "store",
-    },
-    "report": {
-        "report",
-        "sweep",
-        "experiment",
-        "comparison",
-        "stages",
-        "stage parts",
-        "distillation",
-        "ground",
-        "store",
-    },
-    "sweep": {"sweep", "comparison", "stages", "stage parts", "config", "models", "ground", "store"},
-    "experiment": {"comparison", "stages", "stage parts", "config", "data", "models", "ground"},
-    "upkeep": {
-        "upkeep",
-        "comparison",
-        "stages",
-        "stage parts",
-        "config",
-        "distillation",
-        "data",
-        "ground",
-        "store",
-    },
-    "comparison": {"stages", "stage parts", "config", "data", "models", "ground", "store"},
-    "inspection": {
-        "inspection",
-        "stage parts",
-        "config",
-        "distillation",
-        "data",
-        "models",
-        "ground",
-        "store",
-    },
-    "stages": {"stage parts", "config", "distillation", "data", "models", "ground", "store"},
-    "stage parts": {"stage parts", "config", "distillation", "data", "models", "ground", "store"},
-    "config": {"config", "distillation", "ground"},
-    "distillation": {"distillation", "models", "ground", "store"},
-    "data": {"data", "models", "ground", "store"},
-    "models": {"models", "ground"},
-    "ground": set(),
-    "store": {"store"},
-}
-
-# The demo's teacher is itself an experiment: its card is measured with the other's function.
-ALSO: set[tuple[str, str]] = {
-    ("pipeline.demo_teacher", "pipeline.demo_card"),
-    ("pipeline.emoji.__main__", "pipeline.emoji.card"),
-    ("pipeline.emoji.__main__", "pipeline.emoji.looking"),
-    ("pipeline.emoji.looking", "pipeline.emoji.alignment"),
-    ("pipeline.emoji.__main__", "pipeline.emoji.teacher"),
-    ("pipeline.emoji.alignment", "pipeline.demo_teacher"),
-    ("pipeline.emoji.teacher", "pipeline.demo_teacher"),
-    ("pipeline.emoji.teacher", "pipeline.emoji.alignment"),
+# Room (a folder, or cli.py) -> rooms that its files may import, from the roof to the ground. A room's own files, and
+# the ground that a package stands on (cache/errors.py, pipeline/errors.py, ...), are free to all above.
+ROOMS: dict[str, str] = {
+    "cli": "pipeline/commands",
+    "pipeline/commands": "report sweep upkeep inspection evaluation teacher_cache distill/training data config",
+    "pipeline/report": "sweep upkeep evaluation distill/training losses",
+    "pipeline/sweep": "evaluation distill distill/training distill/join data config models",
+    "pipeline/upkeep": "evaluation teacher_cache distill distill/model distill/join data config losses models "
+    "targets",
+    "pipeline/studies/emoji": "studies evaluation data config models",
+    "pipeline/studies": "evaluation data config models",
+    "pipeline/inspection": "distill/join data config losses models targets",
+    "pipeline/evaluation": "distill distill/training distill/join data config models",
+    "pipeline/teacher_cache": "data config models targets",
+    "pipeline/distill": "distill/training distill/model distill/join data config losses models",
+    "pipeline/distill/training": "distill/model distill/join config losses models",
+    "pipeline/distill/model": "distill/join config losses models targets",
+    "pipeline/distill/join": "data config losses models targets",
+    "pipeline/data": "config models targets",
+    "pipeline/config": "losses targets",
+    "pipeline/losses": "targets",
+    "pipeline/models": "targets",
+    "pipeline/targets": "",
+    "pipeline": "",
+    "cache/care": "write read format files",
+    "cache/write": "format files",
+    "cache/read": "format files",
+    "cache/format": "files",
+    "cache/files": "",
+    "cache": "",
 }
 
 STORE_LIBRARIES = {
@@ -318,8 +75,19 @@ def _file(module: str) -> str:
     return str(path / "__init__.py" if (ROOT / path).is_dir() else path.with_suffix(".py"))
 
 
+def _room(module: str) -> str:
+    return module if module == "cli" else Path(_file(module)).parent.as_posix()
+
+
+def _allowed(room: str) -> set[str]:
+    """The rooms that a room's files may import: those of its row, itself, and the ground below."""
+    package = room.split("/")[0]
+    grounds = {"cache", "pipeline"} if package != "cache" else {"cache"}
+    rows = {name if name.startswith("pipeline/") else f"{package}/{name}" for name in ROOMS[room].split()}
+    return {room} | grounds | rows
+
+
 SHIPPED = _shipped()
-FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 
 
 def _imports(tree: ast.AST, *, when_run: bool = False) -> Iterator[str]:
@@ -348,38 +116,41 @@ def _imported_from(package: str, name: str) -> str:
     return package if name in binds else submodule
 
 
+def _is_store(module: str) -> bool:
+    return module.split(".")[0] == "cache"
+
+
+def _is_front_door(module: str) -> bool:
+    """Whether a file hands on the names of the rooms below its folder."""
+    return module == "cache"
+
+
 def _own_imports(module: str, *, when_run: bool = False) -> set[str]:
     return {name for name in _imports(SHIPPED[module], when_run=when_run) if name in SHIPPED} - {module}
 
 
-def _is_allowed(module: str, imported: str) -> bool:
-    return FLOOR_OF[imported] in MAY_IMPORT[FLOOR_OF[module]] or (module, imported) in ALSO
-
-
-def test_every_module_has_one_floor_and_every_floor_only_modules_that_exist():
-    assert sorted(FLOOR_OF) == sorted(SHIPPED)
-    assert sum(map(len, FLOORS.values())) == len(FLOOR_OF)
-    assert list(MAY_IMPORT) == list(FLOORS)
+def test_the_table_has_a_row_for_every_folder_that_holds_code_and_no_other():
+    assert sorted({_room(module) for module in SHIPPED}) == sorted(ROOMS)
 
 
 def test_imports_point_down():
     offenders = [
-        f"{_file(module)} ({FLOOR_OF[module]}) imports {imported} ({FLOOR_OF[imported]})"
+        f"{_file(module)} imports {_file(imported)}"
         for module in SHIPPED
+        if not _is_front_door(module)
         for imported in sorted(_own_imports(module))
-        if not _is_allowed(module, imported)
+        if _room(imported) not in _allowed(_room(module))
     ]
     assert not offenders, "\n".join(offenders)
 
 
 def test_the_table_allows_nothing_that_points_up_and_nothing_that_nobody_uses():
-    order = list(FLOORS)
-    for floor, allowed in MAY_IMPORT.items():
-        assert all(order.index(below) >= order.index(floor) for below in allowed), floor
-    used = {(FLOOR_OF[m], FLOOR_OF[i]) for m in SHIPPED for i in _own_imports(m)}
-    unused = [(f, below) for f, allowed in MAY_IMPORT.items() for below in allowed if (f, below) not in used]
-    assert sorted(unused) == []
-    assert all(imported in _own_imports(module) for module, imported in ALSO)
+    order = list(ROOMS)
+    used = {(_room(m), _room(i)) for m in SHIPPED if not _is_front_door(m) for i in _own_imports(m)}
+    for room in ROOMS:
+        below = _allowed(room) - {room, "cache", "pipeline"}
+        assert all(order.index(name) > order.index(room) for name in below), room
+        assert {name for name in below if (room, name) not in used} == set(), room
 
 
 def test_no_module_imports_itself_through_others():
@@ -391,19 +162,21 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_the_stages_do_not_know_each_other():
-    stages = FLOORS["stages"]
-    assert {stage: _own_imports(stage) & stages for stage in stages} == {stage: set() for stage in stages}
+    stages = {"teacher_cache": "distill", "distill": "teacher_cache"}
+    for stage, other in stages.items():
+        mine = [module for module in SHIPPED if module.startswith(f"pipeline.{stage}")]
+        assert not [m for m in mine for name in _own_imports(m) if name.startswith(f"pipeline.{other}")]
 
 
 def test_the_store_knows_arrays_and_never_models():
-    for module in FLOORS["store"]:
+    for module in (module for module in SHIPPED if _is_store(module)):
         others = {name.split(".")[0] for name in _imports(SHIPPED[module])} - {"cache"}
         foreign = {name for name in others if not _is_standard(name)} - STORE_LIBRARIES
         assert foreign == set(), f"{_file(module)} imports {foreign}"
 
 
 def test_outsiders_import_the_store_by_its_front_door():
-    outside = {m: tree for m, tree in SHIPPED.items() if FLOOR_OF[m] != "store"}
+    outside = {m: tree for m, tree in SHIPPED.items() if not _is_store(m)}
     offenders = [
         f"{_file(module)}: {name}"
         for module, tree in outside.items()
@@ -414,7 +187,7 @@ def test_outsiders_import_the_store_by_its_front_door():
 
 
 def test_the_command_line_imports_only_typer_until_a_command_runs():
-    for module in ["cli", *FLOORS["commands"]]:
+    for module in (m for m in SHIPPED if m == "cli" or m.startswith("pipeline.commands")):
         body = [node for node in SHIPPED[module].body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {
             name for name in _imports(ast.Module(list(body), [])) if not _is_standard(name.split(".")[0])
@@ -520,7 +293,7 @@ def _dangerous_call(call: ast.Call) -> str:
         return name
     if name == "torch.load" and arguments.get("weights_only") != "True":
         return "torch.load without weights_only=True"
-    # `_Loader` is pipeline.config's own, a SafeLoader.
+    # `_Loader` is pipeline.config.config's own, a SafeLoader.
     if name == "yaml.load" and arguments.get("Loader") not in ("_Loader", "yaml.SafeLoader"):
         return "yaml.load without a safe loader"
     flags = {"trust_remote_code", "allow_pickle", "shell"} & arguments.keys()

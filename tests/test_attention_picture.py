@@ -26,7 +26,7 @@ from pipeline.inspection.sample import Inspection, attention_distance, inspect_s
 from pipeline.inspection.sheet import Sheet, drawable, text_width, wrap
 from pipeline.positions import IGNORE_INDEX
 from pipeline.shapes import ShapeError
-from pipeline.teacher import cache_teacher
+from pipeline.teacher_cache.teacher import cache_teacher
 
 MAGMA = colormaps["magma_r"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, load_config
+from pipeline.config.config import Config, load_config
 
 ROOT = Path(__file__).parent.parent
 BENCH = ROOT / "bench"

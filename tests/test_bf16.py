@@ -7,9 +7,9 @@ import torch
 from small_experiment import weights
 from test_resume import TEN_STEPS, assert_same_run, curve, stop_after
 
-from pipeline.distiller import Distiller
+from pipeline.distill.model.distiller import Distiller
+from pipeline.distill.student import train_student
 from pipeline.errors import TrainingStopped
-from pipeline.student import train_student
 
 
 def test_losses_and_weights_stay_float32_while_the_student_computes_in_bfloat16(

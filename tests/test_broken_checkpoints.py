@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.broken_files import named_if_broken
 from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.models.stub import plan_teacher
-from pipeline.targets import LogitsTarget
-from pipeline.tokenizer import load_tokenizer
+from pipeline.targets.targets import LogitsTarget
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
 READERS = {

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 import cli
-from pipeline.compare import questions_of
 from pipeline.errors import ConfigError, PipelineError, building, writing
+from pipeline.evaluation.compare import questions_of
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
 

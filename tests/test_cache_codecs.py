@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from cache import ArrayMismatch, ArraySpec, NonFiniteValue, SchemaError, ValueOutOfRange
-from cache.codecs import CODECS, check_specs, decode_rows, encode_rows, stored_arrays
+from cache.format.codecs import CODECS, check_specs, decode_rows, encode_rows, stored_arrays
 
 FLOATS = st.floats(-(2.0**120), 2.0**120, width=32)
 CASES: list[tuple[str, dict[str, Any], Any, st.SearchStrategy[Any]]] = [

@@ -12,7 +12,7 @@ import pytest
 from small_store import fill_part, manifest, snapshot
 
 from cache import StoreWriter, verify
-from cache.scratch import new_scratch
+from cache.write.scratch import new_scratch
 
 PART = "shard-000000"
 

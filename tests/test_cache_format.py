@@ -13,7 +13,7 @@ from blake3 import blake3
 from small_store import write_store
 
 from cache import FORMAT_VERSION, Store
-from cache.codecs import CODECS
+from cache.format.codecs import CODECS
 
 PAGE = (Path(__file__).parent.parent / "docs/store-format.md").read_text()
 

@@ -37,7 +37,7 @@ from cache import (
     UnknownPart,
     UnsupportedFormat,
 )
-from cache.documents import document_bytes, read_document
+from cache.format.documents import document_bytes, read_document
 
 PART = "shard-000000"
 SHARD = f"parts/{PART}/hidden/c/0/0"

@@ -24,8 +24,8 @@ from cache import (
     UnsupportedFormat,
     leaf_differences,
 )
-from cache.documents import canonical_json, document_bytes, read_document
-from cache.layout import check_array_name, check_file_name, check_part_name
+from cache.format.documents import canonical_json, document_bytes, read_document
+from cache.format.layout import check_array_name, check_file_name, check_part_name
 
 
 def test_a_manifest_survives_json() -> None:

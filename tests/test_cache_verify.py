@@ -20,9 +20,9 @@ from small_store import (
 )
 
 from cache import StoreNotFound, verify
-from cache.documents import document_bytes, read_document
-from cache.records import read_part_record
-from cache.verify_part import Kind
+from cache.care.verify_part import Kind
+from cache.format.documents import document_bytes, read_document
+from cache.format.records import read_part_record
 
 PART = "parts/shard-000000"
 

@@ -54,9 +54,9 @@ from cache import (
     durable,
     verify,
 )
-from cache.durable import hash_bytes
-from cache.part_folder import PartFolder
-from cache.records import Counts, FileRecord, PartRecord
+from cache.files.durable import hash_bytes
+from cache.format.records import Counts, FileRecord, PartRecord
+from cache.write.part_folder import PartFolder
 
 PART = "shard-000000"
 

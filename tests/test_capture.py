@@ -19,11 +19,11 @@ from small_experiment import (
 )
 
 from cache import Store, summarise, verify
-from pipeline.inputs import Preparation
+from pipeline.data.preparation import Preparation
+from pipeline.data.shards import read_shard
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from pipeline.shards import read_shard
-from pipeline.teacher import cache_teacher
+from pipeline.teacher_cache.teacher import cache_teacher
 
 
 def samples_of(experiment) -> dict[str, list[tuple[str, bytes]]]:

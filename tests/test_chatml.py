@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX, load_tokenizer, tokenize, tokenize_prompt
+from pipeline.data.conversation import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    load_tokenizer,
+    tokenize,
+    tokenize_prompt,
+)
 from pipeline.errors import BadSample, ConfigError
 
 START, END = "<|im_start|>", "<|im_end|>"

@@ -12,8 +12,8 @@ from small_experiment import copy_of_teacher, rewrite_store, weights
 
 import cli
 from cache import FingerprintMismatch
-from pipeline.check import check_store
-from pipeline.teacher import cache_teacher
+from pipeline.teacher_cache.teacher import cache_teacher
+from pipeline.upkeep.check import check_store
 
 
 @pytest.fixture(scope="module")

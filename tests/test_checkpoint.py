@@ -16,7 +16,7 @@ from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.stub import load_teacher, plan_teacher
-from pipeline.targets import LogitsTarget
+from pipeline.targets.targets import LogitsTarget
 
 KINDS = ("bin", "sharded bin", "safetensors", "sharded safetensors")
 

@@ -16,11 +16,11 @@ from servers import static_server
 from small_store import describe_files, write_array
 
 from cache import CorruptPart
-from cache import arrays as written
-from cache.chunk_cache import ChunkCache
-from cache.chunks import OpenArray, Wanted, open_arrays, read_chunk
-from cache.codec import StoredArray
-from cache.place import Range, find_ranges, place
+from cache.files.place import Range, find_ranges, place
+from cache.format import arrays as written
+from cache.format.codec import StoredArray
+from cache.read.chunk_cache import ChunkCache
+from cache.read.chunks import OpenArray, Wanted, open_arrays, read_chunk
 
 DTYPES = ("uint8", "int16", "float16", "float32", "int32", "int64")
 

@@ -13,10 +13,10 @@ import pytest
 from small_experiment import picture, snapshot, training_records
 
 import cli
-import pipeline.progress
+import pipeline.teacher_cache.progress
 from cache import Store
-from pipeline.config import load_config
-from pipeline.teacher import cache_teacher
+from pipeline.config.config import load_config
+from pipeline.teacher_cache.teacher import cache_teacher
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,7 +74,7 @@ def test_help_and_a_bare_call_import_no_torch():
     script = (
         "import sys, cli\n"
         "try: cli.main(['--help'])\n"
-        "except SystemExit: print(sorted({'torch', 'transformers', 'pipeline.config'} & set(sys.modules)))"
+        "except SystemExit: print(sorted({'torch', 'transformers', 'pipeline.config.config'} & set(sys.modules)))"
     )
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     lines = ran.stdout.strip().splitlines()
@@ -326,7 +326,7 @@ def test_an_interrupted_run_is_130_and_leaves_no_half_a_part(alignkd, settings, 
     def interrupt(self, item):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.progress.Progress, "advance", interrupt)
+    monkeypatch.setattr(pipeline.teacher_cache.progress.Progress, "advance", interrupt)
     ran = alignkd("teacher-cache", *settings, f"cache.path={tmp_path}/s")
     assert ran.code == 130 and "Traceback" not in ran.err
     assert Store(tmp_path / "s").parts == () and not list((tmp_path / "s" / "tmp").iterdir())

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import DuplicateKey, Span
-from cache.columns import Spans, Texts, compact, digests, offsets
-from cache.keys import KeyTable
+from cache.format.columns import Spans, Texts, compact, digests, offsets
+from cache.read.keys import KeyTable
 
 LETTERS = st.characters(exclude_categories=())  # half a character of two, too: JSON may hold it
 TEXTS = st.lists(st.text(LETTERS, max_size=8), max_size=12)

@@ -8,9 +8,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from pipeline.compare import Answered, Gain, accuracy_table, paired_gain
 from pipeline.errors import PipelineError
-from pipeline.evaluate import Prediction
+from pipeline.evaluation.compare import Answered, Gain, accuracy_table, paired_gain
+from pipeline.evaluation.evaluate import Prediction
 
 
 def gain_of(ours: list[list[Prediction]], theirs: list[list[Prediction]]) -> Gain:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, load_config, to_yaml
+from pipeline.config.config import Config, load_config, to_yaml
+from pipeline.config.training_arguments import AT_LEAST_ONE, OURS
+from pipeline.config.yaml_text import read_yaml
 from pipeline.errors import ConfigError
-from pipeline.losses import LOSSES
-from pipeline.targets import TARGETS
-from pipeline.training_arguments import AT_LEAST_ONE, OURS
-from pipeline.yaml_text import read_yaml
+from pipeline.losses.losses import LOSSES
+from pipeline.targets.targets import TARGETS
 
 SMALLEST = {
     "output_dir": "runs/x",

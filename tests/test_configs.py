@@ -9,9 +9,9 @@ import pytest
 import yaml
 from command_lines import ROOT, check_line
 
-from pipeline.config import Config, load_config
-from pipeline.losses import LOSSES
-from pipeline.targets import TARGETS
+from pipeline.config.config import Config, load_config
+from pipeline.losses.losses import LOSSES
+from pipeline.targets.targets import TARGETS
 
 LAUNCHERS = ROOT / "configs" / "accelerate"  # read by `accelerate launch`: see test_scaling.py
 CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent != LAUNCHERS)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from pipeline.conversation import (
+from pipeline.data.conversation import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
     check_conversations,

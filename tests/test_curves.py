@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from small_sweep import SEEDS, write_sweep
 
-from pipeline.curves import MAX_POINTS, Curve, Scale, draw_panel, draw_sweep, thinned
+from pipeline.report.curves import MAX_POINTS, Curve, Scale, draw_panel, draw_sweep, thinned
 from pipeline.report.run_folder import read_json
 
 

@@ -14,12 +14,12 @@ from small_experiment import picture, rewrite_store, shard_members, stored_array
 from torch.utils.data import DataLoader
 
 from cache import SampleEntry, Span, Store
-from pipeline.dataset import JoinCollator, JoinedDataset, is_chosen
+from pipeline.data.preparation import Preparation
+from pipeline.data.shards import read_shard
+from pipeline.distill.join.dataset import JoinCollator, JoinedDataset, is_chosen
 from pipeline.errors import ConfigError, JoinError, ShardError
-from pipeline.inputs import Preparation
 from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from pipeline.shards import read_shard
-from pipeline.teacher import cache_teacher
+from pipeline.teacher_cache.teacher import cache_teacher
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from pipeline.decoding import DECODING_RULES, TURNS, check_image, decode_image, read_header
+from pipeline.data.decoding import DECODING_RULES, TURNS, check_image, decode_image, read_header
+from pipeline.data.images import ImagePreprocessor
+from pipeline.data.png_text import MAX_TEXT, without_large_text
 from pipeline.errors import BadSample
-from pipeline.images import ImagePreprocessor
-from pipeline.png_text import MAX_TEXT, without_large_text
 
 RAMP = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
 COLOURS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)

@@ -8,15 +8,15 @@ from small_experiment import stored_arrays
 from torch import nn
 
 from cache import Store
-from pipeline.dataset import JoinCollator, JoinedDataset, teacher_facts
-from pipeline.distiller import Distiller, build_heads
+from pipeline.data.preparation import Preparation
+from pipeline.distill.join.dataset import JoinCollator, JoinedDataset, teacher_facts
+from pipeline.distill.model.distiller import Distiller, build_heads
+from pipeline.distill.training.trainer import count_terms
 from pipeline.errors import JoinError
-from pipeline.inputs import Preparation
-from pipeline.losses import LOSSES
+from pipeline.losses.losses import LOSSES
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.shapes import ShapeError
-from pipeline.teacher import cache_teacher
-from pipeline.trainer import count_terms
+from pipeline.teacher_cache.teacher import cache_teacher
 
 BATCHES = {
     "ragged": ["two", "t0", "a0", "late", "apart"],

@@ -19,8 +19,8 @@ from small_store import write_store
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 import cli
-from pipeline.config import Config, load_config, read_yaml
-from pipeline.losses import TeacherTargets
+from pipeline.config.config import Config, load_config, read_yaml
+from pipeline.losses.losses import TeacherTargets
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "assets").rglob("*.md")])
@@ -68,7 +68,7 @@ def test_every_command_in_a_page_would_be_understood(page: Path):
         "make destill",
         "make distill ARGZ=1",
         "make distill ARGS='losses.logit.weight=1'",
-        "python -m pipeline.demo dater",
+        "python -m pipeline.studies.demo dater",
         "torchrun --nproc-per-node 8 cli.py distil",
     ],
 )

@@ -17,7 +17,7 @@ from pipeline.models.efficientnet import (
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMForCausalLM
 from pipeline.models.stub import load_teacher, plan_teacher
 from pipeline.shapes import ShapeError
-from pipeline.targets import AttentionTarget, LogitsTarget, VisionTarget
+from pipeline.targets.targets import AttentionTarget, LogitsTarget, VisionTarget
 
 # Three halvings: 32 pixels become 4 x 4 patches of width 8.
 TOWER = {"image_size": 32, "stem_channels": 4, "blocks": [[1, 1, 4, 3, 1], [2, 2, 6, 3, 2], [1, 2, 8, 5, 2]]}

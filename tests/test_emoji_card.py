@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.emoji.card import write_card
-from pipeline.evaluate import Prediction
+from pipeline.evaluation.evaluate import Prediction
+from pipeline.studies.emoji.card import write_card
 
 
 def test_the_card_gives_each_set_a_row_and_what_the_commonest_answer_gets(tmp_path):

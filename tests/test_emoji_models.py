@@ -14,13 +14,24 @@ from PIL import Image
 from test_chatml import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.config import DataConfig
-from pipeline.conversation import load_tokenizer
-from pipeline.emoji.alignment import TOKENS_OF_CELLS, Vocabulary, align_projector, alignment_loss, embed_words
-from pipeline.emoji.concepts import Concept
-from pipeline.emoji.language import package_folder, write_language_model
-from pipeline.emoji.looking import questions_about_cells, where_it_looks
-from pipeline.emoji.models import (
+from pipeline.config.config import DataConfig
+from pipeline.data.conversation import load_tokenizer
+from pipeline.data.images import ImagePreprocessor
+from pipeline.data.preparation import Preparation
+from pipeline.errors import ConfigError
+from pipeline.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.studies.emoji.alignment import (
+    TOKENS_OF_CELLS,
+    Vocabulary,
+    align_projector,
+    alignment_loss,
+    embed_words,
+)
+from pipeline.studies.emoji.concepts import Concept
+from pipeline.studies.emoji.language import package_folder, write_language_model
+from pipeline.studies.emoji.looking import questions_about_cells, where_it_looks
+from pipeline.studies.emoji.models import (
     add_learned,
     build_model,
     model_config,
@@ -28,11 +39,6 @@ from pipeline.emoji.models import (
     read_learned,
     write_checkpoint,
 )
-from pipeline.errors import ConfigError
-from pipeline.images import ImagePreprocessor
-from pipeline.inputs import Preparation
-from pipeline.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
-from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
 LEARNED = Path(__file__).parent.parent / "assets" / "emoji_teacher" / "learned.safetensors"
 PROJECTOR, Q = "model.mm_projector.", "model.layers.1.self_attn.q_proj"
@@ -154,8 +160,8 @@ def test_what_was_learned_for_another_model_is_refused(model):
 
 def test_lora_that_was_trained_is_what_is_added(model, language, tower, tmp_path):
     pytest.importorskip("peft")
-    from pipeline.emoji.teacher import train_answers
-    from pipeline.shared_prefix import ImageQuestions, answer_loss
+    from pipeline.studies.emoji.teacher import train_answers
+    from pipeline.studies.shared_prefix import ImageQuestions, answer_loss
 
     asked = [ImageQuestions(str(n), (1, -200, 9), (((n, 40, 2), (-100, 40, 2)),)) for n in range(30, 46)]
     features = torch.randn(16, 64, 320, generator=torch.Generator().manual_seed(5))

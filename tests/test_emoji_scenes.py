@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.emoji.art import NAMES, SEEN_STYLES, STYLES, UNSEEN_STYLE, Art, read_art
-from pipeline.emoji.concepts import KINDS, Concept, all_concepts
-from pipeline.emoji.data import SETS, SceneSet, scenes_of, write_set
-from pipeline.emoji.scenes import BACKGROUNDS, CELL_SIZE, PLACES, QUESTIONS, Scene, Thing, ask, paint
 from pipeline.errors import ConfigError
+from pipeline.studies.emoji.art import NAMES, SEEN_STYLES, STYLES, UNSEEN_STYLE, Art, read_art
+from pipeline.studies.emoji.concepts import KINDS, Concept, all_concepts
+from pipeline.studies.emoji.data import SETS, SceneSet, scenes_of, write_set
+from pipeline.studies.emoji.scenes import BACKGROUNDS, CELL_SIZE, PLACES, QUESTIONS, Scene, Thing, ask, paint
 
 CONCEPTS = all_concepts()
 DOG, CAT, ROSE = (

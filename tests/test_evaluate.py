@@ -13,8 +13,10 @@ from small_experiment import held_out_records, picture, shard_members, write_sha
 from small_store import flip_bit
 from transformers import GenerationConfig
 
+from pipeline.data.preparation import Preparation
+from pipeline.data.shards import read_shard
 from pipeline.errors import BadSample, PipelineError, ShardError
-from pipeline.evaluate import (
+from pipeline.evaluation.evaluate import (
     Prediction,
     accuracy_by_type,
     by_test_set,
@@ -22,9 +24,7 @@ from pipeline.evaluate import (
     questions_of,
     read_predictions,
 )
-from pipeline.inputs import Preparation
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.shards import read_shard
 
 
 def prediction(key: str, answer: str, said: str, kind: str = "all questions") -> Prediction:

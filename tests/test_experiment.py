@@ -11,11 +11,11 @@ import pytest
 from safetensors.torch import save_file
 from small_experiment import copy_of_teacher, snapshot, weights
 
-from pipeline.config import labels_only
+from pipeline.config.config import labels_only
 from pipeline.errors import ConfigError, ShardError
-from pipeline.experiment import run_experiment
-from pipeline.scores import evaluate_checkpoint, teacher_predictions
-from pipeline.teacher import cache_teacher
+from pipeline.evaluation.experiment import run_experiment
+from pipeline.evaluation.scores import evaluate_checkpoint, teacher_predictions
+from pipeline.teacher_cache.teacher import cache_teacher
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,12 @@ from cache import (
     summarise,
     verify,
 )
-from cache.documents import document_bytes, read_document
-from pipeline.config import to_yaml
+from cache.format.documents import document_bytes, read_document
+from pipeline.config.config import to_yaml
+from pipeline.data.shard_identity import shard_change, shard_source
 from pipeline.errors import ConfigError
-from pipeline.repair import repair_store
-from pipeline.shard_identity import shard_change, shard_source
-from pipeline.teacher import cache_teacher
+from pipeline.teacher_cache.teacher import cache_teacher
+from pipeline.upkeep.repair import repair_store
 
 PART = "shard-000001"
 TURNS = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "no"}]

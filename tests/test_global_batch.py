@@ -18,14 +18,14 @@ from small_experiment import weights
 from test_resume import assert_same_run, stop_after
 
 from cache import Store
-from pipeline.data_position import DataPosition
-from pipeline.dataset import JoinCollator, JoinedDataset
+from pipeline.config.provenance import read_mark
+from pipeline.data.preparation import Preparation
+from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
+from pipeline.distill.join.rank_batches import Filler, RankBatches
+from pipeline.distill.student import train_student
+from pipeline.distill.training.data_position import DataPosition
+from pipeline.distill.training.trainer import RUN_FILE, DistillTrainer
 from pipeline.errors import PipelineError, TrainingStopped
-from pipeline.inputs import Preparation
-from pipeline.provenance import read_mark
-from pipeline.rank_batches import Filler, RankBatches
-from pipeline.student import train_student
-from pipeline.trainer import RUN_FILE, DistillTrainer
 
 # How steps are cut: batch size, processes, accumulation.
 Cut = tuple[int, int, int]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline.decoding import check_image, decode_image
+from pipeline.data.decoding import check_image, decode_image
+from pipeline.data.images import ImagePreprocessor, pad_to_square
 from pipeline.errors import BadSample, ConfigError
-from pipeline.images import ImagePreprocessor, pad_to_square
 
 FIXTURE = Path(__file__).parent / "fixtures" / "mobilevlm_v2_tiny"
 

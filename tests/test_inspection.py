@@ -15,16 +15,16 @@ from small_experiment import rewrite_store, shard_members, stored_arrays, write_
 from torch import Tensor
 
 from cache import FingerprintMismatch, KeyNotInStore, Store
-from cache.documents import document_bytes, read_document
-from pipeline.config import Config
-from pipeline.demo import write_tokenizer
+from cache.format.documents import document_bytes, read_document
+from pipeline.config.config import Config
+from pipeline.data.preparation import Preparation
+from pipeline.data.shards import Sample, read_shard
 from pipeline.errors import BadSample, ConfigError, JoinError, PipelineError
-from pipeline.inputs import Preparation
 from pipeline.inspection.sample import attention_distance, inspect_sample, paired_layer, student_attention
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from pipeline.shards import Sample, read_shard
-from pipeline.teacher import cache_teacher
+from pipeline.studies.demo import write_tokenizer
+from pipeline.teacher_cache.teacher import cache_teacher
 
 IMAGE = IMAGE_TOKEN_INDEX
 

@@ -10,9 +10,9 @@ import pytest
 from small_store import manifest
 
 from cache import StoreWriter, verify
-from cache.layout import lease_file
-from cache.leases import lease, lease_holder
-from cache.scratch import new_scratch
+from cache.format.layout import lease_file
+from cache.write.leases import lease, lease_holder
+from cache.write.scratch import new_scratch
 
 PART = "shard-000000"
 

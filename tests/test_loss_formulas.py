@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.heads import HeadMixer, VisionMap
-from pipeline.losses import (
+from pipeline.losses.heads import HeadMixer, VisionMap
+from pipeline.losses.losses import (
     LOSSES,
     AttentionLoss,
     LogitsLoss,

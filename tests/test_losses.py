@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.heads import HeadMixer, VisionMap
-from pipeline.losses import (
+from pipeline.losses.heads import HeadMixer, VisionMap
+from pipeline.losses.losses import (
     LOSSES,
     AttentionLoss,
     LogitsLoss,
@@ -23,8 +23,8 @@ from pipeline.losses import (
 )
 from pipeline.models.tap import record_layer_inputs, text_to_vision_attention
 from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots
-from pipeline.tail_draws import draw_tail
-from pipeline.targets import TARGETS
+from pipeline.targets.tail_draws import draw_tail
+from pipeline.targets.targets import TARGETS
 
 IMAGE = IMAGE_TOKEN_INDEX
 SETTINGS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.memory import TensorCache
+from pipeline.distill.join.memory import TensorCache
 
 SIXTEEN_BYTES = torch.zeros(4)
 

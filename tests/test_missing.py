@@ -12,15 +12,15 @@ from small_experiment import rewrite_store
 from small_mixture import another_teacher, losses_of, mixing, part_of_store
 
 from cache import FingerprintMismatch, Store
-from pipeline.config import labels_only
-from pipeline.dataset import JoinCollator, JoinedDataset
+from pipeline.config.config import labels_only
+from pipeline.config.provenance import finished_identity
+from pipeline.data.preparation import Preparation
+from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
+from pipeline.distill.join.stores import open_stores
+from pipeline.distill.student import build_trainer, needed_targets, train_student
+from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.errors import ConfigError, JoinError, PipelineError
-from pipeline.inputs import Preparation
-from pipeline.provenance import finished_identity
-from pipeline.run_identity import RunIdentity
-from pipeline.stores import open_stores
-from pipeline.student import build_trainer, needed_targets, train_student
-from pipeline.teacher import cache_teacher
+from pipeline.teacher_cache.teacher import cache_teacher
 
 LACKED = ["a1", "two", "t1", "apart"]
 STEPS = ["train.max_steps=4", "train.dataloader_num_workers=0"]

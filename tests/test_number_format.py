@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.compare import Gain
+from pipeline.evaluation.compare import Gain
 from pipeline.report.forest import MARGIN, WIDTH, ForestAxis
 from pipeline.report.number_format import clock, count, decimal, duration, percent, points
 from pipeline.report.page import created

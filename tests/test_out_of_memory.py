@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from cache import Span, Store, summarise, verify
-from pipeline.capture import is_out_of_memory
-from pipeline.conversation import TokenizedSample
-from pipeline.longest_first import Prepared, longest_first
+from pipeline.data.conversation import TokenizedSample
+from pipeline.data.shards import Sample
 from pipeline.models.stub import Teacher
-from pipeline.shards import Sample
-from pipeline.teacher import cache_teacher
+from pipeline.teacher_cache.capture import is_out_of_memory
+from pipeline.teacher_cache.longest_first import Prepared, longest_first
+from pipeline.teacher_cache.teacher import cache_teacher
 
 forward = Teacher.forward
 

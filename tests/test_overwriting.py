@@ -13,11 +13,11 @@ from refusals import closed, open_folder, without_rights
 from small_experiment import shard_members, write_shard
 from test_training_folder import RESUME, SAVING, kept, trained  # noqa: F401
 
+from pipeline.distill.student import train_student
+from pipeline.distill.training.processes import alone_in
 from pipeline.errors import ConfigError, JoinError, PipelineError
-from pipeline.experiment import run_experiment
-from pipeline.processes import alone_in
-from pipeline.scores import evaluate_checkpoint
-from pipeline.student import train_student
+from pipeline.evaluation.experiment import run_experiment
+from pipeline.evaluation.scores import evaluate_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.compat import WebDataset
 
+from pipeline.data.packing import id_of_key, key_of_id, pack
+from pipeline.data.shards import Sample, expand_shards, read_shard
 from pipeline.errors import PackError
-from pipeline.packing import id_of_key, key_of_id, pack
-from pipeline.shards import Sample, expand_shards, read_shard
 
 
 def picture(shade: int = 0, kind: str = "PNG") -> bytes:
@@ -347,7 +347,7 @@ def test_wrong_settings_are_named(tmp_path, images):
 
 
 def test_an_image_too_large_as_a_file_is_not_read(tmp_path, images, monkeypatch):
-    monkeypatch.setattr("pipeline.packing.MAX_MEMBER_BYTES", 10)
+    monkeypatch.setattr("pipeline.data.packing.MAX_MEMBER_BYTES", 10)
     pack(write(tmp_path, [entry("x", "sub/0.jpg")]), tmp_path / "out", image_folder=images)
     assert rejects_of(tmp_path / "out")[0]["reason"].startswith("image file too large: sub/0.jpg, ")
 

@@ -10,13 +10,13 @@ from small_experiment import one, picture, text
 
 import cli
 from cache import part_sizes, summarise
-from pipeline.describe_plan import parse_bytes
+from pipeline.data.packing import pack
 from pipeline.errors import ConfigError
-from pipeline.packing import pack
-from pipeline.plan import advice, cheaper_settings, plan_store, plan_within
-from pipeline.plan_costs import Costs
-from pipeline.targets import TeacherFacts
-from pipeline.teacher import cache_teacher
+from pipeline.targets.targets import TeacherFacts
+from pipeline.teacher_cache.teacher import cache_teacher
+from pipeline.upkeep.describe_plan import parse_bytes
+from pipeline.upkeep.plan import advice, cheaper_settings, plan_store, plan_within
+from pipeline.upkeep.plan_costs import Costs
 
 WORDS = ("red", "green", "circle", "triangle", "line", "image", "colour", "blue", "shape", "brown")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pipeline.teacher import cache_teacher
+from pipeline.teacher_cache.teacher import cache_teacher
 
 
 def test_the_bar_ends_at_the_bytes_of_all_shards_with_what_was_done(experiment, tmp_path, capfd):

@@ -7,8 +7,8 @@ import re
 import subprocess
 from pathlib import Path
 
-from pipeline.config import load_config
-from pipeline.provenance import PACKAGES, git_commit, provenance, save_provenance
+from pipeline.config.config import load_config
+from pipeline.config.provenance import PACKAGES, git_commit, provenance, save_provenance
 
 
 def test_it_names_config_versions_commit_command_and_time(experiment, tmp_path):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import rank_batches
-from pipeline.rank_batches import Filler, RankBatches, shuffled
+from pipeline.distill.join import rank_batches
+from pipeline.distill.join.rank_batches import Filler, RankBatches, shuffled
 
 
 def order(num_samples: int, *, block: int, seed: int = 0) -> list[int]:

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from small_experiment import copy_of_teacher, weights
 
 from cache import FingerprintMismatch, Store
+from pipeline.distill.join.recompute import load_recomputed, shares_tower
+from pipeline.distill.student import train_student
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMForCausalLM
-from pipeline.recompute import load_recomputed, shares_tower
-from pipeline.student import train_student
-from pipeline.teacher import cache_teacher
+from pipeline.teacher_cache.teacher import cache_teacher
 
 BOTH = ["targets.attention.source=recompute", "targets.vision.source=recompute"]
 STEPS = ["train.max_steps=4", "train.dataloader_num_workers=0"]

@@ -29,8 +29,8 @@ from cache import (
     summarise,
     verify,
 )
-from cache.remote import _unreachable, fetch
-from pipeline.student import train_student
+from cache.files.remote import _unreachable, fetch
+from pipeline.distill.student import train_student
 
 
 def alignkd(*arguments: str) -> None:

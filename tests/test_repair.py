@@ -10,9 +10,9 @@ from small_store import flip_bit
 
 import cli
 from cache import FingerprintMismatch, summarise, verify
-from pipeline.config import to_yaml
+from pipeline.config.config import to_yaml
 from pipeline.errors import ConfigError
-from pipeline.repair import repair_store
+from pipeline.upkeep.repair import repair_store
 
 PART = "parts/shard-000001"
 

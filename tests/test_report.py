@@ -12,15 +12,15 @@ from small_experiment import Experiment
 from small_sweep import SAMPLES_SEEN, STEPS, change, write_run, write_sweep, write_timed_store
 
 from cache import summarise
-from pipeline.compare import Answered, paired_gain
-from pipeline.config import load_config
+from pipeline.config.config import load_config
 from pipeline.errors import PipelineError
-from pipeline.evaluate import accuracy_by_type, read_predictions
-from pipeline.experiment import BASELINE, DISTILLED, run_experiment
+from pipeline.evaluation.compare import Answered, paired_gain
+from pipeline.evaluation.evaluate import accuracy_by_type, read_predictions
+from pipeline.evaluation.experiment import BASELINE, DISTILLED, run_experiment
+from pipeline.evaluation.scores import evaluate_checkpoint
 from pipeline.report.findings import Findings, StoreCost, gap_closed
 from pipeline.report.gather import gather
 from pipeline.report.page import render_page
-from pipeline.scores import evaluate_checkpoint
 from pipeline.sweep.lines import keep_teacher
 from pipeline.sweep.run import alone_in, run_sweep
 from pipeline.sweep.summary import summarise_sweep

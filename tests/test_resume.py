@@ -15,11 +15,11 @@ import torch
 from launched import TORCHRUN, distill
 from small_experiment import weights
 
+from pipeline.distill.student import train_student
+from pipeline.distill.training.interruption import StopOnSignal
+from pipeline.distill.training.trainer import DistillTrainer
 from pipeline.errors import TrainingStopped
-from pipeline.interruption import StopOnSignal
-from pipeline.losses import LOSSES
-from pipeline.student import train_student
-from pipeline.trainer import DistillTrainer
+from pipeline.losses.losses import LOSSES
 
 # 13 samples in steps of 2 x 2: four steps an epoch, the last of one sample. Losses are logged over three steps.
 CUT = ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
@@ -148,7 +148,7 @@ def test_sigterm_in_the_last_step_leaves_a_finished_run(experiment, whole, tmp_p
 
 
 def test_going_on_reads_no_sample_of_before(experiment, tmp_path, monkeypatch):
-    from pipeline.dataset import JoinedDataset
+    from pipeline.distill.join.dataset import JoinedDataset
 
     read: list[str] = []
     before = JoinedDataset.__getitems__

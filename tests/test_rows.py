@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from small_store import FINGERPRINT, manifest
 
 from cache import ArraySpec, DuplicateKey, SampleEntry, Span, Store, StoreWriter
-from pipeline.missing import join_rows
-from pipeline.stores import Source, Stores
+from pipeline.distill.join.missing import join_rows
+from pipeline.distill.join.stores import Source, Stores
 
 PARTS = ("p0", "p1", "p2")
 TOKENS = ArraySpec("input_ids", "T", (), "sample", "integer", {"dtype": "int32"})

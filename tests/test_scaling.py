@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from small_experiment import weights
 
 from cache import Store
+from pipeline.distill.join.rank_batches import Filler, RankBatches
+from pipeline.distill.student import train_student
+from pipeline.distill.training.trainer import HEADS_FILE
 from pipeline.errors import PipelineError
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.rank_batches import Filler, RankBatches
-from pipeline.student import train_student
-from pipeline.trainer import HEADS_FILE
 
 # 13 samples in steps of 4, two epochs: the last step of each has one sample, and none is left for the second process.
 TWO_EPOCHS = [

@@ -8,8 +8,8 @@ import pytest
 from small_experiment import write_shard
 from test_shards import TEXT_TURNS, TURNS, picture, read_members, record
 
+from pipeline.data.shards import Rejected, Sample, expand_shards
 from pipeline.errors import ShardError
-from pipeline.shards import Rejected, Sample, expand_shards
 
 PAIR = (("json", record()), ("png", picture()))
 APPLE_DOUBLE = b"\x00\x05\x16\x07" + bytes(80)

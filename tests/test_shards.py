@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from small_experiment import write_shard
 
+from pipeline.data.shards import Rejected, Sample, expand_shards, read_shard, read_span
 from pipeline.errors import ShardError
-from pipeline.shards import Rejected, Sample, expand_shards, read_shard, read_span
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
 TEXT_TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
@@ -209,7 +209,7 @@ def test_a_linked_or_sparse_member_is_no_image(tmp_path):
 
 
 def test_a_huge_member_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.tars.MAX_MEMBER_BYTES", 100)
+    monkeypatch.setattr("pipeline.data.tars.MAX_MEMBER_BYTES", 100)
     (rejected,) = read_members(tmp_path, ("k.json", record(TEXT_TURNS, padding="x" * 200)))
     assert isinstance(rejected, Rejected) and rejected.reason.startswith("file too large: k.json, ")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.conversation import load_tokenizer
+from pipeline.data.conversation import load_tokenizer
 from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from pipeline.shared_prefix import ImageQuestions, answer_loss, group_by_image, shared_prefix_row
+from pipeline.studies.shared_prefix import ImageQuestions, answer_loss, group_by_image, shared_prefix_row
 
 IMAGE = IMAGE_TOKEN_INDEX
 FIRST = ImageQuestions("a", (1, IMAGE, 9), (((3, 4), (-100, 4)), ((5, 6, 7), (-100, 6, 7))))

@@ -14,7 +14,7 @@ from small_store import snapshot, write_store
 
 import cli
 from cache import Store, slice_store, summarise, verify
-from cache.durable import hash_file
+from cache.files.durable import hash_file
 
 
 def behind_links(store: Path, cache: Path) -> Path:

@@ -14,15 +14,15 @@ from small_mixture import another_teacher, losses_of, mixing, part_of_store
 
 import cli
 from cache import FingerprintMismatch, Store
-from pipeline.config import labels_only, load_config, to_yaml
-from pipeline.dataset import JoinedDataset
+from pipeline.config.config import labels_only, load_config, to_yaml
+from pipeline.config.provenance import finished_identity
+from pipeline.data.preparation import Preparation
+from pipeline.distill.join.dataset import JoinedDataset
+from pipeline.distill.join.stores import open_stores
+from pipeline.distill.student import needed_targets, train_student
 from pipeline.errors import ConfigError, JoinError, PipelineError
-from pipeline.inputs import Preparation
-from pipeline.provenance import finished_identity
-from pipeline.stores import open_stores
-from pipeline.student import needed_targets, train_student
 from pipeline.sweep.identity import run_identity
-from pipeline.teacher import cache_teacher
+from pipeline.teacher_cache.teacher import cache_teacher
 
 STEPS = ["train.max_steps=4", "train.dataloader_num_workers=0"]
 NO_VISION = ["losses.vision_all=null", "losses.vision_focus=null"]

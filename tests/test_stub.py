@@ -13,7 +13,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMForCausalLM
 from pipeline.models.stub import load_teacher, plan_teacher
 from pipeline.positions import IMAGE_TOKEN_INDEX
-from pipeline.targets import AttentionTarget, LogitsTarget, VisionTarget
+from pipeline.targets.targets import AttentionTarget, LogitsTarget, VisionTarget
 
 IMAGE = IMAGE_TOKEN_INDEX
 LAYOUTS = ([3, IMAGE, 5], [6], [IMAGE, 1, IMAGE, 4], [2, IMAGE, IMAGE, 3])

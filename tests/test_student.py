@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from small_experiment import rewrite_store, shard_members, snapshot, weights, write_shard
 
 from cache import FingerprintMismatch, StoreNotFound
-from pipeline.config import load_config
+from pipeline.config.config import load_config
+from pipeline.config.provenance import finished_identity
+from pipeline.distill.student import one_device_a_process, train_student, training_arguments
+from pipeline.distill.training.trainer import HEADS_FILE
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.provenance import finished_identity
-from pipeline.student import one_device_a_process, train_student, training_arguments
-from pipeline.teacher import cache_teacher
-from pipeline.trainer import HEADS_FILE
+from pipeline.teacher_cache.teacher import cache_teacher
 
 
 def test_stage_2_opens_no_teacher(experiment, tmp_path):

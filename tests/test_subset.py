@@ -26,8 +26,8 @@ from cache import (
     summarise,
     verify,
 )
-from pipeline.student import train_student
-from pipeline.teacher import cache_teacher
+from pipeline.distill.student import train_student
+from pipeline.teacher_cache.teacher import cache_teacher
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,6 @@ def test_gc_removes_what_the_dead_left_and_no_part(whole, tmp_path, capsys):
 
 
 def cli_host() -> str:
-    from cache.scratch import this_host
+    from cache.write.scratch import this_host
 
     return this_host()

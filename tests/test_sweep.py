@@ -10,7 +10,7 @@ import pytest
 from small_experiment import snapshot
 
 from cache import FingerprintMismatch
-from pipeline.config import load_config
+from pipeline.config.config import load_config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.sweep.lines import read_lines
 from pipeline.sweep.run import alone_in, run_sweep

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.compare import Answered
 from pipeline.errors import PipelineError
+from pipeline.evaluation.compare import Answered
 from pipeline.sweep.lines import QUESTIONS, RUNS, read_answers, read_lines, write_line
 
 LINE = {"name": "losses=all", "values": {"losses": "all"}, "identity": "0"}

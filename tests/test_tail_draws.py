@@ -11,11 +11,11 @@ import torch
 
 from cache import Store, StoreWriter, summarise
 from pipeline.errors import ConfigError
-from pipeline.losses import LOSSES, LogitsLoss, StudentOutputs, TeacherTargets
+from pipeline.losses.losses import LOSSES, LogitsLoss, StudentOutputs, TeacherTargets
 from pipeline.positions import Slots
-from pipeline.tail_draws import draw_tail, uniforms
-from pipeline.targets import TARGETS, AttentionTarget, LogitsTarget, TeacherFacts
-from pipeline.teacher import cache_teacher
+from pipeline.targets.tail_draws import draw_tail, uniforms
+from pipeline.targets.targets import TARGETS, AttentionTarget, LogitsTarget, TeacherFacts
+from pipeline.teacher_cache.teacher import cache_teacher
 
 V, K, A = 40, 4, 6
 NO_SLOTS = Slots(text=torch.zeros(0, 0).long(), vision=torch.zeros(0, 0).long())

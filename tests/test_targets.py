@@ -10,12 +10,12 @@ import torch
 from pydantic import ValidationError
 
 from cache import CODECS
-from cache.codecs import decode_rows, encode_rows
+from cache.format.codecs import decode_rows, encode_rows
 from pipeline.errors import ConfigError
-from pipeline.losses import LOSSES
+from pipeline.losses.losses import LOSSES
 from pipeline.models.stub import load_teacher, plan_teacher, teacher_facts
 from pipeline.positions import IMAGE_TOKEN_INDEX
-from pipeline.targets import (
+from pipeline.targets.targets import (
     TARGETS,
     AttentionTarget,
     LogitsTarget,

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from small_experiment import copy_of_teacher, picture, snapshot, stored_arrays, weights, write_shard
 
 from cache import FingerprintMismatch, Store, summarise, verify
+from pipeline.data.preparation import Preparation
+from pipeline.data.shards import read_shard
 from pipeline.errors import BadSample, ConfigError, ShardError
-from pipeline.inputs import Preparation
-from pipeline.shards import read_shard
-from pipeline.teacher import cache_teacher
+from pipeline.teacher_cache.teacher import cache_teacher
 
 ROOT = Path(__file__).parent.parent
 TURNS = [{"from": "human", "value": "<image>\nIs it red?"}, {"from": "gpt", "value": "no"}]
@@ -144,10 +144,10 @@ def test_a_layer_that_the_teacher_lacks_is_a_sentence(experiment, tmp_path):
 
 KILLED = """
 import os, signal, sys, time
-import pipeline.progress
-from pipeline.config import load_config
-from pipeline.teacher import cache_teacher
-advance = pipeline.progress.Progress.advance
+import pipeline.teacher_cache.progress
+from pipeline.config.config import load_config
+from pipeline.teacher_cache.teacher import cache_teacher
+advance = pipeline.teacher_cache.progress.Progress.advance
 def advance_or_die(self, item):
     advance(self, item)
     if self.samples == 8:
@@ -155,7 +155,7 @@ def advance_or_die(self, item):
         while len(os.listdir(leases)) > 1:  # the first part is being written beside this
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-pipeline.progress.Progress.advance = advance_or_die
+pipeline.teacher_cache.progress.Progress.advance = advance_or_die
 cache_teacher(load_config(sys.argv[1], sys.argv[2:]))
 """
 
@@ -287,7 +287,7 @@ def test_a_key_of_another_shard_is_rejected_where_it_occurs_again(in_two_runs, e
 
 
 def test_a_shard_that_changes_while_it_is_read_gets_no_part(experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.capture.read_span", lambda shard, span: b"other bytes")
+    monkeypatch.setattr("pipeline.teacher_cache.capture.read_span", lambda shard, span: b"other bytes")
     run = cache_teacher(experiment.config(tmp_path, f"cache.path={tmp_path}/store"))
     assert run.parts_written == 0 and Store(tmp_path / "store").parts == ()
     assert run.broken[0].endswith(

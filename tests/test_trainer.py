@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from small_experiment import rewrite_store, snapshot, weights
 
 from cache import Store
-from pipeline.dataset import JoinedDataset
+from pipeline.data.preparation import Preparation
+from pipeline.distill.join.dataset import JoinedDataset
+from pipeline.distill.student import build_trainer, needed_targets, train_student
+from pipeline.distill.training.run_identity import RunIdentity
+from pipeline.distill.training.trainer import HEADS_FILE, RUN_FILE, DistillTrainer, NonFiniteLossError
+from pipeline.distill.training.training_folder import Start, start_of
 from pipeline.errors import ConfigError, JoinError
-from pipeline.inputs import Preparation
-from pipeline.losses import LOSSES
+from pipeline.losses.losses import LOSSES
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.run_identity import RunIdentity
-from pipeline.student import build_trainer, needed_targets, train_student
-from pipeline.trainer import HEADS_FILE, RUN_FILE, DistillTrainer, NonFiniteLossError
-from pipeline.training_folder import Start, start_of
 
 SGD = ["train.optim=sgd", "train.learning_rate=0.01"]
 LABELS_ALONE = [f"losses.{name}=null" for name in LOSSES if name != "supervised"]

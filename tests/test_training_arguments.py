@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 import cli
-from pipeline.config import Config, load_config, to_yaml
+from pipeline.config.config import Config, load_config, to_yaml
+from pipeline.config.training_arguments import CALLED, NOTHING_IS_SENT, OURS
+from pipeline.config.yaml_text import read_yaml, write_yaml
+from pipeline.distill.student import training_arguments
 from pipeline.errors import ConfigError
-from pipeline.student import training_arguments
-from pipeline.training_arguments import CALLED, NOTHING_IS_SENT, OURS
-from pipeline.yaml_text import read_yaml, write_yaml
 
 SMALLEST = {
     "output_dir": "runs/x",

@@ -13,10 +13,10 @@ from command_lines import ROOT
 from small_experiment import snapshot
 from test_resume import assert_same_run, stop_after
 
+from pipeline.distill.student import train_student
+from pipeline.distill.training.run_identity import NOT_SET, Change, is_longer
+from pipeline.distill.training.training_folder import RUN_FILE
 from pipeline.errors import ConfigError, PipelineError, TrainingStopped
-from pipeline.run_identity import NOT_SET, Change, is_longer
-from pipeline.student import train_student
-from pipeline.training_folder import RUN_FILE
 
 RESUME = "train.resume_from_checkpoint=true"
 SAVING = ["train.save_strategy=steps", "train.save_steps=2"]
@@ -211,7 +211,9 @@ def test_longer_is_more_steps_or_epochs_than_there_were(key, old, new, longer):
 
 def test_two_trainings_into_one_folder_are_refused(trained, tmp_path):
     (tmp_path / "run").mkdir()
-    holder = "import sys; from pathlib import Path; from pipeline.processes import alone_in\n"
+    holder = (
+        "import sys; from pathlib import Path; from pipeline.distill.training.processes import alone_in\n"
+    )
     holder += "with alone_in(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path / "run")],

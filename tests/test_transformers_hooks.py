@@ -13,8 +13,8 @@ import pytest
 import transformers.trainer
 from transformers import Trainer
 
-from pipeline.resuming import ResumingTrainer
-from pipeline.trainer import DistillTrainer
+from pipeline.distill.training.resuming import ResumingTrainer
+from pipeline.distill.training.trainer import DistillTrainer
 
 OURS = (ResumingTrainer, DistillTrainer)
 TAKEN_OVER = sorted(

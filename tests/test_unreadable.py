@@ -13,9 +13,9 @@ from small_experiment import write_shard
 from small_store import fill_part, manifest, sample_arrays, write_store
 
 from cache import CorruptFile, CorruptPart, Span, Store, StoreWriter, UnreadableFile, verify
-from cache.local_files import max_open, read_ranges, sizes_below
+from cache.files.local_files import max_open, read_ranges, sizes_below
+from pipeline.data.shards import expand_shards, read_shard, read_span
 from pipeline.errors import ShardError
-from pipeline.shards import expand_shards, read_shard, read_span
 
 PART = "shard-000000"
 SHARD = f"parts/{PART}/hidden/c/0/0"

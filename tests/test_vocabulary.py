@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import vocabulary
-from pipeline.vocabulary import score_answers, with_tail
+from pipeline.targets import vocabulary
+from pipeline.targets.vocabulary import score_answers, with_tail
 
 A, V, K = 7, 50, 4
 

@@ -14,21 +14,21 @@ import pytest
 
 from cache import DuplicateKey, Store, merge_stores, summarise, verify
 from pipeline.errors import ConfigError
-from pipeline.teacher import cache_teacher
-from pipeline.workers import Worker, worker_of
+from pipeline.teacher_cache.teacher import cache_teacher
+from pipeline.teacher_cache.workers import Worker, worker_of
 
 ROOT = Path(__file__).parent.parent
 SHARDS = [f"shard-{number:06d}.tar" for number in range(7)]
 
 WORK = """
 import sys
-import pipeline.workers
-from pipeline.config import load_config
-from pipeline.teacher import cache_teacher
-pipeline.workers.POLL_SECONDS = 0.1
+import pipeline.teacher_cache.workers
+from pipeline.config.config import load_config
+from pipeline.teacher_cache.teacher import cache_teacher
+pipeline.teacher_cache.workers.POLL_SECONDS = 0.1
 print("ready", flush=True)
 sys.stdin.readline()
-cache_teacher(load_config(sys.argv[1], sys.argv[2:]), pipeline.workers.worker_of(None, None))
+cache_teacher(load_config(sys.argv[1], sys.argv[2:]), pipeline.teacher_cache.workers.worker_of(None, None))
 """
 
 

@@ -37,9 +37,9 @@ def sweep(
     A run that is done is not done again. Exit code 1 if a run failed; the others are in the table.
     """
     settings = load(config, overrides, False)
-    from pipeline.config import load_config
-    from pipeline.curves import draw_sweep
-    from pipeline.scores import teacher_predictions
+    from pipeline.config.config import load_config
+    from pipeline.evaluation.scores import teacher_predictions
+    from pipeline.report.curves import draw_sweep
     from pipeline.sweep.lines import keep_teacher
     from pipeline.sweep.run import alone_in, run_sweep
     from pipeline.sweep.summary import summarise_sweep, summary_tables

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config.config import Config
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML config, such as configs/demo.yaml.")]
 Overrides = Annotated[
@@ -37,7 +37,7 @@ def load(config: Path, overrides: list[str] | None, print_config: bool = False) 
     """The resolved config; with --print-config it is printed and the command ends."""
     from transformers.utils import logging
 
-    from pipeline.config import load_config, to_yaml
+    from pipeline.config.config import load_config, to_yaml
 
     logging.disable_progress_bar()
     settings = load_config(config, overrides or [])
@@ -52,7 +52,7 @@ def load_or_stored(store: str, config: Path | None, overrides: list[str] | None)
     if config is not None:
         return load(config, overrides)
     from cache import Store
-    from pipeline.config import overridden
+    from pipeline.config.config import overridden
     from pipeline.inspection.sources import stored_config
 
     return overridden(stored_config(Store(store)), overrides or [], where=f"of {store}")

@@ -22,7 +22,7 @@ def slice_(
     Stage 2 reads it with a config whose `targets` are those that are kept.
     """
     from cache import Store
-    from pipeline.slices import copy_store, described
+    from pipeline.upkeep.slices import copy_store, described
 
     print(described(copy_store(Store(store), output, targets=targets, parts=parts, fraction=fraction)))
 

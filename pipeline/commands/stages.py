@@ -23,7 +23,7 @@ from pipeline.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.teacher import CacheSummary
+    from pipeline.teacher_cache.teacher import CacheSummary
 
 
 def pack(
@@ -45,8 +45,8 @@ def pack(
     Bad samples are listed with a reason in rejects.jsonl beside the shards, and counted. A rerun leaves a finished
     pack as it is, but tries rejected samples whose images have changed again. Exit code 1 if nothing was packed.
     """
-    from pipeline.packing import pack as pack_shards
-    from pipeline.progress import EntryProgress
+    from pipeline.data.packing import pack as pack_shards
+    from pipeline.teacher_cache.progress import EntryProgress
 
     if on_bad_sample not in ("reject", "fail"):
         raise typer.BadParameter(f"--on-bad-sample: expected reject or fail, found {on_bad_sample!r}")
@@ -98,9 +98,9 @@ def teacher_cache(
     """
     settings = load(config, overrides, print_config)
     from cache import summarise
-    from pipeline.describe import readable_bytes, reasons_by_kind
-    from pipeline.teacher import cache_teacher
-    from pipeline.workers import worker_of
+    from pipeline.teacher_cache.teacher import cache_teacher
+    from pipeline.teacher_cache.workers import worker_of
+    from pipeline.upkeep.describe import readable_bytes, reasons_by_kind
 
     try:
         run = cache_teacher(settings, worker_of(rank, world_size), recapture_changed=recapture_changed)
@@ -168,8 +168,8 @@ def distill(
     leave a checkpoint. Nothing that was trained before is replaced without --overwrite.
     """
     settings = load(config, allowing(overrides, allow_mismatch), print_config)
-    from pipeline.experiment import run_experiment
-    from pipeline.processes import is_first_process
+    from pipeline.distill.training.processes import is_first_process
+    from pipeline.evaluation.experiment import run_experiment
 
     result = run_experiment(settings, say=say, overwrite=overwrite)
     if is_first_process():
@@ -187,9 +187,9 @@ def evaluate(
 ) -> None:
     """Exact-match accuracy of a checkpoint on the config's held-out conversations, by question type."""
     settings = load(config, overrides, False)
-    from pipeline.compare import accuracy_table
-    from pipeline.evaluate import accuracy_by_type, by_test_set
-    from pipeline.scores import evaluate_checkpoint
+    from pipeline.evaluation.compare import accuracy_table
+    from pipeline.evaluation.evaluate import accuracy_by_type, by_test_set
+    from pipeline.evaluation.scores import evaluate_checkpoint
 
     sets = by_test_set(evaluate_checkpoint(settings, model or settings.teacher.model, output=output))
     if as_json:

@@ -12,7 +12,7 @@ from pipeline.commands.options import AsJson, ConfigFile, Overrides, StorePath, 
 
 if TYPE_CHECKING:
     from cache import Report
-    from pipeline.config import Config
+    from pipeline.config.config import Config
 
 
 def info(store: StorePath, as_json: AsJson = False) -> None:
@@ -23,7 +23,7 @@ def info(store: StorePath, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(summary.to_json(), indent=1))
         return
-    from pipeline.describe import describe_store
+    from pipeline.upkeep.describe import describe_store
 
     print(describe_store(summary))
 
@@ -55,7 +55,7 @@ def verify(
     are whole. It reports what was found and done, and the exit code is that of a second verification.
     """
     from cache import verify as verify_store
-    from pipeline.describe import readable_bytes
+    from pipeline.upkeep.describe import readable_bytes
 
     if fix != (config is not None) or (overrides and not fix):
         raise typer.BadParameter(
@@ -97,8 +97,8 @@ def check(
 
     Where no logits are stored a stub of the teacher suffices: a few percent of its weights.
     """
-    from pipeline.check import check_store
-    from pipeline.describe_check import describe_check
+    from pipeline.upkeep.check import check_store
+    from pipeline.upkeep.describe_check import describe_check
 
     settings = load_or_stored(store, config, overrides)
     here = settings.one_cache.model_copy(update={"path": str(store)})  # wherever it was made
@@ -125,8 +125,8 @@ def plan(
     """
     settings = load(config, overrides)
     from cache import local
-    from pipeline.describe_plan import describe_plan, parse_bytes
-    from pipeline.plan import plan_store, plan_within
+    from pipeline.upkeep.describe_plan import describe_plan, parse_bytes
+    from pipeline.upkeep.plan import plan_store, plan_within
 
     local(settings.one_cache.path, doing="written by stage 1")
     if max_bytes is None:
@@ -140,7 +140,7 @@ def plan(
 
 def _fixed(config: Config, report: Report, allow_fewer: bool) -> Report:
     """Repair what the report finds, line by line on stderr; the report of the repaired store."""
-    from pipeline.repair import repair_store
+    from pipeline.upkeep.repair import repair_store
 
     for problem in report.problems:
         say(f"found {problem.kind}: {problem.file}: {problem.detail}")

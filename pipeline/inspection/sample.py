@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from cache import SampleEntry, Store
-from pipeline.config import Config
-from pipeline.conversation import TokenizedSample, check_conversations
-from pipeline.dataset import JoinCollator, JoinedDataset, JoinedSample, teacher_facts
+from pipeline.config.config import Config
+from pipeline.data.conversation import TokenizedSample, check_conversations
+from pipeline.data.images import ImagePreprocessor
+from pipeline.data.preparation import Preparation
+from pipeline.data.shards import parse_record, read_span
+from pipeline.distill.join.dataset import JoinCollator, JoinedDataset, JoinedSample, teacher_facts
 from pipeline.errors import ConfigError, JoinError
-from pipeline.images import ImagePreprocessor
-from pipeline.inputs import Preparation
 from pipeline.inspection.sources import (
     check_reading,
     find_preparation,
@@ -27,7 +28,7 @@ from pipeline.inspection.sources import (
     stored_config,
 )
 from pipeline.inspection.token_text import token_text
-from pipeline.losses import (
+from pipeline.losses.losses import (
     LOSSES,
     AttentionLoss,
     StudentOutputs,
@@ -39,8 +40,7 @@ from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.stub import load_teacher, plan_teacher
 from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots, find_slots
-from pipeline.shards import parse_record, read_span
-from pipeline.targets import TARGETS, AttentionTarget, TeacherFacts
+from pipeline.targets.targets import TARGETS, AttentionTarget, TeacherFacts
 
 SHOWN = ("attention", "logits")
 

@@ -11,12 +11,12 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from pydantic import ValidationError
 
 from cache import FingerprintMismatch, KeyNotInStore, SampleEntry, Store
-from pipeline.config import Config
-from pipeline.dataset import teacher_facts
+from pipeline.config.config import Config
+from pipeline.data.images import ImagePreprocessor
+from pipeline.data.preparation import Preparation
+from pipeline.data.shards import expand_shards
+from pipeline.distill.join.dataset import teacher_facts
 from pipeline.errors import ConfigError, PipelineError, ShardError
-from pipeline.images import ImagePreprocessor
-from pipeline.inputs import Preparation
-from pipeline.shards import expand_shards
 
 MOST_KEYS_TO_COMPARE = 100_000
 REMEDY = (

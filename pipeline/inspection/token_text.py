@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pipeline.conversation import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from pipeline.tokenizer import SPACE, is_chatml
+from pipeline.data.conversation import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from pipeline.data.tokenizer import SPACE, is_chatml
 
 
 def token_text(number: int, tokenizer: Any) -> str:

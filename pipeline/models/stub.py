@@ -24,7 +24,7 @@ from pipeline.models.merge import MergedInputs, merge_vision_tokens
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.tap import attention_of_layers, record_layer_inputs
 from pipeline.positions import IGNORE_INDEX
-from pipeline.targets import TeacherFacts, TeacherForward, deepest_layer
+from pipeline.targets.targets import TeacherFacts, TeacherForward, deepest_layer
 
 TAPPED = ("input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight")
 TOWER_LAYER = re.compile(r"model\.vision_tower\..*\.encoder\.layers\.(\d+)\.")

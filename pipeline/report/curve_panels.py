@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.curves import MAX_POINTS, NUM_SERIES, Curve, Scale, draw_panel
+from pipeline.report.curves import MAX_POINTS, NUM_SERIES, Curve, Scale, draw_panel
 from pipeline.report.findings import Findings, TrainingRun
 
 KINDS = {

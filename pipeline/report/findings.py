@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from pipeline.compare import Gain, gap_closed
+from pipeline.evaluation.compare import Gain, gap_closed
 
 Scores = Mapping[
     str, tuple[float, int]

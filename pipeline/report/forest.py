@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.compare import Gain
+from pipeline.evaluation.compare import Gain
 
 WIDTH = 180.0  # pixels
 MARGIN = 10.0  # so that a dot or a number at an end is not cut

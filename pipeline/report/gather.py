@@ -6,16 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.compare import Answered, gap_closed, paired_gain, questions_of
+from pipeline.distill.training.training_folder import STATE_FILE
 from pipeline.errors import PipelineError
-from pipeline.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set, read_predictions
-from pipeline.experiment import BASELINE, DISTILLED
+from pipeline.evaluation.compare import Answered, gap_closed, paired_gain, questions_of
+from pipeline.evaluation.evaluate import (
+    PREDICTIONS_FILE,
+    Prediction,
+    accuracy_by_type,
+    by_test_set,
+    read_predictions,
+)
+from pipeline.evaluation.experiment import BASELINE, DISTILLED
 from pipeline.report.cost import cost_of_store
 from pipeline.report.findings import Findings, Origin, Result, Scores, gaps_closed
 from pipeline.report.run_folder import PROVENANCE, named_if_damaged, origin_of, read_json, read_run
 from pipeline.report.sweep_folder import SweepFolder
 from pipeline.sweep.lines import SWEEP
-from pipeline.training_folder import STATE_FILE
 
 DISTILLED_FOLDER, BASELINE_FOLDER, TEACHER_FOLDER = "align_kd", "supervised", "teacher"
 

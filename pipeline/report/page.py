@@ -10,17 +10,17 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.compare import MIN_GAP
-from pipeline.curves import MAX_POINTS
-from pipeline.describe import readable_bytes
 from pipeline.errors import writing
+from pipeline.evaluation.compare import MIN_GAP
 from pipeline.report import number_format
 from pipeline.report.curve_panels import draw_curves
+from pipeline.report.curves import MAX_POINTS
 from pipeline.report.findings import Findings
 from pipeline.report.forest import ForestAxis
 from pipeline.report.gather import gather
 from pipeline.report.headline import headlines, why_not_saved
 from pipeline.report.throughput import throughput_of
+from pipeline.upkeep.describe import readable_bytes
 
 PAGE = "report.html"
 

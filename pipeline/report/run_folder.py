@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.distill.training.training_folder import STATE_FILE
 from pipeline.errors import PipelineError
-from pipeline.losses import LOSSES
+from pipeline.losses.losses import LOSSES
 from pipeline.report.findings import LogLine, Origin, TrainingRun
-from pipeline.training_folder import STATE_FILE
 
 PROVENANCE = "provenance.json"
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.compare import Gain, gap_closed
+from pipeline.distill.training.training_folder import STATE_FILE
 from pipeline.errors import PipelineError
+from pipeline.evaluation.compare import Gain, gap_closed
 from pipeline.report.findings import Result, Scores, TrainingRun, gaps_closed
 from pipeline.report.run_folder import (
     in_order,
@@ -20,7 +21,6 @@ from pipeline.report.run_folder import (
 from pipeline.sweep.lines import RUNS, SUMMARY, SWEEP, read_lines
 from pipeline.sweep.run import run_folder
 from pipeline.sweep.variations import SEED
-from pipeline.training_folder import STATE_FILE
 
 
 class SweepFolder:

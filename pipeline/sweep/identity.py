@@ -6,10 +6,10 @@ from functools import cache as once
 from typing import Any
 
 from cache import Store, digest_of
-from pipeline.config import Config, EvaluateConfig
+from pipeline.config.config import Config, EvaluateConfig
+from pipeline.config.training_arguments import OF_THE_LOG
+from pipeline.evaluation.scores import held_out_digests
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.scores import held_out_digests
-from pipeline.training_arguments import OF_THE_LOG
 
 
 def run_identity(config: Config) -> str:

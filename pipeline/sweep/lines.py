@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.compare import Answered
 from pipeline.errors import PipelineError, writing
-from pipeline.evaluate import Prediction, accuracy_by_type, by_test_set
+from pipeline.evaluation.compare import Answered
+from pipeline.evaluation.evaluate import Prediction, accuracy_by_type, by_test_set
 
 SWEEP = "sweep.json"  # what is swept: config, and the identity of every run by its name
 SUMMARY = "summary.json"

@@ -12,20 +12,26 @@ from pathlib import Path
 
 import torch
 
-from pipeline.compare import Answered
-from pipeline.config import Config
+from pipeline.config.config import Config
+from pipeline.config.provenance import provenance
+from pipeline.data.preparation import Preparation
+from pipeline.distill.join.stores import open_stores
+from pipeline.distill.student import train_student
+from pipeline.distill.training.training_folder import (
+    FINISHED,
+    MODEL_FOLDER,
+    STATE_FILE,
+    check_inputs,
+    holds_finished,
+)
 from pipeline.errors import ConfigError, PipelineError, writing
-from pipeline.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set
-from pipeline.inputs import Preparation
-from pipeline.provenance import provenance
-from pipeline.scores import evaluate_checkpoint, held_out_shards
-from pipeline.stores import open_stores
-from pipeline.student import train_student
+from pipeline.evaluation.compare import Answered
+from pipeline.evaluation.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set
+from pipeline.evaluation.scores import evaluate_checkpoint, held_out_shards
 from pipeline.sweep.identity import run_identity
 from pipeline.sweep.jobs import Failed, Job, attempt, run_jobs
 from pipeline.sweep.lines import SUMMARY, SWEEP, Line, read_lines, write_line
 from pipeline.sweep.variations import Variation
-from pipeline.training_folder import FINISHED, MODEL_FOLDER, STATE_FILE, check_inputs, holds_finished
 
 
 def run_sweep(

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pipeline.compare import Answered, gap_closed, paired_gain, text_table
 from pipeline.errors import writing
+from pipeline.evaluation.compare import Answered, gap_closed, paired_gain, text_table
 from pipeline.sweep.lines import SUMMARY, Line, read_answers, read_teacher
 from pipeline.sweep.variations import SEED, name_of
 

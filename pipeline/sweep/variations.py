@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import Config, LossesConfig, labels_only
+from pipeline.config.config import Config, LossesConfig, labels_only
+from pipeline.config.yaml_text import read_yaml
 from pipeline.errors import ConfigError
-from pipeline.yaml_text import read_yaml
 
 LOSS_SET = "losses"
 SEED = "train.seed"

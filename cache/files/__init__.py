@@ -1,0 +1,1 @@
+"""Where bytes lie: local and remote files, and what survives a crash."""

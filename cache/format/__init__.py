@@ -1,0 +1,1 @@
+"""The format: names, layout, records and codecs of a store."""

@@ -1,0 +1,1 @@
+"""Reading a store: samples by key, chunk by chunk."""

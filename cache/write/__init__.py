@@ -1,0 +1,1 @@
+"""Writing a store: parts, leases, and the locks between writers."""

@@ -1,0 +1,72 @@
+"""Which part holds a sample key: a key occurs once in a store, because stage 2 joins by key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from cache.errors import CorruptPart, DuplicateKey, UnreadableFile
+from cache.files.local_files import is_there
+from cache.format.documents import read_document
+from cache.format.index import read_part_index
+from cache.format.layout import MANIFEST, PART_RECORD, part_path
+from cache.format.records import read_part_record
+from cache.format.schema import Manifest
+
+
+class TakenKeys:
+    """The keys of the parts of a store, read part by part as other writers publish them.
+
+    Keys are those of a part's index, also while its done-mark is damaged or cannot be read: they are taken until the
+    part is replaced. `counts` is False for the names of parts that are to be replaced.
+    """
+
+    def __init__(self, store: Path, manifest: Manifest, *, counts: Callable[[str], bool]) -> None:
+        self._store, self._manifest, self._counts = store, manifest, counts
+        self._part_of: dict[str, str] = {}
+        self._known: set[str] = set()
+        self._coming: dict[str, frozenset[str]] = {}  # by part
+        self._shared: DuplicateKey | None = None
+
+    def refresh(self) -> None:
+        """Read the indexes of parts published since the last time.
+
+        Raises `CorruptPart` or `UnreadableFile` for an index that cannot be read: which keys are free cannot be told.
+        """
+        planned = Manifest.from_json(read_document(self._store / MANIFEST)).planned_parts
+        for name in planned:
+            if name not in self._known and self._is_there(name) and self._counts(name):
+                self._take(name)
+
+    def expect(self, part: str, keys: Iterable[str]) -> None:
+        """Count keys as the part's before it is published; a part that is published meanwhile goes before it."""
+        self._coming[part] = frozenset(keys)
+
+    def other_part(self, key: str, *, than: str) -> str | None:
+        """The part that holds the key, or will; None if none does, or only the part `than` itself."""
+        holders = [name for name, keys in self._coming.items() if key in keys]
+        if key in self._part_of:
+            holders.insert(0, self._part_of[key])
+        return next((name for name in holders if name != than), None)
+
+    def check(self) -> None:
+        """Raise `DuplicateKey` if two published parts hold one key."""
+        self.refresh()
+        if self._shared:
+            raise self._shared
+
+    def _is_there(self, name: str) -> bool:
+        return is_there(part_path(self._store, name) / PART_RECORD)
+
+    def _take(self, name: str) -> None:
+        folder = part_path(self._store, name)
+        for key in read_part_index(folder, self._manifest).keys:
+            other = self._part_of.setdefault(key, name)
+            if other != name and not self._shared:
+                self._shared = DuplicateKey(key, parts=(other, name))
+        self._coming.pop(name, None)
+        try:
+            read_part_record(folder)
+        except (CorruptPart, UnreadableFile):
+            return  # its keys are taken for now, and read again: it may be replaced
+        self._known.add(name)

@@ -1,0 +1,1 @@
+"""The YAML config and its sections."""

@@ -1,0 +1,268 @@
+"""One YAML drives both stages: its fields, its defaults, `key=value` overrides and errors that say what was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, create_model, field_validator, model_validator
+
+from pipeline.config.cache_settings import (
+    CacheConfig,
+    Caches,
+    OnMissing,
+    check_named_targets,
+    check_one_or_several,
+)
+from pipeline.config.model_settings import DType, StudentConfig, TeacherConfig
+from pipeline.config.training_arguments import checked_training_arguments
+from pipeline.config.yaml_text import read_yaml, write_yaml
+from pipeline.errors import ConfigError, did_you_mean
+from pipeline.losses.losses import LOSSES
+from pipeline.settings import LocalPath, Section
+from pipeline.targets.targets import TARGETS
+
+Shards = str | list[str]
+
+
+class DataConfig(Section):
+    """WebDataset shards (brace pattern, glob, folder, or a list of them) and how samples become tokens.
+
+    Stage 2 trains on a `fraction` of the images, with all that is asked of each: chosen by digest, so that 2% of
+    the images are part of the 10%, on every machine. An epoch's order is random; `shuffle_block` neighbours, which
+    share chunks of the store, stay near each other: 16 to 32 where reading is slow, behind a URL or on a disk.
+    """
+
+    shards: Shards
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    template: Literal["plain", "v1", "chatml"] = "v1"
+    max_length: int = Field(default=2048, ge=1)
+    max_image_pixels: int = Field(default=64_000_000, ge=1)
+    image_aspect_ratio: Literal["pad", "square"] = "pad"
+    on_bad_sample: Literal["reject", "fail"] = "reject"
+    shuffle_block: int = Field(default=1, ge=1, exclude_if=lambda block: block == 1)
+
+
+# One optional section for each row of a table: a new row needs no line here.
+_TARGETS: dict[str, Any] = {name: (target.settings | None, None) for name, target in TARGETS.items()}
+_LOSSES: dict[str, Any] = {
+    name: (loss.settings | None, loss.settings() if name == "supervised" else None)
+    for name, loss in LOSSES.items()
+}
+
+
+class TargetsConfig(create_model("Targets", __base__=Section, **_TARGETS)):
+    """What is kept of the teacher. A target left out (null) is not captured.
+
+    `source: recompute` makes a target again in stage 2, beside the student, instead of storing it.
+    """
+
+    def active(self) -> dict[str, Any]:
+        """The settings of the targets that losses may read, by name."""
+        return {name: getattr(self, name) for name in TARGETS if getattr(self, name)}
+
+    def cached(self) -> dict[str, Any]:
+        """Those of `active` that stage 1 captures and the store holds."""
+        return {name: target for name, target in self.active().items() if _source(target) == "cache"}
+
+    def recomputed(self) -> dict[str, Any]:
+        """Those of `active` that stage 2 makes again with a stub of the teacher."""
+        return {name: target for name, target in self.active().items() if _source(target) == "recompute"}
+
+
+def _source(target: Any) -> str:
+    """Logits need the whole teacher, so they have no choice of source."""
+    return getattr(target, "source", "cache")
+
+
+class LossesConfig(create_model("Losses", __base__=Section, **_LOSSES)):
+    """How the student is held to labels and teacher. A loss left out (null) is not computed."""
+
+    def active(self) -> dict[str, Any]:
+        """The settings of the losses that are computed, by name."""
+        return {name: getattr(self, name) for name in LOSSES if getattr(self, name)}
+
+
+class EvaluateConfig(Section):
+    """Held-out conversations, answered greedily and compared word for word: one test set, or several by name."""
+
+    shards: Shards | Annotated[dict[str, Shards], Field(min_length=1)]
+    max_new_tokens: int = Field(default=16, ge=1)
+    dtype: DType = "float32"
+    batch_size: int = Field(default=32, ge=1)
+
+    def test_sets(self) -> dict[str, Shards]:
+        """Shards by the test set's name; a single one is called `test`."""
+        return self.shards if isinstance(self.shards, dict) else {"test": self.shards}
+
+
+class Config(Section):
+    """An experiment: both stages and the evaluation. `train` takes TrainingArguments by their own names.
+
+    `log_gradient_shares` costs a backward pass for each loss at every logged step, and adds its gradient up over all
+    processes.
+    """
+
+    output_dir: LocalPath
+    teacher: TeacherConfig
+    student: StudentConfig
+    data: DataConfig
+    caches: Caches = None
+    cache: CacheConfig | None = Field(default=None, validate_default=True)
+    on_missing: OnMissing = "raise"
+    targets: TargetsConfig = TargetsConfig()
+    losses: LossesConfig = LossesConfig()
+    train: dict[str, Any] = {}
+    evaluate: EvaluateConfig | None = None
+    baseline: bool = False
+    log_gradient_shares: bool = False
+
+    _one_or_several = field_validator("cache", mode="before")(check_one_or_several)
+
+    @property
+    def one_cache(self) -> CacheConfig:
+        """`cache`, for what works on one store. Raises `ConfigError` if the config names several."""
+        if self.cache is None:
+            raise ConfigError(
+                f"this works on one store, but the config names {len(self.caches or ())} (`caches`); give it a "
+                "config with `cache`, such as by the overrides caches=null cache.path=STORE"
+            )
+        return self.cache
+
+    def all_caches(self) -> Sequence[CacheConfig]:
+        """The stores that stage 2 reads: `caches`, or the one `cache`."""
+        return self.caches or [self.one_cache]
+
+    @field_validator("train")
+    @classmethod
+    def _known_training_arguments(cls, train: dict[str, Any]) -> dict[str, Any]:
+        return checked_training_arguments(train)
+
+    @model_validator(mode="after")
+    def _losses_find_their_targets(self) -> Config:
+        check_named_targets(self.caches, self.targets.cached())
+        for name, loss in self.losses.active().items():
+            for target in LOSSES[name].targets:
+                if getattr(self.targets, target) is None:
+                    raise ValueError(
+                        f"losses.{name} needs the target {target!r}, which the config does not capture; "
+                        f"add `targets.{target}: {{}}` or remove the loss"
+                    )
+            if hasattr(loss, "teacher_layers"):
+                self._check_layers(name, loss.teacher_layers())
+        self._check_head_mixing()
+        return self
+
+    def _check_layers(self, name: str, asked: list[int]) -> None:
+        captured = self.targets.active()["attention"].layers
+        for layer in asked:
+            if layer not in captured:
+                raise ValueError(
+                    f"losses.{name} reads the teacher's layer {layer}, but targets.attention.layers is "
+                    f"{captured}; add the layer there"
+                )
+
+    def _check_head_mixing(self) -> None:
+        loss, target = self.losses.active().get("attention"), self.targets.active().get("attention")
+        if loss and loss.heads == "mix" and target and target.heads != "each":
+            raise ValueError(
+                "losses.attention.heads: mix needs every teacher head; set targets.attention.heads: each"
+            )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config, apply `key.sub=value` overrides (values are YAML), and check all of it.
+
+    Raises `ConfigError` with one sentence for each problem.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"config {file}: no such file; give --config a YAML file such as configs/demo.yaml")
+    try:
+        values: Any = read_yaml(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"config {file}: not readable as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {file}: expected a mapping of sections, found {type(values).__name__}")
+    return _checked(cast(dict[str, Any], values), overrides, where=str(file))
+
+
+def overridden(config: Config, overrides: Sequence[str], *, where: str) -> Config:
+    """A config with overrides; `where` it is from is told in a `ConfigError`, as `load_config` raises it."""
+    return _checked(config.model_dump(mode="json"), overrides, where=where)
+
+
+def _checked(values: dict[str, Any], overrides: Sequence[str], *, where: str) -> Config:
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(_sentence(detail) for detail in error.errors())
+        raise ConfigError(f"config {where}:\n{problems}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key of the nested mapping, in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key=value, such as train.learning_rate=1e-3")
+    *sections, last = key.split(".")
+    place = values
+    for section in sections:
+        inner: Any = {} if place.get(section) is None else place[section]
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+        place[section] = place = cast(dict[str, Any], inner)
+    try:
+        place[last] = read_yaml(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"override {override!r}: the value is not readable as YAML: {error}") from error
+
+
+def _sentence(detail: Mapping[str, Any]) -> str:
+    """One problem as one line: the key, what is wrong, and the known name that was perhaps meant."""
+    where = [str(part) for part in detail["loc"]]
+    key = ".".join(where)
+    if detail["type"] == "extra_forbidden":
+        known = _known_fields(where[:-1])
+        return f"  {key}: unknown key{did_you_mean(where[-1], known)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "missing":
+        return f"  {key}: missing; the config must set it"
+    shown = "" if detail["type"] == "value_error" else f", found {detail['input']!r}"
+    return f"  {key + ': ' if key and not message.startswith(key + '.') else ''}{message}{shown}"
+
+
+def _known_fields(where: Sequence[str]) -> list[str]:
+    """Field names of the section at a path, through optional sections and lists of them."""
+    section: type[BaseModel] = Config
+    for part in where:
+        if part in section.model_fields:  # else a place in a list
+            section = _sections(section.model_fields[part].annotation)[0]
+    return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    inner: tuple[Any, ...] = getattr(cast(Any, annotation), "__args__", ())
+    return [section for part in inner for section in _sections(part)]
+
+
+def labels_only(config: Config) -> Config:
+    """The same experiment without its teacher. Raises `ConfigError` where nothing would be left to learn from."""
+    if config.losses.active().get("supervised") is None:
+        raise ConfigError(
+            "losses.supervised is null, but the student is to be held against one of labels alone; "
+            "give it a weight, 0 if it is to have none, or set baseline: false"
+        )
+    losses = LossesConfig.model_validate({"supervised": config.losses.active()["supervised"]})
+    return config.model_copy(update={"losses": losses, "baseline": False})
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that loads back to the same config."""
+    return write_yaml(config.model_dump(mode="json"))

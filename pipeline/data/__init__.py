@@ -1,0 +1,1 @@
+"""Annotations and tars to samples, and samples to tokens and pixels."""

@@ -1,0 +1,242 @@
+"""WebDataset tars to samples, each with the place of its bytes in the tar.
+
+A sample is the run of members with one key: KEY.json, and KEY.jpg or KEY.0.jpg, KEY.1.jpg, ... where it has
+images.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from blake3 import blake3
+from braceexpand import braceexpand
+
+from cache import Span
+from pipeline.data.conversation import check_conversations
+from pipeline.data.decoding import ENDINGS, MAX_IMAGE_PIXELS, read_header
+from pipeline.data.dotted_names import split_dotted
+from pipeline.data.file_names import as_stored, expand_home, longest_stored
+from pipeline.data.media import check_media
+from pipeline.data.tars import Group, open_tar, read_groups, read_member, reading
+from pipeline.errors import BadSample, ShardError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation with its image files' bytes, in the order of their "<image>".
+
+    `image_digests` are blake3 of those bytes; `metadata` is the rest of the JSON.
+    """
+
+    key: str
+    conversations: list[dict[str, str]]
+    images: tuple[bytes, ...]
+    image_digests: tuple[str, ...]
+    image_spans: tuple[Span, ...]
+    json_span: Span
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A sample that cannot be used, and why."""
+
+    key: str
+    reason: str
+
+
+def expand_shards(patterns: str | Sequence[str]) -> list[str]:
+    """The tar files that folders, globs and brace patterns name, sorted; each stem occurs once.
+
+    Raises `ShardError` if a pattern names nothing, or a brace pattern a file that is missing.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise ShardError("No shards are named; name a folder, a glob, or shard-{000000..000009}.tar.")
+    paths = sorted({path for pattern in patterns for path in _expand(str(pattern))})
+    by_stem: dict[str, str] = {}
+    for path in paths:
+        first = by_stem.setdefault(Path(path).stem, path)
+        if first != path:
+            raise ShardError(
+                f"Two shards have one name, {Path(path).stem}: {first} and {path}; rename one, "
+                "for a shard's name is its part's name in the store."
+            )
+    return paths
+
+
+def part_name(shard: str) -> str:
+    """A shard's part in the store carries its name."""
+    return Path(shard).name.removesuffix(".tar")
+
+
+def read_shard(path: str | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Sample | Rejected]:
+    """Every sample of a shard in its order, the unusable ones as `Rejected`; one sample in memory at a time.
+
+    Raises `ShardError` if the tar itself is compressed, truncated or damaged, at the latest after the last
+    sample: what was read until then is no whole shard.
+    """
+    seen: set[str] = set()
+    with open_tar(path) as tar:
+        for group in (part for run in read_groups(tar, path) for part in split_dotted(run, tar)):
+            if group.key in seen:
+                group.problem = BadSample(
+                    "key occurs twice in this shard", "its members must be side by side"
+                )
+            seen.add(group.key)
+            yield _sample_or_rejected(group, tar, max_pixels=max_pixels)
+
+
+def read_span(path: str | Path, span: Span) -> bytes:
+    """A member's bytes by their place in the tar, without reading the rest."""
+    with reading(path), open(path, "rb") as file:
+        file.seek(span.offset)
+        data = file.read(span.size)
+    if len(data) != span.size:
+        raise ShardError(
+            f"{path}: {span.file} should be {span.size} bytes at {span.offset}, found {len(data)}; "
+            "the shard has changed since it was read: restore it."
+        )
+    return data
+
+
+def _expand(pattern: str) -> list[str]:
+    """Files that one pattern names. Whatever is there by that very name is no pattern, nor is a folder before one."""
+    if "://" in pattern:
+        raise ShardError(f"{pattern}: shards are read from local files only; copy them or mount the store.")
+    path = as_stored(expand_home(pattern))
+    if path.is_dir():
+        # Names with a dot in front are no shards: macOS leaves a ._shard.tar beside each on foreign disks.
+        found = [str(file) for file in path.glob("*.tar") if not file.name.startswith(".")]
+        return found or _refuse(pattern, path)
+    if path.is_file():
+        return [str(path)]
+    folder = longest_stored(path)
+    try:
+        names = list(braceexpand(str(Path(*path.parts[len(folder.parts) :]))))
+    except ValueError as error:  # unbalanced braces
+        raise ShardError(f"{pattern}: {error}; write ranges as {{000000..000009}}.") from error
+    paths: list[str] = []
+    missing: list[Path] = []
+    for name in names:
+        file = as_stored(folder / name)
+        if file.is_file():
+            paths.append(str(file))
+        elif glob.has_magic(name):
+            found = _glob(str(Path(glob.escape(str(folder))) / name))
+            paths += found or _refuse(str(file), file.parent)
+        else:
+            missing.append(file)
+    if missing and len(names) == 1:
+        _refuse(pattern, path.parent)
+    if missing:
+        raise ShardError(
+            f"{pattern} names {len(names)} shards, {len(missing)} of them missing, first {missing[0]}; "
+            "correct the range or restore the files."
+        )
+    return paths
+
+
+def _glob(pattern: str) -> list[str]:
+    """The paths that a glob names. A folder on its way that cannot be listed raises: its shards would be left out."""
+    folders = os.path.dirname(pattern)
+    while glob.has_magic(folders):
+        for folder in glob.glob(f"{folders}/", recursive=True):
+            with reading(folder), os.scandir(folder):
+                pass
+        folders = os.path.dirname(folders)
+    return glob.glob(pattern, recursive=True)
+
+
+def _refuse(pattern: str, folder: Path) -> NoReturn:
+    if not folder.is_dir():
+        raise ShardError(f"No shard at {pattern}: there is no folder {folder}; correct the path.")
+    names = sorted(entry.name for entry in folder.iterdir())
+    found = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    raise ShardError(
+        f"No shard at {pattern}: {folder} holds {found or 'nothing'}; correct the path, or make shards with "
+        "`alignkd pack`."
+    )
+
+
+# Groups to samples
+
+
+def _sample_or_rejected(group: Group, tar: tarfile.TarFile, *, max_pixels: int) -> Sample | Rejected:
+    try:
+        return _sample(group, tar, max_pixels=max_pixels)
+    except BadSample as error:
+        return Rejected(group.key, error.reason)
+
+
+def _sample(group: Group, tar: tarfile.TarFile, *, max_pixels: int) -> Sample:
+    if group.problem is not None:
+        raise group.problem
+    if "json" not in group.members:
+        dotted = any("." in ending for ending in group.members)
+        why = (
+            f"; the ending of {next(iter(group.members.values())).name} begins at its first dot"
+            if dotted
+            else ""
+        )
+        raise BadSample("no JSON file", f"found {', '.join(sorted(group.members))}{why}")
+    record = parse_record(read_member(tar, group.members["json"]))
+    members = _image_members(group)
+    check_conversations(record.get("conversations"), num_images=len(members))
+    check_media(record, num_images=len(members))
+    images = tuple(read_member(tar, member) for member in members)
+    for image in images:
+        read_header(image, max_pixels=max_pixels)
+    return Sample(
+        key=group.key,
+        conversations=record["conversations"],
+        images=images,
+        image_digests=tuple(blake3(image).hexdigest() for image in images),
+        image_spans=tuple(_span(member) for member in members),
+        json_span=_span(group.members["json"]),
+        metadata={name: value for name, value in record.items() if name != "conversations"},
+    )
+
+
+def parse_record(data: bytes) -> dict[str, Any]:
+    """A sample's JSON object; raises `BadSample` for anything else."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("broken JSON", str(error)) from error
+    if not isinstance(record, dict):
+        raise BadSample("JSON is no object", type(record).__name__)
+    return record
+
+
+def _image_members(group: Group) -> list[tarfile.TarInfo]:
+    """KEY.jpg alone, or KEY.0.jpg, KEY.1.png, ... in the order of their numbers; KEY.mask.png is none."""
+    numbered: dict[int, tarfile.TarInfo] = {}
+    single: list[tarfile.TarInfo] = []
+    for ending, member in group.members.items():
+        number, _, kind = ending.rpartition(".")
+        if kind not in ENDINGS:
+            continue
+        if number == "":
+            single.append(member)
+        elif re.fullmatch("[0-9]{1,6}", number):
+            if int(number) in numbered:
+                raise BadSample("two images have one number", member.name)
+            numbered[int(number)] = member
+    if len(single) > 1 or (single and numbered):
+        raise BadSample("several images without an order", "name them KEY.0.jpg, KEY.1.jpg, ...")
+    if sorted(numbered) != list(range(len(numbered))):
+        raise BadSample("images not numbered 0, 1, ...", f"found {', '.join(map(str, sorted(numbered)))}")
+    return single or [numbered[number] for number in sorted(numbered)]
+
+
+def _span(member: tarfile.TarInfo) -> Span:
+    return Span(file=member.name, offset=member.offset_data, size=member.size)

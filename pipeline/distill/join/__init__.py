@@ -1,0 +1,1 @@
+"""The join: samples of shards with their targets from stores."""

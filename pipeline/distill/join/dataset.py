@@ -1,0 +1,267 @@
+"""The join: a sample's image and text from its shard, its targets from the store, matched by key and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch.utils.data import Dataset, get_worker_info
+
+from cache import CacheError, SampleEntry, Store
+from pipeline.data.conversation import TokenizedSample
+from pipeline.data.preparation import Preparation, pad_tokens
+from pipeline.data.shard_identity import check_unchanged
+from pipeline.data.shards import expand_shards, parse_record, part_name, read_span
+from pipeline.distill.join.memory import BoundedCache, TensorCache
+from pipeline.distill.join.missing import join_rows
+from pipeline.distill.join.rank_batches import Filler
+from pipeline.distill.join.rows import Row
+from pipeline.distill.join.stores import Stores, first_difference
+from pipeline.distill.join.stores import teacher_facts as teacher_facts
+from pipeline.errors import BadSample, ConfigError, JoinError, PipelineError
+from pipeline.positions import text_rows
+from pipeline.targets.targets import TARGETS
+
+PIXEL_CACHE_BYTES = 256 * 2**20
+STORED_CACHE_BYTES = 256 * 2**20
+CHANGED = (
+    "the shard changed after it was cached: restore it, or run `alignkd teacher-cache --recapture-changed`"
+)
+
+
+@dataclass(frozen=True)
+class JoinedSample:
+    """A training sample: tokens, pixels of its images (in order, by digest) and the stored target arrays.
+
+    Arrays of the targets in `lacking` are zeros: no store gave them, and they are made again beside the student.
+    """
+
+    key: str
+    tokens: TokenizedSample
+    pixels: dict[str, torch.Tensor]
+    image_digests: tuple[str, ...]
+    arrays: dict[str, np.ndarray]
+    lacking: frozenset[str] = frozenset()
+    is_filler: bool = False  # see `Filler`
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """What the store holds of a sample, decoded."""
+
+    tokens: TokenizedSample
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return 80 * len(self.tokens.input_ids) + sum(array.nbytes for array in self.arrays.values())
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a worker of the loader could not read a batch, in place of the batch."""
+
+    reason: str
+
+    @staticmethod
+    def check(batch: dict[str, Any]) -> None:
+        """Raise `JoinError` if that is what a batch holds."""
+        if (reason := batch.get("refused")) is not None:
+            raise JoinError(reason)
+
+
+class JoinedDataset(Dataset[JoinedSample]):
+    """Map-style: every sample that the store cached from the given shards, in the store's order (see `is_chosen`).
+
+    Of several stores every sample that one of them cached (see `join_rows`). The first time a sample is read, its
+    text is tokenised and compared with the ids and labels that the teacher saw, in every store, and its image bytes
+    with their digest; later epochs trust that. Raises `JoinError` on any difference.
+    """
+
+    def __init__(
+        self,
+        stores: Stores | Store,
+        shards: str | Sequence[str],
+        preparation: Preparation,
+        *,
+        targets: Mapping[str, Any],
+        fraction: float = 1.0,
+    ):
+        self.stores = stores if isinstance(stores, Stores) else Stores.single(stores, targets)
+        self.preparation = preparation
+        self.targets = targets
+        self.shards = {part_name(shard): shard for shard in expand_shards(shards)}
+        check_unchanged(self.stores.opened, self.shards)
+        is_taken = None if fraction >= 1 else partial(is_chosen, fraction=fraction)
+        joined = join_rows(self.stores, self.shards, is_taken)
+        self.rows, self.missing = joined.rows, joined.missing
+        if not len(self.rows):
+            raise ConfigError(self._without_rows(fraction))
+        self.names = [source.arrays(targets) for source in self.stores.sources]
+        self.verified = np.zeros(len(self.rows), dtype=np.bool_)
+        self.pixels = TensorCache(PIXEL_CACHE_BYTES)
+        self.stored: BoundedCache[StoredSample] = BoundedCache(STORED_CACHE_BYTES)
+
+    def _without_rows(self, fraction: float) -> str:
+        held = "holds no sample" if len(self.stores.sources) == 1 else "hold no sample in common"
+        remedy = (
+            "; see its rejects with `alignkd info`"
+            if fraction == 1
+            else f" within data.fraction {fraction:g}: raise it"
+        )
+        return f"{self.stores} {held} of data.shards{remedy}"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def lacking(self, index: int | None = None) -> frozenset[str]:
+        """The targets of a sample, or of any, that no store gave, to be made again beside the student."""
+        lacks = self.rows.lacks if index is None else self.rows.lacks[[index]]
+        lost = (
+            source.targets
+            for source, of_one in zip(self.stores.sources, lacks.T, strict=False)
+            if of_one.any()
+        )
+        return frozenset(self.targets).intersection(target for targets in lost for target in targets)
+
+    def __getitem__(self, index: int) -> JoinedSample:
+        [sample] = self._joined([index])
+        return sample
+
+    def __getitems__(self, indices: Sequence[int]) -> list[JoinedSample] | Refused:
+        """A batch, which torch's loader asks for in one piece, so that all of it is asked of the store at once.
+
+        In a worker of the loader an error of ours is returned, for `Refused.check` to raise where it is read: torch
+        would raise another one, with the worker's traceback for a message.
+        """
+        try:
+            return self._joined(indices)
+        except (CacheError, PipelineError, OSError) as error:
+            if get_worker_info() is None:
+                raise
+            return Refused(str(error))
+
+    def _joined(self, indices: Sequence[int]) -> list[JoinedSample]:
+        rows = [self.rows[index] for index in indices]
+        stored = self._stored({row[1].key: (index, row) for index, row in zip(indices, rows, strict=True)})
+        return [
+            JoinedSample(
+                entry.key,
+                stored[entry.key].tokens,
+                {digest: self._pixels(part, entry, n) for n, digest in enumerate(entry.images)},
+                entry.images,
+                stored[entry.key].arrays,
+                self.lacking(index),
+                is_filler=isinstance(index, Filler),
+            )
+            for index, (part, entry) in zip(indices, rows, strict=True)
+        ]
+
+    def _stored(self, rows: Mapping[str, tuple[int, Row]]) -> dict[str, StoredSample]:
+        """By key what the store holds of the samples; what is not in memory is read together."""
+        found = {key: held for key in rows if (held := self.stored.get(key)) is not None}
+        fresh = [key for key in rows if key not in found]
+        for key, arrays in zip(fresh, self.stores.read_many(fresh, self.names), strict=True):
+            found[key] = self.stored.put(key, self._checked(*rows[key], arrays))
+        return found
+
+    def _checked(self, index: int, row: Row, arrays: dict[str, np.ndarray]) -> StoredSample:
+        part, entry = row
+        tokens = TokenizedSample(
+            tuple(arrays.pop("input_ids").tolist()), tuple(arrays.pop("labels").tolist())
+        )
+        if not self.verified[index]:
+            self._compare_tokens(part, entry, tokens)
+            self.verified[index] = True
+        arrays["num_images"] = np.array(len(entry.images))
+        return StoredSample(tokens, arrays | self._blanks(index, len(entry.images), tokens))
+
+    def _blanks(self, index: int, num_images: int, tokens: TokenizedSample) -> dict[str, np.ndarray]:
+        """Zeros in the shape of what no store gave, to be made again beside the student."""
+        blanks: dict[str, np.ndarray] = {}
+        for name in self.lacking(index):
+            rows = text_rows(pad_tokens([tokens]))
+            facts = teacher_facts(self.stores.giving(name).store)
+            needed = int(TARGETS[name].rows(torch.tensor([num_images]), rows, rows))
+            for spec in TARGETS[name].arrays(self.targets[name], facts):
+                blanks[spec.name] = np.zeros((needed, *spec.row_shape), dtype=np.float32)
+        return blanks
+
+    def _compare_tokens(self, part: str, entry: SampleEntry, stored: TokenizedSample) -> None:
+        mine = self._tokens_of_shard(part, entry)
+        for what, theirs, ours in (
+            ("token ids", stored.input_ids, mine.input_ids),
+            ("labels", stored.labels, mine.labels),
+        ):
+            if theirs != ours:
+                raise JoinError(
+                    f"sample {entry.key!r} of {self.shards[part]}: its {what} are not those that the teacher saw "
+                    f"({first_difference(theirs, ours)}); {CHANGED}"
+                )
+
+    def _tokens_of_shard(self, part: str, entry: SampleEntry) -> TokenizedSample:
+        try:
+            record = parse_record(read_span(self.shards[part], entry.json_span))
+            return self.preparation.tokenize(record.get("conversations"))  # pyright: ignore[reportArgumentType]
+        except BadSample as error:
+            raise JoinError(
+                f"sample {entry.key!r} of {self.shards[part]}: {entry.json_span.file!r} holds no usable text "
+                f"({error.reason}), the teacher saw some; {CHANGED}"
+            ) from error
+
+    def _pixels(self, part: str, entry: SampleEntry, number: int) -> torch.Tensor:
+        digest = entry.images[number]
+        if (known := self.pixels.get(digest)) is not None:
+            return known
+        data = read_span(self.shards[part], entry.image_spans[number])
+        if (found := blake3(data).hexdigest()) != digest:
+            raise JoinError(
+                f"sample {entry.key!r} of {self.shards[part]}: image {entry.image_spans[number].file!r} has digest "
+                f"{found[:16]}, the teacher saw {digest[:16]}; {CHANGED}"
+            )
+        return self.pixels.put(digest, self.preparation.preprocess(data))
+
+
+def is_chosen(entry: SampleEntry, fraction: float) -> bool:
+    """Whether `data.fraction` takes a sample: by its first image's digest, or its key's if it has no image.
+
+    All samples of an image go together, and a smaller fraction is part of a larger one.
+    """
+    digest = entry.images[0] if entry.images else blake3(entry.key.encode()).hexdigest()
+    return int(digest[:8], 16) < fraction * 2**32
+
+
+@dataclass(frozen=True)
+class JoinCollator:
+    """Joined samples -> the batch that `Distiller.forward` takes."""
+
+    targets: Mapping[str, Any]
+
+    def __call__(self, samples: Sequence[JoinedSample] | Refused) -> dict[str, Any]:
+        """`input_ids`, `attention_mask`, `labels` 'B S'; `pixel_values` 'I C Y X' or None; `image_digests`;
+        `targets` fields of `TeacherTargets`; `received` target -> rows that each sample brought, int64 'B'; `lacking`
+        target -> whether a sample has rows of zeros for it, bool 'B', where one has; `is_filler`: see `Filler`.
+        """
+        if isinstance(samples, Refused):
+            return {"refused": samples.reason}
+        pixels = [sample.pixels[digest] for sample in samples for digest in sample.image_digests]
+        batch: dict[str, Any] = pad_tokens([sample.tokens for sample in samples])
+        batch["pixel_values"] = torch.stack(pixels) if pixels else None
+        batch["image_digests"] = [digest for sample in samples for digest in sample.image_digests]
+        batch["is_filler"] = all(sample.is_filler for sample in samples)
+        batch["targets"], batch["received"], batch["lacking"] = {}, {}, {}
+        for name, settings in self.targets.items():
+            arrays = [sample.arrays for sample in samples]
+            batch["targets"] |= TARGETS[name].collate(settings, arrays)
+            first = TARGETS[name].first_array(settings)
+            rows = torch.tensor([len(sample[first]) for sample in arrays])
+            lacks = torch.tensor([name in sample.lacking for sample in samples])
+            batch["received"][name] = rows.masked_fill(lacks, 0)
+            if bool((needed := lacks & (rows > 0)).any()):
+                batch["lacking"][name] = needed
+        return batch

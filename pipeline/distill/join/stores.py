@@ -1,0 +1,269 @@
+"""The stores that stage 2 reads: what each gives, if it is what the config would have cached, one sample of all."""
+
+from __future__ import annotations
+
+import sys
+from collections import ChainMap
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache import Difference, Fingerprint, FingerprintMismatch, Manifest, Mirror, Store, digest_of
+from pipeline.config.cache_settings import CacheConfig, CachesConfig, OnMissing
+from pipeline.config.config import Config
+from pipeline.data.preparation import Preparation, capture_settings
+from pipeline.errors import ConfigError, JoinError
+from pipeline.losses.losses import LOSSES
+from pipeline.targets.targets import TARGETS, TeacherFacts
+
+TOKENS = ("input_ids", "labels")
+REMEDY = (
+    "set the config to what the store was made with (`alignkd info` shows it), or set cache.path to a new "
+    "store and run `alignkd teacher-cache`; where a field cannot matter, --allow-mismatch FIELD lets it differ"
+)
+REMEDY_OF_SEVERAL = (
+    "set the config to what the store was made with (`alignkd info` shows it), or name another store; where a field "
+    "cannot matter, allow_mismatch: [FIELD] of its entry of `caches` lets it differ"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A store and the targets that are taken from it; `place` is where the config names it."""
+
+    store: Store
+    targets: tuple[str, ...]
+    place: str = "cache"
+
+    def arrays(self, targets: Mapping[str, Any]) -> list[str]:
+        """Names of the arrays of those of the targets, settings by name, that it gives."""
+        facts = teacher_facts(self.store)
+        given = {name: settings for name, settings in targets.items() if name in self.targets}
+        return [spec.name for name, t in given.items() for spec in TARGETS[name].arrays(t, facts)]
+
+
+@dataclass(frozen=True)
+class Stores:
+    """One store, or several joined by key, each target from one of them. Picklable, as a store is.
+
+    `allowed` are the differences that the config lets be, each with the path of its store.
+    """
+
+    sources: tuple[Source, ...]
+    on_missing: OnMissing = "raise"
+    allowed: tuple[tuple[str, Difference], ...] = ()
+
+    @classmethod
+    def single(cls, store: Store, targets: Mapping[str, Any]) -> Stores:
+        """A store that gives all the targets."""
+        return cls((Source(store, tuple(targets)),))
+
+    def __str__(self) -> str:
+        return " and ".join(str(store.path) for store in self.opened)
+
+    @property
+    def opened(self) -> tuple[Store, ...]:
+        return tuple(source.store for source in self.sources)
+
+    def giving(self, target: str) -> Source:
+        """Whom a target is taken from; the first store for one that none gives."""
+        return next((source for source in self.sources if target in source.targets), self.sources[0])
+
+    def facts(self, made: Mapping[str, TeacherFacts]) -> TeacherFacts:
+        """What heads are built from, each field of the teacher whose target it belongs to.
+
+        `made`: the teacher's of targets that no store gives.
+        """
+        vision, attention = (
+            made.get(target) or teacher_facts(self.giving(target).store) for target in ("vision", "attention")
+        )
+        return replace(attention, hidden_size=vision.hidden_size)
+
+    def read_many(
+        self, keys: Sequence[str], names: Sequence[Sequence[str]]
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Of each key in turn `TOKENS` and the arrays named for each source, of those sources that hold the sample.
+
+        All is asked for at once. Raises `JoinError` if those that hold a sample differ in its tokens or images.
+        """
+        streams = [
+            source.store.read_many([key for key in keys if key in source.store], [*TOKENS, *wanted])
+            for source, wanted in zip(self.sources, names, strict=True)
+        ]
+        for key in keys:
+            first, *others = [
+                (source.store, next(stream))
+                for source, stream in zip(self.sources, streams, strict=True)
+                if key in source.store
+            ]
+            for other in others:
+                _check_same_sample(key, first, other)
+            yield dict(ChainMap(first[1], *(arrays for _, arrays in others)))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Path, targets and fingerprint of each store, for the record."""
+        return [
+            {
+                "path": str(source.store.path),
+                "targets": list(source.targets),
+                "fingerprint": source.store.manifest.fingerprint.to_json(),
+            }
+            for source in self.sources
+        ]
+
+
+def teacher_facts(store: Store) -> TeacherFacts:
+    """The facts of the teacher whose knowledge the store holds."""
+    known = {field.name for field in fields(TeacherFacts)}
+    return TeacherFacts(**{name: value for name, value in store.manifest.teacher.items() if name in known})
+
+
+def open_store(cache: CacheConfig) -> Store:
+    """One store, read-only; if it is behind a URL through the mirror, if there is one."""
+    kept = Mirror(Path(cache.mirror).expanduser(), cache.mirror_bytes) if cache.mirror else None
+    return Store(cache.path, mirror=kept)
+
+
+def open_stores(config: Config, preparation: Preparation) -> Stores:
+    """The config's stores. Raises `FingerprintMismatch` if one is not what the config would have cached in it.
+
+    Raises `ConfigError` where it is not clear which store gives what, or a loss reads what none gives.
+    """
+    stores = [open_store(cache) for cache in config.all_caches()]
+    sources = _sources(config, stores)
+    allowed = [
+        (str(source.store.path), difference)
+        for source, cache in zip(sources, config.all_caches(), strict=True)
+        for difference in check_fingerprint(source, cache, config, preparation)
+    ]
+    return Stores(tuple(sources), config.on_missing, tuple(allowed))
+
+
+def check_fingerprint(
+    source: Source, cache: CacheConfig, config: Config, preparation: Preparation
+) -> list[Difference]:
+    """Compare, field by field, what a store holds with what the config asks; raises `FingerprintMismatch`.
+
+    Fields of the store's `allow_mismatch` may differ: they are told on stderr and returned. Only the settings of the
+    targets that are taken from it and that a loss reads count: it may hold others.
+    """
+    read = targets_read(config).intersection(source.targets)
+    stored = _of_targets(source.store.manifest, read)
+    # Teacher and dtype are stage 1's business; the store knows them and stage 2 has no other.
+    capture = capture_settings(config, dtype=str(stored.capture.get("dtype")))
+    capture |= {"targets": _kept(capture, read)}
+    mine = Fingerprint(
+        teacher=stored.fingerprint.teacher, capture=digest_of(capture), **preparation.digests()
+    )
+    differences = stored.differences(replace(stored, fingerprint=mine, capture=capture))
+    if refused := [d for d in differences if d.field not in cache.allow_mismatch]:
+        remedy = REMEDY if config.caches is None else REMEDY_OF_SEVERAL
+        raise FingerprintMismatch(source.store.path, refused, remedy=remedy)
+    for d in differences:
+        print(f"{source.place}.allow_mismatch (stored -> mine): {d}", file=sys.stderr)
+    return differences
+
+
+def targets_read(config: Config) -> set[str]:
+    """Names of the targets that the configured losses read."""
+    return {target for name in config.losses.active() for target in LOSSES[name].targets}
+
+
+def _of_targets(stored: Manifest, names: Collection[str]) -> Manifest:
+    """The manifest as if these targets had been captured alone."""
+    if digest_of(stored.capture) != stored.fingerprint.capture:
+        return stored  # its settings are not those of its fingerprint: nothing can be said of a part of them
+    capture = stored.capture | {"targets": _kept(stored.capture, names)}
+    return replace(
+        stored, capture=capture, fingerprint=replace(stored.fingerprint, capture=digest_of(capture))
+    )
+
+
+def _kept(capture: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: settings for name, settings in capture.get("targets", {}).items() if name in names}
+
+
+def _sources(config: Config, stores: Sequence[Store]) -> list[Source]:
+    """What each store gives of the targets that the config reads from one."""
+    wanted = config.targets.cached()
+    if config.caches is None:
+        return [Source(stores[0], tuple(wanted))]
+    given = _given(config.caches, stores)
+    sources = []
+    for number, (store, targets) in enumerate(zip(stores, given, strict=True)):
+        if not (taken := tuple(name for name in wanted if name in targets)):
+            raise ConfigError(
+                f"caches.{number}: {store.path} has nothing to give: it holds {', '.join(_held(store)) or 'none'}, "
+                f"the config reads {', '.join(wanted) or 'none'}, and what other entries give is theirs; leave it out"
+            )
+        sources.append(Source(store, taken, f"caches.{number}"))
+    _check_losses(config, sources)
+    return sources
+
+
+def _given(caches: Sequence[CachesConfig], stores: Sequence[Store]) -> list[set[str]]:
+    """Names of the targets of each store: those its entry names, else all that no other names or gave before."""
+    named = {target for cache in caches for target in cache.targets or ()}
+    given: list[set[str]] = []
+    for number, (cache, store) in enumerate(zip(caches, stores, strict=True)):
+        held = _held(store)
+        for target in cache.targets or ():
+            if target not in held:
+                raise ConfigError(
+                    f"caches.{number}.targets names {target!r}, but {store.path} holds {', '.join(held) or 'none'}; "
+                    "name one of these, or another store"
+                )
+        given.append(set(cache.targets or set(held) - named.union(*given)))
+    return given
+
+
+def _held(store: Store) -> list[str]:
+    return list(store.manifest.capture.get("targets", {}))
+
+
+def _check_losses(config: Config, sources: Sequence[Source]) -> None:
+    gives = {target for source in sources for target in source.targets}
+    for name in config.losses.active():
+        for target in LOSSES[name].targets:
+            if target in config.targets.cached() and target not in gives:
+                raise ConfigError(
+                    f"losses.{name} needs the target {target!r}, which no store of `caches` gives: "
+                    f"{_listed(sources)}; add a store that holds it, or remove the loss"
+                )
+
+
+def _listed(sources: Sequence[Source]) -> str:
+    return ", ".join(f"{source.store.path} gives {' and '.join(source.targets)}" for source in sources)
+
+
+Sample = tuple[Store, dict[str, np.ndarray]]
+
+
+def _check_same_sample(key: str, mine: Sample, theirs: Sample) -> None:
+    """Raise `JoinError` unless two stores hold a sample of the same tokens and images under a key."""
+    for what, one, other in _compared(key, mine, theirs):
+        if one != other:
+            raise JoinError(
+                f"sample {key!r}: its {what} in {theirs[0].path} are not those in {mine[0].path} "
+                f"({first_difference(other, one, ('there', 'here'))}); "
+                "the stores were cached from different data: cache one of them again, or leave it out of `caches`"
+            )
+
+
+def _compared(key: str, mine: Sample, theirs: Sample) -> Iterator[tuple[str, Sequence[Any], Sequence[Any]]]:
+    for what, name in (("token ids", "input_ids"), ("labels", "labels")):
+        yield what, mine[1][name].tolist(), theirs[1][name].tolist()
+    yield "images", mine[0].locate(key)[1].images, theirs[0].locate(key)[1].images
+
+
+def first_difference(
+    theirs: Sequence[Any], mine: Sequence[Any], names: tuple[str, str] = ("store", "mine")
+) -> str:
+    """Where two sequences begin to differ, and what each has there; of one that the other continues, the lengths."""
+    for position, (a, b) in enumerate(zip(theirs, mine, strict=False)):
+        if a != b:
+            return f"at position {position}: {names[0]} {str(a)[:16]}, {names[1]} {str(b)[:16]}"
+    return f"{names[0]} has {len(theirs)}, {names[1]} {len(mine)}"

@@ -1,0 +1,1 @@
+"""The student with its trained heads and adapters."""

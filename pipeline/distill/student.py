@@ -1,0 +1,248 @@
+"""Stage 2: train the student from the store, or several, with transformers.Trainer. No teacher weight is opened."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
+from functools import cache as once
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+from cache import Store
+from pipeline.config.config import Config
+from pipeline.config.provenance import mark_finished, save_provenance
+from pipeline.config.training_arguments import NO_FLOAT16, samples_per_step
+from pipeline.data.pairing import check_pair
+from pipeline.data.preparation import Preparation
+from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
+from pipeline.distill.join.recompute import load_recomputed
+from pipeline.distill.join.stores import open_stores, targets_read, teacher_facts
+from pipeline.distill.model.adapters import add_adapters
+from pipeline.distill.model.distiller import Distiller
+from pipeline.distill.training.processes import alone_in, check_together, is_first_process, num_processes
+from pipeline.distill.training.resuming import CORRECT_TRAIN
+from pipeline.distill.training.run_identity import RunIdentity
+from pipeline.distill.training.trainer import DistillTrainer
+from pipeline.distill.training.training_folder import (
+    FINISHED,
+    MODEL_FOLDER,
+    RESUME,
+    STATE_FILE,
+    Start,
+    is_finished,
+    remove_training,
+    start_of,
+)
+from pipeline.errors import ConfigError, TrainingStopped, building, writing
+from pipeline.losses.losses import LOSSES
+from pipeline.models.checkpoint import checkpoint_folder
+from pipeline.models.configuration import read_config
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+
+
+def train_student(config: Config, folder: Path, *, overwrite: bool = False) -> Path:
+    """Train one student into `folder` and return its model's folder, in MobileVLM's own layout, without heads.
+
+    A finished run of the same config, store and first weights is left as it is, one of others is replaced only with
+    `overwrite` (see `start_of`). Raises `FingerprintMismatch` before any weight is opened if a store is not what this
+    config would have cached. What the stores lack is told on stderr.
+    """
+    preparation = Preparation.of(config.student.model, config.data)
+    stores = open_stores(config, preparation)
+    targets, data = needed_targets(config), config.data
+    dataset = JoinedDataset(stores, data.shards, preparation, targets=targets, fraction=data.fraction)
+    for missing in dataset.missing:
+        print(f"on_missing: {config.on_missing}: {missing}", file=sys.stderr)
+    identity = RunIdentity.of(config, dataset)
+    if is_finished(folder, identity, samples_per_step(config.train, num_processes())):
+        return folder / MODEL_FOLDER
+    arguments = training_arguments(config, folder)
+    check_together(arguments.world_size)
+    with alone_in(folder) if is_first_process() else nullcontext():
+        return _train(config, folder, dataset, identity, arguments, overwrite=overwrite)
+
+
+class AfterFirstStep(TrainerCallback):
+    """Begins a training's folder once a step is done: one that cannot start leaves what was there as it is."""
+
+    def __init__(self, begin: Callable[[], None]):
+        self.begin = begin
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.begin()
+
+
+def _train(
+    config: Config,
+    folder: Path,
+    dataset: JoinedDataset,
+    identity: RunIdentity,
+    arguments: TrainingArguments,
+    *,
+    overwrite: bool,
+) -> Path:
+    samples = samples_per_step(config.train, num_processes())
+    if is_finished(folder, identity, samples):  # by another process, before this one held the folder
+        return folder / MODEL_FOLDER
+    start = start_of(config, folder, identity, samples=samples, overwrite=overwrite)
+    trainer = build_trainer(config, folder, dataset, identity=identity, arguments=arguments)
+
+    @once
+    def begin() -> None:
+        together = cast(PartialState, arguments.distributed_state)
+        together.wait_for_everyone()  # all have looked before one writes
+        if is_first_process():
+            _prepare_folder(folder, start)
+            _save_origin(folder, config, dataset)
+        together.wait_for_everyone()
+
+    trainer.add_callback(AfterFirstStep(begin))
+    with (
+        redirect_stdout(sys.stderr),
+        trainer.stop,
+    ):  # the Trainer prints its log; standard output is for results
+        trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
+        begin()  # of a training without steps
+        _finish(trainer, folder)
+    if trainer.is_world_process_zero():
+        made_of = {"made_of": identity.made_of, "samples_per_step": samples}
+        mark_finished(folder / FINISHED, identity.digest, config, **made_of)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.stop.is_asked:
+        raise TrainingStopped(
+            f"{folder}: trained to its end before {trainer.stop} stopped the rest; run the same command for what "
+            "follows",
+            trainer.stop.exit_code,
+        )
+    return folder / MODEL_FOLDER
+
+
+def _prepare_folder(folder: Path, start: Start) -> None:
+    """Nothing says finished while a training is under way; what is replaced is removed, and named."""
+    if start.replaces:
+        print(f"{folder}: training anew, removed {', '.join(remove_training(folder))}", file=sys.stderr)
+    (folder / FINISHED).unlink(missing_ok=True)
+
+
+def _finish(trainer: DistillTrainer, folder: Path) -> None:
+    """Write the trained student. Raises `TrainingStopped` if a signal ended the training before its end."""
+    done, whole = trainer.state.global_step, trainer.state.max_steps
+    if done < whole:
+        raise TrainingStopped(
+            f"{folder}: stopped by {trainer.stop} after step {done} of {whole}, checkpoint-{done} is written; run "
+            f"the same command with {RESUME} to resume",
+            trainer.stop.exit_code,
+        )
+    with writing(folder / MODEL_FOLDER):
+        trainer.save_student(folder / MODEL_FOLDER)
+    if trainer.is_world_process_zero():
+        with writing(folder / STATE_FILE):
+            trainer.state.save_to_json(str(folder / STATE_FILE))
+
+
+def _save_origin(folder: Path, config: Config, dataset: JoinedDataset) -> None:
+    stores = dataset.stores
+    save_provenance(
+        folder,
+        config,
+        stores=stores.to_json(),
+        allowed_mismatches=[asdict(difference) | {"store": path} for path, difference in stores.allowed],
+        missing=[asdict(missing) for missing in dataset.missing],
+    )
+
+
+def needed_targets(config: Config) -> dict[str, Any]:
+    """The stored targets that the configured losses read, by name."""
+    read = targets_read(config)
+    return {name: settings for name, settings in config.targets.cached().items() if name in read}
+
+
+def build_trainer(
+    config: Config,
+    folder: Path,
+    dataset: JoinedDataset,
+    *,
+    identity: RunIdentity,
+    arguments: TrainingArguments | None = None,
+) -> DistillTrainer:
+    """Student, heads, optimizer and data, seeded: runs that differ in losses alone see the same data order.
+
+    `identity` of the run goes into its checkpoints.
+    """
+    arguments, stores = arguments or training_arguments(config, folder), dataset.stores
+    with building(
+        f"student.model {config.student.model}", then="correct the `student` section, or train.seed"
+    ):
+        set_seed(arguments.seed)
+        student = load_student(config, *stores.opened)
+        if config.student.lora is not None:
+            add_adapters(student, config.student.lora)
+    reads_teacher = any(LOSSES[name].targets for name in config.losses.active())
+    missing = {name: stores.giving(name).store for name in dataset.lacking()}
+    recompute = (
+        load_recomputed(config, *stores.opened, device=arguments.device, missing=missing)
+        if reads_teacher
+        else None
+    )
+    distiller = Distiller(
+        student,
+        config.losses.active(),
+        facts=stores.facts(recompute.facts if recompute else {}),
+        patch_feature_cache_bytes=config.student.patch_feature_cache_bytes,
+        recompute=recompute,
+    )
+    with building("train: the trainer cannot be built", then=CORRECT_TRAIN):
+        return DistillTrainer(
+            model=distiller,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=JoinCollator(dataset.targets),
+            settings=config,
+            identity=identity,
+        )
+
+
+def load_student(config: Config, *stores: Store) -> MobileVLMForCausalLM:
+    """The student's first weights. Raises `ConfigError` if it cannot be held to the teacher of each store."""
+    shape = read_config(checkpoint_folder(config.student.model))
+    for store in stores:
+        check_pair(config, shape, teacher_facts(store), of=store.path)
+    student = MobileVLMForCausalLM.from_pretrained(config.student.model, dtype=config.student.dtype)
+    if config.student.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return student
+
+
+def training_arguments(config: Config, folder: Path) -> TrainingArguments:
+    """`train:` as transformers takes it; what it refuses becomes a `ConfigError`."""
+    given = {name: value for name, value in config.train.items() if name != "resume_from_checkpoint"}
+    ours: dict[str, Any] = {
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # Without a device accelerate connects processes only if asked for CPUs; else each would train by itself.
+        "use_cpu": num_processes() > 1 and not torch.accelerator.is_available(),
+    }
+    with building("train: transformers refuses these arguments", then=CORRECT_TRAIN):
+        arguments = TrainingArguments(output_dir=str(folder), **ours | given)
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()  # one that is not installed says so now, not after the weights are loaded
+    if arguments.fp16 and arguments.device.type == "cpu":  # here alone: elsewhere the config may be for a GPU
+        raise ConfigError(f"{NO_FLOAT16}, and there is no GPU here; set train.bf16, or neither")
+    return one_device_a_process(arguments)
+
+
+def one_device_a_process(arguments: TrainingArguments) -> TrainingArguments:
+    """Where a process sees several GPUs it takes the first; several are for several processes (torchrun).
+
+    Left alone, the Trainer would cut every batch into one piece a GPU, and the images do not lie sample by sample.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments

@@ -1,0 +1,1 @@
+"""The training: transformers' Trainer, resuming, signals and processes."""

@@ -1,0 +1,181 @@
+"""What a student's weights depend on: kept with a training, and compared, key by key, with what is asked now."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from cache import digest_of
+from pipeline.config.config import Config
+from pipeline.config.training_arguments import HOW_IT_RUNS, OF_THE_LOG
+from pipeline.distill.join.dataset import JoinedDataset
+from pipeline.distill.join.stores import TOKENS
+from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
+from pipeline.models.configuration import read_config
+
+NOT_SET = object()
+DIGEST = re.compile(r"[0-9a-f]{64}")
+SHOWN = 100  # characters of a value in a message
+
+STUDENT_SETTINGS = "student's config.json"
+PLACE_IN_A_LIST = re.compile(r"\[\d+\]")
+# Keys that name a place, by what is compared of what lies there: a moved copy is the same.
+SAYS_WHAT_IS_THERE: dict[str, tuple[str, ...]] = {
+    "cache.path": ("store", "samples"),
+    "caches.path": ("stores", "samples"),
+    "data.shards": ("samples",),
+    "student.model": ("first weights", STUDENT_SETTINGS),
+}
+
+# Schedules whose learning rate at a step does not depend on how many steps there are.
+OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key whose value was another one."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """All that weights depend on but the samples of a step, which a run under way may change.
+
+    `digest` is of settings, fingerprints and first weights; `made_of` is those by name, and what the stores hold.
+    """
+
+    digest: str
+    made_of: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, config: Config, dataset: JoinedDataset) -> RunIdentity:
+        read = {"cache"} if config.caches is None else {"caches", "on_missing"}
+        settings = config.model_dump(
+            mode="json", include={"student", "data", "targets", "losses", "train"} | read
+        )
+        for cache in settings.get("caches") or [settings["cache"]]:
+            del cache["mirror"], cache["mirror_bytes"]  # where bytes are kept changes none of them
+        left_out = OF_THE_LOG + HOW_IT_RUNS
+        settings["train"] = {name: value for name, value in settings["train"].items() if name not in left_out}
+        fingerprints = [store.manifest.fingerprint.to_json() for store in dataset.stores.opened]
+        stored: Any = fingerprints[0]
+        made_of = settings | (
+            {"store": fingerprints[0]} if config.caches is None else {"stores": fingerprints}
+        )
+        if config.caches is not None:  # of several teachers the config's is the stub's
+            stub = config.teacher.model if config.targets.recomputed() else None
+            missing = [missing.count for missing in dataset.missing]
+            stored = [fingerprints, missing, stub]
+            made_of |= {"missing": missing, "teacher": {"model": stub}}
+        first_weights = Checkpoint(config.student.model).digest()
+        samples = {"number": len(dataset), "contents": _contents(dataset)}
+        made_of |= {"samples": samples, "first weights": first_weights}
+        made_of[STUDENT_SETTINGS] = _config_digest(checkpoint_folder(config.student.model))
+        digest = digest_of([settings, stored, len(dataset), first_weights])
+        return cls(digest, json.loads(json.dumps(made_of)))
+
+    def changes(self, mark: Mapping[str, Any]) -> list[Change]:
+        """What differs from the training whose mark this is; of marks that list nothing, that something does."""
+        if isinstance(mark.get("made_of"), dict):
+            before = mark["made_of"]
+            changes = _changes(before, self.made_of)
+            return [change for change in changes if not self._is_none(change, before)]
+        known = mark.get("identity") == self.digest
+        return [] if known else [Change("settings, data or first weights", "others", "these")]
+
+    def _is_none(self, change: Change, before: Mapping[str, Any]) -> bool:
+        """Whether a key says the same in other words: transformers' default, or another place of equal contents."""
+        if change.key == STUDENT_SETTINGS and change.old is NOT_SET:  # a mark of an earlier version
+            return True
+        names = SAYS_WHAT_IS_THERE.get(PLACE_IN_A_LIST.sub("", change.key), ())
+        if names:
+            return all(name in before and before[name] == self.made_of.get(name) for name in names)
+        old, new = (_or_default(change.key, value) for value in (change.old, change.new))
+        return old is not NOT_SET and old == new
+
+    def may_lengthen(self, mark: Mapping[str, Any]) -> bool:
+        """Whether this is the same run with more steps, and none of those made would have been another one."""
+        changes = self.changes(mark)
+        return not changes or (is_longer(changes) and self.has_open_schedule())
+
+    def has_open_schedule(self) -> bool:
+        train = self.made_of["train"]
+        warm_up_is_a_share = 0 < (train.get("warmup_steps") or 0) < 1
+        return self.schedule() in OPEN_SCHEDULES and not warm_up_is_a_share
+
+    def schedule(self) -> str:
+        return self.made_of["train"].get("lr_scheduler_type", "linear")
+
+
+def is_longer(changes: Sequence[Change]) -> bool:
+    """Whether all that changed is that `max_steps`, or else the number of epochs, was raised."""
+    if len(changes) != 1 or changes[0].key not in ("train.max_steps", "train.num_train_epochs"):
+        return False
+    default = -1 if changes[0].key == "train.max_steps" else 3.0  # transformers' own
+    old, new = (default if value is NOT_SET else value for value in (changes[0].old, changes[0].new))
+    return 0 < old < new  # -1 steps: the epochs say how many
+
+
+def _or_default(key: str, value: Any) -> Any:
+    """A value, or transformers' default of a key of `train` that is not set."""
+    section, _, name = key.partition(".")
+    if value is not NOT_SET or section != "train":
+        return value
+    field = TrainingArguments.__dataclass_fields__.get(name)
+    if field is None:
+        return value
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _changes(old: Any, new: Any, key: str = "") -> Iterator[Change]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from _changes(
+                old.get(name, NOT_SET), new.get(name, NOT_SET), f"{key}.{name}" if key else name
+            )
+    elif isinstance(old, list) and isinstance(new, list) and _are_records(old, new):
+        for number, (one, other) in enumerate(zip(old, new, strict=True)):
+            yield from _changes(one, other, f"{key}[{number}]")
+    elif old != new:
+        yield Change(key, old, new)
+
+
+def _are_records(old: list[Any], new: list[Any]) -> bool:
+    return len(old) == len(new) and all(isinstance(entry, dict) for entry in [*old, *new])
+
+
+def _shown(value: Any) -> str:
+    if value is NOT_SET:
+        return "not set"
+    if isinstance(value, str):
+        return value[:12] if DIGEST.fullmatch(value) else value[:SHOWN]
+    return json.dumps(value)[:SHOWN]
+
+
+def _config_digest(folder: Path) -> str:
+    """Of a checkpoint's config.json, but for who wrote it."""
+    read_config(folder)  # says what is wrong with it
+    settings = json.loads((folder / "config.json").read_text())
+    return digest_of(
+        {name: settings[name] for name in settings.keys() - {"_name_or_path", "transformers_version"}}
+    )
+
+
+def _contents(dataset: JoinedDataset) -> str:
+    """Of the samples that the stores hold of the shards; not of teachers' numbers, which a repair may round anew."""
+    return digest_of([
+        {part: store.contents(part, TOKENS) for part in store.parts if part in dataset.shards}
+        for store in dataset.stores.opened
+    ])  # fmt: skip

@@ -1,0 +1,73 @@
+"""What is logged of the loss terms: their means since the last line, and each one's share of the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.distill.model.distiller import Terms
+
+
+@dataclass
+class TermLog:
+    """Sums and counts of every loss term since the last log line, in this process."""
+
+    totals: dict[str, float]
+    counts: dict[str, float]
+    coverage: float = 0.0
+    batches: int = 0
+
+    def add(self, terms: Terms) -> None:
+        for name, (total, count) in terms.terms.items():
+            self.totals[name] = self.totals.get(name, 0.0) + float(total.detach())
+            self.counts[name] = self.counts.get(name, 0.0) + float(count)
+        self.coverage += float(terms.coverage)
+        self.batches += 1
+
+    def sums(self, losses: Mapping[str, Any]) -> list[float]:
+        """All of it as numbers that can be added up over processes: `TermLog.of` reads them back."""
+        of_terms = [sums.get(name, 0.0) for name in losses for sums in (self.totals, self.counts)]
+        return [*of_terms, self.coverage, self.batches]
+
+    @classmethod
+    def of(cls, losses: Mapping[str, Any], sums: Sequence[float]) -> TermLog:
+        *of_terms, coverage, batches = sums
+        totals, counts = (dict(zip(losses, of_terms[n::2], strict=True)) for n in (0, 1))
+        return cls(totals, counts, coverage, int(batches))
+
+    def means(self, losses: Mapping[str, Any]) -> dict[str, float]:
+        """Per term the mean (`loss/x`) and its part of the whole (`loss/x_weighted`), and `kd/coverage`."""
+        entries = {}
+        for name, settings in losses.items():
+            mean = self.totals[name] / max(self.counts[name], 1.0)
+            entries |= {f"loss/{name}": mean, f"loss/{name}_weighted": settings.weight * mean}
+        return entries | {"kd/coverage": self.coverage / self.batches}
+
+
+def gradient_shares(
+    weighted: Mapping[str, torch.Tensor],
+    student: nn.Module,
+    *,
+    of_all: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> dict[str, float]:
+    """`gradient_share/x`: the norm of a weighted term's gradient in the student, over the sum of all terms' norms.
+
+    Of a step's last micro-batch, one extra backward pass a term; heads are left out, for labels have none. `of_all`
+    makes a process's gradient the sum over all processes: norms of parts would not add up to that of the whole.
+    """
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    norms = {}
+    for name, term in weighted.items():
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        if of_all is not None:  # zeros where this process has none: all must add up the same tensors
+            gradients = [
+                of_all(torch.zeros_like(p) if g is None else g)
+                for p, g in zip(parameters, gradients, strict=True)
+            ]
+        norms[name] = torch.stack([g.float().norm() for g in gradients if g is not None]).norm().item()
+    total = sum(norms.values())
+    return {f"gradient_share/{name}": norm / total if total else 0.0 for name, norm in norms.items()}

@@ -1,0 +1,232 @@
+"""The folder of a training: finished (of what), under way or empty; where in it a training begins."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.config import Config
+from pipeline.config.provenance import read_mark
+from pipeline.distill.training.run_identity import OPEN_SCHEDULES, Change, RunIdentity, is_longer
+from pipeline.distill.training.trainer import HEADS_FILE, RUN_FILE, TOKENIZER_FILES
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.configuration import read_config
+
+MODEL_FOLDER = "model"
+FINISHED = "finished.json"
+STATE_FILE = "trainer_state.json"  # transformers' own name for it
+OF_A_MODEL = ("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
+              *TOKENIZER_FILES)  # fmt: skip
+ANSWERS = "predictions.*"  # of the student, and what they were made from
+RESUME = "train.resume_from_checkpoint=true"
+ELSEWHERE = "give another output_dir"
+INSTEAD = f"{ELSEWHERE}, or --overwrite to train anew in its place"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training begins: at a checkpoint, or anew, in place of what is there if `replaces`."""
+
+    checkpoint: Path | None = None
+    replaces: bool = False
+
+
+def start_of(config: Config, folder: Path, identity: RunIdentity, *, samples: int, overwrite: bool) -> Start:
+    """Where to begin. What a training left in the folder is neither replaced nor mixed with another's unasked.
+
+    `samples` of a step: a run under way may change them. Raises `PipelineError` naming what differs, or how to
+    resume; `ConfigError` if a checkpoint is asked for that is none of this run.
+    """
+    check_inputs(config, folder)
+    mark, checkpoints = read_mark(folder / FINISHED), _asked_checkpoints(config, folder)
+    resumes = config.train.get("resume_from_checkpoint") not in (None, False)
+    finished_of = _changes_of_finished(mark, identity, samples) if mark else []
+    own = [file for file in checkpoints if identity.may_lengthen(read_mark(file / RUN_FILE))]
+    is_readable = bool(mark) or not (folder / FINISHED).exists()
+    if resumes and own and is_readable and (not finished_of or is_longer(finished_of)):
+        # Of runs that began anew in this folder the last; they may differ in the samples of a step.
+        return Start(checkpoint=max(own, key=lambda file: read_mark(file / RUN_FILE)["began"]))
+    is_empty = not (checkpoints or (folder / FINISHED).exists() or has_weights(folder))
+    if overwrite and config.train.get("resume_from_checkpoint") not in (None, False, True):
+        changes = identity.changes(read_mark(checkpoints[0] / RUN_FILE))
+        raise ConfigError(
+            f"train.resume_from_checkpoint: {checkpoints[0]} was {_made_with(changes, identity)}, and --overwrite "
+            f"would remove it; restore them, or {ELSEWHERE}"
+        )
+    if overwrite or is_empty:
+        return Start(replaces=not is_empty)
+    if not is_readable:
+        raise PipelineError(
+            f"{folder / FINISHED} cannot be read: what is trained there may be finished; restore it, {INSTEAD}"
+        )
+    if mark and not finished_of:
+        raise PipelineError(
+            f"{folder} holds this training, finished, but its model cannot be used: {model_fault(folder)}; "
+            f"restore it, {INSTEAD}"
+        )
+    if mark:
+        why = _why_no_longer(finished_of, identity, has_checkpoint=bool(own))
+        raise PipelineError(f"{folder} holds a finished training, {why}; {INSTEAD}")
+    if not checkpoints:
+        raise PipelineError(
+            f"{folder / MODEL_FOLDER} holds weights, and there is no {FINISHED} to say what they were trained with; "
+            f"{INSTEAD}"
+        )
+    changes = identity.changes(read_mark(checkpoints[0] / RUN_FILE))
+    if resumes:
+        raise ConfigError(
+            f"train.resume_from_checkpoint: {checkpoints[0]} was {_made_with(changes, identity)}; restore them, "
+            f"{INSTEAD}"
+        )
+    if own:
+        raise PipelineError(
+            f"{folder} holds {own[0].name} of this training; {RESUME} resumes it, --overwrite trains anew in "
+            "its place"
+        )
+    raise PipelineError(f"{checkpoints[0]} was {_made_with(changes, identity)}; {INSTEAD}")
+
+
+def is_finished(folder: Path, identity: RunIdentity, samples: int) -> bool:
+    """Whether the folder holds this very training, done, with its model."""
+    mark = read_mark(folder / FINISHED)
+    is_this = bool(mark) and not _changes_of_finished(mark, identity, samples)
+    return is_this and model_fault(folder) is None
+
+
+def holds_finished(folder: Path) -> bool:
+    """Whether a training came to its end here, of whatever settings, also if its mark is gone."""
+    return (folder / FINISHED).exists() or ((folder / STATE_FILE).exists() and has_weights(folder))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether weights lie where a training writes its student."""
+    patterns = ("*.safetensors", "pytorch_model*.bin")  # the second not of ours
+    return any(file for pattern in patterns for file in (folder / MODEL_FOLDER).glob(pattern))
+
+
+def model_fault(folder: Path) -> str | None:
+    """What keeps the student that was trained here from being read: a file that is missing, cut or foreign."""
+    model = folder / MODEL_FOLDER
+    try:
+        read_config(model)
+        Checkpoint(str(model)).check_files()
+    except ConfigError as error:
+        return str(error).split("; ")[0]  # what to do is another thing here
+    return None
+
+
+def check_inputs(config: Config, folder: Path) -> None:
+    """Raise `PipelineError` if what a training reads lies among what it writes, and may have to remove."""
+    places = [place.resolve() for place in (folder / MODEL_FOLDER, *_checkpoints(folder))]
+    for key, path in _inputs(config):
+        if any(file.is_relative_to(place) for file in _files_of(Path(path)) for place in places):
+            raise PipelineError(
+                f"{key} {path} lies among the model and checkpoints of {folder}, which a training there replaces; "
+                f"{ELSEWHERE}"
+            )
+
+
+def _inputs(config: Config) -> Iterator[tuple[str, str]]:
+    """Key and place of all that is read; of hub ids and URLs a place where nothing is."""
+    yield from (("student.model", config.student.model), ("teacher.model", config.teacher.model))
+    yield from (("cache.path", cache.path) for cache in config.all_caches())
+    held_out = {} if config.evaluate is None else config.evaluate.test_sets()
+    for key, shards in (
+        ("data.shards", config.data.shards),
+        *(("evaluate.shards", s) for s in held_out.values()),
+    ):
+        yield from ((key, shard) for shard in ([shards] if isinstance(shards, str) else shards))
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A place and the files right in it, links followed."""
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
+    return [file.resolve() for file in (path, *files)]
+
+
+def _changes_of_finished(mark: dict[str, Any], identity: RunIdentity, samples: int) -> list[Change]:
+    """What differs from a finished training, whose weights depend on the samples of a step, too."""
+    changes, before = identity.changes(mark), mark.get("samples_per_step")
+    return changes if before == samples else [*changes, Change("samples a step", before, samples)]
+
+
+def _made_with(changes: Sequence[Change], identity: RunIdentity) -> str:
+    return f"made with other settings: {_listed(changes)}{_no_other_length(changes, identity)}"
+
+
+def _why_no_longer(changes: Sequence[Change], identity: RunIdentity, *, has_checkpoint: bool) -> str:
+    """Why a finished training is not continued."""
+    if not is_longer(changes) or not identity.has_open_schedule():
+        return _made_with(changes, identity)
+    how = (
+        f"which {RESUME} makes longer"
+        if has_checkpoint
+        else "but without a checkpoint to make it longer from"
+    )
+    return f"{_listed(changes)}, {how}"
+
+
+def _no_other_length(changes: Sequence[Change], identity: RunIdentity) -> str:
+    """If the length of the run is all that differs, why that is not to be had."""
+    if [change.key for change in changes] not in (["train.max_steps"], ["train.num_train_epochs"]):
+        return ""
+    if not is_longer(changes):
+        return " (a run can be made longer, not shorter)"
+    return (
+        f" (a run cannot be made longer under train.lr_scheduler_type {identity.schedule()}: the learning rate of "
+        f"every step would have been another; it can under {', '.join(OPEN_SCHEDULES)}, with a warm-up in steps)"
+    )
+
+
+def _listed(changes: Sequence[Change]) -> str:
+    return ", ".join(str(change) for change in changes)
+
+
+def _asked_checkpoints(config: Config, folder: Path) -> list[Path]:
+    """The whole checkpoints of the folder, the newest first; if one is asked for by its path, that one."""
+    asked = config.train.get("resume_from_checkpoint")
+    if asked in (None, False, True):
+        return whole_checkpoints(folder)
+    if Path(asked).resolve().parent != folder.resolve() or not _is_whole(Path(asked)):
+        raise ConfigError(
+            f"train.resume_from_checkpoint: {asked} is no checkpoint of the run in {folder}; give `true` to resume "
+            "from the last checkpoint of each run"
+        )
+    return [Path(asked)]
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder that were written to their end, the newest first."""
+    return [file for file in _checkpoints(folder) if _is_whole(file)]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = {file.name.removeprefix("checkpoint-"): file for file in folder.glob("checkpoint-*")}
+    return [found[str(step)] for step in sorted((int(s) for s in found if s.isdigit()), reverse=True)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the file is there, and whole, that transformers writes last; and the heads, which it does not know."""
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return (checkpoint / HEADS_FILE).is_file()
+
+
+def remove_training(folder: Path) -> list[str]:
+    """Remove what a training left, and nothing else: mark, checkpoints, model, its answers. Returns their names."""
+    model = folder / MODEL_FOLDER
+    left = [folder / FINISHED, folder / STATE_FILE, *_checkpoints(folder), *folder.glob(ANSWERS)]
+    left += [file for pattern in OF_A_MODEL for file in model.glob(pattern)]
+    left = [file for file in left if file.exists()]
+    for file in left:  # the mark first: what is half removed is not finished
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    if model.is_dir() and not any(model.iterdir()):
+        model.rmdir()
+    return [str(file.relative_to(folder)) for file in left]

@@ -1,0 +1,1 @@
+"""What a checkpoint scores, and comparisons of checkpoints."""

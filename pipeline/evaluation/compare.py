@@ -1,0 +1,117 @@
+"""Models side by side: accuracy by question type, and a paired bootstrap interval of the difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache import digest_of
+from pipeline.errors import PipelineError
+from pipeline.evaluation.evaluate import Prediction, accuracy_by_type
+
+NUM_RESAMPLES = 10_000
+MIN_GAP = 0.005  # half a point between teacher and labels only: a share of less than that is noise
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Accuracy of one model minus another's on the same questions, with a 95% interval; shares, not percent.
+
+    `num_seeds` pairs of training runs, each pair from the same seed.
+    """
+
+    difference: float
+    low: float
+    high: float
+    num_questions: int
+    num_images: int
+    num_seeds: int = 1
+
+    def __str__(self) -> str:
+        return f"{100 * self.difference:+.2f} points, 95% interval [{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Which questions of a test set a model answered well: `correct` bool 'questions'.
+
+    `groups` int 'questions' is the number of a question's image; `questions` a digest of what was asked, in order.
+    """
+
+    questions: str
+    groups: np.ndarray
+    correct: np.ndarray
+
+    @classmethod
+    def of(cls, predictions: Sequence[Prediction]) -> Answered:
+        asked = [[p.test_set, p.key, p.answer, p.group] for p in predictions]
+        groups = np.unique([p.group for p in predictions], return_inverse=True)[1]
+        correct = np.array([p.correct for p in predictions], dtype=bool)
+        return cls(digest_of(asked), groups, correct)
+
+
+def questions_of(sets: Mapping[str, Sequence[Prediction]]) -> dict[str, str]:
+    """Test set -> digest of what was asked in it: equal where two models answered the same questions."""
+    return {test_set: Answered.of(predictions).questions for test_set, predictions in sets.items()}
+
+
+def paired_gain(ours: Sequence[Answered], theirs: Sequence[Answered], *, seed: int = 0) -> Gain:
+    """Bootstrap of paired runs, one pair for each training seed, with Student's t for the seeds, if several.
+
+    Images are resampled, since questions of one image are not independent. Another seed gives another student, and of
+    a few seeds a bootstrap makes too little: their mean is drawn from Student's t instead, with n - 1 degrees of
+    freedom. Raises `PipelineError` if the questions differ.
+    """
+    if len({run.questions for run in (*ours, *theirs)}) > 1:
+        raise PipelineError("the two models answered different questions; evaluate both on the same shards")
+    groups = ours[0].groups
+    gains = np.stack([a.correct.astype(float) - b.correct for a, b in zip(ours, theirs, strict=True)])
+    sums = np.stack([np.bincount(groups, weights=run) for run in gains])
+    sizes = np.bincount(groups)
+    low, high = np.quantile(_resampled_means(sums, sizes, seed=seed), [0.025, 0.975])
+    return Gain(float(gains.mean()), float(low), float(high), gains.shape[1], len(sizes), len(gains))
+
+
+def gap_closed(student: float, none: float, teacher: float) -> float | None:
+    """The share of the way from labels only to the teacher; None where the way is shorter than `MIN_GAP`."""
+    way = teacher - none
+    return (student - none) / way if round(way, 9) >= MIN_GAP else None
+
+
+def _resampled_means(sums: np.ndarray, sizes: np.ndarray, *, seed: int) -> np.ndarray:
+    """The mean gain for every resample of images ('seeds images'), one in memory at a time, plus the seeds' error."""
+    generator = np.random.default_rng(seed)
+    num_seeds, num_images = sums.shape
+
+    def resampled() -> float:
+        images = generator.integers(num_images, size=num_images)
+        of_seeds = sums[:, images].sum(axis=1) / sizes[images].sum()
+        if num_seeds == 1:
+            return of_seeds[0]
+        standard_error = of_seeds.std(ddof=1) / math.sqrt(num_seeds)
+        return of_seeds.mean() + standard_error * generator.standard_t(num_seeds - 1)
+
+    return np.array([resampled() for _ in range(NUM_RESAMPLES)])
+
+
+def accuracy_table(models: Mapping[str, Sequence[Prediction]]) -> str:
+    """Accuracy in percent, a row a model, a column a question type, the number of questions below the names."""
+    scores = {name: accuracy_by_type(predictions) for name, predictions in models.items()}
+    types = list(next(iter(scores.values())))
+    first = next(iter(scores.values()))
+    rows = [["accuracy, %", *types], ["questions", *(str(first[t][1]) for t in types)]]
+    rows += [[name, *(f"{100 * score[t][0]:.2f}" for t in types)] for name, score in scores.items()]
+    return text_table(rows, num_heads=2)
+
+
+def text_table(rows: Sequence[Sequence[str]], *, num_heads: int = 1) -> str:
+    """Rows as aligned text, the first column to the left, a line below the first `num_heads` rows."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in [*lines[:num_heads], "-" * len(lines[0]), *lines[num_heads:]])

@@ -1,0 +1,1 @@
+"""The demo and the emoji study: users of the product."""

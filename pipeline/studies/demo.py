@@ -1,0 +1,183 @@
+"""The demo's data and models: easy-VQA as LLaVA conversations, its tokenizer, and a small untrained student.
+
+    python -m pipeline.studies.demo data      runs/demo/data/{train,test}.json, from the package easy-vqa
+    python -m pipeline.studies.demo student   runs/demo/student, the teacher's tower below an untrained language model
+
+The teacher ships in `assets/demo_teacher`; `pipeline/studies/demo_teacher.py` made it.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import io
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from transformers.utils import logging
+
+from pipeline.data.conversation import TEMPLATES
+from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
+
+DATA = Path("runs/demo/data")
+TEACHER = Path("assets/demo_teacher")
+STUDENT = Path("runs/demo/student")
+
+IMAGE_SIZE = 64
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+
+TOWER: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": IMAGE_SIZE,
+    "patch_size": 8,
+    "projection_dim": 96,
+}
+VOCABULARY_SIZE = 512
+TEACHER_LANGUAGE: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+}
+STUDENT_LANGUAGE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+def model_config(language: dict[str, Any]) -> MobileVLMConfig:
+    """MobileVLM V2's config at demo size: 64 patches of an image become 4 x 4 vision tokens."""
+    return MobileVLMConfig(
+        **language,
+        vocab_size=VOCABULARY_SIZE,
+        max_position_embeddings=512,
+        # LLaMA's 0.02 is for thousands of channels; at these widths it leaves attention flat for an epoch.
+        initializer_range=0.07,
+        pad_token_id=0,
+        mm_vision_tower=None,
+        mm_vision_select_layer=-1,
+        mm_projector_grid=4,
+        vision_config=TOWER,
+    )
+
+
+def easy_vqa_folder() -> Path:
+    """Where the installed package easy-vqa keeps its images and questions."""
+    return Path(str(importlib.resources.files("easy_vqa"))) / "data"
+
+
+def questions(split: str) -> list[tuple[str, str, int]]:
+    """(question, answer, image number) of the published split, `train` or `test`."""
+    return [tuple(row) for row in json.loads((easy_vqa_folder() / split / "questions.json").read_text())]
+
+
+def question_type(answer: str) -> str:
+    """What kind of answer a question asks for."""
+    if answer in ("yes", "no"):
+        return "yes/no"
+    return "shape" if answer in SHAPES else "colour"
+
+
+def conversation(split: str, number: int, question: str, answer: str, image: int) -> dict[str, Any]:
+    """One question as a LLaVA record; `image` is relative to the folder of `easy_vqa_folder()`."""
+    return {
+        "id": f"easy-vqa-{split}-{image:04d}-{number:05d}",
+        "image": f"{split}/images/{image}.png",
+        "question_type": question_type(answer),
+        "conversations": [
+            {"from": "human", "value": f"<image>\n{question}"},
+            {"from": "gpt", "value": answer},
+        ],
+    }
+
+
+def conversations(split: str, *, num_images: int | None = None) -> list[dict[str, Any]]:
+    """The split as LLaVA records; of the first `num_images` images only, where given."""
+    return [
+        conversation(split, number, question, answer, image)
+        for number, (question, answer, image) in enumerate(questions(split))
+        if num_images is None or image < num_images
+    ]
+
+
+@app.command()
+def data(num_train_images: int | None = None) -> None:
+    """Write easy-VQA as LLaVA conversations, one JSON file a split."""
+    DATA.mkdir(parents=True, exist_ok=True)
+    for split, num_images in (("train", num_train_images), ("test", None)):
+        records = conversations(split, num_images=num_images)
+        (DATA / f"{split}.json").write_text(json.dumps(records, indent=1) + "\n")
+        print(f"{DATA / split}.json: {len(records)} conversations")
+
+
+@app.command()
+def images() -> None:
+    """Print the folder that the conversations' image paths start from."""
+    print(easy_vqa_folder())
+
+
+def train_tokenizer(texts: Iterable[str]) -> bytes:
+    """A LLaMA-style sentencepiece model (BPE with byte fallback, so any text has ids) of 512 pieces."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCABULARY_SIZE,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        character_coverage=1.0,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def write_tokenizer(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Train the demo's tokenizer on its own conversations and write `tokenizer.model`."""
+    texts = (TEMPLATES["v1"].render(record["conversations"]) for record in records)
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(texts))
+
+
+@app.command()
+def student(seed: int = 0) -> None:
+    """Write the demo's untrained student: the teacher's tower and tokenizer, a small random language model."""
+    logging.disable_progress_bar()
+    teacher = MobileVLMForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+    torch.manual_seed(seed)
+    model = MobileVLMForCausalLM(model_config(STUDENT_LANGUAGE))
+    model.model.vision_tower.load_state_dict(teacher.model.vision_tower.state_dict())
+    model.save_pretrained(STUDENT)
+    shutil.copy(TEACHER / "tokenizer.model", STUDENT)
+    print(f"{STUDENT}: {language_parameters(model):,} parameters in the language model")
+
+
+def language_parameters(model: MobileVLMForCausalLM) -> int:
+    """Parameters of embeddings, decoder layers and head: the model without tower and projector."""
+    vision = ("model.vision_tower.", "model.mm_projector.")
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(vision))
+
+
+if __name__ == "__main__":
+    app()

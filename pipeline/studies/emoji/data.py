@@ -1,0 +1,73 @@
+"""The study's five sets of scenes as LLaVA records and PNG files: what each may show, and how many there are.
+
+`train` and `validation` show the training concepts in three styles; each test set leaves that in one respect.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.studies.emoji.art import SEEN_STYLES, UNSEEN_STYLE, Art, read_art
+from pipeline.studies.emoji.concepts import Concept, all_concepts
+from pipeline.studies.emoji.scenes import Scene, ask, make_scene, paint
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """How many scenes, in which styles, of held-out concepts or of the others; `seed` makes them."""
+
+    num_images: int
+    seed: int
+    styles: tuple[str, ...] = SEEN_STYLES
+    held_out: bool = False
+
+
+SETS: dict[str, SceneSet] = {
+    "train": SceneSet(2400, seed=1),
+    "validation": SceneSet(300, seed=2),
+    "new_scene": SceneSet(200, seed=3),
+    "unseen_style": SceneSet(200, seed=4, styles=(UNSEEN_STYLE,)),
+    "unseen_concept": SceneSet(200, seed=5, held_out=True),
+}
+
+# Scenes that only the teacher trains on, drawn when it does: what it knows of them reaches no student as labels.
+TEACHER_SETS: dict[str, SceneSet] = {"train": SETS["train"], "extra": SceneSet(2400, seed=6)}
+
+
+def scenes_of(
+    name: str, scenes: SceneSet, concepts: Sequence[Concept]
+) -> Iterator[tuple[str, Scene, list[dict[str, Any]]]]:
+    """(picture's path, scene, its records) of a set, the same each time; `concepts` are all of the study's."""
+    allowed = [concept for concept in concepts if concept.held_out == scenes.held_out]
+    chance = random.Random(scenes.seed)
+    for number in range(scenes.num_images):
+        scene = make_scene(chance, allowed, scenes.styles)
+        key, image = f"{name}-{number:04d}", f"{name}/{number:04d}-{scene.style}.png"
+        yield image, scene, ask(chance, scene, allowed, key=key, image=image)
+
+
+def write_sets(sets: Mapping[str, SceneSet], *, packs: Path, output: Path) -> None:
+    """Draw sets of scenes with the art in `packs`, and say below `output` whose work it is."""
+    concepts = all_concepts()
+    art = read_art(packs, concepts)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "LICENSES.md").write_text(art.licenses)
+    for name, scenes in sets.items():
+        count = write_set(name, scenes, art=art, concepts=concepts, folder=output)
+        print(f"{output / name}.json: {count} questions about {scenes.num_images} pictures")
+
+
+def write_set(name: str, scenes: SceneSet, *, art: Art, concepts: Sequence[Concept], folder: Path) -> int:
+    """Write NAME.json and images/NAME/*.png under `folder`; returns how many records."""
+    (folder / "images" / name).mkdir(parents=True, exist_ok=True)
+    records: list[dict[str, Any]] = []
+    for image, scene, asked in scenes_of(name, scenes, concepts):
+        paint(scene, art).save(folder / "images" / image)
+        records += asked
+    (folder / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n")
+    return len(records)

@@ -1,0 +1,85 @@
+"""All questions about an image in one sequence: they share the prompt and the vision tokens before them.
+
+A question sees that prefix and itself, never another question, at the positions that it has alone: the same sums
+as one sample a question, at a quarter of the tokens. The teachers of the two studies are trained so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.data.conversation import tokenize
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+
+@dataclass(frozen=True)
+class ImageQuestions:
+    """An image's questions: the ids before the first difference, and each question's ids and labels after it."""
+
+    image: str
+    prefix: tuple[int, ...]
+    branches: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+def group_by_image(
+    records: Sequence[dict], tokenizer: PreTrainedTokenizerBase, *, template: str
+) -> list[ImageQuestions]:
+    """Tokenise single-question conversations and split each at the end of the prefix that all of them share."""
+    grouped: dict[str, list] = {}
+    for record in records:
+        sample = tokenize(record["conversations"], tokenizer, template=template)
+        grouped.setdefault(record["image"], []).append(sample)
+    columns = zip(*(sample.input_ids for samples in grouped.values() for sample in samples), strict=False)
+    cut = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return [
+        ImageQuestions(
+            image,
+            tuple(samples[0].input_ids[:cut]),
+            tuple((tuple(s.input_ids[cut:]), tuple(s.labels[cut:])) for s in samples),
+        )
+        for image, samples in grouped.items()
+    ]
+
+
+def shared_prefix_row(item: ImageQuestions, num_vision_tokens: int) -> list[tuple[int, int, int, int]]:
+    """(id, label, owner, position) of every merged position; a vision token has id -200, the prefix owner -1."""
+    at = item.prefix.index(IMAGE_TOKEN_INDEX)
+    ids = [*item.prefix[:at], *[IMAGE_TOKEN_INDEX] * num_vision_tokens, *item.prefix[at + 1 :]]
+    row = [(token, IGNORE_INDEX, -1, position) for position, token in enumerate(ids)]
+    for owner, (branch, labels) in enumerate(item.branches):
+        row += [
+            (t, label, owner, len(ids) + i) for i, (t, label) in enumerate(zip(branch, labels, strict=True))
+        ]
+    return row
+
+
+def answer_loss(
+    model: MobileVLMForCausalLM, chosen: list[ImageQuestions], patch_features: torch.Tensor
+) -> torch.Tensor:
+    """Mean cross entropy over the answers to all questions of some images; `patch_features` 'I M W'."""
+    rows = [shared_prefix_row(item, model.config.num_vision_tokens) for item in chosen]
+    length = max(map(len, rows))
+    padding = (0, IGNORE_INDEX, -2, 0)
+    columns = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+    ids, labels, owner, position = columns.unbind(dim=2)
+    is_vision = ids == IMAGE_TOKEN_INDEX
+    embeds = model.model.embed_tokens(ids.masked_fill(is_vision, 0))
+    embeds = embeds.masked_scatter(is_vision[:, :, None], model.encode_images(patch_features=patch_features))
+    order = torch.arange(length)
+    seen = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
+    hidden = model.model(
+        inputs_embeds=embeds,
+        attention_mask=(seen & (order <= order[:, None]))[:, None],
+        position_ids=position,
+        use_cache=False,
+    ).last_hidden_state
+    answers = labels[:, 1:] != IGNORE_INDEX
+    logits = model.lm_head(hidden[:, :-1][answers])
+    return nn.functional.cross_entropy(logits, labels[:, 1:][answers])

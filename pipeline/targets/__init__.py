@@ -1,0 +1,1 @@
+"""The targets: what is kept of a teacher."""

@@ -1,0 +1,1 @@
+"""Stage 1: shards through the teacher into a store."""

@@ -1,0 +1,297 @@
+"""One shard through the teacher into one part: longest samples first, and smaller batches where memory runs out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+
+from cache import PartSummary, PartWriter, RefusedValue, SampleEntry, Span, StoreWriter, TakenKeys
+from pipeline.config.config import Config
+from pipeline.data.conversation import TokenizedSample
+from pipeline.data.preparation import Preparation, pad_tokens
+from pipeline.data.shard_identity import shard_source
+from pipeline.data.shards import Rejected, Sample, part_name, read_shard, read_span
+from pipeline.errors import BadSample, ShardError
+from pipeline.models.stub import Teacher
+from pipeline.targets.targets import TARGETS, vision_array
+from pipeline.teacher_cache.longest_first import Prepared, longest_first
+from pipeline.teacher_cache.overlap import Behind
+from pipeline.teacher_cache.progress import Progress
+
+BATCHES_BEHIND = 2  # captured, but not encoded yet, that memory must hold
+DECODERS = min(8, os.cpu_count() or 1)
+Arrays = dict[str, np.ndarray]
+FIRST_BATCH_SIZE = {"cuda": 128, "cpu": 16}  # of `batch_size: auto`, which goes down from here and never up
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A shard whose samples are all in its part's writer, or rejected; what is left is to write it."""
+
+    shard: str
+    part: PartWriter
+    left: ExitStack  # of the writer
+    seen: int
+    seconds: float
+
+    def commit(self, capture: Capture, *, replace: bool = False, may_hold_fewer: bool = False) -> PartSummary:
+        """Publish the part; samples whose key another worker cached meanwhile are rejected, as one worker does."""
+        with self.left:
+            for key, part in self.part.taken_elsewhere():
+                self.part.withdraw(key, capture.reason_of(key, key_occurs_in(part), self.shard))
+                capture.progress.reject()
+            seconds = round(self.seconds, 3)
+            return self.part.commit(
+                seen=self.seen, seconds=seconds, replace=replace, may_hold_fewer=may_hold_fewer
+            )
+
+
+class Capture:
+    """Shards through the teacher, each into its part.
+
+    The images of the next batch are decoded, and the values of the last one encoded, beside the teacher's forward.
+    A batch that the memory cannot hold is tried once more, since memory may only have been in pieces; then it is
+    halved, here and for all that follows. A sample that does not fit alone is rejected with its size.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        teacher: Teacher,
+        preparation: Preparation,
+        progress: Progress,
+    ):
+        self.config = config
+        self.teacher = teacher
+        self.preparation = preparation
+        self.progress = progress
+        asked = config.teacher.batch_size
+        self.batch_size = FIRST_BATCH_SIZE.get(teacher.device.type, 16) if asked == "auto" else asked
+        self.shard = ""
+        # Vision tokens of the images of the batch at hand and of the one before: samples of one image are neighbours.
+        self.vision: dict[str, torch.Tensor] = {}
+        self.pixels: dict[str, Future[torch.Tensor]] = {}  # of images that are being decoded
+        # Place -> key of what was added, '' of what was rejected: a batch that is tried again leaves these alone.
+        self.settled: dict[int, str] = {}
+        self.starved: list[Prepared] = []  # captured, but memory ran out while their values were encoded
+
+    def run(self, store: StoreWriter, shard: str) -> Captured:
+        """Capture a shard, for `commit` to write; on any exception nothing of it is published."""
+        self.shard, self.vision, self.settled, self.pixels, self.starved = shard, {}, {}, {}, []
+        started = time.monotonic()
+        with ExitStack() as stack:
+            part = stack.enter_context(store.part(part_name(shard), source=shard_source(shard)))
+            prepared = longest_first(list(self._prepared(part, store.taken)))
+            num_seen = len(prepared) + len(self.settled)
+            if not num_seen:  # a file of nothing but zeros is a tar, too
+                raise ShardError(
+                    f"{shard} holds no sample; make or copy it again, or take it out of data.shards."
+                )
+            self.progress.begin_shard(shard, num_samples=num_seen, done=len(self.settled))
+            with Behind(limit=BATCHES_BEHIND) as self.behind, ThreadPoolExecutor(DECODERS) as self.decoders:
+                self._capture_all(prepared, part)
+            self.progress.captured_shard()
+            store.taken.expect(part_name(shard), [key for key in self.settled.values() if key])
+            return Captured(shard, part, stack.pop_all(), num_seen, time.monotonic() - started)
+
+    def _capture_all(self, prepared: Sequence[Prepared], part: PartWriter) -> None:
+        start = 0
+        while start < len(prepared):
+            batch = prepared[start : start + self.batch_size]  # which may fall on the way
+            start += len(batch)
+            self._capture_or_halve(batch, prepared[start : start + self.batch_size], part)
+            self.progress.advance(len(batch))
+        self.behind.finish()
+        starved, self.starved = self.starved, []
+        for item in starved:
+            self._capture_alone(item, part)
+
+    def _capture_alone(self, item: Prepared, part: PartWriter) -> None:
+        """Capture a sample whose values found no memory to be encoded in, with nothing else at work."""
+        self._capture_or_halve([item], [], part)
+        self.behind.finish()
+        if item.place not in self.settled:
+            self._reject_too_large(item, part, "memory ran out while its values were encoded")
+
+    def _prepared(self, part: PartWriter, taken: TakenKeys) -> Iterator[Prepared]:
+        """The shard's usable samples; the others are rejected here."""
+        items = read_shard(self.shard, max_pixels=self.config.data.max_image_pixels)
+        for place, item in enumerate(items):
+            try:
+                if isinstance(item, Rejected):
+                    raise BadSample(item.reason)
+                yield self._prepare(place, item, taken)
+            except BadSample as error:
+                self._reject(part, place, item.key, error)
+
+    def _prepare(self, place: int, sample: Sample, taken: TakenKeys) -> Prepared:
+        if (part := taken.other_part(sample.key, than=part_name(self.shard))) is not None:
+            raise key_occurs_in(part)
+        tokens = self.preparation.tokenize(sample.conversations)
+        # A shard's images may be gigabytes: they are read again, batch by batch.
+        without_images = replace(sample, images=())
+        return Prepared(place, without_images, tokens, self.preparation.merged_length(tokens.input_ids))
+
+    def _capture_or_halve(
+        self, batch: Sequence[Prepared], coming: Sequence[Prepared], part: PartWriter
+    ) -> None:
+        for is_last_try in (False, True):
+            try:
+                return self._capture(batch, coming, part)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+                self.behind.finish()  # what was settled, is
+                if is_last_try and len(batch) == 1:
+                    return self._reject_too_large(batch[0], part, reason)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        self.batch_size = half = (len(batch) + 1) // 2
+        self.progress.say(f"out of memory with {len(batch)} samples at once ({reason}); going on with {half}")
+        for some in (batch[:half], batch[half:]):
+            self._capture_or_halve(some, (), part)
+
+    def _reject_too_large(self, item: Prepared, part: PartWriter, reason: str) -> None:
+        images = len(item.sample.image_digests)
+        size = f"{item.length} positions, {images} image{'' if images == 1 else 's'}: {reason}"
+        self._reject(part, item.place, item.sample.key, BadSample("does not fit into memory", size))
+
+    def _capture(self, batch: Sequence[Prepared], coming: Sequence[Prepared], part: PartWriter) -> None:
+        """Forward a batch and hand over each sample's rows; a sample whose values a codec refuses is rejected."""
+        batch = self._encode([item for item in batch if item.place not in self.settled], part)
+        self._decode_ahead(coming)
+        if not batch:
+            return
+        digests = [digest for item in batch for digest in item.sample.image_digests]
+        vision = torch.stack([self.vision[digest] for digest in digests]) if digests else None
+        targets = self.config.targets.cached()
+        tokens, keys = [item.tokens for item in batch], [item.sample.key for item in batch]
+        captured = captured_arrays(self.teacher, targets, tokens, vision, keys=keys)
+        images = {digest: self._image_arrays(digest) for digest in digests if not part.has_image(digest)}
+        self.behind.do(lambda: self._add_all(batch, captured, images, part))
+
+    def _add_all(
+        self, batch: Sequence[Prepared], captured: list[Arrays], images: dict[str, Arrays], part: PartWriter
+    ) -> None:
+        """Encode a batch's values, in the thread behind. Where memory runs out the samples are noted, to be captured
+        again: raised here, the error would be taken for the next batch's."""
+        try:
+            for item, arrays in zip(batch, captured, strict=True):
+                arrays |= {
+                    "input_ids": np.array(item.tokens.input_ids),
+                    "labels": np.array(item.tokens.labels),
+                }
+                self._add(item, arrays, images, part)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.starved += [item for item in batch if item.place not in self.settled]
+
+    def _encode(self, batch: Sequence[Prepared], part: PartWriter) -> list[Prepared]:
+        """See to the vision tokens of the batch's images, each distinct image encoded once; the usable samples."""
+        self._decode_ahead(batch)
+        fresh: dict[str, torch.Tensor] = {}
+        usable = []
+        for item in batch:
+            try:
+                for digest in item.sample.image_digests:
+                    if digest not in self.vision:
+                        fresh[digest] = self.pixels[digest].result()
+                usable.append(item)
+            except BadSample as error:
+                self.behind.do(partial(self._reject, part, item.place, item.sample.key, error))
+        needed = {digest for item in usable for digest in item.sample.image_digests}
+        kept = {digest: vision for digest, vision in self.vision.items() if digest in needed}
+        if fresh := {digest: pixels for digest, pixels in fresh.items() if digest in needed}:
+            kept |= dict(
+                zip(fresh, self.teacher.encode_images(torch.stack(list(fresh.values()))), strict=True)
+            )
+        self.vision, self.pixels = kept, {}
+        return usable
+
+    def _decode_ahead(self, batch: Sequence[Prepared]) -> None:
+        """Have the images of a batch decoded, those that are neither encoded nor on their way."""
+        for item in batch:
+            for digest, span in zip(item.sample.image_digests, item.sample.image_spans, strict=True):
+                if digest not in self.vision and digest not in self.pixels:
+                    self.pixels[digest] = self.decoders.submit(self._preprocess, digest, span)
+
+    def _preprocess(self, digest: str, span: Span) -> torch.Tensor:
+        return self.preparation.preprocess(self._image(digest, span))
+
+    def _image(self, digest: str, span: Span) -> bytes:
+        data = read_span(self.shard, span)
+        if blake3(data).hexdigest() != digest:
+            raise ShardError(
+                f"{self.shard} changed while it was read: restore it, and run the command again."
+            )
+        return data
+
+    def _add(self, item: Prepared, arrays: Arrays, images: dict[str, Arrays], part: PartWriter) -> None:
+        sample = item.sample
+        try:
+            for digest in sample.image_digests:
+                if not part.has_image(digest):
+                    part.add_image(digest, images[digest])
+            entry = SampleEntry(sample.key, sample.image_digests, sample.image_spans, sample.json_span)
+            part.add(entry, arrays, place=item.place)
+        except RefusedValue as error:
+            self._reject(part, item.place, sample.key, BadSample("value that cannot be stored", str(error)))
+        else:
+            self.settled[item.place] = sample.key
+
+    def _image_arrays(self, digest: str) -> Arrays:
+        return vision_array(self.vision[digest]) if "vision" in self.config.targets.cached() else {}
+
+    def reason_of(self, key: str, error: BadSample, shard: str) -> str:
+        """Why a sample is rejected; where bad samples are to stop the run, it is raised."""
+        if self.config.data.on_bad_sample == "fail":
+            raise BadSample(
+                "a bad sample, and data.on_bad_sample is fail",
+                f"sample {key!r} of {shard}: {error.reason}",
+            ) from error
+        return error.reason
+
+    def _reject(self, part: PartWriter, place: int, key: str, error: BadSample) -> None:
+        part.reject(key, self.reason_of(key, error, self.shard), place=place)
+        self.settled[place] = ""
+        self.progress.reject()
+
+
+def key_occurs_in(part: str) -> BadSample:
+    """Of a sample whose key another shard's part holds: stage 2 joins by key, so it may occur once."""
+    return BadSample("key occurs in another shard", f"the part {part} holds it")
+
+
+def captured_arrays(
+    teacher: Teacher,
+    targets: Mapping[str, Any],
+    tokens: Sequence[TokenizedSample],
+    vision: torch.Tensor | None,
+    *,
+    keys: Sequence[str],
+) -> list[dict[str, np.ndarray]]:
+    """What the targets keep of each sample of a batch, float32 or integers; `vision` 'I N D' of all its images."""
+    forward = replace(teacher.forward(**pad_tokens(tokens), vision=vision), keys=keys)
+    captured: list[dict[str, np.ndarray]] = [{} for _ in tokens]
+    for name, settings in targets.items():
+        if (capture := TARGETS[name].capture) is not None:
+            for arrays, more in zip(captured, capture(settings, forward), strict=True):
+                arrays |= more
+    return captured
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on whatever device; torch's CPU allocator has no exception of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

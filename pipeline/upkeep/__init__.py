@@ -1,0 +1,1 @@
+"""Care of a teacher cache: plan, check, repair, slice, describe."""

@@ -275,6 +275,13 @@ def test_a_repair_reports_what_it_did_beside_what_it_could_not(copy):
     assert repair.recaptured == (PART,) and "shard-000000.tar is no tar file" in repair.broken[0]
 
 
+def test_a_copied_shard_makes_a_store_of_the_same_content(experiment, tmp_path):
+    shutil.copytree(experiment.shards, tmp_path / "shards", copy_function=shutil.copyfile)  # with other times
+    store = tmp_path / "store"
+    cache_teacher(experiment.config(tmp_path, f"cache.path={store}", f"data.shards={tmp_path}/shards"))
+    assert summarise(store).content == summarise(experiment.store).content
+
+
 def test_a_key_that_another_worker_published_meanwhile_is_rejected(experiment, tmp_path, monkeypatch):
     """The writer of the second shard began when the first had no part: it learns of the key at its commit."""
     configs = [

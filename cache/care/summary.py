@@ -130,11 +130,18 @@ def _metadata_bytes(spec: ArraySpec, files: dict[str, int]) -> int:
 
 
 def _content(store: Store, parts: list[FinishedPart]) -> str:
-    """Of all that readers see: what the store is for, what is planned, and the files of every part. Not of times."""
-    records = {part.record.part: [part.record.source, asdict(part.record.counts),
+    """Of all that readers see: what the store is for, what is planned, and the files of every part.
+
+    Not of times: neither how long a part took nor when its shard was copied (names in `source` that end in `_ns`).
+    """
+    records = {part.record.part: [_timeless(part.record.source), asdict(part.record.counts),
                                   {name: file.blake3 for name, file in part.record.files.items()}]
                for part in parts}  # fmt: skip
     return digest_of([store.manifest.contents_digest(), list(store.manifest.planned_parts), records])
+
+
+def _timeless(source: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in source.items() if not name.endswith("_ns")}
 
 
 def _bytes(store: Store, parts: list[FinishedPart]) -> int:

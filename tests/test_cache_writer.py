@@ -51,9 +51,9 @@ from cache import (
     UnreadableFile,
     UnsafeName,
     ValueOutOfRange,
-    durable,
     verify,
 )
+from cache.files import durable
 from cache.files.durable import hash_bytes
 from cache.format.records import Counts, FileRecord, PartRecord
 from cache.write.part_folder import PartFolder

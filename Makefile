@@ -144,6 +144,7 @@ check: lint types test ## lint, types, tests (docs are tested by the tests)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: $(READY)
 	$(BIN)/basedpyright

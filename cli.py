@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from pipeline.commands import experiments, inspect, reshape, share, stages, store
 
@@ -19,33 +21,42 @@ written and the same command with train.resume_from_checkpoint=true resumes; 130
 leaves a checkpoint, too.
 """
 
+COMMANDS = {
+    "Stages": (stages.pack, stages.teacher_cache, stages.distill, stages.evaluate),
+    "Experiments": (experiments.sweep, experiments.report),
+    "Store": (store.plan, store.info, store.verify, store.check, reshape.gc),
+    "Sharing": (share.push, share.pull, reshape.slice_, reshape.merge),
+}
+
+
+class CommandGroups(typer.core.TyperGroup):
+    """The list of commands in groups, each with the whole first line of its help."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        names = {heading: [_name(command) for command in group] for heading, group in COMMANDS.items()}
+        names["Experiments"].append("inspect")
+        for heading, group in names.items():
+            with formatter.section(heading):
+                formatter.write_dl([(n, self.commands[n].get_short_help_str(limit=1000)) for n in group])
+
+
+def _name(command: Callable[..., Any]) -> str:
+    return command.__name__.strip("_").replace("_", "-")
+
+
 app = typer.Typer(
+    cls=CommandGroups,
     add_completion=False,
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Distil a vision-language model in two offline stages: teacher-cache, then distill.\n\n"
     + EXIT_CODES,
 )
 
-for command in (
-    stages.pack,
-    stages.teacher_cache,
-    stages.distill,
-    stages.evaluate,
-    experiments.sweep,
-    experiments.report,
-    store.info,
-    store.verify,
-    store.check,
-    store.plan,
-    share.push,
-    share.pull,
-    reshape.merge,
-    reshape.gc,
-):
-    app.command()(command)
-app.command("slice")(reshape.slice_)
+for commands in COMMANDS.values():
+    for command in commands:
+        app.command(_name(command))(command)
 app.add_typer(inspect.app, name="inspect")
 
 
@@ -53,9 +64,31 @@ app.add_typer(inspect.app, name="inspect")
 def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, too.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print versions and stop.")] = False,
 ) -> None:
     """What every command takes, before its name."""
+    if version:
+        print(_versions())
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
     context.obj.debug = debug
+
+
+def _versions() -> str:
+    """alignkd's version, and those of Python and of the packages that decide numbers."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    packages = ", ".join(f"{name} {of(name)}" for name in ("torch", "transformers", "zarr"))
+    return f"alignkd {of('alignkd')} (Python {platform.python_version()}, {packages})"
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import typer
 from small_experiment import picture, snapshot, training_records
 
 import cli
@@ -364,3 +366,19 @@ def test_a_sweep_with_a_failed_run_prints_the_others_and_exits_with_1(alignkd, s
     vary = ["--vary", "train.learning_rate=1e-3,1e30", "--output", tmp_path / "sweep"]
     ran = alignkd("sweep", *settings, "train.max_steps=4", *vary)
     assert ran.code == 1 and "FAILED" in ran.err and "losses=none" in ran.out
+
+
+def test_the_version_names_what_decides_numbers(alignkd):
+    ran = alignkd("--version")
+    expected = r"alignkd \d\S* \(Python 3\.\d+\.\d+, torch \S+, transformers \S+, zarr \S+\)\n"
+    assert ran.code == 0 and re.fullmatch(expected, ran.out)
+
+
+def test_the_help_lists_every_command_once_in_its_group_with_its_whole_first_line(alignkd):
+    shown = alignkd("--help").out
+    assert [line.rstrip(":") for line in shown.splitlines() if re.fullmatch(r"\w+:", line)] == [
+        "Options", "Stages", "Experiments", "Store", "Sharing",
+    ]  # fmt: skip
+    listed = re.findall(r"^  ([a-z][a-z-]+)  ", shown, flags=re.M)
+    assert sorted(listed) == sorted(typer.main.get_command(cli.app).commands)
+    assert "..." not in shown.partition("Stages:")[2]

@@ -1,4 +1,4 @@
-"""What the system refuses to read is told as that, with what to do about it, and never as damage."""
+"""What the system refuses to read is reported as that, with what to do about it, and never as damage."""
 
 from __future__ import annotations
 

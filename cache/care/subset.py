@@ -21,8 +21,9 @@ from cache.format.documents import document_bytes
 from cache.format.layout import INDEX, REJECTS, part_path
 from cache.format.records import PartRecord, read_part_record
 from cache.format.schema import Manifest
+from cache.read.keys import KeyTable
 from cache.read.part_reader import FinishedPart
-from cache.read.reader import Store, index_keys
+from cache.read.reader import Store
 from cache.write.part_folder import PartFolder
 from cache.write.writer import StoreWriter
 
@@ -92,8 +93,9 @@ def _check_shared(sources: Sequence[Store]) -> None:
             path, known = seen.setdefault(name, (source.path, record))
             if known.files != record.files:
                 raise PartConflict(name, stores=(path, source.path))
-    keys = {name: source.entries(name) for source in sources for name in source.parts}
-    index_keys((name, [entry.key for entry in entries]) for name, entries in keys.items())
+    holders = {name: source for source in sources for name in source.parts}
+    # The table raises if two parts share a key.
+    KeyTable((name, holder.keys_of(name)) for name, holder in holders.items())
 
 
 def _copy(part: FinishedPart, writer: StoreWriter, *, replace_damaged: bool) -> None:

@@ -1,4 +1,4 @@
-"""Local files: read by ranges, which the system is told of before, and listed; refusals are `UnreadableFile`."""
+"""Local files: read by ranges, announced to the system first, and listed; refusals are `UnreadableFile`."""
 
 from __future__ import annotations
 

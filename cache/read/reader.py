@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,11 @@ class Store:
         self._read_indexes()
         index = self._part(part).index
         return [index.entry(sample) for sample in range(len(index.keys))]
+
+    def keys_of(self, part: str) -> Sequence[str]:
+        """The keys of the part's samples, in stored order."""
+        self._read_indexes()
+        return self._part(part).index.keys
 
     def num_samples(self, part: str) -> int:
         """How many samples the part holds."""
@@ -182,7 +187,7 @@ class Store:
     def _keys(self) -> KeyTable:
         if self._key_table is None:
             self._read_indexes()
-            self._key_table = index_keys((name, self._part(name).index.keys) for name in self.parts)
+            self._key_table = KeyTable((name, self._part(name).index.keys) for name in self.parts)
         return self._key_table
 
     def _read_indexes(self) -> None:
@@ -246,8 +251,3 @@ def finished_parts(path: Place, manifest: Manifest) -> dict[str, bytes | None]:
     names = manifest.planned_parts
     marks = find_ranges([Range(part_path(path, name) / PART_RECORD) for name in names])
     return {name: data for name, data in zip(names, marks, strict=True) if data is not None}
-
-
-def index_keys(parts: Iterable[tuple[str, Sequence[str]]]) -> KeyTable:
-    """Part and place of every key; DuplicateKey if two samples share one."""
-    return KeyTable(parts)

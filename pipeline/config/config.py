@@ -190,7 +190,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def overridden(config: Config, overrides: Sequence[str], *, where: str) -> Config:
-    """A config with overrides; `where` it is from is told in a `ConfigError`, as `load_config` raises it."""
+    """A config with overrides; `where` it is from is named in its `ConfigError`s, as by `load_config`."""
     return _checked(config.model_dump(mode="json"), overrides, where=where)
 
 

@@ -44,7 +44,7 @@ OURS: dict[str, str] = {
 
 NO_FLOAT16 = "train.fp16: a CPU does not train in float16"
 
-# Of `train`: how a run is told of and kept, which changes no weight.
+# Of `train`: how a run is logged and saved, which changes no weight.
 OF_THE_LOG = (
     "disable_tqdm",
     "logging_first_step",

@@ -52,7 +52,7 @@ def train_student(config: Config, folder: Path, *, overwrite: bool = False) -> P
 
     A finished run of the same config, store and first weights is left as it is, one of others is replaced only with
     `overwrite` (see `start_of`). Raises `FingerprintMismatch` before any weight is opened if a store is not what this
-    config would have cached. What the stores lack is told on stderr.
+    config would have cached. What the stores lack is reported on stderr.
     """
     preparation = Preparation.of(config.student.model, config.data)
     stores = open_stores(config, preparation)
@@ -104,10 +104,8 @@ def _train(
         together.wait_for_everyone()
 
     trainer.add_callback(AfterFirstStep(begin))
-    with (
-        redirect_stdout(sys.stderr),
-        trainer.stop,
-    ):  # the Trainer prints its log; standard output is for results
+    # The Trainer prints its log; standard output is for results.
+    with redirect_stdout(sys.stderr), trainer.stop:
         trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
         begin()  # of a training without steps
         _finish(trainer, folder)

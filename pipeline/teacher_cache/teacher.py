@@ -168,9 +168,8 @@ class _Run:
         with lease:
             try:
                 summary = captured.commit(capture, replace=replace, may_hold_fewer=self.may_hold_fewer)
-            except (
-                DuplicateKey
-            ):  # another worker published it in this very moment: capture without the sample
+            except DuplicateKey:
+                # Another worker published the key in this very moment: capture the shard without that sample.
                 self.again.append(shard)
             except HoldsFewer as error:
                 self.broken.append(str(error))

@@ -120,7 +120,7 @@ class JoinedDataset(Dataset[JoinedSample]):
         return len(self.rows)
 
     def lacking(self, index: int | None = None) -> frozenset[str]:
-        """The targets of a sample, or of any, that no store gave, to be made again beside the student."""
+        """The targets of a sample, or of any, that no store gave, to be recomputed during training."""
         lacks = self.rows.lacks if index is None else self.rows.lacks[[index]]
         lost = (
             source.targets

@@ -34,7 +34,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Join:
-    """The rows of a data set, what its stores lack of them, and of how many samples that is told."""
+    """The rows of a data set, and what its stores lack of them, with counts."""
 
     rows: Rows
     missing: tuple[Missing, ...]
@@ -48,15 +48,13 @@ def join_rows(stores: Stores, shards: Mapping[str, str], is_chosen: IsChosen | N
     """
     parts, absent = _parts(stores, shards)
     for store in stores.opened:
-        len(
-            store
-        )  # a key that occurs twice is told now, and processes forked from this one share the look-up
+        # A key that occurs twice is reported now, and processes forked from this one share the look-up.
+        len(store)
     rows = _union(stores, parts, is_chosen)
     counts = [
         _counted(stores, source, rows[int(lacks.argmax())], (int(lacks.sum()), len(rows)))
-        for source, lacks in zip(
-            stores.sources, rows.lacks.T, strict=False
-        )  # of one store alone there is none
+        # Of one store alone there is no column.
+        for source, lacks in zip(stores.sources, rows.lacks.T, strict=False)
         if lacks.any()
     ]
     if stores.on_missing == "skip":

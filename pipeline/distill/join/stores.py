@@ -147,8 +147,8 @@ def check_fingerprint(
 ) -> list[Difference]:
     """Compare, field by field, what a store holds with what the config asks; raises `FingerprintMismatch`.
 
-    Fields of the store's `allow_mismatch` may differ: they are told on stderr and returned. Only the settings of the
-    targets that are taken from it and that a loss reads count: it may hold others.
+    Fields of the store's `allow_mismatch` may differ: they are reported on stderr and returned. Only the settings
+    of the targets that are taken from it and that a loss reads count: it may hold others.
     """
     read = targets_read(config).intersection(source.targets)
     stored = _of_targets(source.store.manifest, read)

@@ -111,19 +111,10 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def _experiment(folder: Path) -> Any:
     """Three small shards and a small teacher; nothing of it opens a Zarr array, so that forks are sound."""
-    from conftest import LANGUAGE_MODEL, TOWER
     from small_experiment import build_experiment
+    from small_models import tiny_model
 
-    from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
-
-    def build(*, seed: int = 0, tower: dict[str, Any] | None = None, **changes: Any) -> Any:
-        import torch
-
-        torch.manual_seed(seed)
-        config = {**LANGUAGE_MODEL, "vision_config": TOWER | (tower or {})} | changes
-        return MobileVLMForCausalLM(MobileVLMConfig(**config)).eval()
-
-    return build_experiment(folder / "experiment", build)
+    return build_experiment(folder / "experiment", tiny_model)
 
 
 def _undisturbed(experiment: Any, store: Path) -> tuple[str, float, dict[str, int]]:

@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+import small_models
 import torch
 from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
@@ -29,28 +29,6 @@ settings.register_profile(
     "alignkd", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
 )
 settings.load_profile("alignkd")
-
-# Any of these can be changed by name; four patches a side pooled to N = 4 vision tokens.
-TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 56,
-    "patch_size": 14,
-    "projection_dim": 16,
-}
-LANGUAGE_MODEL = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "mm_projector_grid": 2,
-}
 
 
 @dataclass(frozen=True)
@@ -108,29 +86,14 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., MobileVLMConfig]:
-    """Builds a small config; keyword arguments change fields, `tower={...}` those of the tower."""
-
-    def build(*, tower: dict[str, Any] | None = None, **changes: Any) -> MobileVLMConfig:
-        return MobileVLMConfig(**{**LANGUAGE_MODEL, "vision_config": TOWER | (tower or {})} | changes)
-
-    return build
+    """The function `small_models.tiny_config`."""
+    return small_models.tiny_config
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_config) -> Callable[..., MobileVLMForCausalLM]:
-    """Builds a small random model in evaluation mode; weights large enough that attention is not uniform."""
-
-    def build(*, seed: int = 0, **changes: Any) -> MobileVLMForCausalLM:
-        model = MobileVLMForCausalLM(tiny_config(**changes))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.normal_(std=0.25, generator=generator)
-                if "norm.weight" in name or "layernorm.weight" in name:
-                    parameter.add_(1)
-        return model.eval()
-
-    return build
+def tiny_model() -> Callable[..., MobileVLMForCausalLM]:
+    """The function `small_models.tiny_model`."""
+    return small_models.tiny_model
 
 
 @pytest.fixture(scope="session")

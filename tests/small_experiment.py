@@ -76,7 +76,7 @@ def _write_models(small: Experiment, tiny_model: Callable[..., MobileVLMForCausa
     student.model.vision_tower.load_state_dict(teacher.model.vision_tower.state_dict())
     for model, folder in ((teacher, small.teacher), (student, small.student)):
         model.save_pretrained(folder)
-        write_tokenizer(folder, [*training_records(), *held_out_records(), *_filler()])
+        write_tokenizer(folder, tokenizer_records())
 
 
 def _settings(small: Experiment) -> dict[str, Any]:
@@ -143,6 +143,11 @@ def held_out_records() -> list[dict[str, Any]]:
         record("h4", ["1.png", "2.png"], ["<image>\n<image>\nWhich is blue?", "the first"]),
         one("h5", 5, "Is it a circle, a triangle or a line?", "circle") | {"question_type": "shape"},
     ]
+
+
+def tokenizer_records() -> list[dict[str, Any]]:
+    """The text that the tokenizer is trained on."""
+    return [*training_records(), *held_out_records(), *_filler()]
 
 
 def one(name: str, image: int, question: str, answer: str) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""A store and a checkpoint that an earlier version wrote are read, and used, as they were then."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import golden_experiment
+import numpy as np
+import pytest
+from golden_experiment import FOLDER
+
+from cache import verify
+from pipeline.config.config import load_config
+from pipeline.distill.student import train_student
+
+EXPECTED = json.loads((FOLDER / golden_experiment.EXPECTED).read_text())
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A copy of the folder, which is the working directory: its config has relative paths."""
+    folder = shutil.copytree(FOLDER, tmp_path / "experiment")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_the_store_says_what_it_said():
+    assert golden_experiment.store_facts(FOLDER / "store") == EXPECTED["store"]
+
+
+def test_the_store_has_no_fault():
+    report = verify(FOLDER / "store", deep=True)
+    assert report.problems == ()
+
+
+def test_the_store_holds_the_same_values():
+    stored, expected = (
+        golden_experiment.stored_arrays(FOLDER / "store"),
+        np.load(FOLDER / "expected_arrays.npz"),
+    )
+    assert stored.keys() == set(expected)
+    for name, array in stored.items():
+        assert array.dtype == expected[name].dtype, name
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_stage_2_trains_from_the_store(copy):
+    config = load_config(copy / "config.yaml", ["output_dir=fresh"])
+    train_student(config, copy / "fresh")
+    assert_close(golden_experiment.losses_of(copy / "fresh"), EXPECTED["losses"])
+
+
+def test_stage_2_resumes_from_the_checkpoint(copy):
+    config = load_config(copy / "config.yaml", ["train.resume_from_checkpoint=true"])
+    assert not (copy / "run" / "model").exists()
+    train_student(config, copy / "run")
+    history = json.loads((copy / "run" / "trainer_state.json").read_text())["log_history"]
+    assert "train_runtime" in history[-1] and history[-1]["step"] == 2
+    assert_close(golden_experiment.losses_of(copy / "run"), EXPECTED["losses"])
+
+
+def test_the_checkpoint_generates_the_same_ids():
+    assert golden_experiment.generate(FOLDER / "run" / "checkpoint-1") == EXPECTED["generated"]
+
+
+def assert_close(losses, expected):
+    """Compare the steps' loss terms; another version of torch may sum in another order."""
+    assert len(losses) == len(expected)
+    for mine, theirs in zip(losses, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3)

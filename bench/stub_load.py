@@ -98,20 +98,14 @@ def _load(checkpoint: str) -> dict[str, int]:
 
     from pipeline.models.checkpoint import Checkpoint
     from pipeline.models.configuration import read_config
-    from pipeline.models.stub import (
-        TeacherPlan,
-        _model_tensors,
-        deepest_layer,
-        load_teacher,
-        needed_tensors,
-        teacher_facts,
-    )
-    from pipeline.targets.targets import TARGETS
+    from pipeline.models.stub import load_teacher
+    from pipeline.models.teacher_plan import TeacherPlan, needed_tensors, teacher_facts
+    from pipeline.targets.targets import TARGETS, deepest_layer
 
     targets = {name: TARGETS[name].settings() for name in ("attention", "vision")}
     found, config = Checkpoint(checkpoint), read_config(Path(checkpoint))
     deepest = deepest_layer(targets)
-    names = needed_tensors(_model_tensors(config), config, deepest=deepest)
+    names = needed_tensors(config, deepest=deepest)
     # Not `plan_teacher`, which also hashes: what is hashed is read.
     plan = TeacherPlan(
         found, config, teacher_facts(checkpoint, config), targets, deepest, tuple(names), "", {}

@@ -20,7 +20,7 @@ from pipeline.models.broken_files import named_if_broken
 from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.models.stub import plan_teacher
+from pipeline.models.teacher_plan import plan_teacher
 from pipeline.targets.targets import LogitsTarget
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"

@@ -15,7 +15,8 @@ from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMConfig, MobileVLMForCausalLM
-from pipeline.models.stub import load_teacher, plan_teacher
+from pipeline.models.stub import load_teacher
+from pipeline.models.teacher_plan import plan_teacher
 from pipeline.targets.targets import LogitsTarget
 
 KINDS = ("bin", "sharded bin", "safetensors", "sharded safetensors")

@@ -15,7 +15,8 @@ from pipeline.models.efficientnet import (
     SameConvolution,
 )
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMForCausalLM
-from pipeline.models.stub import load_teacher, plan_teacher
+from pipeline.models.stub import load_teacher
+from pipeline.models.teacher_plan import plan_teacher
 from pipeline.shapes import ShapeError
 from pipeline.targets.targets import AttentionTarget, LogitsTarget, VisionTarget
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ConfigError
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMForCausalLM
-from pipeline.models.stub import load_teacher, plan_teacher
+from pipeline.models.stub import load_teacher
+from pipeline.models.teacher_plan import plan_teacher
 from pipeline.positions import IMAGE_TOKEN_INDEX
 from pipeline.targets.targets import AttentionTarget, LogitsTarget, VisionTarget
 

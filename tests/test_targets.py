@@ -13,7 +13,8 @@ from cache import CODECS
 from cache.format.codecs import decode_rows, encode_rows
 from pipeline.errors import ConfigError
 from pipeline.losses.losses import LOSSES
-from pipeline.models.stub import load_teacher, plan_teacher, teacher_facts
+from pipeline.models.stub import load_teacher
+from pipeline.models.teacher_plan import plan_teacher, teacher_facts
 from pipeline.positions import IMAGE_TOKEN_INDEX
 from pipeline.targets.targets import (
     TARGETS,

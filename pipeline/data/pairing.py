@@ -9,7 +9,7 @@ from pipeline.data.preparation import Preparation
 from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import checkpoint_folder, small_files
 from pipeline.models.configuration import MobileVLMConfig, read_config
-from pipeline.models.stub import teacher_facts
+from pipeline.models.teacher_plan import teacher_facts
 from pipeline.targets.targets import TeacherFacts
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from cache import Store
 from pipeline.config.config import Config
 from pipeline.models.checkpoint import WEIGHT_FILES, Checkpoint, digest_of_tensors
-from pipeline.models.stub import whole_groups
+from pipeline.models.teacher_plan import whole_model_digests
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", *WEIGHT_FILES)
 
@@ -19,7 +19,7 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
     known = checkpoint.tensor_digests(checkpoint.names())
     return {
         "digest": digest_of_tensors(known),
-        "groups": whole_groups(checkpoint.folder, known),
+        "groups": whole_model_digests(checkpoint.folder, known),
         "files": _signs(checkpoint.folder),
     }
 

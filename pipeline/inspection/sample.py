@@ -38,7 +38,8 @@ from pipeline.losses.losses import (
 )
 from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
-from pipeline.models.stub import load_teacher, plan_teacher
+from pipeline.models.stub import load_teacher
+from pipeline.models.teacher_plan import plan_teacher
 from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots, find_slots
 from pipeline.targets.targets import TARGETS, AttentionTarget, TeacherFacts
 

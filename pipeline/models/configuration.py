@@ -33,7 +33,7 @@ KNOWN_TOWERS: dict[str, dict[str, Any]] = {
 }
 
 
-ITS_CONFIG = "use the config.json that belongs to the checkpoint"
+USE_ITS_CONFIG = "use the config.json that belongs to the checkpoint"
 
 
 class MobileVLMConfig(LlamaConfig):
@@ -137,7 +137,7 @@ def read_config(folder: Path) -> MobileVLMConfig:
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; name a folder that holds a MobileVLM V2 checkpoint")
     try:
-        with named_if_broken(file, kind="a MobileVLM V2 config", then=ITS_CONFIG):
+        with named_if_broken(file, kind="a MobileVLM V2 config", then=USE_ITS_CONFIG):
             return MobileVLMConfig.from_pretrained(folder)
     except ConfigError as error:
         if str(error).startswith(str(file)):

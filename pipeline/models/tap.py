@@ -1,8 +1,8 @@
-"""The tap: text-to-vision attention of chosen layers, computed beside SDPA for the rows asked for.
+"""The tap: text-to-vision attention of chosen decoder layers, with gradient.
 
-A layer's attention needs its input, its norm, q and k alone. So the model runs SDPA everywhere, and the tap
-recomputes softmax(q k^T) of a layer for the text rows, keeping the vision columns: equal to the eager rows,
-with gradient, and never more than one layer's 'B H T S' at a time.
+The model runs SDPA, which returns no attention. The tap recomputes softmax(q k^T) of a layer from the layer's
+input, norm, q and k: the text rows alone, of which it keeps the vision columns. The values equal those of eager
+attention, and only one layer's 'B H T S' is in memory at a time.
 """
 
 from __future__ import annotations
@@ -19,20 +19,34 @@ from pipeline.models.merge import MergedInputs
 from pipeline.positions import Slots
 
 
+class _LayerReached(Exception):  # noqa: N818 - it ends a forward, and is no error
+    """The forward reached the layer that it was to stop at."""
+
+
 @contextmanager
-def record_layer_inputs(layers: nn.ModuleList, chosen: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Within the context, a forward leaves the input 'B S D' of every chosen layer in the dict it yields."""
+def record_layer_inputs(
+    layers: nn.ModuleList, chosen: Iterable[int], *, stop_at: int | None = None
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Yield a dict that a forward in the context fills with the input 'B S D' of each chosen layer.
+
+    With `stop_at` the forward ends there: neither that layer nor anything after it runs, so that their weights need
+    not be loaded. The statement in the context is then left without a result.
+    """
     inputs: dict[int, torch.Tensor] = {}
 
     def keep(index: int):
         def hook(_module, args, kwargs):
             inputs[index] = args[0] if args else kwargs["hidden_states"]
+            if index == stop_at:
+                raise _LayerReached
 
         return hook
 
     handles = [layers[index].register_forward_pre_hook(keep(index), with_kwargs=True) for index in chosen]
     try:
         yield inputs
+    except _LayerReached:
+        pass
     finally:
         for handle in handles:
             handle.remove()
@@ -41,9 +55,9 @@ def record_layer_inputs(layers: nn.ModuleList, chosen: Iterable[int]) -> Iterato
 def attention_of_layers(
     body: Any, inputs: Mapping[int, torch.Tensor], merged: MergedInputs
 ) -> dict[int, torch.Tensor]:
-    """Text-to-vision attention of every layer whose input was recorded, by layer: float32 'B H T J' each.
+    """Return the text-to-vision attention of every layer whose input was recorded: layer -> float32 'B H T J'.
 
-    `body` is the LLaMA body (`layers`, `rotary_emb`); its sequence begins at position 0.
+    `body` is the LLaMA body (`layers`, `rotary_emb`). Its sequence begins at position 0.
     """
     length, device = merged.attention_mask.shape[1], merged.attention_mask.device
     position_embeddings = body.rotary_emb(merged.inputs_embeds, torch.arange(length, device=device)[None])
@@ -67,12 +81,12 @@ def text_to_vision_attention(
     attention_mask: torch.Tensor,
     slots: Slots,
 ) -> torch.Tensor:
-    """Attention of a decoder layer's text rows to the vision columns: float32 'B H T J'.
+    """Return the attention of a decoder layer's text rows to the vision columns: float32 'B H T J'.
 
-    Each row is a softmax over ALL keys that it may see (causal, unpadded); only the vision columns are
-    returned, so a row sums to the mass that the text position puts on the image. Rows and columns that
-    are padding (-1 in `slots`) are zero. `hidden_states` 'B S D' is the layer's input, before its norm;
-    `position_embeddings` are rotary cos and sin 'B|1 S D/H'; `attention_mask` bool 'B S'.
+    Each row is a softmax over all keys that it may see (causal, unpadded). Only the vision columns are returned, so a
+    row sums to the share of attention that falls on the image. Padding rows and columns (-1 in `slots`) are zero.
+    `hidden_states` 'B S D' is the layer's input, before its norm; `position_embeddings` are rotary cos and sin
+    'B|1 S D/H'; `attention_mask` is bool 'B S'.
     """
     self_attention: Any = layer.self_attn
     query_rows = slots.text.clamp(min=0)
@@ -88,7 +102,7 @@ def text_to_vision_attention(
 
 
 def _rotated_query_and_key(layer, hidden_states, position_embeddings, query_rows):
-    """Query of the rows 'B H T h' and key of all positions 'B H S h', rotary applied, key heads repeated."""
+    """Return the rows' query 'B H T D/H' and all positions' key 'B H S D/H', rotary applied, key heads repeated."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden_states)
     rows = query_rows[:, :, None]

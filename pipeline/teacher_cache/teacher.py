@@ -27,7 +27,8 @@ from pipeline.data.pairing import check_student
 from pipeline.data.preparation import Preparation, capture_settings
 from pipeline.data.shards import expand_shards, part_name
 from pipeline.errors import ConfigError, ShardError
-from pipeline.models.stub import TeacherPlan, load_teacher, plan_teacher
+from pipeline.models.stub import load_teacher
+from pipeline.models.teacher_plan import TeacherPlan, plan_teacher
 from pipeline.targets.targets import TARGETS
 from pipeline.teacher_cache.capture import Capture, Captured
 from pipeline.teacher_cache.overlap import Behind

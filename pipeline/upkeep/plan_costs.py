@@ -16,7 +16,8 @@ from pipeline.data.conversation import TokenizedSample
 from pipeline.data.preparation import pad_tokens
 from pipeline.data.shards import Sample, read_shard
 from pipeline.errors import BadSample
-from pipeline.models.stub import Teacher, load_teacher, plan_teacher
+from pipeline.models.stub import Teacher, load_teacher
+from pipeline.models.teacher_plan import plan_teacher
 from pipeline.targets.targets import TARGETS
 from pipeline.teacher_cache.teacher import CapturePlan
 

@@ -21,7 +21,8 @@ from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import TOWER_PREFIX
-from pipeline.models.stub import Teacher, TeacherPlan, load_teacher, plan_teacher
+from pipeline.models.stub import Teacher, load_teacher
+from pipeline.models.teacher_plan import TeacherPlan, plan_teacher
 from pipeline.positions import IMAGE_TOKEN_INDEX, text_rows
 from pipeline.targets.targets import TARGETS, TeacherFacts
 

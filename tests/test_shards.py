@@ -16,6 +16,7 @@ from PIL import Image
 from small_experiment import write_shard
 
 from pipeline.data.shards import Rejected, Sample, expand_shards, read_shard, read_span
+from pipeline.data.tars import MAX_MEMBER_BYTES
 from pipeline.errors import ShardError
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
@@ -208,9 +209,13 @@ def test_a_linked_or_sparse_member_is_no_image(tmp_path):
     ]
 
 
-def test_a_huge_member_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.data.tars.MAX_MEMBER_BYTES", 100)
-    (rejected,) = read_members(tmp_path, ("k.json", record(TEXT_TURNS, padding="x" * 200)))
+def test_a_huge_member_is_not_read(tmp_path):
+    header = tarfile.TarInfo("k.json")
+    header.size = MAX_MEMBER_BYTES + 512
+    with open(tmp_path / "a.tar", "wb") as file:
+        file.write(header.tobuf())
+        file.truncate(512 + header.size + 1024)  # zeros that take no space on the disk
+    (rejected,) = read_shard(tmp_path / "a.tar")
     assert isinstance(rejected, Rejected) and rejected.reason.startswith("file too large: k.json, ")
 
 

@@ -1,4 +1,4 @@
-"""LLaVA annotations (JSON list or JSONL) to checked records; a bad entry comes with its reason."""
+"""LLaVA annotations (a JSON list, or JSONL) as checked records; a bad entry comes with its reason."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import json
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.conversation import check_conversations
 from pipeline.data.media import check_media
+from pipeline.data.pack_images import State
 from pipeline.data.shards import parse_record
 from pipeline.errors import BadSample, PackError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+Entries = Iterator[tuple[int, Any]]
 
 
 @dataclass(frozen=True)
 class Record:
-    """One good entry. `line` counts a JSONL file's lines or a JSON list's entries, from 1.
+    """A good entry.
 
-    `id` is the entry's own, or else made of file and line; `repeat` counts the entries with this id, from 1.
-    `fields` is the entry as it was; `images` are its image paths below the image folder.
+    `line` counts the lines of JSONL or the entries of a JSON list, from 1. `id` is the entry's own, else made of file
+    name and line; `repeat` counts the entries with this id, from 1. `fields` is the entry unchanged. `images` are its
+    image paths, relative to the image folder.
     """
 
     line: int
@@ -36,30 +39,30 @@ class Record:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """One entry that cannot be used, with its id if it is an object."""
+    """A bad entry and its reason; `id` is None where the entry is no object or its id is no text.
+
+    `images` are the images that are the reason, each with the state of its file when it was read.
+    """
 
     line: int
     id: str | None
     error: BadSample
+    images: Mapping[str, State] = field(default_factory=dict)
 
 
 def read_annotations(path: Path, image_folder: Path) -> Iterator[Record | BadRecord]:
-    """Every entry in order, good or bad: what becomes of one changes no other's id or `repeat`.
+    """Yield every entry in order, good or bad; a bad entry changes no other entry's id or `repeat`.
 
-    `.jsonl` and `.ndjson` are read line by line, anything else as one JSON list. Raises `PackError` if the
-    file as a whole cannot be read. Image files are not looked at.
+    Opens no image file. Raises `PackError` if the file as a whole cannot be read.
     """
-    if not path.is_file():
-        raise PackError(f"No annotations at {path}; name a LLaVA JSON or JSONL file.")
-    entries = _lines(path) if path.suffix.lower() in (".jsonl", ".ndjson") else _list(path)
     repeats: Counter[str] = Counter()
-    for line, entry in entries:
+    for line, entry in READERS.get(path.suffix.lower(), _read_list)(path):
         identity = None
         try:
             fields = _object(entry)
-            identity = _id(fields, made=f"{path.stem}-{line}")
+            identity = _id(fields, default=f"{path.stem}-{line}")
             repeats[identity] += 1
-            images = image_paths(fields.get("image"), image_folder)
+            images = _image_paths(fields.get("image"), image_folder)
             check_media(fields, num_images=len(images))
             check_conversations(fields.get("conversations"), num_images=len(images))
         except BadSample as error:
@@ -68,7 +71,10 @@ def read_annotations(path: Path, image_folder: Path) -> Iterator[Record | BadRec
             yield Record(line, identity, repeats[identity], fields, images)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadSample]]:
+# Formats: each reader yields (line, entry), where an entry that cannot be parsed is a `BadSample`.
+
+
+def _read_lines(path: Path) -> Entries:
     _check_is_no_list(path)
     with open(path, "rb") as file:
         for line, text in enumerate(file, start=1):
@@ -81,7 +87,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadSample]]:
 
 
 def _check_is_no_list(path: Path) -> None:
-    """Raise `PackError` for one JSON list: line by line it would be as many broken entries as it has lines."""
+    """Raise `PackError` for a JSON list: read line by line, each of its lines would be a broken entry."""
     with open(path, "rb") as file:
         lines = (text.removeprefix(BYTE_ORDER_MARK).strip() for text in file)
         filled = (text for text in lines if text)
@@ -90,7 +96,7 @@ def _check_is_no_list(path: Path) -> None:
         raise PackError(f"{path} holds one JSON list, not an entry a line; name it .json.")
 
 
-def _list(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_list(path: Path) -> Entries:
     try:
         entries = json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
@@ -98,13 +104,19 @@ def _list(path: Path) -> Iterator[tuple[int, Any]]:
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
             "correct it, or name it .jsonl if each line is an entry of its own."
         ) from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, or nested or long beyond reason
+    except (ValueError, RecursionError) as error:  # not UTF-8, or nested too deeply
         raise PackError(f"{path} is not valid JSON: {error}; save it as UTF-8.") from error
     if not isinstance(entries, list):
         raise PackError(
             f"{path} must be a JSON list of entries, found {type(entries).__name__}; wrap it in [ ]."
         )
     yield from enumerate(entries, start=1)
+
+
+READERS = {".jsonl": _read_lines, ".ndjson": _read_lines}  # every other file is read as one JSON list
+
+
+# Fields of an entry
 
 
 def _object(entry: Any) -> dict[str, Any]:
@@ -115,11 +127,10 @@ def _object(entry: Any) -> dict[str, Any]:
     return entry
 
 
-def _id(fields: dict[str, Any], *, made: str) -> str:
-    """The entry's id as text, or `made` if it has none."""
+def _id(fields: dict[str, Any], *, default: str) -> str:
     value = fields.get("id")
     if value is None or value == "":
-        value = made
+        value = default
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadSample("id is no text", f"found {reprlib.repr(value)}")
     if not _is_unicode(str(value)):
@@ -127,15 +138,15 @@ def _id(fields: dict[str, Any], *, made: str) -> str:
     return str(value)
 
 
-def image_paths(value: Any, image_folder: Path) -> tuple[str, ...]:
-    """The paths of `image` (one, a list of them, or none), each below the image folder."""
+def _image_paths(value: Any, image_folder: Path) -> tuple[str, ...]:
+    """Return the paths of `image` (one path, a list of them, or none), relative to the image folder."""
     paths = value if isinstance(value, list) else [value]
     if all(path is None or path == "" for path in paths):
         return ()
     for path in paths:
         if not isinstance(path, str) or not path or "\0" in path or not _is_unicode(path):
             raise BadSample("image is no path", reprlib.repr(path))
-    return tuple(_below(path, image_folder) for path in paths)
+    return tuple(_relative(path, image_folder) for path in paths)
 
 
 def _is_unicode(text: str) -> bool:
@@ -146,21 +157,16 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _below(path: str, image_folder: Path) -> str:
-    """A path from the image folder on; raises `BadSample` if it is elsewhere."""
+def _relative(path: str, image_folder: Path) -> str:
     normal = os.path.normpath(path)
     if os.path.isabs(normal):
-        normal = _from_folder(normal, image_folder)
-    # By the text alone: folders inside the image folder may well be links to other disks.
+        # The path and the folder may each be written with or without symbolic links.
+        given, real = os.path.abspath(image_folder), os.path.realpath(image_folder)
+        for folder, spelling in ((given, normal), (real, normal), (real, os.path.realpath(normal))):
+            if os.path.commonpath([folder, spelling]) == folder:
+                normal = os.path.relpath(spelling, folder)
+                break
+    # Symbolic links are not followed here: a folder inside the image folder may link to another disk.
     if os.path.isabs(normal) or normal.split("/")[0] == ".." or normal == ".":
         raise BadSample("image path leaves the image folder", normal[:200])
     return normal
-
-
-def _from_folder(path: str, image_folder: Path) -> str:
-    """An absolute path below the image folder, however either is written, from there on; others as they are."""
-    given, real = os.path.abspath(image_folder), os.path.realpath(image_folder)
-    for folder, spelling in ((given, path), (real, path), (real, os.path.realpath(path))):
-        if os.path.commonpath([folder, spelling]) == folder:
-            return os.path.relpath(spelling, folder)
-    return path

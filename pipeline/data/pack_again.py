@@ -1,8 +1,7 @@
-"""Packing again over a finished pack: the new one is written beside it, and takes its place when it is whole.
+"""`pack --again` over a finished pack: the new pack is written beside the old one and replaces it when finished.
 
-Until then the old one stays, so packing again needs twice the room. The rename of `again.unfinished` to
-`again.finished` decides: whatever ends the run before leaves the old pack, and after it the next run completes
-the new one.
+This needs twice the disk space. The rename of `again.unfinished` to `again.finished` is the point of no return: a run
+that ends before it leaves the old pack, and after it the next run completes the replacement.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.data.pack_folder import FINISHED, REJECTS, UNFINISHED, shards_in
@@ -24,10 +23,7 @@ READY = "again.finished"
 
 
 def settle(output: Path) -> bool:
-    """Complete the replacement that a run was killed in, and remove what an unfinished one left.
-
-    Gives whether there was one to complete.
-    """
+    """Remove an unfinished replacement; complete a finished one and return True."""
     if (output / BEGUN).is_dir():
         shutil.rmtree(output / BEGUN)
     if not (output / READY).is_dir():
@@ -38,19 +34,24 @@ def settle(output: Path) -> bool:
 
 @contextmanager
 def replacing(output: Path, *, again: bool, allow_fewer: bool) -> Iterator[Path]:
-    """Give the folder to pack into: `output`, or to pack again over a finished pack, one whose pack replaces it.
+    """Yield the folder to pack into: `output`, or a folder whose pack then replaces the finished one in `output`.
 
-    Raises `PackError`, and leaves the old pack as it is, if the new one holds fewer samples.
+    Raises `PackError`, and keeps the old pack, if the new one holds fewer samples.
     """
     if not (again and (output / FINISHED).is_file()):
         yield output
         return
     try:
         yield output / BEGUN
-        if not allow_fewer:
-            _check_not_fewer(output)
+        old, new = _num_packed(output), _num_packed(output / BEGUN)
+        if new < old and not allow_fewer:
+            raise PackError(
+                f"{output} is left as it is: it holds {old} samples, and packed again it would hold {new}; "
+                f"{output / BEGUN / REJECTS} lists what was rejected, and --again --allow-fewer replaces it all the "
+                "same."
+            )
     except BaseException:
-        # The shards are large; the list of rejects beside them stays to be read.
+        # The shards are large. The list of rejects beside them stays, to be read.
         for path in shards_in(output / BEGUN):
             path.unlink()
         raise
@@ -59,17 +60,8 @@ def replacing(output: Path, *, again: bool, allow_fewer: bool) -> Iterator[Path]
     _move_in(output / READY, output)
 
 
-def _check_not_fewer(output: Path) -> None:
-    old, new = _num_packed(output), _num_packed(output / BEGUN)
-    if new < old:
-        raise PackError(
-            f"{output} is left as it is: it holds {old} samples, and packed again it would hold {new}; "
-            f"{output / BEGUN / REJECTS} lists what was rejected, and --again --allow-fewer replaces it all the same."
-        )
-
-
 def _move_in(ready: Path, output: Path) -> None:
-    """Can be begun anew wherever it ended: `pack.json` moves last, and what has moved is not looked for again."""
+    """Move a new pack over the old one. It can be repeated after any interruption: `pack.json` moves last."""
     if (ready / FINISHED).is_file():
         names = {shard["name"] for shard in json.loads((ready / FINISHED).read_bytes())["shards"]}
         for path in shards_in(output):
@@ -86,19 +78,12 @@ def _move_in(ready: Path, output: Path) -> None:
 
 
 def _num_packed(folder: Path) -> int:
-    try:
+    """Return the samples of a pack; where `pack.json` is damaged, by the JSON members of its readable shards."""
+    with suppress(ValueError, KeyError, TypeError):
         return int(json.loads((folder / FINISHED).read_bytes())["summary"]["packed"])
-    except (ValueError, KeyError, TypeError):  # damaged: the shards say it, too
-        return sum(_num_samples(path) for path in shards_in(folder))
-
-
-def _num_samples(path: Path) -> int:
-    """Samples of a shard of ours, each of which has one JSON member, up to where it is damaged."""
     found = 0
-    try:
-        with open_tar(path) as tar:
+    for path in shards_in(folder):
+        with suppress(ShardError), open_tar(path) as tar:
             for member in read_members(tar, path):
                 found += member.name.endswith(".json")
-    except ShardError:
-        pass
     return found

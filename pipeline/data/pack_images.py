@@ -1,21 +1,64 @@
-"""What a pack read: size, time and blake3 of each image file, to tell later which have changed since."""
+"""The image files of a pack: reading them, and a record of each, to find later which have changed."""
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
+from pipeline.data.decoding import FORMATS, check_image
 from pipeline.data.file_names import as_stored
+from pipeline.data.tars import MAX_MEMBER_BYTES
+from pipeline.errors import BadSample
 
-State = list[int] | None  # bytes and nanoseconds of the last change; None where there is no file to look at
+UNREADABLE = "unreadable image file"
+# Errors of one image file. All others, of a failing disk or of too many open files, end the run.
+ERRORS_OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.ENOENT}
+
+State = list[int] | None  # bytes, and nanoseconds of the last change; None for a file that is not there
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file that decodes to its last byte; `ending` fits the content, `state` is that before reading."""
+
+    ending: str
+    data: bytes
+    state: State
+
+
+def read_image_file(image: str, folder: Path, *, max_pixels: int) -> ImageFile:
+    """Read and decode an image file; raises `BadSample` if it cannot be packed."""
+    try:
+        path = as_stored(folder / image)
+        if not path.is_file():
+            raise BadSample("missing image file", image)
+        state = state_of(image, folder)
+        size = path.stat().st_size
+        if size > MAX_MEMBER_BYTES:
+            raise BadSample("image file too large", f"{image}, {size} bytes; the limit is {MAX_MEMBER_BYTES}")
+        data = path.read_bytes()
+    except OSError as error:
+        if error.errno not in ERRORS_OF_ONE_FILE:
+            raise
+        raise BadSample(UNREADABLE, f"{image}: {error.strerror}") from error
+    try:
+        kind = check_image(data, max_pixels=max_pixels)
+    except BadSample as error:
+        raise BadSample(error.kind, f"{image}: {error.detail}") from error
+    ending = path.suffix.lower().removeprefix(".")
+    if FORMATS.get(ending) != kind:
+        ending = next(name for name, known in FORMATS.items() if known == kind)
+    return ImageFile(ending, data, state)
 
 
 def state_of(image: str, folder: Path) -> State:
-    """Size and time of an image file below a folder."""
+    """Return size and time of an image file below a folder."""
     try:
         found = as_stored(folder / image).stat()
     except OSError:
@@ -23,40 +66,27 @@ def state_of(image: str, folder: Path) -> State:
     return [found.st_size, found.st_mtime_ns]
 
 
-class PackedImages:
-    """A file with a line for each image that went into a shard: its path, state and blake3.
+def record_line(image: str, file: ImageFile) -> str:
+    """Return the line of the record for an image that is in a shard: path, state, blake3.
 
-    About 130 bytes an image, hence beside `pack.json` and not in it. A line that a crash cut off is passed over.
+    About 130 bytes an image: too much for `pack.json`, so the record is a file of its own.
     """
-
-    def __init__(self, path: Path, *, empty: bool) -> None:
-        self._file = open(path, "w" if empty else "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
-        self._file.write("\n" if not empty else "")
-
-    def add(self, image: str, state: State, digest: str) -> None:
-        self._file.write(json.dumps([image, state, digest]) + "\n")
-
-    def close(self) -> None:
-        """Bring it to the disk: before `pack.json`, which makes it count."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+    return json.dumps([image, file.state, blake3(file.data).hexdigest()]) + "\n"
 
 
-def missing_images(path: Path, folder: Path, *, size: int | None) -> list[str]:
-    """Packed images that are not below a folder."""
-    return [
-        image for image in {image for image, _, _ in _lines(path, size)} if state_of(image, folder) is None
-    ]
+def missing_images(record: Path, folder: Path, *, size: int | None) -> list[str]:
+    """Return the packed images that are not below a folder."""
+    images = {image for image, _, _ in _lines(record, size)}
+    return [image for image in images if state_of(image, folder) is None]
 
 
-def changed_images(path: Path, folder: Path, *, size: int | None) -> list[str]:
-    """Packed images whose bytes are others now. One that is gone is none of them: the shards hold it.
+def changed_images(record: Path, folder: Path, *, size: int | None) -> list[str]:
+    """Return the packed images whose bytes have changed; a removed image is not one, since the shards hold it.
 
-    Only those whose size or time differs are read: a copied folder has new times and the same bytes.
+    Reads only files whose size or time differs: a copied folder has new times and the same bytes.
     """
     other: dict[str, tuple[State, str]] = {}
-    for image, state, digest in _lines(path, size):  # of an image's lines the last counts
+    for image, state, digest in _lines(record, size):  # the last line of an image counts
         other.pop(image, None)
         if state_of(image, folder) not in (None, state):
             other[image] = state, digest
@@ -70,18 +100,17 @@ def _is_same(image: str, folder: Path, state: State, digest: str) -> bool:
     return blake3(as_stored(folder / image).read_bytes()).hexdigest() == digest
 
 
-def _lines(path: Path, size: int | None) -> Iterator[tuple[str, list[int], str]]:
-    """The lines in the first `size` bytes: those behind are of a run that was interrupted, and count nothing."""
-    if not path.is_file():  # packed by a version that did not keep it
+def _lines(record: Path, size: int | None) -> Iterator[tuple[str, State, str]]:
+    """Yield the lines in the first `size` bytes (all for None): an interrupted run wrote what follows.
+
+    Skips a line that a crash cut off. Yields nothing for a missing record: early versions wrote none.
+    """
+    if not record.is_file():
         return
-    with open(path, "rb") as file:
-        num_read = 0
+    with open(record, "rb") as file:
         for line in file:
-            num_read += len(line)
-            if size is not None and num_read > size:
+            if size is not None and file.tell() > size:
                 return
-            try:
+            with suppress(ValueError, TypeError):
                 image, state, digest = json.loads(line)
-            except (ValueError, TypeError):
-                continue
-            yield image, state, digest
+                yield image, state, digest

@@ -85,6 +85,20 @@ def building(what: str, *, then: str) -> Iterator[None]:
 
 
 @contextmanager
+def needing(extra: str, *, by: str, otherwise: str = "") -> Iterator[None]:
+    """Turn a missing optional package into one sentence: what needs it, the extra that installs it, what else helps."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] in OUR_PACKAGES:
+            raise
+        raise ConfigError(
+            f"{by} needs the package {error.name}, which is not installed; run `pip install 'alignkd[{extra}]'`"
+            f"{f', or {otherwise}' if otherwise else ''}"
+        ) from error
+
+
+@contextmanager
 def writing(target: Path | str, *, then: str = "make room, and run the same command again") -> Iterator[None]:
     """Names the file or folder that cannot be written: what a write or fsync raises on a full disk names none."""
     try:

@@ -48,7 +48,7 @@ def test_the_merged_student_answers_as_the_adapted_one(tiny_model, make_batch):
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     batch = make_batch([3, -200, 5], [9]).inputs()
     first = plain(**batch).logits
-    plain.load_state_dict(merged_tensors(adapted.state_dict(), settings))
+    plain.load_state_dict(merged_tensors(adapted.state_dict(), adapted.config, settings))
     torch.testing.assert_close(plain(**batch).logits, adapted.eval()(**batch).logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(first, adapted(**batch).logits, rtol=1e-2, atol=1e-2)
 

@@ -112,7 +112,7 @@ def test_patch_features_from_memory_give_the_same_terms(config, joined):
         mine, theirs = remembering(joined(keys)).terms, forgetting(joined(keys)).terms
         for name in mine:
             assert float(mine[name][0]) == pytest.approx(float(theirs[name][0]), rel=1e-5), name
-    assert len(remembering.patch_features.held) == 5 and not forgetting.patch_features.held
+    assert len(remembering.patch_feature_cache.held) == 5 and not forgetting.patch_feature_cache.held
     tower = remembering.student.model.vision_tower
     tower.forward = lambda pixels: pytest.fail("the tower ran for images whose features are held")
     remembering(joined(["a0", "late"]))

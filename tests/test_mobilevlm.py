@@ -160,7 +160,7 @@ def test_image_features_are_those_of_clip_and_the_projector_by_hand(select_layer
         by_hand = positioned.flatten(2).transpose(1, 2)
         torch.testing.assert_close(model.encode_images(pixels), by_hand, atol=1e-5, rtol=1e-5)
         assert torch.equal(
-            model.encode_images(patch_features=model.patch_features(pixels)), model.encode_images(pixels)
+            model.encode_images(patch_features=model.encode_patches(pixels)), model.encode_images(pixels)
         )
 
 

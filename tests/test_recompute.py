@@ -147,13 +147,13 @@ def test_a_student_with_a_tower_of_its_own_has_the_losses_of_the_cached_path_too
 def test_the_tower_runs_once_for_each_distinct_image_and_for_both(
     is_shared, times, logits_only, experiment, tmp_path, monkeypatch
 ):
-    patch_features, seen = MobileVLMForCausalLM.patch_features, []
+    encode_patches, seen = MobileVLMForCausalLM.encode_patches, []
 
     def counted(self, pixel_values):
         seen.append(len(pixel_values))
-        return patch_features(self, pixel_values)
+        return encode_patches(self, pixel_values)
 
-    monkeypatch.setattr(MobileVLMForCausalLM, "patch_features", counted)
+    monkeypatch.setattr(MobileVLMForCausalLM, "encode_patches", counted)
     held = [*logits_only, "student.patch_feature_cache_bytes=100000000", "train.max_steps=8"]
     if not is_shared:
         held.append(with_another_tower(experiment, tmp_path / "student"))

@@ -214,6 +214,6 @@ def _patch_features(
     def compute(fresh: list[str]) -> torch.Tensor:
         wanted = [images[digest] for digest in fresh]
         pixels = torch.stack([preparation.preprocess(q.read_image(number)) for q, number in wanted])
-        return network.patch_features(pixels.to(network.device))
+        return network.encode_patches(pixels.to(network.device))
 
     return features.stack([digest for q in questions for digest in q.image_digests], compute)

@@ -130,8 +130,8 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
             fields = json.loads(config_file.read_text()) | {"architectures": ["MobileLlamaForCausalLM"]}
             config_file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
-    def patch_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features of the frozen tower's selected layer, before the projector: 'I C Y X' -> 'I M W'."""
+    def encode_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the patch features of the frozen tower's selected layer: 'I C Y X' -> 'I M W'."""
         return self.model.vision_tower(pixel_values)
 
     def encode_images(
@@ -140,7 +140,7 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
         """Vision tokens, the language model's input for each image: 'I C Y X' (or 'I M W') -> 'I N D'."""
         if patch_features is None:
             assert pixel_values is not None
-            patch_features = self.patch_features(pixel_values)
+            patch_features = self.encode_patches(pixel_values)
         projector = self.model.mm_projector
         return projector(patch_features.to(next(projector.parameters()).dtype))
 

@@ -50,7 +50,7 @@ class Distiller(nn.Module):
         self.student = student
         self.losses = dict(losses)
         self.heads = build_heads(self.losses, student, facts)
-        self.patch_features = TensorCache(patch_feature_cache_bytes)
+        self.patch_feature_cache = TensorCache(patch_feature_cache_bytes)
         self.recompute = recompute  # no module: nothing of a teacher is trained or saved
 
     def forward(self, batch: Mapping[str, Any]) -> Terms:
@@ -130,7 +130,7 @@ class Distiller(nn.Module):
         """The frozen tower's features 'I M W' of the batch's images, from memory where they are held."""
         if batch["pixel_values"] is None:
             return None
-        return self.patch_features.of_images(batch, self.student.patch_features)
+        return self.patch_feature_cache.of_images(batch, self.student.encode_patches)
 
     def _check_coverage(self, batch: Mapping[str, Any], merged: MergedInputs) -> Tensor:
         """Share of samples that brought as many rows of every target as their own tokens ask for."""

@@ -235,7 +235,7 @@ class DistillTrainer(ResumingTrainer):
 
     def _write_student(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         if (lora := self.settings.student.lora) is not None:
-            tensors = merged_tensors(tensors, lora)
+            tensors = merged_tensors(tensors, self.distiller.student.config, lora)
         self.distiller.student.save_pretrained(folder, state_dict=tensors)
         source = checkpoint_folder(self.settings.student.model)
         for name in TOKENIZER_FILES:

@@ -45,7 +45,7 @@ def compute_features(
     parts = []
     for start in range(0, len(images), 16):
         files = (folder / image for image in images[start : start + 16])
-        parts.append(model.patch_features(torch.stack([preprocess(file.read_bytes()) for file in files])))
+        parts.append(model.encode_patches(torch.stack([preprocess(file.read_bytes()) for file in files])))
     return torch.cat(parts)
 
 

@@ -8,14 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.conversation import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-    load_tokenizer,
-    tokenize,
-    tokenize_prompt,
-)
+from pipeline.data.conversation import tokenize, tokenize_prompt
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import BadSample, ConfigError
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 START, END = "<|im_start|>", "<|im_end|>"
 

@@ -13,16 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
-from pipeline.data.conversation import (
-    IGNORE_INDEX,
-    IMAGE_TOKEN_INDEX,
-    check_conversations,
-    load_tokenizer,
-    template_digest,
-    tokenize,
-    tokenize_prompt,
-)
+from pipeline.data.conversation import check_conversations, template_digest, tokenize, tokenize_prompt
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import BadSample, ConfigError
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 CASES = json.loads((Path(__file__).parent / "fixtures/mobilevlm_v2_tiny/tokenization.json").read_text())[
     "cases"

@@ -15,9 +15,9 @@ from test_chatml import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config.config import DataConfig
-from pipeline.data.conversation import load_tokenizer
 from pipeline.data.images import ImagePreprocessor
 from pipeline.data.preparation import Preparation
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import ConfigError
 from pipeline.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
 from pipeline.models.mobilevlm import MobileVLMForCausalLM

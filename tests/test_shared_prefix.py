@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.data.conversation import load_tokenizer
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from pipeline.studies.shared_prefix import ImageQuestions, answer_loss, group_by_image, shared_prefix_row
 

@@ -6,9 +6,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.conversation import IMAGE_TOKEN_INDEX
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.inspection.token_text import token_text, visible
+from pipeline.positions import IMAGE_TOKEN_INDEX
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""LLaVA conversations to token ids and labels, by one of the templates.
+"""LLaVA conversations to token ids and labels.
 
-A conversation is a list of turns {"from": "human" | "gpt", "value": text}; "<image>" in it is an image.
+A conversation is a list of turns {"from": "human" | "gpt", "value": text}; each "<image>" in it stands for an image.
 """
 
 from __future__ import annotations
@@ -14,34 +14,15 @@ from blake3 import blake3
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.templates import IMAGE_TOKEN, TEMPLATES, Template, Turn, token_ids
-from pipeline.data.tokenizer import is_chatml, load_tokenizer, tokenizer_digest
+from pipeline.data.tokenizer import is_chatml
 from pipeline.errors import BadSample, ConfigError
-from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-
-__all__ = [
-    "IGNORE_INDEX",
-    "IMAGE_TOKEN",
-    "IMAGE_TOKEN_INDEX",
-    "TEMPLATES",
-    "Template",
-    "TokenizedSample",
-    "check_conversations",
-    "load_tokenizer",
-    "template_digest",
-    "tokenize",
-    "tokenize_prompt",
-    "tokenizer_digest",
-]
 
 ROLES = ("human", "gpt")
 
 
 @dataclass(frozen=True)
 class TokenizedSample:
-    """Ids with -200 for each image, and labels of equal length: the id where trained, -100 elsewhere.
-
-    No truncation: the longest allowed sequence is the caller's business.
-    """
+    """Token ids, with -200 for each image, and labels: the id of a trained token, -100 elsewhere; never truncated."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -50,12 +31,9 @@ class TokenizedSample:
 def tokenize(
     conversations: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, template: str
 ) -> TokenizedSample:
-    """Ids and labels of a whole conversation; raises `BadSample` where the template cannot express it."""
+    """Return ids and labels of a conversation; raises `BadSample` where the template cannot express it."""
     rules = _template(template, tokenizer)
-    turns = _turns(conversations)
-    if turns[-1]["from"] != "gpt":
-        raise BadSample("no answer", "the last turn is human's")
-    text = rules.render(turns)
+    text = rules.render(_answered_turns(conversations))
     ids = token_ids(text, tokenizer)
     return TokenizedSample(tuple(ids), tuple(rules.labels(text, ids, tokenizer)))
 
@@ -63,7 +41,7 @@ def tokenize(
 def tokenize_prompt(
     conversations: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, template: str
 ) -> list[int]:
-    """Ids to generate the last answer from: everything up to the last human turn, and the call to answer."""
+    """Return the ids to generate the last answer from: all up to the last human turn, and the call to answer."""
     turns = _turns(conversations)
     if turns[-1]["from"] == "gpt":
         turns = turns[:-1]
@@ -71,11 +49,8 @@ def tokenize_prompt(
 
 
 def check_conversations(conversations: Any, *, num_images: int) -> None:
-    """Raise `BadSample` unless turns alternate human, gpt, ..., gpt and mention each image once."""
-    turns = _turns(conversations)
-    if turns[-1]["from"] != "gpt":
-        raise BadSample("no answer", "the last turn is human's")
-    num_mentioned = sum(turn["value"].count(IMAGE_TOKEN) for turn in turns)
+    """Raise `BadSample` unless turns alternate human, gpt, ..., gpt and contain each image's <image> once."""
+    num_mentioned = sum(turn["value"].count(IMAGE_TOKEN) for turn in _answered_turns(conversations))
     if num_mentioned == num_images:
         return
     if num_mentioned == 0:
@@ -86,7 +61,7 @@ def check_conversations(conversations: Any, *, num_images: int) -> None:
 
 
 def template_digest(name: str) -> str:
-    """blake3 of the template's name and of what it makes of a fixed exchange."""
+    """Return the blake3 of a template's name and of the text it makes of a fixed exchange."""
     template = _template(name)
     turns = [{"from": "human", "value": f"Q\n{IMAGE_TOKEN}"}, {"from": "gpt", "value": "A"}]
     skeleton = [name, template.render(turns), template.render_prompt(turns[:1])]
@@ -105,8 +80,15 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Te
     return rules
 
 
+def _answered_turns(conversations: Any) -> list[Turn]:
+    turns = _turns(conversations)
+    if turns[-1]["from"] != "gpt":
+        raise BadSample("no answer", "the last turn is human's")
+    return turns
+
+
 def _turns(conversations: Any) -> list[Turn]:
-    """The turns, checked, without a leading gpt turn: the original drops it too, for it answers nothing."""
+    """Check the turns; drop a leading gpt turn, which answers nothing, as the original does."""
     if conversations is None:
         raise BadSample("no conversations")
     if not isinstance(conversations, list | tuple):

@@ -1,4 +1,4 @@
-"""Image bytes to 8-bit RGB: bounded, turned as EXIF says, and refused with the decoder's own reason."""
+"""Image bytes to 8-bit RGB: bounded in size, turned as EXIF says, and refused with the decoder's reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.data.png_text import without_large_text
 from pipeline.errors import BadSample
 
 MAX_IMAGE_PIXELS = 64_000_000
-# File name endings that pack writes, and the Pillow format of each; no other format is ever tried.
+# File name endings that `pack` writes, and their formats in Pillow; no other format is tried.
 FORMATS = {
     "jpg": "JPEG",
     "jpeg": "JPEG",
@@ -25,11 +25,11 @@ FORMATS = {
     "tif": "TIFF",
     "tiff": "TIFF",
 }
-# Endings that images have in shards made elsewhere: two more names of JPEG, which pack writes as jpg.
+# Endings of images in shards made elsewhere: two more names of JPEG, which `pack` writes as jpg.
 ENDINGS = {*FORMATS, "jfif", "mpo"}
 KNOWN = sorted(set(FORMATS.values()))
 
-# What changes pixels before any resizing: part of the fingerprint. Change it with the code below, never alone.
+# What changes pixels before resizing. It is part of the fingerprint: change it only together with the code below.
 DECODING_RULES = {
     "orientation": "as EXIF says",
     "16-bit grey": "scaled by its range",
@@ -40,7 +40,7 @@ DECODING_RULES = {
 
 BYTE_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 CONVERT = "convert it to 8 bits, or to unsigned 16-bit grey that fills its range"
-# TIFF's tags, by their numbers in its specification.
+# TIFF tags, by their numbers in the TIFF 6.0 specification.
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT, S_MAX_SAMPLE_VALUE = 258, 262, 281, 339, 341
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,13 +54,13 @@ TURNS = {
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """The image in RGB by `DECODING_RULES`: for 8-bit images `convert("RGB")`, turned as EXIF says.
+    """Return the image in RGB by `DECODING_RULES`: for 8-bit images, `convert("RGB")`, turned as EXIF says.
 
-    Raises `BadSample` for what is no image, is truncated, has samples of an unknown range, or has more than
-    `max_pixels`; the header alone decides about the last, before any pixel is decoded.
+    Raises `BadSample` for bytes that are no image, are truncated, or have samples of an unknown range, and for more
+    than `max_pixels`, which the header decides before any pixel is decoded.
     """
     image = read_header(data, max_pixels=max_pixels)
-    with _damage_is_bad():
+    with _refusing_damage():
         image.load()
         turn = TURNS.get(_orientation(image))
         rgb = (_byte_grey(image) if _has_16_bits(image) else image).convert("RGB")
@@ -68,27 +68,26 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Im
 
 
 def check_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> str:
-    """Pillow's format name of an image that decodes to its last byte; raises as `decode_image` does."""
+    """Decode an image to its last byte and return Pillow's name of its format; raises as `decode_image` does."""
     image = read_header(data, max_pixels=max_pixels)
-    with _damage_is_bad():
-        # JPEG can be decoded at an eighth of its size: all data are read, few pixels are computed.
+    with _refusing_damage():
+        # A JPEG is decoded at an eighth of its size: all data are read, but few pixels are computed.
         image.draft("RGB", (1, 1))
         image.load()
         if _has_16_bits(image):
             _byte_grey(image)
-    # An MPO is a JPEG with further JPEGs behind it, of which nothing here reads more than the first.
+    # An MPO is a JPEG followed by more JPEGs; only the first is read.
     return "JPEG" if image.format == "MPO" else str(image.format)
 
 
 def read_header(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """An image of which only the header is read; raises `BadSample` as `decode_image` does."""
+    """Open an image and read only its header; raises `BadSample` as `decode_image` does."""
     data = without_large_text(data)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images; the limit that counts is ours
+        with warnings.catch_warnings(action="ignore"):  # of large images: `max_pixels` decides instead
             image = Image.open(io.BytesIO(data), formats=KNOWN)
     except MemoryError:
-        raise  # the machine's trouble, not the image's
+        raise  # not the image's fault
     except Image.DecompressionBombError as error:
         raise BadSample("too many pixels", f"{error}; the limit is {max_pixels}") from error
     except Exception as error:  # a damaged header can raise anything in Pillow's parsers
@@ -96,20 +95,19 @@ def read_header(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Ima
     width, height = image.size
     if width * height > max_pixels:
         raise BadSample("too many pixels", f"{width} x {height}; the limit is {max_pixels}")
-    with _damage_is_bad():
+    with _refusing_damage():
         _check_samples(image)
     return image
 
 
 def _unopened(data: bytes) -> BadSample:
-    """Why an image cannot be opened: `Image.open` keeps most of its plugins' reasons to itself."""
+    """Return why an image cannot be opened; `Image.open` hides most of its plugins' reasons."""
     for name in KNOWN:
         factory, accept = Image.OPEN[name]
         if accept is None or accept(data[:16]) is not True:
             continue
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(action="ignore"):
                 factory(io.BytesIO(data), "")
         except MemoryError:
             raise
@@ -119,13 +117,12 @@ def _unopened(data: bytes) -> BadSample:
 
 
 @contextmanager
-def _damage_is_bad() -> Iterator[None]:
+def _refusing_damage() -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     except (MemoryError, BadSample):
-        raise  # memory is the machine's trouble, not the image's
+        raise  # too little memory is not the image's fault
     except Exception as error:  # damaged data can raise anything in Pillow's decoders
         raise BadSample("truncated or damaged image", f"{type(error).__name__}: {error}") from error
 
@@ -136,7 +133,7 @@ def _orientation(image: Image.Image) -> int:
         return found if isinstance(found, int) else 1
     except MemoryError:
         raise
-    except Exception:  # a broken EXIF block turns nothing: the pixels are sound
+    except Exception:  # the pixels of an image with a broken EXIF block are sound
         return 1
 
 
@@ -144,12 +141,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Whether samples are unsigned and of up to 16 bits; Pillow releases differ in the mode of such a PNG."""
+    """Return whether samples are unsigned, of up to 16 bits; Pillow's releases differ in the mode of such a PNG."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
 
 
 def _check_samples(image: Image.Image) -> None:
-    """Raise `BadSample` where black and white cannot be told from the samples' type."""
+    """Raise `BadSample` where the samples' type does not say which values are black and white."""
     tags = getattr(image, "tag_v2", {})
     if image.mode not in BYTE_MODES and not _has_16_bits(image):
         bits = _first(tags.get(BITS_PER_SAMPLE)) or 32
@@ -161,7 +158,7 @@ def _check_samples(image: Image.Image) -> None:
 
 
 def _byte_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey as mode L, its range (65535, or a TIFF's declared one) scaled to 255."""
+    """Return 16-bit grey as mode L; its range, 65535 or the one that a TIFF declares, is scaled to 255."""
     samples = np.asarray(image).astype(np.uint32)
     most = _white(image)
     if samples.max() > most:
@@ -170,9 +167,9 @@ def _byte_grey(image: Image.Image) -> Image.Image:
 
 
 def _white(image: Image.Image) -> int:
-    """The largest sample there may be. A declared one counts if it is a number of bits, as 4095 is.
+    """Return the largest possible sample: a declared maximum counts if it is a number of bits, such as 4095.
 
-    Other maxima are statistics of the one image: scaled by them, images would not be comparable.
+    Any other declared maximum is a statistic of this image, and images scaled by it could not be compared.
     """
     tags = getattr(image, "tag_v2", {})
     most = 2 ** int(_first(tags.get(BITS_PER_SAMPLE)) or 16) - 1
@@ -184,7 +181,7 @@ def _white(image: Image.Image) -> int:
 
 
 def _first(value: object) -> float | None:
-    """A TIFF tag's first number."""
+    """Return the first number of a TIFF tag."""
     if isinstance(value, tuple):
         value = value[0] if value else None
     return value if isinstance(value, int | float) else None

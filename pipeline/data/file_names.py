@@ -1,4 +1,4 @@
-"""File names as people write them: a `~`, accents in either Unicode form, brackets and braces that are no pattern."""
+"""Paths as people write them: a leading `~`, and accents in either Unicode form."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 
 
 def expand_home(path: str | Path) -> Path:
-    """The path with the home folder in place of a leading `~`; `./~` is a folder of that name."""
+    """Return the path with the home folder for a leading `~`; `./~` is a folder of that name."""
     return Path(os.path.expanduser(path))
 
 
 def as_stored(path: Path) -> Path:
-    """The path under the name it is stored by, accents composed (NFC) or apart (NFD); as it is if nothing is there.
+    """Return the path by its stored name, with accents composed (NFC) or decomposed (NFD); unchanged if not there.
 
-    macOS and some servers store names decomposed, annotations are mostly composed.
+    macOS and some servers store decomposed names; annotations mostly use composed ones.
     """
     stored = longest_stored(path)
     return stored if len(stored.parts) == len(path.parts) else path
 
 
 def longest_stored(path: Path) -> Path:
-    """As much of a path, from its start, as is there: ".", "/" or more."""
-    found = Path(path.anchor)
+    """Return the longest part of a path, from its start, that exists: ".", "/" or more."""
     if path.exists():
         return path
+    found = Path(path.anchor)
     for name in path.parts[len(found.parts) :]:
         forms = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
         stored = next((found / form for form in forms if (found / form).exists()), None)

@@ -1,4 +1,4 @@
-"""Image bytes to CLIP's pixels: decoding, pad-to-square, CLIP preprocessing."""
+"""Image bytes to the vision tower's pixels: decoding, padding to a square, CLIP's preprocessing."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ import numpy as np
 import torch
 from blake3 import blake3
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 
 from pipeline.data.decoding import DECODING_RULES, MAX_IMAGE_PIXELS, decode_image, read_header
 from pipeline.errors import BadSample, ConfigError
 
-# Padding and resizing make an image of their own; it may have this many times `max_pixels`.
-MAX_GROWTH = 4
+MAX_GROWTH = 4  # times `max_pixels`: the limit of an image after padding or resizing
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_IMAGE_SIZE = 336
 
+# Settings of the processor that change pixels, part of the fingerprint.
+DIGESTED = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std", "do_convert_rgb"),
+)
 AspectRatio = Literal["pad", "square"]
 
 
 class ImagePreprocessor:
-    """Turns an image file's bytes into what the CLIP tower reads: float32 'C Y X'."""
+    """Turns the bytes of an image file into the CLIP tower's input, float32 'C Y X'."""
 
     def __init__(self, clip: Any, *, aspect_ratio: AspectRatio, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
         if aspect_ratio not in ("pad", "square"):
@@ -44,16 +49,14 @@ class ImagePreprocessor:
         image_size: int | None = None,
         max_pixels: int = MAX_IMAGE_PIXELS,
     ) -> ImagePreprocessor:
-        """With the local checkpoint's preprocessor_config.json, else with OpenAI CLIP's constants.
+        """Use a local checkpoint's preprocessor_config.json, or OpenAI CLIP's constants where it has none.
 
-        The published MobileVLM V2 checkpoints have no such file; they use that of
-        openai/clip-vit-large-patch14-336, which is what `image_size` 336, the default, gives.
+        The published MobileVLM V2 checkpoints have none. They use that of openai/clip-vit-large-patch14-336, which
+        the default of `image_size`, 336, gives.
         """
         file = Path(path) / "preprocessor_config.json"
-        settings = _read_settings(file)
-        if settings is None:
-            settings = _clip_settings(image_size or CLIP_IMAGE_SIZE)
-        clip = _processor_class()(**settings)
+        settings = _read_settings(file) if file.is_file() else _clip_settings(image_size or CLIP_IMAGE_SIZE)
+        clip = CLIPImageProcessorPil(**settings)
         found = clip.crop_size["height"]
         if image_size is not None and found != image_size:
             raise ConfigError(
@@ -63,7 +66,7 @@ class ImagePreprocessor:
         return cls(clip, aspect_ratio=aspect_ratio, max_pixels=max_pixels)
 
     def __call__(self, data: bytes) -> torch.Tensor:
-        """float32 'C Y X'; raises `BadSample` as `decode_image` does."""
+        """Return float32 'C Y X'; raises `BadSample` as `decode_image` does, and for an image that is too narrow."""
         self._check_growth(*read_header(data, max_pixels=self.max_pixels).size)
         image = decode_image(data, max_pixels=self.max_pixels)
         if self.aspect_ratio == "pad":
@@ -72,24 +75,13 @@ class ImagePreprocessor:
         return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
 
     def digest(self, *, decoding: Mapping[str, str] = DECODING_RULES) -> str:
-        """blake3 of everything that changes the pixels: how files are decoded, and each setting."""
-        names = (
-            "do_resize",
-            "size",
-            "resample",
-            "do_center_crop",
-            "crop_size",
-            "do_rescale",
-            "rescale_factor",
-        )
-        names += ("do_normalize", "image_mean", "image_std", "do_convert_rgb")
-        settings = {name: _plain(getattr(self.clip, name, None)) for name in names}
+        """Return the blake3 of everything that changes the pixels: the rules of decoding, and the settings."""
+        settings = {name: _plain(getattr(self.clip, name, None)) for name in DIGESTED}
         everything = {"aspect_ratio": self.aspect_ratio, "decoding": dict(decoding), **settings}
-        text = json.dumps(everything, sort_keys=True)
-        return blake3(text.encode()).hexdigest()
+        return blake3(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
     def _check_growth(self, width: int, height: int) -> None:
-        # A 1 x 60,000,000 image is small as a file and in pixels, but its square is not.
+        # A 1 x 60,000,000 image is small as a file and in pixels, but its square is huge.
         longest, shortest = max(width, height), min(width, height)
         if self.aspect_ratio == "pad":
             needed = longest * longest
@@ -103,7 +95,7 @@ class ImagePreprocessor:
 
 
 def pad_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
-    """The image in the middle of a square of its longer side (LLaVA's `expand2square`)."""
+    """Return the image in the middle of a square of its longer side (LLaVA's `expand2square`)."""
     width, height = image.size
     if width == height:
         return image
@@ -113,17 +105,15 @@ def pad_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.Imag
     return square
 
 
-def _read_settings(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
+def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON ({error}); copy it again or remove it.") from error
-    kind = (
-        settings.get("image_processor_type", "CLIPImageProcessor") if isinstance(settings, dict) else "a list"
-    )
-    if not str(kind).startswith("CLIPImageProcessor"):
+    kind = "a list"
+    if isinstance(settings, dict):
+        kind = str(settings.get("image_processor_type", "CLIPImageProcessor"))
+    if not kind.startswith("CLIPImageProcessor"):
         raise ConfigError(
             f"{file} describes {kind}, but the vision tower is CLIP's; use the tower's own file."
         )
@@ -142,19 +132,8 @@ def _clip_settings(image_size: int) -> dict[str, Any]:
     }
 
 
-def _processor_class() -> type:
-    # The Pillow processor needs no torchvision and equals the original's; older releases have one class only.
-    try:
-        from transformers import CLIPImageProcessorPil
-    except ImportError:
-        from transformers import CLIPImageProcessor
-
-        return CLIPImageProcessor
-    return CLIPImageProcessorPil
-
-
 def _plain(value: Any) -> Any:
-    """The value as JSON has it: tuples, size classes and enums differ between transformers releases."""
+    """Return a value in JSON's types: transformers' releases differ in tuples, size classes and enums."""
     if not isinstance(value, dict | list | tuple | int | float | str | None):
         value = dataclasses.asdict(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Media that an entry names: what no placeholder in its text stands for must not be dropped unsaid."""
+"""The check that a sample names no media without a placeholder in its text: they would be dropped silently."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import BadSample
 
-# Of a key's letters, lower case: `images`, `Video`, `audio_path`, `imageUrls`; not `image_id`, `video_name`.
+# Matches a key's letters in lower case: `images`, `Video`, `audio_path`, `imageUrls`; not `image_id`, `video_name`.
 KEY = re.compile(
     r"(?P<image>images?|imgs?|pics?|pictures?|photos?|frames)(?P<place>(file)?(paths?|files?|urls?|names?))?"
     r"|(videos?|audios?|pointclouds?)((file)?(paths?|files?|urls?))?"
@@ -16,9 +16,9 @@ KEY = re.compile(
 
 
 def check_media(record: dict[str, Any], *, num_images: int) -> None:
-    """Raise `BadSample` for a key of the entry, or of one of its turns, that names other media than its images.
+    """Raise `BadSample` for a key of the record, or of one of its turns, that names media beyond its images.
 
-    `image_path` and the like may say again where the images of a sample are; without any, they are what is lost.
+    In a sample with images, keys such as `image_path` may repeat where they are.
     """
     turns = record.get("conversations")
     for place in (record, *(turns if isinstance(turns, list) else [])):
@@ -29,18 +29,13 @@ def check_media(record: dict[str, Any], *, num_images: int) -> None:
                 continue
             if kind["image"] and num_images and (kind["place"] or named == num_images):
                 continue
-            raise BadSample("media without a placeholder", f"{key}: {reprlib.repr(value)}; {_remedy(kind)}")
+            remedy = "only images can be read; remove the key if the text stands alone"
+            if kind["image"]:
+                remedy = "name images in `image`, each with its <image> in the text, or remove the key"
+            raise BadSample("media without a placeholder", f"{key}: {reprlib.repr(value)}; {remedy}")
 
 
 def _number_named(value: Any) -> int:
-    """How many files a value names; None, "", [None], {} and numbers name none."""
+    """Return how many files a value names; None, "", [None], {} and numbers name none."""
     entries = value if isinstance(value, list) else [value]
-    return sum(
-        entry is True or (isinstance(entry, str | list | dict) and len(entry) > 0) for entry in entries
-    )
-
-
-def _remedy(kind: re.Match[str]) -> str:
-    if kind["image"]:
-        return "name images in `image`, each with its <image> in the text, or remove the key"
-    return "only images can be read; remove the key if the text stands alone"
+    return sum(entry is True or (isinstance(entry, str | list | dict) and bool(entry)) for entry in entries)

@@ -189,6 +189,15 @@ class Rejects:
         self._raise_if_asked()
         return records
 
+    def retry(
+        self, rejects: Iterable[BadRecord], entries: Iterable[Record | BadRecord], lines: set[int]
+    ) -> list[Record]:
+        """Return the good records in these lines of a finished pack; keep its other rejects."""
+        records = [entry for entry in entries if isinstance(entry, Record) and entry.line in lines]
+        tried = {record.line for record in records}
+        self.found = [bad for bad in rejects if bad.line not in tried]
+        return records
+
     def add(self, record: Record, images: Mapping[str, BadSample]) -> None:
         """Add a record of which these images cannot be packed; the first one is its reason."""
         # Size and time do not show who may read a file: without a state, an unreadable one is tried on every run.

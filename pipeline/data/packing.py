@@ -7,7 +7,6 @@ one shard can hold them. A text-only sample keeps its place. The same input give
 from __future__ import annotations
 
 import json
-import os
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ from pipeline.data.pack_folder import (
     finished_pack,
     was_interrupted,
 )
-from pipeline.data.pack_images import ImageFile, read_image_file, record_line, state_of
+from pipeline.data.pack_images import ImageFile, read_image_file, recording, state_of
 from pipeline.data.shard_writer import ShardWriter
 from pipeline.errors import BadSample, PackError
 
@@ -51,11 +50,10 @@ def pack(
 ) -> PackSummary:
     """Write `shard-000000.tar`, ..., `rejects.jsonl` and, last, `pack.json` into `output`.
 
-    A finished pack of the same input stays as it is; only rejected entries whose images were repaired are added, in
-    new shards. An unfinished pack is started anew. `again` packs everything again and then replaces the finished
-    pack, even one of other input; if it would hold fewer samples, only with `allow_fewer`. `progress` gets the
-    entries done and their total, of a finished pack those that are tried again. Raises `PackError` for input that
-    cannot be packed and, with "fail", for a bad entry, after listing it.
+    A finished pack of the same input stays; rejected entries whose images were repaired are added in new shards. An
+    unfinished pack is started anew. `again` packs everything again and replaces the finished pack, even one of other
+    input; if it would hold fewer samples, only with `allow_fewer`. `progress` gets the number of entries done and
+    their total. Raises `PackError` for input that cannot be packed and, with "fail", after listing bad entries.
     """
     annotations, output, image_folder = map(expand_home, (annotations, output, image_folder))
     asked = _asked(
@@ -87,25 +85,19 @@ def pack(
             )
             say(f"{len(lines)} rejected {entries_are} tried again; what is packed stays as it is")
             continue_pack(output, asked, finished)
-            records = [entry for entry in entries if isinstance(entry, Record) and entry.line in lines]
-            tried = {record.line for record in records}
-            rejects.found = [bad for bad in finished.rejects if bad.line not in tried]
-            shards, num_done = finished.shards, 0
+            records, shards, num_done = rejects.retry(finished.rejects, entries, lines), finished.shards, 0
         writer = ShardWriter(place, samples_per_shard=samples_per_shard, shards=shards)
         total = num_done + len(records)
-        with open(place / IMAGES, "a" if shards else "w", encoding="utf-8") as packed:
-            packed.write("\n" if shards else "")  # ends a line that a crash cut off
+        with recording(place / IMAGES, append=bool(shards)) as record_image:
             for group in _group_by_image(records):
-                writer.write(_samples(group, image_folder, rejects, packed.write, max_pixels=max_pixels))
+                writer.write(_samples(group, image_folder, rejects, record_image, max_pixels=max_pixels))
                 num_done += len(group)
                 progress(num_done, total)
-            packed.flush()
-            os.fsync(packed.fileno())  # before `pack.json`, which states how much of the file is valid
         return finish_pack(place, asked, shards=writer.finish(), rejects=rejects)
 
 
 def _repaired_lines(pack: FinishedPack, image_folder: Path) -> set[int]:
-    """Return the lines of the rejected entries of which an image is there now, and not as it was."""
+    """Return the lines of the rejected entries with an image that is there now and has changed."""
     return {
         bad.line
         for bad in pack.rejects
@@ -139,11 +131,11 @@ def _samples(
     group: list[Record],
     image_folder: Path,
     rejects: Rejects,
-    log: Callable[[str], Any],
+    record_image: Callable[[str, ImageFile], object],
     *,
     max_pixels: int,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield key and members of each good record, then log its images; reads and decodes an image once a group."""
+    """Yield key and members of each good record, then record the images; reads an image once a group."""
     good: dict[str, ImageFile] = {}
     bad: dict[str, BadSample] = {}
     used: set[str] = set()
@@ -161,7 +153,7 @@ def _samples(
         used.update(record.images)
         yield key_of_id(record.id, record.repeat), _members(record, [good[image] for image in record.images])
     for image in sorted(used):
-        log(record_line(image, good[image]))
+        record_image(image, good[image])
 
 
 def _members(record: Record, images: list[ImageFile]) -> dict[str, bytes]:

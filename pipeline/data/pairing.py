@@ -1,4 +1,4 @@
-"""Whether student and teacher fit together: asked before stage 1 spends hours for a student that stage 2 refuses."""
+"""The check that student and teacher fit together, made before stage 1 spends hours on it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipeline.targets.targets import TeacherFacts
 
 
 def check_student(config: Config) -> None:
-    """Raise `ConfigError` for what stage 2 would refuse of the student, before stage 1; no weight is opened.
+    """Raise `ConfigError` for a student that stage 2 would refuse; opens no weights.
 
-    On stderr: a student that is not on this machine, and fields of the fingerprint in which it differs, for either
-    may be meant.
+    Prints to stderr a student that is not on this machine, and the fields of the fingerprint in which it differs
+    from the teacher: both may be intended.
     """
     teacher = checkpoint_folder(config.teacher.model)
     folder = small_files(config.student.model)
@@ -40,7 +40,7 @@ def _note(config: Config, what: str) -> None:
 
 
 def check_pair(config: Config, shape: MobileVLMConfig, facts: TeacherFacts, *, of: object) -> None:
-    """Raise `ConfigError` if a student of this shape cannot be held to the teacher `of` these facts."""
+    """Raise `ConfigError` if a student of this shape cannot be trained against the teacher `of` these facts."""
     for field, theirs, mine in (
         ("num_vision_tokens", facts.num_vision_tokens, shape.num_vision_tokens),
         ("vocab_size", facts.vocab_size, shape.vocab_size),
@@ -50,20 +50,15 @@ def check_pair(config: Config, shape: MobileVLMConfig, facts: TeacherFacts, *, o
                 f"student.model {config.student.model}: {field} is {mine}, the teacher of {of} has "
                 f"{theirs}; Align-KD needs them equal: use a student of the teacher's family"
             )
-    _check_layers(config, shape)
-    focus = config.losses.active().get("vision_focus")
-    if focus and focus.k > facts.num_vision_tokens:
-        raise ConfigError(
-            f"losses.vision_focus.k is {focus.k}, but an image has {facts.num_vision_tokens} vision tokens; set it "
-            "lower, or take the loss `vision_all`, which is of all of them"
-        )
-
-
-def _check_layers(config: Config, shape: MobileVLMConfig) -> None:
-    attention = config.losses.active().get("attention")
+    attention, focus = (config.losses.active().get(name) for name in ("attention", "vision_focus"))
     deepest = max((layer for _, layer in attention.layers), default=0) if attention else 0
     if deepest >= shape.num_hidden_layers:
         raise ConfigError(
             f"losses.attention.layers asks for the student's layer {deepest}, but {config.student.model} has "
             f"layers 0 to {shape.num_hidden_layers - 1}; pair the teacher's layers with these"
+        )
+    if focus and focus.k > facts.num_vision_tokens:
+        raise ConfigError(
+            f"losses.vision_focus.k is {focus.k}, but an image has {facts.num_vision_tokens} vision tokens; set it "
+            "lower, or use the loss `vision_all`, which compares all of them"
         )

@@ -1,4 +1,4 @@
-"""From a sample to what a model reads, the same in both stages and in evaluation; and the hashes of how."""
+"""Preparation of samples for a model, the same in both stages and in evaluation, and the digests of its rules."""
 
 from __future__ import annotations
 
@@ -10,25 +10,18 @@ import torch
 from torch import Tensor
 
 from pipeline.config.config import Config, DataConfig
-from pipeline.data.conversation import (
-    TokenizedSample,
-    load_tokenizer,
-    template_digest,
-    tokenize,
-    tokenizer_digest,
-)
+from pipeline.data.conversation import TokenizedSample, template_digest, tokenize
 from pipeline.data.images import ImagePreprocessor
+from pipeline.data.tokenizer import load_tokenizer, tokenizer_digest
 from pipeline.errors import BadSample, building
 from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
-PREPROCESSOR = "preprocessor_config.json"
-
 
 @dataclass(frozen=True)
 class Preparation:
-    """A model's tokenizer and pixels, and the config's template: everything before the first matrix product."""
+    """A model's tokenizer and image preprocessing, with the config's template and limits."""
 
     tokenizer: Any
     preprocess: ImagePreprocessor
@@ -38,12 +31,13 @@ class Preparation:
 
     @classmethod
     def of(cls, model: str, data: DataConfig) -> Preparation:
-        """For a checkpoint folder or hub id; opens its config and tokenizer, none of its weights."""
+        """Return the preparation of a checkpoint (folder or hub id); opens no weights."""
         folder = checkpoint_folder(model)
         config = read_config(folder)
         image_size = config.tower.image_size
         assert isinstance(image_size, int)
-        with building(f"{folder / PREPROCESSOR}", then="use the tower's own file, or remove it for CLIP's"):
+        file = folder / "preprocessor_config.json"
+        with building(f"{file}", then="use the tower's own file, or remove it for CLIP's"):
             preprocess = ImagePreprocessor.from_pretrained(
                 folder,
                 aspect_ratio=data.image_aspect_ratio,
@@ -59,7 +53,7 @@ class Preparation:
         )
 
     def digests(self) -> dict[str, str]:
-        """The fingerprint's fields that stage 2 can compute without a teacher."""
+        """Return the fields of the fingerprint that stage 2 can compute without the teacher."""
         return {
             "tokenizer": tokenizer_digest(self.tokenizer),
             "template": template_digest(self.template),
@@ -67,7 +61,7 @@ class Preparation:
         }
 
     def tokenize(self, conversations: list[dict[str, str]]) -> TokenizedSample:
-        """Ids and labels; raises `BadSample` where the template cannot express it or it is too long."""
+        """Return ids and labels; raises `BadSample` if the template cannot express the sample or it is too long."""
         sample = tokenize(conversations, self.tokenizer, template=self.template)
         length = self.merged_length(sample.input_ids)
         if length > self.max_length:
@@ -77,19 +71,19 @@ class Preparation:
         return sample
 
     def merged_length(self, input_ids: Sequence[int]) -> int:
-        """Positions of a sample once its placeholders are vision tokens."""
+        """Return the length S of a sample in which every image is N vision tokens."""
         return len(input_ids) + input_ids.count(IMAGE_TOKEN_INDEX) * (self.num_vision_tokens - 1)
 
 
 def capture_settings(config: Config, *, dtype: str) -> dict[str, Any]:
-    """Everything else that a cached value depends on: stage 1 writes it, stage 2 compares it."""
+    """Return the other settings that cached values depend on: stage 1 stores them, stage 2 compares them."""
     cached = config.targets.cached().items()
     targets = {name: settings.model_dump(mode="json", exclude={"source"}) for name, settings in cached}
     return {"targets": targets, "max_length": config.data.max_length, "dtype": dtype}
 
 
 def pad_tokens(samples: Sequence[TokenizedSample]) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask`, `labels`, int64 'B S', padded on the right."""
+    """Return `input_ids`, `attention_mask` and `labels`, int64 'B S', padded on the right."""
     return {
         "input_ids": pad_rows([sample.input_ids for sample in samples], 0),
         "attention_mask": pad_rows([[1] * len(sample.input_ids) for sample in samples], 0),
@@ -98,6 +92,6 @@ def pad_tokens(samples: Sequence[TokenizedSample]) -> dict[str, Tensor]:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Rows of different lengths as one int64 'B S', filled up with `value` on the right."""
+    """Return rows of different lengths as int64 'B S', padded with `value` on the right."""
     length = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

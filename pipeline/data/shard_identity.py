@@ -1,4 +1,4 @@
-"""Whether a shard is still the one that a part was captured from."""
+"""The record of a shard in the store, and the check that the shard has not changed since."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.errors import JoinError
 
 
 def shard_source(shard: str) -> dict[str, Any]:
-    """What a part records of its shard: name, size, time of change, digests of its members' places and of its bytes.
+    """Return the record of a shard: name, size, time of change, blake3 of its members' places and of its bytes.
 
     Raises `ShardError` if the shard is damaged.
     """
@@ -29,6 +29,7 @@ def shard_source(shard: str) -> dict[str, Any]:
     }
 
 
+# Size and time of change are part of the cache's key, so that a shard that changes is read again.
 @lru_cache(maxsize=1 << 16)
 def _digest(shard: str, _size: int, _modified_ns: int) -> str:
     return blake3().update_mmap(shard).hexdigest()
@@ -36,10 +37,7 @@ def _digest(shard: str, _size: int, _modified_ns: int) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _members_digest(shard: str, _size: int, _modified_ns: int) -> str:
-    """blake3 over name, place and size of every member: the tar's headers are read, not its content.
-
-    Size and time of change are part of the memo's key, so that a shard that changes is read again.
-    """
+    """Return the blake3 over name, place and size of every member; reads the tar's headers only."""
     digest = blake3()
     with open_tar(shard) as tar:
         for member in read_members(tar, shard):
@@ -49,11 +47,11 @@ def _members_digest(shard: str, _size: int, _modified_ns: int) -> str:
 
 
 def shard_change(shard: str, source: Mapping[str, Any], *, read_through: bool = False) -> str | None:
-    """How the shard differs from what a part's `source` says; None if it is the same, or it cannot be told.
+    """Return how a shard differs from a part's `source`, the record of it; None if it does not.
 
-    Size and time of change are compared first, as `make` does. Only a shard that was touched or copied has its
-    members listed; with `read_through` all of it is read, for content that changed at the same size. A part written
-    before this record was kept has a size at most.
+    Size and time of change are compared first, as `make` does, and the members only where the time differs. With
+    `read_through` the whole content is compared, too. A part of an early version has a size at most; then nothing
+    else is compared.
     """
     about = Path(shard).stat()
     if source.get("bytes", about.st_size) != about.st_size:
@@ -67,7 +65,7 @@ def shard_change(shard: str, source: Mapping[str, Any], *, read_through: bool = 
 
 
 def check_unchanged(stores: Sequence[Store], shards: Mapping[str, str]) -> None:
-    """Raise `JoinError` if a shard (part -> path) is not the one that a store's part was captured from."""
+    """Raise `JoinError` if a shard (part -> path) changed after a store's part was captured from it."""
     changes = [
         (shard, store.path, change)
         for store in stores

@@ -1,4 +1,4 @@
-"""The templates: how a conversation's turns become one text, and which of its tokens are trained.
+"""Templates: how a conversation's turns become one text, and which of its tokens are trained.
 
 `plain` and `v1` are the original code's, for MobileVLM; `chatml` is SmolLM2's.
 """
@@ -21,7 +21,7 @@ Turn = dict[str, str]
 
 @dataclass(frozen=True)
 class Template:
-    """How turns become one text, and which of its tokens are trained; `is_chatml` says whose tokenizer it needs."""
+    """How turns become a text and a prompt, and a text and its ids labels; `is_chatml`: needs SmolLM2's tokenizer."""
 
     render: Callable[[Sequence[Turn]], str]
     render_prompt: Callable[[Sequence[Turn]], str]
@@ -30,7 +30,7 @@ class Template:
 
 
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """BOS, then the chunks around each image, each tokenised on its own, joined by -200 (as the original)."""
+    """Return BOS, then the ids of the text around each image, joined by -200; tokenised separately, as originally."""
     ids: list[Any] = [tokenizer.bos_token_id]
     for number, chunk in enumerate(text.split(IMAGE_TOKEN)):
         if number:
@@ -40,18 +40,14 @@ def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _images_first(text: str) -> str:
-    """Move a turn's images to its front, a line each.
-
-    One image: exactly the original. Of several the original keeps one; here all stay, in order.
-    """
-    num_images = text.count(IMAGE_TOKEN)
-    if num_images == 0:
+    """Move a turn's images to its front, a line each. Of several images the original keeps one; here all stay."""
+    if not (num_images := text.count(IMAGE_TOKEN)):
         return text
     rest = text.replace(IMAGE_TOKEN, "").strip()
     return (f"{IMAGE_TOKEN}\n" * num_images + rest).strip()
 
 
-# plain: the images, then the caption. The question is dropped; there is no EOS.
+# plain: the images, then the caption. The question is dropped, and there is no EOS.
 
 
 def _render_plain(turns: Sequence[Turn]) -> str:
@@ -70,14 +66,11 @@ def _render_plain_prompt(turns: Sequence[Turn]) -> str:
 
 
 def _plain_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # The images are all that stands before the caption, so they and BOS are what is masked.
-    start = next(n for n, number in enumerate(ids[1:], start=1) if number != IMAGE_TOKEN_INDEX)
-    return [
-        IGNORE_INDEX if n < start or number == IMAGE_TOKEN_INDEX else number for n, number in enumerate(ids)
-    ]
+    # Only BOS and the images stand before the caption.
+    return [IGNORE_INDEX, *(IGNORE_INDEX if number == IMAGE_TOKEN_INDEX else number for number in ids[1:])]
 
 
-# v1: Vicuna's dialogue. Trained are the answers with their </s>.
+# v1: Vicuna's dialogue. The answers are trained, each with its </s>.
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -92,12 +85,8 @@ def _render_v1(turns: Sequence[Turn]) -> str:
     text = SYSTEM + " "
     for turn in turns:
         value = _images_first(turn["value"])
-        # The original writes an empty turn without separator; `_v1_labels` then refuses the sample.
-        text += (
-            f"{SPEAKERS[turn['from']]}: {value}{SEPARATORS[turn['from']]}"
-            if value
-            else f"{SPEAKERS[turn['from']]}:"
-        )
+        # The original writes an empty turn without a separator; `_v1_labels` then refuses the sample.
+        text += f"{SPEAKERS[turn['from']]}:" + (f" {value}{SEPARATORS[turn['from']]}" if value else "")
     return text
 
 
@@ -106,10 +95,9 @@ def _render_v1_prompt(turns: Sequence[Turn]) -> str:
 
 
 def _v1_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The original's masking: count each round's tokens by tokenising it alone, then mask up to its answer.
+    """Mask as the original does: tokenise each exchange alone, count its tokens, and mask up to its answer.
 
-    Where the counts do not add up to the whole, the original prints a warning and trains on nothing; here the
-    sample is refused.
+    Where the counts do not add up, the original prints a warning and masks the whole sample; here it is refused.
     """
     labels = [number if number != IMAGE_TOKEN_INDEX else IGNORE_INDEX for number in ids]
     labels[0] = IGNORE_INDEX
@@ -118,12 +106,12 @@ def _v1_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) ->
         parts = exchange.split(CALL_TO_ANSWER)
         if exchange == "" or len(parts) != 2:
             break
-        # Minus BOS and the trailing space, a token here, but in the text a part of the answer's first.
+        # Minus BOS and the trailing space: a token here, but part of the answer's first token in the text.
         num_instruction = len(token_ids(parts[0] + CALL_TO_ANSWER, tokenizer)) - 2
         labels[position : position + num_instruction] = [IGNORE_INDEX] * num_instruction
-        # BOS is counted for the </s> that the split took away.
+        # BOS counts for the </s> that the split removed.
         position += len(token_ids(exchange, tokenizer))
-    # <unk> is also the padding: the original does not count it, and so loses the sample as well.
+    # <unk> is also the padding, which the original does not count: it masks such a sample, too.
     if position != len(ids) or tokenizer.pad_token_id in ids:
         raise BadSample(
             "prompts and answers cannot be told apart",
@@ -133,14 +121,14 @@ def _v1_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) ->
     return labels
 
 
-# chatml: SmolLM2's dialogue without a system turn. Trained are the answers with their <|im_end|>.
+# chatml: SmolLM2's dialogue without a system turn. The answers are trained, each with its <|im_end|>.
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 CHATML_ROLES = {"human": "user\n", "gpt": "assistant\n"}
 
 
 def _render_chatml(turns: Sequence[Turn]) -> str:
-    # The first <|im_start|> is the tokenizer's BOS, which `token_ids` puts before every text.
+    # The first <|im_start|> is the tokenizer's BOS, which `token_ids` adds.
     return f"\n{TURN_START}".join(_chatml_turn(turn) for turn in turns)
 
 
@@ -156,7 +144,7 @@ def _render_chatml_prompt(turns: Sequence[Turn]) -> str:
 
 
 def _chatml_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every second stretch between BOS and EOS is an answer: trained after its header, up to its EOS."""
+    """Train every second span from BOS to EOS, an answer, without its header but with its EOS."""
     header = tokenizer(CHATML_ROLES["gpt"], add_special_tokens=False).input_ids
     labels = [IGNORE_INDEX] * len(ids)
     starts = [n for n, number in enumerate(ids) if number == tokenizer.bos_token_id]

@@ -1,8 +1,8 @@
-"""The original's tokenizer (slow LlamaTokenizer, legacy behaviour) on today's fast backend; SmolLM2's as it is.
+"""The original's tokenizer (slow LlamaTokenizer, legacy behaviour) on the fast backend, and SmolLM2's unchanged.
 
-transformers 5 reads `tokenizer.model` too, but its conversion swallows a leading space and orders merges by
-id instead of by score, which changes the ids of ordinary text. So the sentencepiece file is converted here,
-and what comes out is compared with sentencepiece itself before it is used.
+transformers 5 reads `tokenizer.model` too, but it drops a leading space and orders merges by id, not by score. That
+changes the ids of ordinary text. So the sentencepiece file is converted here, and the result is compared with
+sentencepiece before it is used.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import checkpoint_folder, named_if_broken
 
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # the first that is there is read, as in the original
-SPACE = "\u2581"  # sentencepiece writes a space so
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # in order of preference, as in the original
+SPACE = "\u2581"  # stands for a space in sentencepiece
 PROBES = (
     "A chat between a curious user and an artificial intelligence assistant.",
     " grabbed  two   spaces ",
@@ -28,11 +28,10 @@ PROBES = (
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint (local folder or hub id), as MobileVLM was trained with, or SmolLM2.
+    """Return the tokenizer of a checkpoint (local folder or hub id), of MobileVLM's family or SmolLM2's.
 
-    MobileVLM's adds BOS and no EOS and starts every text between special tokens with a space; SmolLM2's adds
-    nothing. Both pad on the right with the unknown token.
-    `tokenizer.model` is preferred over `tokenizer.json`, as in the original. Raises `ConfigError` otherwise.
+    MobileVLM's adds BOS, no EOS, and a space at the start of every text between special tokens; SmolLM2's adds
+    nothing. Both pad on the right with the unknown token. Raises `ConfigError` for any other tokenizer.
     """
     folder = checkpoint_folder(str(path))
     file = next((file for name in TOKENIZERS if (file := folder / name).is_file()), None)
@@ -60,12 +59,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def is_chatml(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it is of SmolLM2's family, for the template `chatml`; LLaMA's is for the others."""
+    """Return whether a tokenizer is of SmolLM2's family, for the template `chatml`; the others need LLaMA's."""
     return tokenizer.bos_token == "<|im_start|>"
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """blake3 of what the tokenizer does: its vocabulary, its special ids, and its ids for fixed texts."""
+    """Return the blake3 of a tokenizer's vocabulary, its special ids, and its ids of fixed texts."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id]
     probes = [tokenizer(text).input_ids for text in (*PROBES, "Yes.</s>USER: No.")]
@@ -81,16 +80,15 @@ def _from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
     model = SentencePieceProcessor(model_file=str(file))
     pieces = [model.id_to_piece(number) for number in range(len(model))]
     ids = {piece: number for number, piece in enumerate(pieces)}
-    reserved = {
-        n for n in range(len(model)) if model.is_control(n) or model.is_unknown(n) or model.is_byte(n)
-    }
-    merged = {piece: number for piece, number in ids.items() if number not in reserved}
-    if model.bos_id() < 0 or model.eos_id() < 0 or model.unk_id() < 0:
+    is_reserved = (model.is_control, model.is_unknown, model.is_byte)
+    merged = {piece: n for piece, n in ids.items() if not any(test(n) for test in is_reserved)}
+    special = (model.bos_id(), model.eos_id(), model.unk_id())
+    if min(special) < 0:
         raise ConfigError(
             f"{file} lacks <s>, </s> or <unk>; a LLaMA tokenizer has all three: use the checkpoint's."
         )
-    bos, eos, unknown = (pieces[n] for n in (model.bos_id(), model.eos_id(), model.unk_id()))
-    # By score: sentencepiece merges the best piece first, and id order is not always score order.
+    bos, eos, unknown = (pieces[n] for n in special)
+    # sentencepiece merges the piece of the best score first, and ids are not always in order of score.
     merges = generate_merges(merged, {piece: model.get_score(number) for piece, number in merged.items()})
     backend = Tokenizer(BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
@@ -111,7 +109,7 @@ def _from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
 
 
 def _unlike_llama(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What the tokenizer does otherwise than the label masking of `v1` relies on, or None."""
+    """Return how a tokenizer differs from what the label masking of `v1` needs, or None."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text).input_ids
@@ -132,7 +130,7 @@ def _unlike_llama(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _check_chatml(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Raise `ConfigError` unless the tokenizer does what the template `chatml` relies on."""
+    """Raise `ConfigError` unless the tokenizer does what the template `chatml` needs."""
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     found = tokenizer("<|im_start|><|im_end|>", add_special_tokens=False).input_ids
     if tokenizer.eos_token != "<|im_end|>" or tokenizer.unk_token is None or found != special:

@@ -1,4 +1,4 @@
-"""The text of a single token as it stands in a sample, and how to show what of it cannot be seen."""
+"""The text of a single token, and a visible form of its spaces and control characters."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pipeline.data.conversation import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from pipeline.data.templates import IMAGE_TOKEN
 from pipeline.data.tokenizer import SPACE, is_chatml
+from pipeline.positions import IMAGE_TOKEN_INDEX
 
 
 def token_text(number: int, tokenizer: Any) -> str:
-    """A token's text, its leading space included; a part of a character as its bytes; the id without a tokenizer."""
+    """Return a token's text with its leading space; part of a character as bytes; without a tokenizer, the id."""
     if number == IMAGE_TOKEN_INDEX:
         return IMAGE_TOKEN
     if tokenizer is None:
@@ -27,18 +28,18 @@ def token_text(number: int, tokenizer: Any) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with a mark for every space and line break, and an escape for what else cannot be seen."""
+    """Return the text with a mark for every space and line break, and an escape for other invisible characters."""
     marks = {" ": "␣", "\n": "↵"}
     return "".join(marks.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
 
 
 def _sentencepiece(piece: str) -> str:
-    byte = re.fullmatch("<0x([0-7][0-9A-F])>", piece)  # from 0x80 on it is a part of a character
+    byte = re.fullmatch("<0x([0-7][0-9A-F])>", piece)  # from 0x80 on, part of a character
     return chr(int(byte[1], 16)) if byte else piece.replace(SPACE, " ")
 
 
 def _byte_level(piece: str) -> str:
-    """Every character of the piece stands for a byte; bytes that make no character stay as <0xE4>."""
+    """Decode a piece whose characters stand for bytes; a byte of an incomplete character becomes <0xE4>."""
     data = bytes(_bytes()[character] for character in piece)
     escaped = data.decode(errors="surrogateescape")
     return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in escaped)

@@ -20,7 +20,7 @@ import torch
 import typer
 from transformers.utils import logging
 
-from pipeline.data.conversation import TEMPLATES
+from pipeline.data.templates import TEMPLATES
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 
 DATA = Path("runs/demo/data")

@@ -15,8 +15,8 @@ import torch
 import typer
 from torch import nn
 
-from pipeline.data.conversation import load_tokenizer
 from pipeline.data.images import ImagePreprocessor
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.positions import IGNORE_INDEX
 from pipeline.studies import demo

@@ -22,8 +22,8 @@ from peft import LoraConfig, inject_adapter_in_model  # pyright: ignore[reportMi
 from peft.tuners.lora import LoraLayer  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
-from pipeline.data.conversation import load_tokenizer
 from pipeline.data.images import ImagePreprocessor
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.models.saved_files import save_tensors
 from pipeline.studies.demo_teacher import one_cycle

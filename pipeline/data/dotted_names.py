@@ -1,4 +1,4 @@
-"""Samples with dots in their names, which WebDataset's rule makes members of another: scan_1.5.json is scan_1's."""
+"""Samples with dots in their names: by WebDataset's rule scan_1.5.json is a member of the sample scan_1."""
 
 from __future__ import annotations
 
@@ -13,23 +13,31 @@ from pipeline.errors import BadSample
 
 
 def split_dotted(group: Group, tar: tarfile.TarFile) -> Iterator[Group]:
-    """The group without what its names' dots brought in, if anything is left, then each such sample as a bad one.
+    """Yield the group's own members, if any, then each sample that a dot brought into it, as a bad one.
 
-    KEY.meta.json and KEY.mask.png beside KEY.json stay members of KEY.
+    KEY.meta.json and KEY.mask.png beside KEY.json are members of KEY.
     """
     stems = [ending.removesuffix(".json") for ending in group.members if _is_sample(ending, group, tar)]
-    owners = {ending: _owner(ending, stems) for ending in group.members}
-    own = {ending: member for ending, member in group.members.items() if owners[ending] is None}
-    if own:
+    members: dict[str | None, dict[str, tarfile.TarInfo]] = {stem: {} for stem in (None, *stems)}
+    for ending, member in group.members.items():
+        owners = (stem for stem in stems if ending.startswith(f"{stem}."))
+        members[max(owners, key=len, default=None)][ending] = member
+    if own := members[None]:
         yield replace(group, members=own)
     for stem in stems:
-        members = {ending: member for ending, member in group.members.items() if owners[ending] == stem}
-        problem = group.problem or _problem(group.key, f"{stem}.json", members[f"{stem}.json"].name)
-        yield Group(f"{group.key}.{stem}", members, problem)
+        name = members[stem][f"{stem}.json"].name
+        folder, slash, file = name.rpartition("/")
+        better = file.removesuffix(".json").replace(".", "_") + ".json"
+        problem = BadSample(
+            "dots in the name",
+            f"WebDataset reads {name} as the key {group.key} with the ending {stem}.json; rename it to "
+            f"{folder}{slash}{better}, and what belongs to it likewise",
+        )
+        yield Group(f"{group.key}.{stem}", members[stem], group.problem or problem)
 
 
 def _is_sample(ending: str, group: Group, tar: tarfile.TarFile) -> bool:
-    """Whether an ending such as 5.json is that of a sample of its own: by a conversation, or an image beside it."""
+    """Return whether an ending such as 5.json is a sample's: it has a conversation, or an image beside it."""
     stem, dot, last = ending.rpartition(".")
     if not dot or last != "json":
         return False
@@ -42,17 +50,3 @@ def _is_sample(ending: str, group: Group, tar: tarfile.TarFile) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(found, dict) and "conversations" in found
-
-
-def _owner(ending: str, stems: list[str]) -> str | None:
-    return max((stem for stem in stems if ending.startswith(f"{stem}.")), key=len, default=None)
-
-
-def _problem(key: str, ending: str, name: str) -> BadSample:
-    folder, slash, file = name.rpartition("/")
-    better = file[: -len(".json")].replace(".", "_") + ".json"
-    return BadSample(
-        "dots in the name",
-        f"WebDataset reads {name} as the key {key} with the ending {ending}; rename it to {folder}{slash}{better}, "
-        "and what belongs to it likewise",
-    )

@@ -1,7 +1,6 @@
 """WebDataset tars to samples, each with the place of its bytes in the tar.
 
-A sample is the run of members with one key: KEY.json, and KEY.jpg or KEY.0.jpg, KEY.1.jpg, ... where it has
-images.
+A sample is a run of members with one key: KEY.json, and KEY.jpg for one image, or KEY.0.jpg, KEY.1.jpg, ...
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from pipeline.errors import BadSample, ShardError
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation with its image files' bytes, in the order of their "<image>".
+    """A conversation with the bytes of its image files, in the order of their "<image>".
 
-    `image_digests` are blake3 of those bytes; `metadata` is the rest of the JSON.
+    `image_digests` are blake3 of those bytes; `metadata` holds the other fields of the JSON.
     """
 
     key: str
@@ -54,9 +53,9 @@ class Rejected:
 
 
 def expand_shards(patterns: str | Sequence[str]) -> list[str]:
-    """The tar files that folders, globs and brace patterns name, sorted; each stem occurs once.
+    """Return the tar files that folders, globs and brace patterns name, sorted.
 
-    Raises `ShardError` if a pattern names nothing, or a brace pattern a file that is missing.
+    Raises `ShardError` if a pattern names nothing, a brace pattern names a missing file, or two shards have one name.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
@@ -74,15 +73,15 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
 
 
 def part_name(shard: str) -> str:
-    """A shard's part in the store carries its name."""
+    """Return the name of a shard's part in the store."""
     return Path(shard).name.removesuffix(".tar")
 
 
 def read_shard(path: str | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Sample | Rejected]:
-    """Every sample of a shard in its order, the unusable ones as `Rejected`; one sample in memory at a time.
+    """Yield every sample of a shard in order, unusable ones as `Rejected`; one sample is in memory at a time.
 
-    Raises `ShardError` if the tar itself is compressed, truncated or damaged, at the latest after the last
-    sample: what was read until then is no whole shard.
+    Raises `ShardError` if the tar is compressed, truncated or damaged, at the latest after the last sample: the
+    samples yielded until then are not a whole shard.
     """
     seen: set[str] = set()
     with open_tar(path) as tar:
@@ -92,11 +91,14 @@ def read_shard(path: str | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Itera
                     "key occurs twice in this shard", "its members must be side by side"
                 )
             seen.add(group.key)
-            yield _sample_or_rejected(group, tar, max_pixels=max_pixels)
+            try:
+                yield _sample(group, tar, max_pixels=max_pixels)
+            except BadSample as error:
+                yield Rejected(group.key, error.reason)
 
 
 def read_span(path: str | Path, span: Span) -> bytes:
-    """A member's bytes by their place in the tar, without reading the rest."""
+    """Return a member's bytes by their place in the tar; raises `ShardError` if the shard is shorter."""
     with reading(path), open(path, "rb") as file:
         file.seek(span.offset)
         data = file.read(span.size)
@@ -109,12 +111,12 @@ def read_span(path: str | Path, span: Span) -> bytes:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Files that one pattern names. Whatever is there by that very name is no pattern, nor is a folder before one."""
+    """Return the files that a pattern names. A path that exists is not a pattern, nor are the folders before one."""
     if "://" in pattern:
         raise ShardError(f"{pattern}: shards are read from local files only; copy them or mount the store.")
     path = as_stored(expand_home(pattern))
     if path.is_dir():
-        # Names with a dot in front are no shards: macOS leaves a ._shard.tar beside each on foreign disks.
+        # macOS leaves a ._shard.tar beside each shard on foreign disks.
         found = [str(file) for file in path.glob("*.tar") if not file.name.startswith(".")]
         return found or _refuse(pattern, path)
     if path.is_file():
@@ -131,8 +133,7 @@ def _expand(pattern: str) -> list[str]:
         if file.is_file():
             paths.append(str(file))
         elif glob.has_magic(name):
-            found = _glob(str(Path(glob.escape(str(folder))) / name))
-            paths += found or _refuse(str(file), file.parent)
+            paths += _glob(str(Path(glob.escape(str(folder))) / name)) or _refuse(str(file), file.parent)
         else:
             missing.append(file)
     if missing and len(names) == 1:
@@ -146,7 +147,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _glob(pattern: str) -> list[str]:
-    """The paths that a glob names. A folder on its way that cannot be listed raises: its shards would be left out."""
+    """Return the paths that a glob names; raises `ShardError` for a folder on the way that cannot be listed."""
     folders = os.path.dirname(pattern)
     while glob.has_magic(folders):
         for folder in glob.glob(f"{folders}/", recursive=True):
@@ -170,24 +171,14 @@ def _refuse(pattern: str, folder: Path) -> NoReturn:
 # Groups to samples
 
 
-def _sample_or_rejected(group: Group, tar: tarfile.TarFile, *, max_pixels: int) -> Sample | Rejected:
-    try:
-        return _sample(group, tar, max_pixels=max_pixels)
-    except BadSample as error:
-        return Rejected(group.key, error.reason)
-
-
 def _sample(group: Group, tar: tarfile.TarFile, *, max_pixels: int) -> Sample:
     if group.problem is not None:
         raise group.problem
     if "json" not in group.members:
-        dotted = any("." in ending for ending in group.members)
-        why = (
-            f"; the ending of {next(iter(group.members.values())).name} begins at its first dot"
-            if dotted
-            else ""
-        )
-        raise BadSample("no JSON file", f"found {', '.join(sorted(group.members))}{why}")
+        found = f"found {', '.join(sorted(group.members))}"
+        if any("." in ending for ending in group.members):
+            found += f"; the ending of {next(iter(group.members.values())).name} begins at its first dot"
+        raise BadSample("no JSON file", found)
     record = parse_record(read_member(tar, group.members["json"]))
     members = _image_members(group)
     check_conversations(record.get("conversations"), num_images=len(members))
@@ -207,7 +198,7 @@ def _sample(group: Group, tar: tarfile.TarFile, *, max_pixels: int) -> Sample:
 
 
 def parse_record(data: bytes) -> dict[str, Any]:
-    """A sample's JSON object; raises `BadSample` for anything else."""
+    """Return a sample's JSON object; raises `BadSample` for anything else."""
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -218,9 +209,9 @@ def parse_record(data: bytes) -> dict[str, Any]:
 
 
 def _image_members(group: Group) -> list[tarfile.TarInfo]:
-    """KEY.jpg alone, or KEY.0.jpg, KEY.1.png, ... in the order of their numbers; KEY.mask.png is none."""
-    numbered: dict[int, tarfile.TarInfo] = {}
+    """Return KEY.jpg, or KEY.0.jpg, KEY.1.png, ... by their numbers; KEY.mask.png is no image of the sample."""
     single: list[tarfile.TarInfo] = []
+    numbered: dict[int, tarfile.TarInfo] = {}
     for ending, member in group.members.items():
         number, _, kind = ending.rpartition(".")
         if kind not in ENDINGS:

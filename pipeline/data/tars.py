@@ -1,6 +1,6 @@
-"""An uncompressed tar as runs of members with one key, by WebDataset's rules; read to its end or refused.
+"""An uncompressed tar as groups of members with one key, by WebDataset's rules; read to its end or refused.
 
-Plain `tarfile` does the reading: unlike a stream, it tells where a member's bytes lie.
+Read by `tarfile`, which tells the place of a member's bytes; a stream does not.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,22 +23,32 @@ from pipeline.errors import BadSample, ShardError
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 REMEDY = "make or copy the shard again."
-# As WebDataset: what is named __like_this__. And what file managers leave beside files, macOS a ._NAME for each
-# NAME: by WebDataset's rule "folder/._1.json" would be a member of the key "folder/".
+# Names __like_this__, as in WebDataset, and files that file managers leave. macOS writes a ._NAME beside each NAME;
+# by WebDataset's rule "folder/._1.json" would be a member of the key "folder/".
 NOT_A_MEMBER = re.compile(r"^__[^/]*__($|/)|(^|/)(\.[^/]*$|__MACOSX/)|(^|/)(Thumbs\.db|desktop\.ini)$", re.I)
 
 
 @dataclass
 class Group:
-    """The members of one sample by lower-case ending, not yet read; `problem` is what is wrong with them."""
+    """The members of a sample by lower-case ending, not read yet; `problem` is what is wrong with them."""
 
     key: str
     members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
     problem: BadSample | None = None
 
+    def add(self, ending: str, member: tarfile.TarInfo) -> None:
+        """Add a member; a member that cannot be read is the group's problem."""
+        if ending in self.members:
+            self.problem = BadSample("file occurs twice in a sample", member.name)
+        elif member.issparse():
+            self.problem = BadSample("sparse file in the tar", member.name)
+        elif member.size > MAX_MEMBER_BYTES:
+            self.problem = BadSample("file too large", f"{member.name}, {member.size} bytes")
+        self.members[ending] = member
+
 
 def open_tar(path: str | Path) -> tarfile.TarFile:
-    """The tar, open for reading; raises `ShardError` if it is compressed or no tar."""
+    """Open a tar for reading; raises `ShardError` if it is compressed or no tar."""
     with reading(path), open(path, "rb") as file:
         start = file.read(6)
     for magic, name in COMPRESSIONS.items():
@@ -49,38 +60,38 @@ def open_tar(path: str | Path) -> tarfile.TarFile:
         with reading(path):
             return tarfile.open(path, "r:")
     except (ShardError, MemoryError):
-        raise  # the machine's trouble, not the shard's
+        raise
     except Exception as error:  # damaged headers can raise anything in tarfile's parsers
         raise ShardError(f"{path} is no tar file ({error}); {REMEDY}") from error
 
 
 def read_groups(tar: tarfile.TarFile, path: str | Path) -> Iterator[Group]:
-    """Adjacent members with one key. A name up to its first dot is the key, the rest the ending.
+    """Yield the adjacent members with one key. A name up to its first dot is the key, the rest the ending.
 
-    Raises `ShardError` if the tar is truncated or damaged; a group comes only when all its bytes are there.
+    Raises `ShardError` if the tar is truncated or damaged; a group is yielded only after all its bytes were there.
     """
-    group: Group | None = None
+    # Archives made on macOS may mix both Unicode forms of a name.
+    for _, named in groupby(_named(tar, path), key=lambda item: unicodedata.normalize("NFC", item[0])):
+        group = None
+        for key, ending, member in named:
+            group = group or Group(key)
+            group.add(ending, member)
+        assert group is not None  # groupby yields no empty groups
+        yield group
+
+
+def _named(tar: tarfile.TarFile, path: str | Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yield key, ending and header of the members that belong to a sample."""
     for member in read_members(tar, path):
         key, ending = base_plus_ext(member.name)
         if key is None or ending is None or not member.isreg() or NOT_A_MEMBER.search(member.name):
             continue
-        key = key.encode("utf-8", "backslashreplace").decode()  # names in other encodings stay printable
-        if group is None or not _is_one_name(group.key, key):
-            if group is not None:
-                yield group
-            group = Group(key)
-        _add(group, ending.lower(), member)
-    if group is not None:
-        yield group
-
-
-def _is_one_name(first: str, second: str) -> bool:
-    """Whether names are equal but for how accents are stored: archives of macOS may mix both forms."""
-    return first == second or unicodedata.normalize("NFC", first) == unicodedata.normalize("NFC", second)
+        # Names in other encodings stay printable.
+        yield key.encode("utf-8", "backslashreplace").decode(), ending.lower(), member
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """A member's bytes."""
+    """Return a member's bytes."""
     file = tar.extractfile(member)
     assert file is not None  # groups hold regular files only
     with reading(str(tar.name)):
@@ -89,7 +100,7 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 @contextmanager
 def reading(path: str | Path) -> Generator[None]:
-    """Raise `ShardError` for what the system refuses: it says which file, why, and nothing about what it holds."""
+    """Raise `ShardError` with file and reason where the system refuses to read; says nothing about the content."""
     try:
         yield
     except OSError as error:
@@ -97,13 +108,17 @@ def reading(path: str | Path) -> Generator[None]:
 
 
 def read_members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.TarInfo]:
-    """Every member in its order. Raises `ShardError` if the tar is truncated or damaged."""
+    """Yield every member in order; raises `ShardError` if the tar is truncated or damaged."""
     try:
-        while (member := _next(tar, path)) is not None:
+        while True:
+            with reading(path):
+                member = tar.next()
+            if member is None:
+                break
             yield member
-            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else every header is kept
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else every header stays in memory
     except (ShardError, MemoryError):
-        raise  # the machine's trouble, not the shard's
+        raise
     except Exception as error:  # damaged headers can raise anything in tarfile's parsers
         raise ShardError(
             f"{path} is damaged or truncated after byte {tar.offset} ({error}); {REMEDY}"
@@ -111,13 +126,8 @@ def read_members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.Tar
     _check_end(tar, path)
 
 
-def _next(tar: tarfile.TarFile, path: str | Path) -> tarfile.TarInfo | None:
-    with reading(path):
-        return tar.next()
-
-
 def _check_end(tar: tarfile.TarFile, path: str | Path) -> None:
-    # tarfile takes a damaged header, or the file's end, for the end of the archive: samples would be lost.
+    # tarfile takes a damaged header, or the end of the file, for the end of the archive: samples would be lost.
     file: BinaryIO = tar.fileobj  # pyright: ignore[reportAssignmentType]
     with reading(path):
         file.seek(tar.offset)
@@ -131,13 +141,3 @@ def _check_end(tar: tarfile.TarFile, path: str | Path) -> None:
             )
         with reading(path):
             end = file.read(1024 * 1024)
-
-
-def _add(group: Group, ending: str, member: tarfile.TarInfo) -> None:
-    if ending in group.members:
-        group.problem = BadSample("file occurs twice in a sample", member.name)
-    elif member.issparse():
-        group.problem = BadSample("sparse file in the tar", member.name)
-    elif member.size > MAX_MEMBER_BYTES:
-        group.problem = BadSample("file too large", f"{member.name}, {member.size} bytes")
-    group.members[ending] = member

@@ -1,8 +1,9 @@
-"""The command line: its commands, and errors as one sentence. Results on stdout, progress and errors on stderr."""
+"""The command line. Results go to stdout; progress and errors, one sentence each, go to stderr."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,9 +17,9 @@ from pipeline.commands import experiments, inspect, reshape, share, stages, stor
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a check failed or the work could not be done; 2 a wrong command line or config;
-3 the store's fingerprint is not what the config asks for; 75 SIGTERM stopped the training, a checkpoint is
-written and the same command with train.resume_from_checkpoint=true resumes; 130 interrupted by Ctrl-C, which
-leaves a checkpoint, too.
+3 the store's fingerprint differs from what the config asks for; 75 SIGTERM stopped the training after a checkpoint,
+from which the same command with train.resume_from_checkpoint=true resumes; 130 interrupted by Ctrl-C, also with a
+checkpoint.
 """
 
 COMMANDS = {
@@ -30,7 +31,7 @@ COMMANDS = {
 
 
 class CommandGroups(typer.core.TyperGroup):
-    """The list of commands in groups, each with the whole first line of its help."""
+    """Lists the commands in groups, each with the whole first line of its help."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         names = {heading: [_name(command) for command in group] for heading, group in COMMANDS.items()}
@@ -63,10 +64,10 @@ app.add_typer(inspect.app, name="inspect")
 @app.callback()
 def options(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, too.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Also show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print versions and stop.")] = False,
 ) -> None:
-    """What every command takes, before its name."""
+    """Handle the options that stand before a command's name."""
     if version:
         print(_versions())
         raise typer.Exit()
@@ -77,7 +78,7 @@ def options(
 
 
 def _versions() -> str:
-    """alignkd's version, and those of Python and of the packages that decide numbers."""
+    """Return the versions of alignkd, of Python and of the packages that decide numbers."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -92,7 +93,7 @@ def _versions() -> str:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; what goes wrong outside the program is one sentence on stderr and an exit code."""
+    """Run the command line. Expected errors print one sentence to stderr and set the exit code."""
     from cache import CacheError, FingerprintMismatch
     from pipeline.errors import ConfigError, PipelineError, TrainingStopped
 
@@ -102,7 +103,7 @@ def main(arguments: list[str] | None = None) -> Any:
     except (TrainingStopped, CacheError, PipelineError, OSError) as error:
         if asked.debug:
             traceback.print_exc()
-        code, message = 1, str(error)  # an OSError's are the system's own words, which name the file
+        code, message = 1, str(error)
         if isinstance(error, TrainingStopped):
             code = error.exit_code
         elif isinstance(error, FingerprintMismatch):
@@ -114,14 +115,8 @@ def main(arguments: list[str] | None = None) -> Any:
 
 
 def _expanded(arguments: list[str]) -> list[str]:
-    """The arguments with `~` for the home folder in --option=~/file, where no shell puts it in."""
-    pairs = (argument.partition("=") for argument in arguments)
-    return [
-        f"{name}={os.path.expanduser(value)}"
-        if equals and name.startswith("--")
-        else f"{name}{equals}{value}"
-        for name, equals, value in pairs
-    ]
+    """Expand `~` in --option=~/file, where no shell does."""
+    return [re.sub(r"^(--[^=]*=)(~.*)$", lambda m: m[1] + os.path.expanduser(m[2]), a) for a in arguments]
 
 
 if __name__ == "__main__":

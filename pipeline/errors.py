@@ -86,7 +86,7 @@ def building(what: str, *, then: str) -> Iterator[None]:
 
 @contextmanager
 def needing(extra: str, *, by: str, otherwise: str = "") -> Iterator[None]:
-    """Turn a missing optional package into one sentence: what needs it, the extra that installs it, what else helps."""
+    """Turn a missing package into one sentence: what needs it, the extra that installs it, what to do otherwise."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -368,6 +368,24 @@ def test_a_sweep_with_a_failed_run_prints_the_others_and_exits_with_1(alignkd, s
     assert ran.code == 1 and "FAILED" in ran.err and "losses=none" in ran.out
 
 
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [
+        ("sweep --config configs/demo.yaml", "matplotlib"),
+        ("report runs", "jinja2"),
+        ("inspect attention runs/demo/teacher.zarr 0", "matplotlib"),
+    ],
+)
+def test_a_command_without_its_optional_package_says_what_to_install(command, package):
+    script = "import sys; sys.modules[{!r}] = None; import cli; cli.main({!r}.split())".format
+    ran = subprocess.run(
+        [sys.executable, "-c", script(package, command)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert f" needs the package {package}, which is not installed; " in ran.stderr
+    assert ran.stderr.startswith("alignkd: alignkd ") and "pip install 'alignkd[report]'" in ran.stderr
+
+
 def test_the_version_names_what_decides_numbers(alignkd):
     ran = alignkd("--version")
     expected = r"alignkd \d\S* \(Python 3\.\d+\.\d+, torch \S+, transformers \S+, zarr \S+\)\n"

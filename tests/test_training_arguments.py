@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import yaml
 
@@ -159,3 +161,10 @@ def test_float16_is_refused_where_there_is_no_gpu_before_a_store_is_opened(
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and "train.fp16: a CPU does not train in float16" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_tensorboard_that_is_not_installed_is_a_sentence(load, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    said = r"^train.report_to: tensorboard needs the package tensorboard, which .*, or set it to none$"
+    with pytest.raises(ConfigError, match=said):
+        training_arguments(load("{report_to: tensorboard, use_cpu: true}"), tmp_path)

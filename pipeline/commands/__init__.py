@@ -1,1 +1,1 @@
-"""The commands of the command line, by what they work on; `cli.py` puts them together."""
+"""The commands, grouped by what they work on; `cli.py` puts them together."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import ConfigFile, Overrides, load, say
+from pipeline.commands.options import ConfigFile, Overrides, fail_unless, load, say
 
 
 def sweep(
@@ -17,7 +17,7 @@ def sweep(
         list[str] | None, typer.Option(help="key=value,value; repeat it. losses= takes sets: see below.")
     ] = None,
     one_at_a_time: Annotated[
-        bool, typer.Option("--one-at-a-time", help="Each value of each --vary alone, not their combinations.")
+        bool, typer.Option("--one-at-a-time", help="Vary one --vary at a time, without combinations.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder; default: OUTPUT_DIR/sweep.")] = None,
     jobs: Annotated[
@@ -25,26 +25,28 @@ def sweep(
     ] = 1,
     keep_models: Annotated[bool, typer.Option(help="Keep every student's weights.")] = True,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Train runs anew that were made with other settings.")
+        bool, typer.Option("--overwrite", help="Replace runs that have other settings.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
 ) -> None:
-    """Many student experiments from one store: every combination of --vary, each held against labels alone.
+    """Train many students from one store: every combination of --vary, each compared with a labels-only run.
 
     --vary losses= takes none, all, all-LOSS, LOSS+LOSS and leave-one-out; any other key is one of the config's,
     such as --vary losses.attention.distance=kl,mse --vary data.fraction=0.02,0.1 --vary train.seed=0,1,2.
-    With --one-at-a-time the config itself is run, and each value beside it; seeds are combined all the same.
-    A run that is done is not done again. Exit code 1 if a run failed; the others are in the table.
+    With --one-at-a-time the runs are the config itself and one for each value; each still runs with every seed.
+    Finished runs are not repeated. The exit code is 1 if a run failed; the others are in the table.
     """
-    settings = load(config, overrides, False)
+    settings = load(config, overrides)
     from pipeline.config.config import load_config
+    from pipeline.errors import needing
     from pipeline.evaluation.scores import teacher_predictions
-    from pipeline.report.curves import draw_sweep
     from pipeline.sweep.lines import keep_teacher
     from pipeline.sweep.run import alone_in, run_sweep
     from pipeline.sweep.summary import summarise_sweep, summary_tables
     from pipeline.sweep.variations import parse_vary, plan_runs
 
+    with needing("report", by="alignkd sweep"):
+        from pipeline.report.curves import draw_sweep
     runs = plan_runs(
         lambda more: load_config(config, [*(overrides or []), *more]),
         parse_vary(vary or []),
@@ -65,8 +67,7 @@ def sweep(
             pictures = (folder / "summary.png", folder / "summary.svg")
             draw_sweep(summary["rows"], *pictures, teacher=summary["teacher"])
             print(summary_tables(summary))
-    if failed:
-        raise typer.Exit(1)
+    fail_unless(not failed)
 
 
 def report(
@@ -75,10 +76,12 @@ def report(
     ],
     output: Annotated[Path | None, typer.Option(help="HTML file; default: FOLDER/report.html.")] = None,
 ) -> None:
-    """One HTML page about a run or a sweep: accuracies, gains, loss curves, throughput, what the cache cost.
+    """Write one HTML page about a run or a sweep: accuracies, gains, loss curves, throughput, the store's cost.
 
-    The page stands alone: no network, no script.
+    The page loads nothing from the network and runs no script.
     """
-    from pipeline.report.page import write_report
+    from pipeline.errors import needing
 
+    with needing("report", by="alignkd report"):
+        from pipeline.report.page import write_report
     print(write_report(folder, output))

@@ -1,4 +1,4 @@
-"""A look at one stored sample: inspect STORE KEY (the teacher's attention as a picture), inspect sample."""
+"""Look at one stored sample: inspect STORE KEY (the teacher's attention as a picture), inspect sample."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ConfigOption = Annotated[
 
 
 class AttentionByDefault(TyperGroup):
-    """`inspect STORE KEY` is `inspect attention STORE KEY`."""
+    """Reads `inspect STORE KEY` as `inspect attention STORE KEY`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] != "--help":
@@ -47,7 +47,7 @@ def attention(
     ] = None,
     k: Annotated[int | None, typer.Option(min=1, help="Focus tokens; default: vision_focus.k.")] = None,
     student: Annotated[
-        str | None, typer.Option(help="Checkpoint of a student: drawn beside the teacher, after and before.")
+        str | None, typer.Option(help="A student's checkpoint, drawn next to the teacher: before and after.")
     ] = None,
     student_layer: Annotated[
         int | None, typer.Option(min=0, help="Default: the teacher layer's pair in losses.attention.layers.")
@@ -55,13 +55,15 @@ def attention(
     max_tokens: Annotated[int, typer.Option(min=1, help="Text tokens to draw, the first ones.")] = 40,
     config: ConfigOption = None,
 ) -> None:
-    """The image with the teacher's text-to-vision attention, a heat map a text token, focus tokens outlined.
+    """Draw an image and the teacher's text-to-vision attention, a heat map for each text token; outline focus tokens.
 
-    With --student, the config's untrained student and this one stand beside it, and the difference to the teacher.
+    With --student, the picture adds the config's untrained student, this one, and its difference to the teacher.
     """
-    from pipeline.inspection.attention_picture import draw_attention
+    from pipeline.errors import needing
     from pipeline.inspection.sample import paired_layer, student_attention
 
+    with needing("report", by="alignkd inspect attention"):
+        from pipeline.inspection.attention_picture import draw_attention
     inspection = _inspect(store, key, config, overrides, layer=layer, k=k)
     students = {"before": inspection.config.student.model, "after": student} if student else {}
     if student and student_layer is None:
@@ -79,7 +81,7 @@ def attention(
 def sample(
     store: StorePath, key: SampleKey, overrides: Overrides = None, config: ConfigOption = None
 ) -> None:
-    """A sample's tokens in colour: which are trained, where images stand; and the teacher's likeliest answers."""
+    """Print a sample's tokens in colour (trained tokens, images) and the teacher's most likely answers."""
     from rich.console import Console
 
     from pipeline.inspection.sample_text import describe_sample
@@ -89,10 +91,9 @@ def sample(
 
 @app.command()
 def keys(
-    store: StorePath,
-    count: Annotated[int, typer.Option(min=1, help="How many, the first ones.")] = 20,
+    store: StorePath, count: Annotated[int, typer.Option(min=1, help="How many, the first ones.")] = 20
 ) -> None:
-    """Keys of a store's samples, one a line."""
+    """List the keys of a store's samples, one on each line."""
     from itertools import islice
 
     from cache import Store

@@ -1,11 +1,12 @@
-"""What commands share: their options, and the config that a command line asks for."""
+"""Options that several commands share, and how a command reads its config."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sized
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,13 +19,6 @@ Overrides = Annotated[
 ]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved config and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-AllowMismatch = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow-mismatch",
-        help="Field of the store's fingerprint that may differ: tokenizer, template, image_preprocessing or capture.",
-    ),
-]
 StorePath = Annotated[
     str, typer.Argument(help="A store: runs/demo/teacher.zarr, or a URL: s3://, gs://, hf:// or https://.")
 ]
@@ -34,7 +28,7 @@ Fraction = Annotated[float, typer.Option(help="Share of the parts, evenly chosen
 
 
 def load(config: Path, overrides: list[str] | None, print_config: bool = False) -> Config:
-    """The resolved config; with --print-config it is printed and the command ends."""
+    """Return the resolved config. With --print-config, print it and end the command."""
     from transformers.utils import logging
 
     from pipeline.config.config import load_config, to_yaml
@@ -48,7 +42,7 @@ def load(config: Path, overrides: list[str] | None, print_config: bool = False) 
 
 
 def load_or_stored(store: str, config: Path | None, overrides: list[str] | None) -> Config:
-    """The config named, else that of stage 1, which the store carries; either with overrides."""
+    """Return the config in the file, or without a file the one that stage 1 left in the store."""
     if config is not None:
         return load(config, overrides)
     from cache import Store
@@ -58,24 +52,29 @@ def load_or_stored(store: str, config: Path | None, overrides: list[str] | None)
     return overridden(stored_config(Store(store)), overrides or [], where=f"of {store}")
 
 
-def allowing(overrides: list[str] | None, allow_mismatch: list[str] | None) -> list[str]:
-    """Overrides with what --allow-mismatch says, which thus is recorded with the config."""
-    allowed = [f"cache.allow_mismatch=[{','.join(allow_mismatch)}]"] if allow_mismatch else []
-    return [*(overrides or []), *allowed]
+def show(found: Any, describe: Callable[[Any], str], *, as_json: bool) -> None:
+    """Print a result on stdout, in words or as JSON."""
+    print(json.dumps(found.to_json(), indent=1) if as_json else describe(found))
+
+
+def fail_unless(sound: bool) -> None:
+    """End the command with exit code 1 unless what it checked is sound."""
+    if not sound:
+        raise typer.Exit(1)
 
 
 def counted(things: Sized, noun: str) -> str:
-    """How many there are, such as "1 shard" or "2 shards"."""
+    """Return a number and its noun, such as "1 shard" or "2 shards"."""
     return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def say(line: str) -> None:
-    """Tell how it goes, on stderr: stdout is for results."""
+    """Report progress on stderr; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
 
 
-def print_reasons(reasons: dict[str, int], *, where: str) -> None:
-    """How many samples were rejected for each reason, and where they are listed."""
+def print_reasons(reasons: Mapping[str, int], *, where: str) -> None:
+    """Print how many samples were rejected for each reason, and where they are listed."""
     for reason, count in reasons.items():
         print(f"  {count:,} rejected: {reason}")
     if reasons:

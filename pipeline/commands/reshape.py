@@ -1,4 +1,4 @@
-"""Stores made of stores, and cleaning up after writers: slice, merge, gc."""
+"""Make stores from stores, and clean up after writers that died: slice, merge, gc."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def slice_(
     parts: Parts = None,
     fraction: Fraction = 1.0,
 ) -> None:
-    """A new store with some of the targets, or some of the parts, of another; rerun to go on where it stopped.
+    """Copy some targets or some parts of a store into a new store; rerun to resume.
 
-    Stage 2 reads it with a config whose `targets` are those that are kept.
+    Stage 2 reads the new store with a config whose `targets` are the copied ones.
     """
     from cache import Store
     from pipeline.upkeep.slices import copy_store, described
@@ -30,7 +30,7 @@ def slice_(
 def merge(
     stores: Annotated[list[str], typer.Argument(help="Stores of one fingerprint, then the new store.")],
 ) -> None:
-    """A new store with the parts of several that were made alike; rerun to go on where it stopped."""
+    """Copy the parts of several stores with the same fingerprint into a new store; rerun to resume."""
     from cache import Store, merge_stores
 
     if len(stores) < 3:
@@ -43,10 +43,11 @@ def merge(
 def gc(
     store: StorePath,
     hours: Annotated[
-        float | None, typer.Option(min=0, help="Also what other hosts left and nothing touched for so long.")
+        float | None,
+        typer.Option(min=0, help="Also remove leftovers of other hosts that are unchanged for this long."),
     ] = None,
 ) -> None:
-    """Remove what writers that died left in a store's tmp/; finished parts are never touched."""
+    """Remove what dead writers left in a store's tmp/; finished parts are never touched."""
     from cache import Store, local, sweep_dead, sweep_old
 
     path = local(Store(store).path, doing="cleaned up")

@@ -1,4 +1,4 @@
-"""A store for others: push to a URL, with a card; pull all of it, or some targets and parts."""
+"""Share a store: push it to a URL with a card; pull all of it, or some targets and parts."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ import typer
 
 from pipeline.commands.options import Fraction, Parts, StorePath, Targets
 
-Url = Annotated[
-    str, typer.Argument(help="s3://bucket/teacher.zarr, gs://..., hf://datasets/user/name/teacher.zarr.")
-]
-
 
 def push(
     store: StorePath,
-    url: Url,
+    url: Annotated[
+        str, typer.Argument(help="s3://bucket/teacher.zarr, gs://..., hf://datasets/user/name/teacher.zarr.")
+    ],
     license: Annotated[
-        str | None,
-        typer.Option(help="Under which the store is given away, such as apache-2.0; for its card."),
+        str | None, typer.Option(help="The store's license for its card, such as apache-2.0.")
     ] = None,
 ) -> None:
-    """Send a store's finished parts to a URL, with a card that says what it is; rerun to go on where it stopped.
+    """Send a store's finished parts and a card that describes the store to a URL; rerun to resume.
 
-    Every file's hash is compared first. What is there already is left as it is; a part that differs stops the push.
+    Every file's hash is compared first. What the URL already has stays as it is; a part that differs stops the push.
     """
     from pipeline.upkeep.card import push_with_card
     from pipeline.upkeep.describe import readable_bytes
@@ -41,9 +38,9 @@ def pull(
     parts: Parts = None,
     fraction: Fraction = 1.0,
 ) -> None:
-    """Copy a store from a URL: all of it, or only the files of some targets and parts; rerun to go on.
+    """Copy a store from a URL: all of it, or only the files of some targets and parts; rerun to resume.
 
-    Every file's hash is compared with what the store says of it.
+    Every file's hash is compared with the hash in the store.
     """
     from pipeline.commands.reshape import slice_
 

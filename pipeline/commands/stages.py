@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.commands.options import (
-    AllowMismatch,
     AsJson,
     ConfigFile,
     Overrides,
     PrintConfig,
-    allowing,
     counted,
+    fail_unless,
     load,
     print_reasons,
     say,
@@ -31,19 +30,20 @@ def pack(
     output: Annotated[Path, typer.Argument(help="Folder for shard-000000.tar, shard-000001.tar, ...")],
     image_folder: Annotated[Path, typer.Option(help="Folder that the `image` paths start from.")],
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
-    on_bad_sample: Annotated[str, typer.Option(help="reject: list it and go on; fail: stop.")] = "reject",
+    on_bad_sample: Annotated[str, typer.Option(help="reject: list it and continue; fail: stop.")] = "reject",
     max_image_pixels: Annotated[int, typer.Option(min=1, help="Larger images are refused.")] = 64_000_000,
     again: Annotated[
-        bool, typer.Option("--again", help="Pack everything again, and replace the pack when it is whole.")
+        bool,
+        typer.Option("--again", help="Pack everything again; replace the pack once the new one is whole."),
     ] = False,
     allow_fewer: Annotated[
-        bool, typer.Option("--allow-fewer", help="With --again: also by a pack of fewer samples.")
+        bool, typer.Option("--allow-fewer", help="With --again: allow the new pack to hold fewer samples.")
     ] = False,
 ) -> None:
     """Turn LLaVA annotations and an image folder into WebDataset shards.
 
-    Bad samples are listed with a reason in rejects.jsonl beside the shards, and counted. A rerun leaves a finished
-    pack as it is, but tries rejected samples whose images have changed again. Exit code 1 if nothing was packed.
+    Bad samples are counted, and listed with a reason in rejects.jsonl next to the shards. A rerun leaves a finished
+    pack as it is, but retries rejected samples whose images have changed. The exit code is 1 if nothing was packed.
     """
     from pipeline.data.packing import pack as pack_shards
     from pipeline.teacher_cache.progress import EntryProgress
@@ -70,7 +70,7 @@ def pack(
     print_reasons(summary.rejects_by_reason, where=str(output / "rejects.jsonl"))
     if summary.packed == 0:
         say(f"alignkd: nothing was packed of {annotations}")
-        raise typer.Exit(1)
+    fail_unless(summary.packed > 0)
 
 
 def teacher_cache(
@@ -78,23 +78,23 @@ def teacher_cache(
     overrides: Overrides = None,
     print_config: PrintConfig = False,
     rank: Annotated[
-        int | None, typer.Option(min=0, help="Of several workers on one store, this one; default: RANK.")
+        int | None, typer.Option(min=0, help="This worker's number among several; default: RANK.")
     ] = None,
     world_size: Annotated[
-        int | None, typer.Option(min=1, help="How many workers there are; default: WORLD_SIZE.")
+        int | None, typer.Option(min=1, help="Number of workers on the store; default: WORLD_SIZE.")
     ] = None,
     recapture_changed: Annotated[
         bool,
         typer.Option(
-            "--recapture-changed", help="Capture shards again that changed since their part was written."
+            "--recapture-changed", help="Recapture shards that changed since their part was written."
         ),
     ] = False,
 ) -> None:
     """Stage 1: stream the shards through the teacher once and write the store.
 
-    One shard becomes one immutable part. Rerun to go on where a run stopped; a finished store stays as it is.
-    Several workers may write one store at once, under torchrun, as a SLURM array, or on several machines: each has
-    its share of the shards and takes over those of workers that died.
+    One shard becomes one immutable part. Rerun to resume; a finished store stays as it is.
+    Several workers may write one store at once: under torchrun, as a SLURM array, or on several machines. Each has
+    its share of the shards and takes over the shards of workers that died.
     """
     settings = load(config, overrides, print_config)
     from cache import summarise
@@ -105,7 +105,7 @@ def teacher_cache(
     try:
         run = cache_teacher(settings, worker_of(rank, world_size), recapture_changed=recapture_changed)
     except KeyboardInterrupt:
-        _print_what_is_left(settings.one_cache.path)
+        _report_interruption(settings.one_cache.path)
         raise typer.Exit(130) from None
     print(
         f"{run.path}: {run.parts_written} parts written, {run.parts_found} found done; "
@@ -117,11 +117,11 @@ def teacher_cache(
     print_reasons(reasons_by_kind(store.rejects_by_reason), where="the parts' rejects.jsonl")
     if troubles := _troubles(run, num_samples=store.samples):
         print("\n".join(troubles), file=sys.stderr)
-        raise typer.Exit(1)
+    fail_unless(not troubles)
 
 
 def _troubles(run: CacheSummary, *, num_samples: int) -> list[str]:
-    """What a run of stage 1 left undone, and what to do about it."""
+    """Return lines about what a run of stage 1 left undone, and what to do about it."""
     troubles: list[str] = []
     if run.broken:
         troubles += [f"alignkd: {counted(run.broken, 'shard')} could not be cached:", *run.broken]
@@ -132,13 +132,12 @@ def _troubles(run: CacheSummary, *, num_samples: int) -> list[str]:
             *run.changed,
         ]
     if not run.broken and (not num_samples or (run.seen and not run.cached)):
-        where = "the store holds no sample" if not num_samples else "this run cached no sample"
+        where = "this run cached no sample" if num_samples else "the store holds no sample"
         troubles.append(f"alignkd: {where}: all {run.seen:,} were rejected, for the reasons above")
     return troubles
 
 
-def _print_what_is_left(path: str) -> None:
-    """Say on stderr what an interrupted run of stage 1 finished, and how to resume."""
+def _report_interruption(path: str) -> None:
     from cache import CacheError, Store
 
     try:
@@ -149,7 +148,7 @@ def _print_what_is_left(path: str) -> None:
     planned = len(store.manifest.planned_parts)
     say(
         f"alignkd: interrupted with {len(store.missing_parts)} of {planned} parts missing; "
-        "run the same command to go on with them"
+        "run the same command again to resume"
     )
 
 
@@ -157,17 +156,25 @@ def distill(
     config: ConfigFile,
     overrides: Overrides = None,
     print_config: PrintConfig = False,
-    allow_mismatch: AllowMismatch = None,
+    allow_mismatch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Fingerprint field that may differ from the store's: tokenizer, template, image_preprocessing "
+            "or capture.",
+        ),
+    ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Train anew in place of a training of other settings.")
+        bool, typer.Option("--overwrite", help="Replace a training that has other settings.")
     ] = False,
 ) -> None:
     """Stage 2: train the student from the store; no teacher is loaded.
 
     With `baseline: true` the same student is also trained on labels alone, and both are compared. Ctrl-C and SIGTERM
-    leave a checkpoint. Nothing that was trained before is replaced without --overwrite.
+    leave a checkpoint. Earlier trainings are only replaced with --overwrite.
     """
-    settings = load(config, allowing(overrides, allow_mismatch), print_config)
+    # As an override, so that the config in the provenance says what was allowed.
+    allowed = [f"cache.allow_mismatch=[{','.join(allow_mismatch)}]"] if allow_mismatch else []
+    settings = load(config, [*(overrides or []), *allowed], print_config)
     from pipeline.distill.training.processes import is_first_process
     from pipeline.evaluation.experiment import run_experiment
 
@@ -185,8 +192,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="File for the predictions, JSON lines.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Exact-match accuracy of a checkpoint on the config's held-out conversations, by question type."""
-    settings = load(config, overrides, False)
+    """Measure a checkpoint's exact-match accuracy on the config's held-out conversations, by question type."""
+    settings = load(config, overrides)
     from pipeline.evaluation.compare import accuracy_table
     from pipeline.evaluation.evaluate import accuracy_by_type, by_test_set
     from pipeline.evaluation.scores import evaluate_checkpoint

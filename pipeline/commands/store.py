@@ -1,14 +1,23 @@
-"""What a store holds, and whether it is whole: info, verify."""
+"""What a store holds and costs, and whether it is sound: info, verify, check, plan."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.options import AsJson, ConfigFile, Overrides, StorePath, load, load_or_stored, say
+from pipeline.commands.options import (
+    AsJson,
+    ConfigFile,
+    Overrides,
+    StorePath,
+    fail_unless,
+    load,
+    load_or_stored,
+    say,
+    show,
+)
 
 if TYPE_CHECKING:
     from cache import Report
@@ -16,16 +25,11 @@ if TYPE_CHECKING:
 
 
 def info(store: StorePath, as_json: AsJson = False) -> None:
-    """What a store holds: teacher, targets with their stated errors, samples, rejects, bytes, provenance."""
+    """Describe a store: teacher, targets with their stated errors, samples, rejects, bytes, provenance."""
     from cache import summarise
-
-    summary = summarise(store)
-    if as_json:
-        print(json.dumps(summary.to_json(), indent=1))
-        return
     from pipeline.upkeep.describe import describe_store
 
-    print(describe_store(summary))
+    show(summarise(store), describe_store, as_json=as_json)
 
 
 def verify(
@@ -35,7 +39,7 @@ def verify(
         bool, typer.Option("--deep", help="Also hash every file and decode every value.")
     ] = False,
     fix: Annotated[
-        bool, typer.Option("--fix", help="Capture again what is damaged or missing; needs --config.")
+        bool, typer.Option("--fix", help="Recapture what is damaged or missing; needs --config.")
     ] = False,
     config: Annotated[
         Path | None,
@@ -43,19 +47,16 @@ def verify(
     ] = None,
     allow_fewer: Annotated[
         bool,
-        typer.Option(
-            "--allow-fewer", help="With --fix: also where a part would hold fewer samples than before."
-        ),
+        typer.Option("--allow-fewer", help="With --fix: allow a part to hold fewer samples than before."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Look for damage: missing or unfinished parts, flipped bytes, wrong counts; exit code 1 if there is any.
 
-    With --fix the damaged parts, and no others, are captured again from their shards, and replaced when the new ones
-    are whole. It reports what was found and done, and the exit code is that of a second verification.
+    With --fix, only damaged and missing parts are captured again from their shards. A damaged part is replaced once
+    the new one is whole. The report lists what was found and done; the exit code is that of a second verification.
     """
     from cache import verify as verify_store
-    from pipeline.upkeep.describe import readable_bytes
 
     if fix != (config is not None) or (overrides and not fix):
         raise typer.BadParameter(
@@ -65,27 +66,42 @@ def verify(
     report = verify_store(store, deep=deep)
     if config is not None and not report.is_sound:
         report = _fixed(load(config, overrides), report, allow_fewer)
-    if as_json:
-        print(json.dumps(report.to_json(), indent=1))
-    else:
-        for problem in report.problems:
-            print(f"{problem.kind}: {problem.file}: {problem.detail}")
+
+    def describe(report: Report) -> str:
+        from pipeline.upkeep.describe import readable_bytes
+
         depth = "" if deep else " (contents not read; --deep does)"
-        print(
+        return "\n".join([
+            *(f"{problem.kind}: {problem.file}: {problem.detail}" for problem in report.problems),
             f"{store}: {report.num_problems} problems in {report.parts} parts, {report.samples:,} samples, "
-            f"{report.files} files, {readable_bytes(report.bytes)}{depth}"
-        )
-    if not report.is_sound:
-        raise typer.Exit(1)
+            f"{report.files} files, {readable_bytes(report.bytes)}{depth}",
+        ])  # fmt: skip
+
+    show(report, describe, as_json=as_json)
+    fail_unless(report.is_sound)
+
+
+def _fixed(config: Config, report: Report, allow_fewer: bool) -> Report:
+    """Repair what the report finds, with a line on stderr for each step; return the repaired store's report."""
+    from pipeline.upkeep.repair import repair_store
+
+    for problem in report.problems:
+        say(f"found {problem.kind}: {problem.file}: {problem.detail}")
+    repair = repair_store(config, report, say=say, may_hold_fewer=allow_fewer)
+    say(f"{len(repair.recaptured)} damaged parts captured again: {', '.join(repair.recaptured) or 'none'}")
+    say(f"{len(repair.captured)} missing parts captured: {', '.join(repair.captured) or 'none'}")
+    for reason in repair.broken:
+        say(f"not captured: {reason}")
+    return repair.report
 
 
 def check(
     store: StorePath,
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(min=1, help="How many samples to capture again.")] = 64,
-    seed: Annotated[int, typer.Option(help="Which ones.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Number of samples to capture again.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed that chooses the samples.")] = 0,
     losses: Annotated[
-        bool, typer.Option(help="Also the losses of the config's student, and their gradients.")
+        bool, typer.Option(help="Also compare the losses of the config's student, and their gradients.")
     ] = True,
     config: Annotated[
         Path | None,
@@ -95,33 +111,33 @@ def check(
 ) -> None:
     """Capture some samples again with the live teacher; exit code 1 if a value is beyond its stated error.
 
-    Where no logits are stored a stub of the teacher suffices: a few percent of its weights.
+    For a store without logits, a stub of the teacher is enough: a few percent of its weights.
     """
     from pipeline.upkeep.check import check_store
     from pipeline.upkeep.describe_check import describe_check
 
     settings = load_or_stored(store, config, overrides)
-    here = settings.one_cache.model_copy(update={"path": str(store)})  # wherever it was made
+    # The store may have moved since it was made.
+    here = settings.one_cache.model_copy(update={"path": str(store)})
     settings = settings.model_copy(update={"cache": here})
     found = check_store(settings, num_samples=samples, seed=seed, with_losses=losses)
-    print(json.dumps(found.to_json(), indent=1) if as_json else describe_check(found))
-    if not found.is_sound:
-        raise typer.Exit(1)
+    show(found, describe_check, as_json=as_json)
+    fail_unless(found.is_sound)
 
 
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(min=8, help="Samples to probe, of up to eight shards.")] = 256,
+    samples: Annotated[int, typer.Option(min=8, help="Samples to probe, from up to eight shards.")] = 256,
     max_bytes: Annotated[
         str | None,
         typer.Option(help="Room for the store, such as 500GB: the first settings that fit are chosen."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a store will take before anything is written: bytes by target, hours, the disk, store or recompute.
+    """Estimate a store before anything is written: bytes by target, hours, the disk, store or recompute.
 
-    Real samples are probed with the real teacher, on this machine. Exit code 1 if the store does not fit on the disk.
+    Real samples are probed with the real teacher on this machine. Exit code 1 if the store does not fit on the disk.
     """
     settings = load(config, overrides)
     from cache import local
@@ -133,20 +149,5 @@ def plan(
         found = plan_store(settings, num_samples=samples)
     else:
         found = plan_within(settings, max_bytes=parse_bytes(max_bytes), num_samples=samples)
-    print(json.dumps(found.to_json(), indent=1) if as_json else describe_plan(found))
-    if not found.fits:
-        raise typer.Exit(1)
-
-
-def _fixed(config: Config, report: Report, allow_fewer: bool) -> Report:
-    """Repair what the report finds, line by line on stderr; the report of the repaired store."""
-    from pipeline.upkeep.repair import repair_store
-
-    for problem in report.problems:
-        say(f"found {problem.kind}: {problem.file}: {problem.detail}")
-    repair = repair_store(config, report, say=say, may_hold_fewer=allow_fewer)
-    say(f"{len(repair.recaptured)} damaged parts captured again: {', '.join(repair.recaptured) or 'none'}")
-    say(f"{len(repair.captured)} missing parts captured: {', '.join(repair.captured) or 'none'}")
-    for reason in repair.broken:
-        say(f"not captured: {reason}")
-    return repair.report
+    show(found, describe_plan, as_json=as_json)
+    fail_unless(found.fits)

@@ -40,7 +40,7 @@ from pipeline.distill.training.training_folder import (
     remove_training,
     start_of,
 )
-from pipeline.errors import ConfigError, TrainingStopped, building, writing
+from pipeline.errors import ConfigError, TrainingStopped, building, needing, writing
 from pipeline.losses.losses import LOSSES
 from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
@@ -229,6 +229,9 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
     }
     with building("train: transformers refuses these arguments", then=CORRECT_TRAIN):
         arguments = TrainingArguments(output_dir=str(folder), **ours | given)
+        if "tensorboard" in (arguments.report_to or ()):
+            with needing("tensorboard", by="train.report_to: tensorboard", otherwise="set it to none"):
+                import tensorboard  # noqa: F401
         for tracker in get_reporting_integration_callbacks(arguments.report_to):
             tracker()  # one that is not installed says so now, not after the weights are loaded
     if arguments.fp16 and arguments.device.type == "cpu":  # here alone: elsewhere the config may be for a GPU

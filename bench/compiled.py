@@ -1,73 +1,60 @@
 """What `torch.compile` would save of the teacher's decoder, whose batches all have another length.
 
-python bench/compiled.py --size small --layers 8
-python bench/compiled.py --size wide --layers 2      (full widths in bfloat16)
+python -m bench.compiled --size small --layers 8
+python -m bench.compiled --size wide --layers 2      (full widths in bfloat16)
 
-Eager and compiled take turns in one process, on batches of 4 whose length changes every turn; compiling is not timed
-with them, and told by itself.
+Batches of 4. The lengths of the first turn make it compile for any length; the seconds of that are printed apart.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from statistics import median
+from collections.abc import Mapping
+from functools import partial
+from itertools import count
 
 import torch
+import typer
 from transformers import LlamaConfig, LlamaModel
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
+from bench.models import MODELS, VOCABULARY, Size, compute_dtype
+from bench.turns import Work, measure, print_turns
 
-from random_models import MODELS, VOCABULARY, compute_dtype
+FIRST_LENGTH, LONGER = 300, 7
+app = typer.Typer(add_completion=False)
 
-BATCH, FIRST_LENGTH, LONGER = 4, 300, 7
 
+def decoder(size: Size, layers: int, *, is_compiled: bool) -> Work:
+    """A forward of the teacher's language model with random weights; every turn's batch is longer."""
+    settings = MODELS[size, "teacher"] | {"num_hidden_layers": layers, "vocab_size": VOCABULARY}
+    model = LlamaModel(LlamaConfig(**settings)).to(getattr(torch, compute_dtype(size))).eval()
+    model = model.cuda() if torch.cuda.is_available() else model
+    run, lengths = torch.compile(model, dynamic=True) if is_compiled else model, count(FIRST_LENGTH, LONGER)
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=["small", "wide", "full"], default="small")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=6)
-    options = parser.parse_args()
-    eager = _decoder(options.size, options.layers)
-    compiled = torch.compile(eager, dynamic=True)
+    @torch.no_grad()
+    def turn() -> Mapping[str, float]:
+        length = next(lengths)
+        embeds = torch.randn(4, length, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        mask = torch.ones(4, length, dtype=torch.long, device=model.device)
+        mask[0, -20:] = 0
+        run(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+        return {}
+
     started = time.perf_counter()
-    for turn in (0, 1):  # the second length makes it compile for any
-        _seconds(compiled, eager, turn)
-    print(f"compiling took {time.perf_counter() - started:.0f} s")
-    _seconds(eager, eager, 0)
-    turns = [(_seconds(eager, eager, n), _seconds(compiled, eager, n)) for n in range(2, 2 + options.repeats)]
-    ratios = [mine / theirs for theirs, mine in turns]
-    print(f"eager {median(t for t, _ in turns):.3f} s, compiled {median(t for _, t in turns):.3f} s")
-    print(f"compiled / eager {median(ratios):.3f} ({min(ratios):.3f}..{max(ratios):.3f})")
-    return 0
+    turn()
+    turn()
+    print(
+        f"{'compiled' if is_compiled else 'eager'}: {time.perf_counter() - started:.0f} s of two first turns"
+    )
+    return turn
 
 
-def _decoder(size: str, layers: int) -> LlamaModel:
-    """The teacher's language model with random weights."""
-    settings = {name: value for name, value in MODELS[size, "teacher"].items() if name != "vision_config"}
-    config = LlamaConfig(**settings | {"num_hidden_layers": layers, "vocab_size": VOCABULARY})
-    model = LlamaModel(config).to(getattr(torch, compute_dtype(size))).eval()
-    return model.cuda() if torch.cuda.is_available() else model
-
-
-@torch.no_grad()
-def _seconds(run: Callable[..., object], model: LlamaModel, turn: int) -> float:
-    """Of one forward, the first sample of its batch padded."""
-    length = FIRST_LENGTH + LONGER * turn
-    embeds = torch.randn(BATCH, length, model.config.hidden_size, dtype=model.dtype, device=model.device)
-    mask = torch.ones(BATCH, length, dtype=torch.long, device=model.device)
-    mask[0, -20:] = 0
-    started = time.perf_counter()
-    run(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+@app.command(help=__doc__.splitlines()[0])
+def main(size: Size = "small", layers: int = 8, repeats: int = 6) -> None:
+    ways = {"eager": False, "compiled": True}
+    contestants = {name: partial(decoder, size, layers, is_compiled=of) for name, of in ways.items()}
+    print_turns(measure(contestants, repeats), against="eager")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app()

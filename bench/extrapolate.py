@@ -1,114 +1,77 @@
 """MobileVLM V2's 3.7 million samples, on paper: operations, bytes, hours and money of every way to distil.
 
-python bench/profiles.py                     measures the bytes of a sample first
-python bench/extrapolate.py
+python -m bench.profiles                     measures the bytes of a sample first
+python -m bench.extrapolate
 
 Arithmetic alone: nothing here is timed. Operations are counted from the shapes (bench/flops.py). Hours are operations
-over a published peak times an assumed utilisation, money is hours times an assumed price; each assumption is printed.
+over a published peak times an assumed utilisation, dollars are hours times an assumed price. Every image is taken as
+distinct, every step as one epoch, gradient checkpointing as on unless it says otherwise.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from math import ceil, prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
-
-from flops import VISION_TOKENS, Model, Sample, online, stage_1, stage_2, stub
-from profiles import PROFILES, STEPS, reference_bytes
-from random_models import MODELS
-from reading_samples import SIZES
-
+from bench.flops import VISION_TOKENS, Model, Sample, online, stage_1, stage_2, stub
+from bench.models import MODELS
+from bench.profiles import FIGURES, PROFILES, STEPS, reference_bytes
+from bench.synthetic import SIZES
+from bench.tables import print_table
 from cache.format.codecs import stored_arrays
 
 NUM_SAMPLES = {"pretrain": 1_246_000, "finetune": 2_428_000}
-RUNS = (1, 2, 5, 10)
+# The assumptions, besides the lengths in bench/profiles.py. Peaks are as published for dense bfloat16.
+PEAK_FLOPS = {"A100 80 GB": 312e12, "H100 SXM": 989e12}
+DOLLARS_AN_HOUR = {"A100 80 GB": 2.0, "H100 SXM": 3.0}
+UTILISATIONS = (0.5, 0.3)  # of the peak, teacher and student alike; none measured on a GPU
+STAGE_1_OVERHEAD = 1.05  # times its operations' time
+DOLLARS_A_TERABYTE = 23.0 * 3  # three months
 # What the authors of MobileVLM V2 report of their own training without a teacher: 8 A100 for so many hours.
 PUBLISHED_GPU_HOURS = (8 * (3 + 9), 8 * (5 + 12))
+Steps = Mapping[str, float]  # a figure of a sample by training step
+app = typer.Typer(add_completion=False)
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A peak as published for dense bfloat16, and a price that is assumed."""
-
-    name: str
-    peak_flops: float
-    dollars_an_hour: float
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What no measurement of ours supports."""
-
-    gpus: tuple[Gpu, ...] = (Gpu("A100 80 GB", 312e12, 2.0), Gpu("H100 SXM", 989e12, 3.0))
-    utilisations: tuple[float, float] = (0.3, 0.5)
-    stage_1_overhead: float = 1.05
-    dollars_a_terabyte_month: float = 23.0
-    months: float = 3.0
-
-    def lines(self) -> Iterator[str]:
-        """Each in a sentence."""
-        low, high = self.utilisations
-        for gpu in self.gpus:
-            yield f"{gpu.name}: {gpu.peak_flops / 1e12:.0f} TFLOP/s (published), ${gpu.dollars_an_hour:.2f} an hour"
-        yield f"utilisation of that peak, teacher and student alike: {low:.0%} to {high:.0%}; none measured on a GPU"
-        yield f"stage 1 takes {self.stage_1_overhead:.2f} of its operations' time (the project's bar)"
-        yield f"a store costs ${self.dollars_a_terabyte_month:.0f} a TB and month, and is kept {self.months:g} months"
-        for name, step in STEPS.items():
-            yield (
-                f"{name}: {NUM_SAMPLES[name] / 1e6:.3f} M samples, each with one image and of mean length: "
-                f"{_sample(name).positions} positions, {step.text_rows} rows of text, {step.answers} answers"
-            )
-        yield "one epoch of each step, as published; every image distinct (COCO's are not: less to store)"
-        yield "student: gradient checkpointing on, as the shipped configs have it, unless said otherwise"
-
-
-Ways = Mapping[str, Callable[[Sample], float]]
-
-
-def ways(teacher: Model, student: Model) -> Ways:
-    """Operations a sample of everything that may be run."""
-    return {
-        "stage 1, all targets": lambda s: stage_1(teacher, s),
-        "stub: attention, vision": lambda s: stub(teacher, s),
-        "stub, tower shared": lambda s: stub(teacher, s, with_tower=False),
-        "stage 2": lambda s: stage_2(student, s, checkpointing=True),
-        "stage 2, no checkpoints": lambda s: stage_2(student, s, checkpointing=False),
-        "teacher in the step": lambda s: online(teacher, student, s, checkpointing=True),
-    }
-
-
-def _sample(step: str) -> Sample:
+def sample(step: str) -> Sample:
+    """A sample of mean length."""
     of = STEPS[step]
     return Sample(of.positions_before + VISION_TOKENS + of.text_rows, of.text_rows, of.answers)
 
 
-def _models(size: str) -> tuple[Model, Model]:
+def models(size: str) -> tuple[Model, Model]:
+    """Teacher and student."""
     return Model.of(MODELS[size, "teacher"]), Model.of(MODELS[size, "student"])
 
 
-def totals() -> dict[str, dict[str, float]]:
-    """Operations of every way: a sample of each step, and all samples of both."""
-    found = {}
-    for name, count in ways(*_models("full")).items():
-        each = {step: count(_sample(step)) for step in STEPS}
-        found[name] = each | {"all": sum(each[step] * NUM_SAMPLES[step] for step in STEPS)}
-    return found
+def operations() -> dict[str, dict[str, float]]:
+    """Operations a sample of everything that may be run, by training step."""
+    teacher, student = models("full")
+    samples = {step: sample(step) for step in STEPS}
+    ways = {
+        "stage 1, all targets": lambda s: stage_1(teacher, s),
+        "stub: attention, vision": lambda s: stub(teacher, s),
+        "stub, tower shared": lambda s: stub(teacher, s, with_tower=False),
+        "stage 2": lambda s: stage_2(student, s),
+        "stage 2, no checkpoints": lambda s: stage_2(student, s, checkpointing=False),
+        "teacher in the step": lambda s: online(teacher, student, s),
+    }
+    return {name: {step: count(of) for step, of in samples.items()} for name, count in ways.items()}
 
 
-def hours(operations: float, gpu: Gpu, assumed: Assumptions) -> tuple[float, float]:
-    """On one GPU, at the higher and at the lower utilisation."""
-    low, high = assumed.utilisations
-    return tuple(operations / gpu.peak_flops / share / 3600 for share in (high, low))  # type: ignore[return-value]
+def total(of_a_sample: Steps) -> float:
+    """The same of all samples of both steps."""
+    return sum(of_a_sample[step] * NUM_SAMPLES[step] for step in STEPS)
+
+
+def hours(flops: float, gpu: str, utilisation: float) -> float:
+    """Hours on one GPU."""
+    return flops / PEAK_FLOPS[gpu] / utilisation / 3600
 
 
 def stored_bytes(step: str, profile: str) -> float:
@@ -117,28 +80,17 @@ def stored_bytes(step: str, profile: str) -> float:
     rows = {"R": of.text_rows, "I": 1, "P": of.answers, "S": of.positions_before + of.text_rows + 1}
     return sum(
         rows[spec.axes[0]] * prod(array.row_shape) * np.dtype(array.dtype).itemsize
-        for spec in of.size(SIZES["full"], PROFILES[profile]).specs()
+        for spec in of.size(SIZES["full"], profile).specs()
         for array in stored_arrays(spec)
     )
 
 
 def compressed_bytes(row: Mapping[str, Any]) -> float:
-    """Of a sample of mean length, from synthetic ones of bench/profiles.py, which chance made longer or shorter."""
-    of = STEPS[row["step"]]
+    """Of a sample of mean length, from a row of bench/profiles.py, whose samples chance made longer or shorter."""
+    of, arrays = STEPS[row["step"]], row["array_bytes"]
     longer = {"attention": of.text_rows / row["text_rows"], "logits": of.answers / row["answers"]}
-    arrays = row["array_bytes_per_sample"]
-    return row["other_bytes_per_sample"] + sum(
-        size * longer.get(name.split("/")[0], 1.0) for name, size in arrays.items()
-    )
-
-
-def profile_bytes(file: Path) -> dict[str, dict[str, float]]:
-    """By profile and step, measured on synthetic values; {} where bench/profiles.py has not run at full shapes."""
-    record = json.loads(file.read_text()) if file.exists() else {"size": None}
-    found: dict[str, dict[str, float]] = {}
-    for row in record["rows"] if record["size"] == "full" else ():
-        found.setdefault(row["profile"], {})[row["step"]] = compressed_bytes(row)
-    return found
+    scaled = sum(size * longer.get(name.split("/")[0], 1.0) for name, size in arrays.items())
+    return row["bytes"] - sum(arrays.values()) + scaled
 
 
 def break_even(*, saved: float, once: float) -> int:
@@ -146,147 +98,109 @@ def break_even(*, saved: float, once: float) -> int:
     return max(1, ceil(once / saved))
 
 
-def _operations(found: Mapping[str, Mapping[str, float]], assumed: Assumptions) -> Iterator[str]:
-    names = "  ".join(f"{gpu.name + ', hours':>18}  {'dollars':>13}" for gpu in assumed.gpus)
-    yield f"{'':<24} TFLOP a sample: pretrain  finetune  all, EFLOP  {names}"
-    for name, of in found.items():
-        figures = "  ".join(_hours_and_money(of["all"], gpu, assumed) for gpu in assumed.gpus)
-        yield (
-            f"{name:<24} {of['pretrain'] / 1e12:24.2f}  {of['finetune'] / 1e12:8.2f}  {of['all'] / 1e18:10.2f}  "
-            f"{figures}"
-        )
+def operations_table(counted: Mapping[str, Steps]) -> list[dict[str, str]]:
+    """Operations, and hours and dollars of one GPU at both utilisations."""
+    rows = []
+    for name, of in counted.items():
+        row = {"": name} | {f"TFLOP a sample, {step}": f"{of[step] / 1e12:.2f}" for step in STEPS}
+        row["all, EFLOP"] = f"{total(of) / 1e18:.2f}"
+        for gpu, price in DOLLARS_AN_HOUR.items():
+            few, many = (hours(total(of), gpu, utilisation) for utilisation in UTILISATIONS)
+            row |= {f"{gpu}, hours": f"{few:,.1f}..{many:,.1f}"}
+            row |= {f"{gpu}, dollars": f"{few * price:,.0f}..{many * price:,.0f}"}
+        rows.append(row)
+    return rows
 
 
-def _published(found: Mapping[str, Mapping[str, float]], assumed: Assumptions) -> str:
-    """The utilisation that the authors' own hours come to, by our count of operations."""
-    gpu, operations = assumed.gpus[0], found["stage 2"]["all"]
-    few, many = PUBLISHED_GPU_HOURS
-    low, high = (operations / gpu.peak_flops / 3600 / spent for spent in (many, few))
-    return (
-        f"CHECK  MobileVLM V2's authors report {few} to {many} A100 hours for the student alone: "
-        f"{low:.0%} to {high:.0%} of the peak by these counts, and hours as many times longer as that is lower"
-    )
+def bytes_table(sizes: Mapping[str, Steps]) -> list[dict[str, str]]:
+    return [
+        {"": name}
+        | {f"kB a sample, {step}": f"{of[step] / 1e3:,.1f}" for step in STEPS}
+        | {"all, TB": f"{total(of) / 1e12:.3f}"}
+        for name, of in sizes.items()
+    ]
 
 
-def _rates(found: Mapping[str, Mapping[str, float]], each: float, assumed: Assumptions) -> Iterator[str]:
-    """What the fastest assumed student asks of the disk."""
-    operations = found["stage 2"]["all"] / sum(NUM_SAMPLES.values())
-    for gpu in assumed.gpus:
-        rate = gpu.peak_flops * assumed.utilisations[1] / operations
-        yield (
-            f"a student on one {gpu.name} at {assumed.utilisations[1]:.0%} reads {rate:.0f} samples a second: "
-            f"{rate * each / 1e6:.0f} MB a second of the default profile"
-        )
-
-
-def _hours_and_money(operations: float, gpu: Gpu, assumed: Assumptions) -> str:
-    few, many = hours(operations, gpu, assumed)
-    dollars = f"{few * gpu.dollars_an_hour:,.0f}..{many * gpu.dollars_an_hour:,.0f}"
-    return f"{f'{few:,.1f}..{many:,.1f}':>18}  {dollars:>13}"
-
-
-def _bytes(measured: Mapping[str, Mapping[str, float]], assumed: Assumptions) -> Iterator[str]:
-    columns = "kB: pretrain  finetune  all, TB"
-    yield f"{'':<22} before compression, {columns}   compressed, {columns}"
-    reference = {
-        step: sum(reference_bytes(SIZES["full"], of.text_rows, of.positions_before).values())
-        for step, of in STEPS.items()
-    }
-    yield "the reference computes" + _sizes(reference, 33)
-    for profile in PROFILES:
-        plain = {step: stored_bytes(step, profile) for step in STEPS}
-        compressed = measured.get(profile)
-        rest = _sizes(compressed, 26) if compressed else "   not measured: run python bench/profiles.py"
-        yield f"{profile:<22}" + _sizes(plain, 33) + rest
-
-
-def _sizes(each: Mapping[str, float], width: int) -> str:
-    total = _total_bytes(each) / 1e12
-    return f"{each['pretrain'] / 1e3:{width},.1f}  {each['finetune'] / 1e3:8,.1f}  {total:7.3f}"
-
-
-def _total_bytes(each: Mapping[str, float]) -> float:
-    return sum(each[step] * NUM_SAMPLES[step] for step in STEPS)
-
-
-def _runs(
-    found: Mapping[str, Mapping[str, float]], stores: Mapping[str, float], assumed: Assumptions
-) -> Iterator[str]:
-    """Dollars of N students, at the middle of the utilisations, on the first GPU; `stores` bytes by profile."""
-    gpu, share = assumed.gpus[0], sum(assumed.utilisations) / 2
-    dollar = gpu.dollars_an_hour / gpu.peak_flops / share / 3600
-    teacher, student, again, shared = (
-        found[name]["all"] * dollar
-        for name in ("stage 1, all targets", "stage 2", "stub: attention, vision", "stub, tower shared")
-    )
+def runs_table(counted: Mapping[str, Steps], compressed: Mapping[str, Steps]) -> list[dict[str, str]]:
+    """Dollars of N students on an A100, halfway between the utilisations."""
+    a_flop = DOLLARS_AN_HOUR["A100 80 GB"] * hours(1, "A100 80 GB", sum(UTILISATIONS) / 2)
+    cost = {name: total(of) * a_flop for name, of in counted.items()}
+    teacher, student = cost["stage 1, all targets"], cost["stage 2"]
     once = {
-        profile: teacher * assumed.stage_1_overhead
-        + size / 1e12 * assumed.dollars_a_terabyte_month * assumed.months
-        for profile, size in stores.items()
+        profile: teacher * STAGE_1_OVERHEAD + total(of) / 1e12 * DOLLARS_A_TERABYTE
+        for profile, of in compressed.items()
     }
-    yield (
-        f"{f'dollars of N students on {gpu.name} at {share:.0%}':<44}"
-        + "".join(f"{f'N = {number}':>9}" for number in RUNS)
-        + "  no dearer than the first from N ="
-    )
-    for name, first, each in (
-        ("teacher in every step", 0.0, teacher + student),
-        ("cache once: default", once["default"], student),
-        ("cache once: small", once["small"], student),
-        ("cache once: logits only, others recomputed", once["logits only"], student + again),
-        ("the same, tower shared with the student", once["logits only"], student + shared),
-    ):
-        saved = teacher + student - each
-        even = f"{break_even(saved=saved, once=first):5}" if first else "    -"
-        yield f"{name:<44}" + "".join(f"{first + number * each:9,.0f}" for number in RUNS) + f"  {even}"
+    logits = once["logits only"]
+    ways = {  # dollars once, and of each student
+        "teacher in every step": (0.0, teacher + student),
+        "cache once: default": (once["default"], student),
+        "cache once: small": (once["small"], student),
+        "cache once: logits only, others recomputed": (logits, student + cost["stub: attention, vision"]),
+        "the same, tower shared with the student": (logits, student + cost["stub, tower shared"]),
+    }
+    return [
+        {"dollars of N students on A100 80 GB at 40%": name}
+        | {f"N = {number}": f"{first + number * each:,.0f}" for number in (1, 2, 5, 10)}
+        | {
+            "no dearer from N =": str(break_even(saved=teacher + student - each, once=first))
+            if first
+            else "-"
+        }
+        for name, (first, each) in ways.items()
+    ]
 
 
-def floors() -> Iterator[str]:
-    """Ratios of operations, below which no measured ratio can fall unless the two run at different speeds."""
-    yield "size   positions   stub / stage 1   stage 2 / teacher in the step   the same, no checkpoints"
+def ratios_table() -> list[dict[str, str]]:
+    """Ratios of operations, to compare measured ones with."""
+    rows = []
     for size, positions in (("small", 300), ("small", 1100), ("full", 300), ("full", 1100)):
-        teacher, student = _models(size)
-        rows = positions - STEPS["finetune"].positions_before - VISION_TOKENS
-        sample = Sample(positions, rows, rows // 2)
-        ratios = [
-            stub(teacher, sample) / stage_1(teacher, sample),
-            *(
-                stage_2(student, sample, checkpointing=again)
-                / online(teacher, student, sample, checkpointing=again)
-                for again in (True, False)
-            ),
-        ]
-        yield f"{size:<6} {positions:9}   {ratios[0]:14.3f}   {ratios[1]:29.3f}   {ratios[2]:24.3f}"
+        teacher, student = models(size)
+        text_rows = positions - STEPS["finetune"].positions_before - VISION_TOKENS
+        of = Sample(positions, text_rows, text_rows // 2)
+        with_checkpoints, without = (
+            stage_2(student, of, checkpointing=on) / online(teacher, student, of, checkpointing=on)
+            for on in (True, False)
+        )
+        rows.append({
+            "size": size,
+            "positions": f"{positions}",
+            "stub / stage 1": f"{stub(teacher, of) / stage_1(teacher, of):.3f}",
+            "stage 2 / teacher in the step": f"{with_checkpoints:.3f}",
+            "the same, no checkpoints": f"{without:.3f}",
+        })  # fmt: skip
+    return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--profiles", type=Path, default=Path("runs/bench/profiles.json"))
-    parser.add_argument("--utilisation", type=float, nargs=2, metavar=("LOW", "HIGH"))
-    options = parser.parse_args()
-    assumed = Assumptions()
-    if options.utilisation:
-        assumed = replace(assumed, utilisations=tuple(options.utilisation))
-    measured, found = profile_bytes(options.profiles), totals()
-    stores = {
-        profile: _total_bytes(measured.get(profile) or {step: stored_bytes(step, profile) for step in STEPS})
-        for profile in PROFILES
-    }
-    print(*(f"ASSUMED  {line}" for line in assumed.lines()), sep="\n")
-    print(
-        "\nComputed from shapes; hours and money of one GPU for all samples of both steps, by assumption:\n"
+@app.command(help=__doc__.splitlines()[0])
+def main() -> None:
+    if not FIGURES.exists():
+        raise SystemExit(f"{FIGURES}: no such file; run python -m bench.profiles, which writes it")
+    compressed: dict[str, dict[str, float]] = {}
+    for row in json.loads(FIGURES.read_text()):
+        compressed.setdefault(row["profile"], {})[row["step"]] = compressed_bytes(row)
+    counted = operations()
+    print_table(operations_table(counted))
+    lowest, highest = (
+        hours(total(counted["stage 2"]), "A100 80 GB", 1) / of for of in reversed(PUBLISHED_GPU_HOURS)
     )
-    print(*_operations(found, assumed), sep="\n")
-    print("\n" + _published(found, assumed))
-    print("\nBytes: before compression exact, compressed measured on synthetic values:\n")
-    print(*_bytes(measured, assumed), sep="\n")
-    print(*_rates(found, stores["default"] / sum(NUM_SAMPLES.values()), assumed), sep="\n")
-    print("\nWays, by assumption:\n")
-    print(*_runs(found, stores, assumed), sep="\n")
-    print("\nFloors: ratios of operations, to hold measured ratios against:\n")
-    print(*floors(), sep="\n")
-    return 0
+    print(f"\nutilisation by the authors' {PUBLISHED_GPU_HOURS} A100 hours: {lowest:.0%} to {highest:.0%}\n")
+    reference = {
+        s: reference_bytes(SIZES["full"], of.text_rows, of.positions_before) for s, of in STEPS.items()
+    }
+    before = {profile: {step: stored_bytes(step, profile) for step in STEPS} for profile in PROFILES}
+    print_table(bytes_table({"the reference computes": reference, **before}))
+    print("\ncompressed")
+    print_table(bytes_table(compressed))
+    print()
+    for gpu in PEAK_FLOPS:
+        rate = sum(NUM_SAMPLES.values()) / 3600 / hours(total(counted["stage 2"]), gpu, UTILISATIONS[0])
+        megabytes = rate * total(compressed["default"]) / sum(NUM_SAMPLES.values()) / 1e6
+        print(f"a student on one {gpu} at 50% reads {rate:.0f} samples a second, {megabytes:.0f} MB")
+    print()
+    print_table(runs_table(counted, compressed))
+    print()
+    print_table(ratios_table(), num_text_columns=1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app()

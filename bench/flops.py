@@ -1,9 +1,9 @@
-"""Multiplications and additions of each stage for one sample, counted from the shapes of the models alone.
+"""Floating-point operations of each stage for one sample, counted from the shapes of the models alone.
 
 A matrix product of m x k by k x n is 2 m k n. Attention is counted over the whole square of positions, as a kernel
-with a mask of padding computes it. Norms, activations, softmax, sums of losses, the optimizer and the trained heads
-between teacher and student are left out: less than one percent at full size. `tests/test_bench_extrapolate.py` holds
-the counts to those of torch's own counter.
+with a padding mask computes it. Norms, activations, softmax, sums of losses, the optimizer and the trained heads
+between teacher and student are left out: less than one percent at full size. `tests/test_bench_extrapolate.py`
+compares the counts with torch's own.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PATCHES = 24 * 24
-PIXELS_OF_A_PATCH = 3 * 14 * 14
+from bench.models import VOCABULARY
+
+PATCHES, PIXELS_OF_A_PATCH = 24 * 24, 3 * 14 * 14
 VISION_TOKENS = 12 * 12
-VOCABULARY = 32000
 BACKWARD = 2  # forwards' worth: gradients of inputs and of weights
 
 
 @dataclass(frozen=True)
 class Sample:
-    """How long a sample is: positions of the decoder in all, text after the image, and those that predict answers."""
+    """Positions of the decoder in all, text after the image, and positions that predict answers."""
 
     positions: int
     text_rows: int
@@ -30,7 +30,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Model:
-    """A MobileVLM V2, with as many key and value heads as query heads."""
+    """A MobileVLM V2 with as many key and value heads as query heads."""
 
     width: int
     inner: int
@@ -41,16 +41,9 @@ class Model:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Model:
-        """From a row of `random_models.MODELS`."""
-        tower = settings["vision_config"]
-        return cls(
-            settings["hidden_size"],
-            settings["intermediate_size"],
-            settings["num_hidden_layers"],
-            tower["hidden_size"],
-            tower["intermediate_size"],
-            tower["num_hidden_layers"],
-        )
+        """The model of a row of `MODELS`."""
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+        return cls(*(of[name] for of in (settings, settings["vision_config"]) for name in names))
 
     def tower(self) -> float:
         """Patches and the class token through every layer but the last."""
@@ -74,7 +67,7 @@ class Model:
         return 2 * positions * self.width * VOCABULARY
 
     def tap(self, sample: Sample) -> float:
-        """Attention of layer 0 beside SDPA: keys of every position, queries and scores of the text rows."""
+        """Attention of layer 0, computed beside SDPA: keys of every position, queries and scores of text rows."""
         projections = 2 * (sample.positions + sample.text_rows) * self.width**2
         return projections + 2 * sample.text_rows * sample.positions * self.width
 
@@ -94,18 +87,16 @@ def stub(teacher: Model, sample: Sample, *, with_tower: bool = True) -> float:
     return with_tower * teacher.tower() + teacher.projector() + teacher.tap(sample)
 
 
-def stage_2(student: Model, sample: Sample, *, checkpointing: bool) -> float:
-    """Forward and backward of the student with every loss; the tower is frozen, so it runs forward alone.
+def stage_2(student: Model, sample: Sample, *, checkpointing: bool = True) -> float:
+    """Forward and backward of the student with every loss; its frozen tower runs forward alone.
 
     Checkpointing runs every layer of the decoder forward once more.
     """
-    trained = (
-        student.projector() + student.decoder(sample) + student.head(sample.answers) + student.tap(sample)
-    )
-    again = student.decoder(sample) if checkpointing else 0
-    return student.tower() + (1 + BACKWARD) * trained + again
+    decoder = student.decoder(sample)
+    trained = student.projector() + decoder + student.head(sample.answers) + student.tap(sample)
+    return student.tower() + (1 + BACKWARD) * trained + checkpointing * decoder
 
 
-def online(teacher: Model, student: Model, sample: Sample, *, checkpointing: bool) -> float:
+def online(teacher: Model, student: Model, sample: Sample, *, checkpointing: bool = True) -> float:
     """The same step with the whole teacher's forward in it."""
     return stage_1(teacher, sample) + stage_2(student, sample, checkpointing=checkpointing)

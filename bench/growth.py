@@ -1,209 +1,181 @@
-"""How the cost of both stages grows with positions, samples and workers: measured, fitted, and checked.
+"""How the cost of both stages grows with positions, samples and workers: about 15 minutes on two CPU cores.
 
-python bench/growth.py                   about 15 minutes on two CPU cores
-python bench/growth.py --size full       a GPU with 80 GB, one size after the other
-python bench/growth.py --quick           a smoke test with tiny models
-python bench/growth.py --join 1000000    what a data set of so many made-up samples holds in memory
+python -m bench.growth
 
-`stage 1` is that of bench/stage1.py, shard to part with all targets; `stage 2` is `cached` of bench/stage2.py, a step
-with every loss and its batches in memory, or `loading`, the same with batches from shards and store, where samples
-or data-loading workers are varied. Every size has a process of its own, and they take turns. Each law is fitted to
-the medians, once with every size and once without the largest, which it must then predict. GFLOP/s are operations
-counted from shapes (bench/flops.py) over the median: where they stay the same, time grows as operations do.
+`stage 1` is that of bench/stage1.py, `cached` and `loading` are those of bench/stage2.py. Each size has a process of
+its own, and they take turns. Laws are fitted to the medians by least squares of relative errors. GFLOP/s are
+operations counted from shapes (bench/flops.py) over the median: where they stay equal, time grows as operations do.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import mean, median
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
+import numpy as np
+import torch
+import typer
+from numpy.polynomial import Polynomial
 
-from growth_work import Point, prepare, work_of
-from join_memory import described_join, join_memory
-from laws import Law, error_at_the_largest, fit
-from side_by_side import Turns, measure, save, take_turns
+from bench import flops, stage1, stage2
+from bench.models import MODELS, Case, config_of, write_inputs
+from bench.tables import print_table
+from bench.turns import Turns, Work, machine, measure, own_process, prepare, take_turn
+from pipeline.data.preparation import Preparation
+from pipeline.data.shards import Sample, expand_shards, read_shard
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.teacher_cache import workers
+from pipeline.teacher_cache.teacher import plan_capture, write_parts
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes to be measured. `together`: a sweep's processes stand side by side; else each has the machine alone."""
-
-    tokens: tuple[int, ...]
-    batch_size: int
-    samples: tuple[int, ...]
-    capture_workers: tuple[int, ...]  # processes of stage 1, with a thread each
-    loading_workers: tuple[int, ...]  # data-loading workers of stage 2
-    shared_samples: int  # that the workers share out
-    shared_tokens: int
-    repeats: int
-    together: bool = True
-
-
-PLANS = {
-    "tiny": Plan((190, 320), 2, (), (2,), (1,), 4, 200, repeats=1),
-    "small": Plan((200, 400, 800, 1200, 1600), 4, (8, 24, 48, 96), (1, 2), (0, 1, 2), 32, 300, repeats=5),
-    "full": Plan(
-        (200, 400, 800, 1200, 1600), 4, (32, 96, 192, 384), (), (0, 1, 2, 4, 8), 64, 300, 5, together=False
-    ),
-}
+TOKENS, SAMPLES = (200, 400, 800, 1200, 1600), (8, 24, 48, 96)
+SHARED = {"tokens": 300, "samples": 32}  # what processes and workers share out
+FORMATS = {
+    "ms a sample": ".1f", "least": ".1f", "most": ".1f", "of the first": ".2f", "peak MB": ".0f", "GFLOP/s": ".1f",
+    "start-up CPU s": ".1f", "waiting": ".1%",
+}  # fmt: skip
+Row = Mapping[str, float]
+Law = tuple[str, str, int]  # names of a cost and of what it grows with, and the highest power of that
+app = typer.Typer(add_completion=False)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One thing varied, all else left. `laws`: a cost's name -> the size it grows with, and the powers of it."""
+    """One thing varied, all else left as it is."""
 
     name: str
     varied: str
-    points: tuple[Point, ...]
-    laws: Mapping[str, tuple[str, tuple[int, ...]]]
+    work: Callable[[Case], Work]
+    cases: Sequence[Case]
+    laws: Sequence[Law] = ()
 
 
-def sweeps(plan: Plan) -> Iterator[Sweep]:
-    """In the order in which they are measured."""
-    square = {"seconds_a_sample": ("positions", (0, 1, 2)), "peak_bytes": ("positions", (0, 1, 2))}
-    stored = {"store_bytes_a_sample": ("text_rows", (0, 1))}
-    linear = {"seconds": ("samples", (0, 1)), "peak_bytes": ("samples", (0, 1))}
-    base = Point("stage 1", plan.tokens[0], plan.batch_size, plan.batch_size)
-    by_tokens = tuple(replace(base, tokens=tokens) for tokens in plan.tokens)
-    by_samples = tuple(replace(base, samples=samples) for samples in plan.samples)
-    shared = replace(base, tokens=plan.shared_tokens, samples=plan.shared_samples)
-    yield Sweep("stage 1 against positions", "positions", by_tokens, square | stored)
-    yield Sweep("stage 2 against positions", "positions", _as("cached", by_tokens), square)
-    yield Sweep("stage 1 against samples", "samples", by_samples, linear)
-    yield Sweep(
-        "stage 2 against samples, batches from the store", "samples", _as("loading", by_samples), linear
+def sweeps(base: Case) -> Iterator[Sweep]:
+    """The sweeps in their order, below the folder of `base`."""
+    by_tokens = [replace(base, tokens=number) for number in TOKENS]
+    by_samples = [replace(base, samples=number) for number in SAMPLES]
+    by_processes, by_workers = (
+        [replace(base, **SHARED, workers=n) for n in of] for of in ((1, 2), (0, 1, 2))
     )
-    capturing = tuple(replace(shared, workers=workers) for workers in plan.capture_workers)
-    yield Sweep("stage 1 against processes of one thread each", "workers", _as("workers", capturing), {})
-    loading = tuple(replace(shared, workers=workers) for workers in plan.loading_workers)
-    yield Sweep("stage 2 against data-loading workers", "workers", _as("loading", loading), {})
+    square = ("ms a sample", "positions", 2), ("peak MB", "positions", 2)
+    linear = ("seconds", "samples", 1), ("peak MB", "samples", 1)
+    stored = ("stored kB a sample", "text_rows", 1)
+    yield Sweep("stage 1 against positions", "positions", stage1.capturing, by_tokens, (*square, stored))
+    yield Sweep("stage 2 against positions", "positions", stage2.cached, by_tokens, square)
+    yield Sweep("stage 1 against samples", "samples", stage1.capturing, by_samples, linear)
+    yield Sweep("stage 2 against samples, from the store", "samples", stage2.loading, by_samples, linear)
+    yield Sweep("stage 1 against processes of one thread each", "workers", sharing, by_processes)
+    yield Sweep("stage 2 against data-loading workers", "workers", stage2.loading, by_workers)
 
 
-def _as(work: str, points: Sequence[Point]) -> tuple[Point, ...]:
-    return tuple(replace(point, work=work) for point in points)
+def sharing(case: Case) -> Work:
+    """Processes of stage 1 with one thread each that write one store together, from an empty one."""
+    processes = [own_process() for _ in range(case.workers)]
+    for rank, process in enumerate(processes):
+        process.submit(prepare, partial(_share, case, rank)).result()
+
+    def turn() -> Mapping[str, float]:
+        shutil.rmtree(case.folder / "store", ignore_errors=True)
+        running = [process.submit(take_turn) for process in processes]
+        turns = [one.result() for one in running]
+        assert sum(one.counted["samples"] for one in turns) == case.samples
+        return {"peak_bytes": sum(one.peak_bytes for one in turns)}
+
+    return turn
 
 
-def main() -> int:
-    options = _options()
-    if options.contestant:
-        take_turns(work_of(__file__, Point.parse(options.contestant), options))
-        return 0
-    if options.join:
-        found = join_memory(options.join)
-        print(described_join(found))
-        save([], options.output, join=found)
-        return 0
-    size = "tiny" if options.quick else options.size
-    plan = PLANS[size] if options.repeats is None else replace(PLANS[size], repeats=options.repeats)
-    results, all_turns = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for sweep in sweeps(plan):
-            if sweep.points and (not options.only or options.only in sweep.name):
-                turns = _measured(sweep, plan, size, Path(folder))
-                all_turns += turns
-                results.append(result(sweep, turns))
-                print("\n".join(described(results[-1])), flush=True)
-    save(all_turns, options.output, size=size, plan=asdict(plan), sweeps=results)
-    return 0
+def _share(case: Case, rank: int) -> Work:
+    """One of these processes. It loads the teacher in its turn, as every run of stage 1 does."""
+    torch.set_num_threads(1)
+    # Seconds between two looks whether others are done: nothing in a run of hours, here all that would be measured.
+    workers.POLL_SECONDS = 0.02
+    plan = plan_capture(config_of(case))
+    return lambda: {"samples": write_parts(plan, workers.Worker(rank, case.workers)).cached}
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=list(PLANS), default="small")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny models, one turn each: figures mean nothing"
+def rows_of(sweep: Sweep, *, repeats: int = 5) -> list[Row]:
+    """Write what the sweep reads, run it, and return a row for each size."""
+    cases = [_write(sweep, case) for case in sweep.cases]
+    contestants = {f"{sweep.name}: {case}": partial(sweep.work, case) for case in cases}
+    rows = [_row(sweep, case, of) for case, of in zip(cases, measure(contestants, repeats), strict=True)]
+    return [row | {"of the first": row["ms a sample"] / rows[0]["ms a sample"]} for row in rows]
+
+
+def _write(sweep: Sweep, case: Case) -> Case:
+    """Write shards and models and, for stage 2, their store. Returns the case in a folder of its own."""
+    case = replace(case, folder=case.folder / f"{sweep.name} {case.tokens} {case.samples} {case.workers}")
+    case.folder.mkdir(parents=True)
+    write_inputs(case, "teacher", "student", shards=4 if sweep.work is sharing else 1)
+    if sweep.work in (stage2.cached, stage2.loading):
+        stage2.prepare(case)
+    return case
+
+
+def _row(sweep: Sweep, case: Case, turns: Turns) -> dict[str, float]:
+    sample = mean_sample(case)
+    teacher, student = (flops.Model.of(MODELS[case.size, role]) for role in ("teacher", "student"))
+    operations = (
+        flops.stage_1(teacher, sample)
+        if sweep.work in (stage1.capturing, sharing)
+        else flops.stage_2(student, sample, checkpointing=False)
     )
-    parser.add_argument("--repeats", type=int)
-    parser.add_argument("--only", help="sweeps whose name has these words")
-    parser.add_argument("--join", type=int, metavar="SAMPLES", help="memory of a data set, and nothing else")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench/growth.json"))
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def _measured(sweep: Sweep, plan: Plan, size: str, folder: Path) -> list[Turns]:
-    for point in sweep.points:
-        prepare(point, size, folder)
-    names = [point.name for point in sweep.points]
-    groups = [names] if plan.together else [[name] for name in names]
-    arguments = [f"--size={size}", f"--folder={folder}"]
-    return [
-        turns
-        for group in groups
-        for turns in measure(__file__, group, repeats=plan.repeats, arguments=arguments)
-    ]
-
-
-def result(sweep: Sweep, turns: Sequence[Turns]) -> dict[str, Any]:
-    """A sweep's rows, and its laws, with what each says of the largest size without having seen it."""
-    rows = [_row(sweep, point, of) for point, of in zip(sweep.points, turns, strict=True)]
-    laws = {}
-    for cost, (size, powers) in sweep.laws.items():
-        sizes, costs = ([row[name] for row in rows] for name in (size, cost))
-        law = fit(sizes, costs, powers)
-        error = error_at_the_largest(sizes, costs, powers[: len(sizes) - 1])
-        laws[cost] = {"size": size, **asdict(law), "error_at_the_largest": error, "text": law.text(size)}
-    return {"name": sweep.name, "varied": sweep.varied, "rows": rows, "laws": laws}
-
-
-def _row(sweep: Sweep, point: Point, turns: Turns) -> dict[str, Any]:
-    samples, counted = turns.counted["samples"], turns.counted
-    return {
-        **asdict(point),
-        **{
-            name: counted[name]
-            for name in ("positions", "text_rows", "answers", "flops", "startup_cpu_seconds")
-            if name in counted
-        },
-        "samples": samples,
-        "seconds": turns.median_seconds,
-        "seconds_a_sample": turns.median_seconds / samples,
-        "least_and_greatest": [end(turns.seconds) / samples for end in (min, max)],
-        "peak_bytes": counted.get("peak_bytes", turns.peak_bytes),
-        **({"store_bytes_a_sample": counted["bytes"] / samples} if "bytes" in counted else {}),
-        **({"waiting": counted["waiting"]} if "waiting" in counted else {}),
+    seconds = median(turns.seconds)
+    found = {
+        "positions": sample.positions,
+        "text_rows": sample.text_rows,
+        "samples": case.samples,
+        "workers": case.workers,
+        "seconds": seconds,
+        "ms a sample": 1e3 * seconds / case.samples,
+        "least": 1e3 * min(turns.seconds) / case.samples,
+        "most": 1e3 * max(turns.seconds) / case.samples,
+        "peak MB": turns.counted.get("peak_bytes", turns.peak_bytes) / 1e6,
+        "GFLOP/s": operations * case.samples / seconds / 1e9,
+        "start-up CPU s": turns.startup_cpu_seconds,
+        "stored kB a sample": turns.counted.get("bytes", 0) / case.samples / 1e3,
     }
+    return found | {name: turns.counted[name] for name in ("waiting",) if name in turns.counted}
 
 
-UNITS = {
-    "seconds": ("seconds", 1.0),
-    "seconds_a_sample": ("milliseconds a sample", 1e3),
-    "peak_bytes": ("peak MB", 1e-6),
-    "store_bytes_a_sample": ("kB a sample in the store", 1e-3),
-}
+def mean_sample(case: Case) -> flops.Sample:
+    """The mean lengths of the case's samples."""
+    config = config_of(case)
+    preparation = Preparation.of(config.teacher.model, config.data)
+    shards = expand_shards(config.data.shards)
+    items = [item for shard in shards for item in read_shard(shard) if isinstance(item, Sample)]
+    tokens = [preparation.tokenize(item.conversations) for item in items]
+    ids = [of.input_ids for of in tokens]
+    return flops.Sample(
+        positions=round(mean(map(preparation.merged_length, ids))),
+        text_rows=round(mean(len(of) - of.index(IMAGE_TOKEN_INDEX) - 1 for of in ids)),
+        answers=round(mean(sum(label != IGNORE_INDEX for label in of.labels) for of in tokens)),
+    )
 
 
-def described(found: Mapping[str, Any]) -> Iterator[str]:
-    """A sweep as text: its sizes, then its laws."""
-    rows, varied = found["rows"], found["varied"]
-    yield f"\n{found['name']}"
-    yield f"{varied:>10}  ms a sample    min..max ms      of the first  peak MB  GFLOP/s  start-up CPU s  waiting"
-    for row in rows:
-        low, high = (1e3 * end for end in row["least_and_greatest"])
-        startup = f"{row['startup_cpu_seconds']:14.1f}" if "startup_cpu_seconds" in row else f"{'-':>14}"
-        rate = f"{row['flops'] / row['seconds_a_sample'] / 1e9:7.1f}" if "flops" in row else f"{'-':>7}"
-        waiting = f"{row['waiting']:7.1%}" if "waiting" in row else f"{'-':>7}"
-        yield (
-            f"{row[varied]:10.0f}  {1e3 * row['seconds_a_sample']:11.1f}  {low:7.1f}..{high:<8.1f}  "
-            f"{row['seconds_a_sample'] / rows[0]['seconds_a_sample']:13.2f}  {row['peak_bytes'] / 1e6:7.0f}  "
-            f"{rate}  {startup}  {waiting}"
-        )
-    for cost, law in found["laws"].items():
-        unit, scale = UNITS[cost]
-        formula = Law(law["powers"], law["coefficients"], law["residual"]).text(law["size"], scale=scale)
-        yield (
-            f"{unit} = {formula}; at most {law['residual']:.1%} off; without the largest it is "
-            f"predicted {law['error_at_the_largest']:+.1%}"
-        )
+def described(law: Law, rows: Sequence[Row]) -> str:
+    """The law as a formula, and the largest of its relative errors."""
+    cost, size, power = law
+    sizes, costs = (np.array([row[name] for row in rows], dtype=float) for name in (size, cost))
+    found = Polynomial.fit(sizes, costs, power, w=1 / costs, symbol=size).convert()
+    with np.printoptions(precision=3):
+        return f"{cost} = {found:ascii}; at most {np.abs(found(sizes) / costs - 1).max():.1%} off"
+
+
+@app.command(help=__doc__.splitlines()[0])
+def main() -> None:
+    print(machine())
+    with tempfile.TemporaryDirectory() as folder:
+        for sweep in sweeps(Case("small", TOKENS[0], samples=4, batch_size=4, folder=Path(folder))):
+            rows = rows_of(sweep)
+            names = [sweep.varied, *(name for name in FORMATS if name in rows[0])]
+            print(f"\n{sweep.name}")
+            print_table([{name: format(row[name], FORMATS.get(name, "d")) for name in names} for row in rows])
+            print(*(described(law, rows) for law in sweep.laws), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app()

@@ -1,148 +1,124 @@
 """What a data set of many samples holds in memory: its join alone, in the process and in one of its loading workers.
 
-python bench/growth.py --join 1000000
+python -m bench.join_memory --samples 1000000
 
 The store is made up: indexes in the shapes of a finetuning of MobileVLM V2 (one image a sample, names of nine digits,
 attention of one layer, vision, top 32 logits), no arrays and no images, for the join reads neither. A process of its
-own opens it; what it holds is what it is resident with after the join, beyond what it was before. Then it forks, as
-torch's loader does, and the worker looks at samples in a shuffled order: what pages of its own that takes, beyond a
-worker that does nothing, is what each worker adds.
+own opens it; the figure is its resident memory after the join, less that before. Then it forks, as torch's loader
+does, and the worker looks up half of the samples in a shuffled order. What a worker adds is the pages that it no
+longer shares, less those of a worker that does nothing.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import json
-import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import typer
+
+from bench.processes import counters, reset_peak
+from bench.synthetic import SIZES, manifest
+from bench.turns import own_process
+from cache import SampleEntry, Span, Store, StoreWriter
+from cache.format.documents import document_bytes
+from cache.format.index import PartIndex
+from cache.format.records import Counts, PartRecord
+from pipeline.distill.join.dataset import JoinedDataset
 
 SAMPLES_A_SHARD = 10_000
-TEACHER = {"name": "", "num_layers": 32, "num_heads": 32, "hidden_size": 4096, "num_vision_tokens": 144,
-           "vocab_size": 32000}  # fmt: skip
-LOOKED_AT = 0.5  # of the samples, by the worker
-
-
-def join_memory(num_samples: int) -> dict[str, float]:
-    """Bytes and seconds of the join of so many made-up samples, measured in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_store(Path(folder), num_samples)
-        command = [sys.executable, __file__, folder]
-        return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-
-
-def described_join(found: dict[str, float]) -> str:
-    """One line for people."""
-    return (
-        f"{found['samples']:,.0f} samples: joined in {found['cpu_seconds']:.1f} CPU seconds; "
-        f"{found['bytes_a_sample']:.0f} bytes a sample in the process, at most {found['peak_bytes_a_sample']:.0f}; "
-        f"{found['worker_bytes_a_sample']:.1f} more in each worker that looked at {LOOKED_AT:.0%} of them, "
-        f"{1e6 * found['cpu_seconds_a_look']:.0f} us of CPU each"
-    )
+app = typer.Typer(add_completion=False)
 
 
 def write_store(folder: Path, num_samples: int) -> None:
-    """Empty shards, and a store that has an index of each."""
-    from cache import FORMAT_VERSION, ArraySpec, Fingerprint, Manifest, StoreWriter
-    from cache.format.documents import document_bytes
-    from cache.format.index import PartIndex
-    from cache.format.records import Counts, PartRecord
-
+    """Write empty shards, and a store that has an index of each."""
     starts = range(0, num_samples, SAMPLES_A_SHARD)
-    parts = tuple(f"shard-{number:06d}" for number in range(len(starts)))
-    of_text = {name: ArraySpec(name, "T", (), "sample", "integer", {"dtype": "int32"}) for name in (
-        "input_ids", "labels", "attention/layer_0", "logits/ids", "logits/values", "logits/tail"
-    )}  # fmt: skip
-    vision = ArraySpec("vision", "I D", (8,), "image", "float32", {})
-    manifest = Manifest(FORMAT_VERSION, Fingerprint("1", "2", "3", "4", "5"), (*of_text.values(), vision),
-                        TEACHER, {}, {}, parts)  # fmt: skip
-    store = StoreWriter.open(folder / "store", manifest).path
+    parts = [f"shard-{number:06d}" for number in range(len(starts))]
+    planned = manifest(SIZES["full"], parts)
+    of_text = [spec.name for spec in planned.arrays if spec.owner == "sample"]
+    store = StoreWriter.open(folder / "store", planned).path
     (folder / "shards").mkdir()
     for start, part in zip(starts, parts, strict=True):
         (folder / "shards" / f"{part}.tar").touch()
         entries = [_entry(number) for number in range(start, min(start + SAMPLES_A_SHARD, num_samples))]
-        counts = [100 + n % 37 for n in range(len(entries))]
+        counts, n = [100 + number % 37 for number in range(len(entries))], len(entries)
         index = PartIndex.of(
-            entries, [e.images[0] for e in entries], row_counts=dict.fromkeys(of_text, counts)
+            entries, [of.images[0] for of in entries], row_counts=dict.fromkeys(of_text, counts)
         )
-        n = len(entries)
-        record = PartRecord(part, manifest.contents_digest(), {}, Counts(n, n, 0, n, n), None, {})
+        record = PartRecord(part, planned.contents_digest(), {}, Counts(n, n, 0, n, n), None, {})
         (store / "parts" / part).mkdir()
-        (store / "parts" / part / "index.json").write_bytes(document_bytes(index.to_json()))
-        (store / "parts" / part / "part.json").write_bytes(document_bytes(record.to_json()))
+        for name, document in (("index.json", index), ("part.json", record)):
+            (store / "parts" / part / name).write_bytes(document_bytes(document.to_json()))
 
 
-def _entry(number: int) -> Any:
-    from cache import SampleEntry, Span
-
+def _entry(number: int) -> SampleEntry:
     key, place = f"{number:09d}", 512 + number % SAMPLES_A_SHARD * 90_112
     digest = hashlib.blake2b(key.encode(), digest_size=32).hexdigest()
-    images = (Span(f"{key}.jpg", place, 80_000 + number % 977),)
-    return SampleEntry(key, (digest,), images, Span(f"{key}.json", place + 81_920, 900 + number % 311))
+    image, text = Span(f"{key}.jpg", place, 80_000), Span(f"{key}.json", place + 81_920, 900)
+    return SampleEntry(key, (digest,), (image,), text)
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """The join of the store, as stage 2 makes it, and a forked worker that looks at samples."""
-    from cache import Store
-    from pipeline.distill.join.dataset import JoinedDataset
-
+    """Join the store as stage 2 does, and look samples up in a forked worker; bytes and CPU seconds a sample."""
     nothing: Any = None  # no text is tokenised
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins at what is resident now
-    before, started = _status("VmRSS"), time.process_time()
+    reset_peak()
+    before, started = counters("status")["VmRSS"], time.process_time()
     dataset = JoinedDataset(Store(folder / "store"), str(folder / "shards"), nothing, targets={})
-    store = dataset.stores.opened[0]
-    len(store)  # the look-up by key is made, as by the first sample that is read
-    seconds, peak = time.process_time() - started, _status("VmHWM")
+    store, samples = dataset.stores.opened[0], len(dataset)
+    len(store)  # makes the index by key, as the first sample that is read does
+    seconds, peak = time.process_time() - started, counters("status")["VmHWM"]
     gc.collect()
-    held, samples = _status("VmRSS") - before, len(dataset)
-    order = random.Random(0).sample(range(samples), int(LOOKED_AT * samples))
+    held = counters("status")["VmRSS"] - before
+    order = random.Random(0).sample(range(samples), samples // 2)
 
-    def look() -> float:
+    def look_up() -> float:
         started = time.process_time()
         for number in order:
             _, entry = dataset.rows[number]
             store.locate(entry.key)
         return (time.process_time() - started) / len(order)
 
-    _, nothing_done = _in_worker(lambda: sum(order) * 0.0)
-    seconds_a_look, copied = _in_worker(look)
+    _, unshared_idle = _in_worker(lambda: sum(order) * 0.0)
+    look_up_seconds, unshared = _in_worker(look_up)
     return {
-        "samples": samples,
-        "cpu_seconds": seconds,
+        "join_cpu_seconds": seconds,
         "bytes_a_sample": held / samples,
         "peak_bytes_a_sample": (peak - before) / samples,
-        "worker_bytes_a_sample": (copied - nothing_done) / samples,
-        "cpu_seconds_a_look": seconds_a_look,
+        "worker_bytes_a_sample": (unshared - unshared_idle) / samples,
+        "look_up_cpu_seconds": look_up_seconds,
     }
 
 
-def _in_worker(work: Callable[[], float]) -> tuple[float, float]:
-    """What a forked process answers, and the bytes of its pages that are no longer the parent's."""
-    reading, writing = os.pipe()
-    if not os.fork():
-        answer = work()
-        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-        own = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private"))
-        os.write(writing, json.dumps([answer, own]).encode())
-        os._exit(0)
-    os.wait()
-    answer, own = json.loads(os.read(reading, 1000))
-    return answer, own
+def _in_worker(work: Callable[[], float]) -> tuple[float, int]:
+    """Run the work in a forked process; its result, and the bytes of memory that the process shares with none."""
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def answer() -> None:
+        found, pages = work(), counters("smaps_rollup")
+        sender.send((found, sum(size for name, size in pages.items() if name.startswith("Private"))))
+
+    process = context.Process(target=answer)
+    process.start()
+    found = receiver.recv()
+    process.join()
+    return found
 
 
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+@app.command(help=__doc__.splitlines()[0])
+def main(samples: int = 1_000_000) -> None:
+    with tempfile.TemporaryDirectory() as folder, own_process() as process:
+        write_store(Path(folder), samples)
+        found = process.submit(measure, Path(folder)).result()
+    print(f"{samples:,} samples")
+    print(*(f"{name:<22} {value:12.6g}" for name, value in found.items()), sep="\n")
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]))))
+    app()

@@ -1,41 +1,41 @@
 """Reads a store in shuffled order beside other formats that hold the same arrays: samples a second, bytes a sample.
 
-python bench/reading.py                        600 samples in MobileVLM V2's shapes, five repeats, all peers
-python bench/reading.py --peers webdataset     ours and one peer
-python bench/reading.py --peers none --quick   small shapes, ours alone
+python -m bench.reading                          600 samples in MobileVLM V2's shapes, five repeats, all peers
+python -m bench.reading --peers webdataset,lmdb
 
 Values are synthetic. A peer holds a sample as the integer codes that the store keeps, uncompressed, in one
-safetensors blob, and has an environment of its own, made with pip below --environments. One process reads.
-Contestants take turns within every repeat, each in a new process, with other samples in every repeat. `codes`: as
-stored; `float32`: as training gets them. Cold: the system's memory holds nothing of the files. Warm: it holds all of
-them, the contestant nothing. `ours` asks for batches of 8 and keeps no chunk between them, as if the store were so
-large that none is met twice. What cannot be installed or run is listed with the reason.
+safetensors blob, and has an environment of its own below runs/. One process reads a third of the samples. In every
+repeat the contestants take turns, each in a new process, with other samples than before. `codes`: as stored;
+`float32`: as training gets them. Cold: the system's memory holds nothing of the files. Warm: it holds all of them,
+the contestant nothing. `ours` keeps no chunk between batches, as in a store so large that none is met twice.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice, product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+import numpy as np
+import typer
+from safetensors.numpy import save
 
-from reading_samples import SIZES, VISION_STEP, Size, write_samples
-from reading_table import MODES, OURS, WINDOWS, bars, summary, table
+from bench.synthetic import SIZES, Size, add_sample, manifest, samples
+from bench.tables import print_table
+from cache import StoreWriter, drop_from_memory, part_sizes
+from cache.format.codecs import encode_rows, stored_arrays
 
-from cache import Store, drop_from_memory
-from cache.format.codecs import stored_arrays
-
-WORKER = Path(__file__).parent / "reading_worker.py"
-# Peer -> what pip installs for it. MDS needs an older numpy, and two of them torch, which they would replace.
+OURS, WINDOWS, WINDOW_SAMPLES = "ours", "ours, windows of 32", 32
+MODES = {"codes": False, "float32": True}
+ENVIRONMENTS = Path("runs/bench_environments")
+# What pip installs for a peer. MDS needs an older numpy, and two of them torch, which they would replace.
 PEERS = {
     "webdataset": ["webdataset==1.0.2", "safetensors==0.8.0", "numpy==2.4.6"],
     "lmdb": ["lmdb==3.0.0", "safetensors==0.8.0", "numpy==2.4.6"],
@@ -43,193 +43,160 @@ PEERS = {
     "litdata": ["litdata==0.2.76", "torch==2.13.0", "torchvision==0.28.0", "safetensors==0.8.0"],
     "mds": ["mosaicml-streaming==0.13.0", "torch==2.13.0", "torchvision==0.28.0", "safetensors==0.8.0"],
 }
-WINDOW_SAMPLES = 32
+app = typer.Typer(add_completion=False)
 
 
-class CannotRunError(Exception):
-    """A contestant's process ended with an error, told by its last line."""
+def write_samples(folder: Path, size: Size, number: int) -> None:
+    """Write the same samples twice: as `ours`, a store, and as `samples`, the codes of each in a safetensors file."""
+    parts = [f"part-{place:06d}" for place in range(-(-number // size.part_samples))]
+    writer, stream = StoreWriter.open(folder / OURS, manifest(size, parts)), enumerate(samples(size, number))
+    (folder / "samples").mkdir()
+    for name in parts:
+        with writer.part(name, source={}) as part:
+            for index, arrays in islice(stream, size.part_samples):
+                (folder / "samples" / f"{index:09d}.safetensors").write_bytes(save(_codes(size, arrays)))
+                add_sample(part, index, arrays)
+            part.commit()
 
 
-def main() -> int:
-    options = _options()
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        figures = run(options, Path(folder))
-    print(table(figures))
-    if options.output:
-        options.output.write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
-
-
-def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    size, number = SIZES[options.size], options.samples
-    _say(f"writing {number} samples")
-    write_samples(folder, size, number)
-    pythons, absent = {OURS: sys.executable, WINDOWS: sys.executable}, {}
-    expected = _ask(
-        sys.executable, "check", OURS, folder, {"indices": list(range(number)), "cache_bytes": None}
-    )
-    for peer in options.peers:
-        _say(f"{peer}: environment, files")
-        try:
-            pythons[peer] = _prepared(
-                peer, folder, size, number, environments=options.environments, expected=expected
-            )
-        except CannotRunError as error:
-            absent[peer] = str(error)
-    readings = list(_readings(pythons, folder, size, number, options=options))
-    contestants = [summary(name, readings) for name in pythons]
+def _codes(size: Size, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the store keeps, by the name of the Zarr array that it is kept in."""
+    codes = [(spec, encode_rows(spec, arrays[spec.name])) for spec in size.specs()]
     return {
-        "values": "synthetic",
-        "size": options.size,
-        "samples": number,
-        "samples_read": options.reads,
-        "repeats": options.repeats,
-        "sample_bytes": statistics.mean(_blob_sizes(folder)),
-        "checked": expected,
-        "contestants": contestants,
-        "absent": absent,
-        "bars": bars(contestants),
-        "readings": readings,
+        stored.name(spec): np.ascontiguousarray(coded[stored.suffix])
+        for spec, coded in codes
+        for stored in stored_arrays(spec)
     }
 
 
-def _prepared(
-    peer: str, folder: Path, size: Size, number: int, *, environments: Path, expected: dict[str, Any]
-) -> str:
-    """The interpreter of a peer whose files are written and hold what ours hold."""
-    python = _environment(peer, environments)
-    request = {"samples": str(folder / "samples"), "shard_samples": size.part_samples // 2}
-    _ask(python, "write", peer, folder, request)
-    found = _ask(python, "check", peer, folder, {"indices": list(range(number))})
-    if found != expected:
-        raise CannotRunError(f"it gives back {found}, ours {expected}")
-    return python
-
-
-def _environment(peer: str, environments: Path) -> str:
+def environment(peer: str) -> str:
     """The interpreter of a virtual environment with what the peer needs, made if it is not there."""
-    folder = environments / peer
-    done, python = folder / "installed.json", str(folder / "bin" / "python")
-    if not done.exists() or json.loads(done.read_text()) != PEERS[peer]:
-        _process([sys.executable, "-m", "venv", str(folder)])
-        _process([python, "-m", "pip", "install", "--quiet", *PEERS[peer]])
-        done.write_text(json.dumps(PEERS[peer]))
-    return python
+    folder = ENVIRONMENTS / peer
+    if not (folder / "installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run(
+            [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *PEERS[peer]], check=True
+        )
+        (folder / "installed").touch()
+    return str(folder / "bin" / "python")
 
 
-def _readings(
-    pythons: dict[str, str], folder: Path, size: Size, number: int, *, options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """A row for each repeat, contestant, mode, and state of the files; every other repeat is in reverse."""
-    used = used_bytes(folder / OURS)
-    blob_bytes = _blob_sizes(folder)
-    for repeat in range(options.repeats):
-        order = list(pythons)[:: 1 if repeat % 2 == 0 else -1]
-        for name in order:
-            indices = _order(name, number, options.reads, seed=repeat, part_samples=size.part_samples)
-            for mode, as_floats in MODES.items():
-                _say(f"repeat {repeat + 1} of {options.repeats}: {name}, {mode}")
-                request = {"indices": indices, "seed": repeat, "as_floats": as_floats, "step": VISION_STEP,
-                           "cache_bytes": 0 if name == OURS else None}  # fmt: skip
-                drop_from_memory(folder / _contestant(name))
-                found = _ask(pythons[name], "read", name, folder, request)
-                sizes = used if name in (OURS, WINDOWS) else blob_bytes
-                # What shuffles by itself read other samples than these, whose sizes are the same in the mean.
-                needed = sum(sizes[index] for index in indices) / len(indices)
-                for files, figures in found.items():
-                    yield {"contestant": name, "repeat": repeat, "mode": mode, "files": files,
-                           "used_bytes": needed * figures["samples"], **figures}  # fmt: skip
+def ask(python: str, action: str, name: str, folder: Path, **request: Any) -> Any:
+    """Run an action of bench/reading_worker.py; its answer."""
+    files = OURS if name == WINDOWS else name
+    command = [python, "-m", "bench.reading_worker", action, files, folder / files, json.dumps(request)]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(answer.splitlines()[-1])
 
 
-def _order(name: str, number: int, reads: int, *, seed: int, part_samples: int) -> list[int]:
-    """Distinct samples in an order without order, or in windows of neighbours in one part."""
+def order(name: str, number: int, size: Size, *, seed: int) -> list[int]:
+    """A third of the samples without order, or in windows of neighbours of one part, shuffled inside."""
     chance = random.Random(seed)
     if name != WINDOWS:
-        return chance.sample(range(number), reads)
+        return chance.sample(range(number), number // 3)
+    parts = [
+        range(start, min(start + size.part_samples, number)) for start in range(0, number, size.part_samples)
+    ]
     windows = [
-        list(range(start, min(start + WINDOW_SAMPLES, part + part_samples, number)))
-        for part in range(0, number, part_samples)
-        for start in range(part, min(part + part_samples, number), WINDOW_SAMPLES)
+        list(part[start : start + WINDOW_SAMPLES])
+        for part in parts
+        for start in range(0, len(part), WINDOW_SAMPLES)
     ]
     chance.shuffle(windows)
     for window in windows:
         chance.shuffle(window)
-    return [index for window in windows for index in window][:reads]
+    return [index for window in windows for index in window][: number // 3]
 
 
-def used_bytes(store_folder: Path) -> list[float]:
-    """Of every sample its rows' share of the chunks that they lie in, as stored."""
-    store, used = Store(store_folder), []
-    for name in store.parts:
-        part = store._part(name)
-        wanted = [(spec, stored) for spec in store.manifest.arrays for stored in stored_arrays(spec)]
-        arrays = part.arrays(wanted)
-        for sample in range(len(part.index.keys)):
-            spans = [part.index.row_spans(sample, spec) for spec, _ in wanted]
-            used.append(
-                sum(_share(array, *span) for array, of in zip(arrays, spans, strict=True) for span in of)
-            )
-    return used
+def readings(
+    pythons: Mapping[str, str], folder: Path, size: Size, number: int, repeats: int
+) -> list[dict[str, Any]]:
+    """A row for each repeat, contestant, mode and state of the files; every other repeat is in reverse."""
+    found = []
+    for repeat in range(repeats):
+        for name in list(pythons)[:: 1 if repeat % 2 == 0 else -1]:
+            for mode, as_floats in MODES.items():
+                print(f"repeat {repeat + 1} of {repeats}: {name}, {mode}", file=sys.stderr, flush=True)
+                drop_from_memory(folder / (OURS if name == WINDOWS else name))
+                request = {"indices": order(name, number, size, seed=repeat), "seed": repeat,
+                           "as_floats": as_floats, "cache_bytes": 0 if name == OURS else None,
+                           "shard_samples": size.part_samples // 2}  # fmt: skip
+                passes = ask(pythons[name], "read", name, folder, **request)
+                found += [{"contestant": name, "mode": mode, "files": f, **row} for f, row in passes.items()]
+    return found
 
 
-def _share(array: Any, start: int, stop: int) -> float:
-    """Bytes of the rows start..stop if each row of a chunk takes as many."""
-    total = 0.0
-    for chunk in range(start // array.chunk_rows, (stop - 1) // array.chunk_rows + 1):
-        first = chunk * array.chunk_rows
-        last = min(first + array.chunk_rows, array.num_rows)
-        total += int(array.spans[chunk][1]) * (min(stop, last) - max(start, first)) / (last - first)
-    return total
+def column_of(rows: Sequence[Mapping[str, Any]], column: str, **wanted: str) -> list[float]:
+    """A column of the readings of one contestant, mode or state of the files, in the order of the repeats."""
+    return [row[column] for row in rows if wanted.items() <= row.items()]
 
 
-def _blob_sizes(folder: Path) -> list[int]:
-    return [file.stat().st_size for file in sorted((folder / "samples").iterdir())]
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median, least and greatest."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
 
 
-def _contestant(name: str) -> str:
-    """Whose files it reads."""
-    return OURS if name == WINDOWS else name
+def rates_table(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], mode: str, files: str
+) -> list[dict[str, str]]:
+    """Samples a second, and the ratios of our two rates to them, repeat by repeat."""
+    rates = {
+        name: column_of(rows, "samples_a_second", contestant=name, mode=mode, files=files) for name in names
+    }
+    table = []
+    for name in names:
+        ours, windows = (np.divide(rates[whose], rates[name]).tolist() for whose in (OURS, WINDOWS))
+        cpu = median(column_of(rows, "cpu_ms", contestant=name, mode=mode, files="warm"))
+        table.append({
+            f"{mode}, {files}": name,
+            "samples/s": spread(rates[name], 0),
+            "ours over it": spread(ours, 2),
+            "windows over it": spread(windows, 2),
+            "CPU ms, warm": f"{cpu:.2f}",
+        })  # fmt: skip
+    return table
 
 
-def _ask(python: str, action: str, name: str, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
-    contestant = _contestant(name)
-    command = [python, str(WORKER), action, contestant, str(folder / contestant), json.dumps(request)]
-    return json.loads(_process(command).splitlines()[-1])
+def bytes_table(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], folder: Path, number: int
+) -> list[dict[str, str]]:
+    """Bytes a sample: as stored, asked for by read calls, given by the disk with cold files."""
+    stored = sum(sum(part.array_bytes.values()) for part in part_sizes(folder / OURS)) / number
+    blobs = sum(file.stat().st_size for file in (folder / "samples").iterdir()) / number
+    return [
+        {
+            "bytes a sample": name,
+            "used": f"{stored if name in (OURS, WINDOWS) else blobs:,.0f}",
+            "asked for by read calls": f"{median(column_of(rows, 'asked', contestant=name)):,.0f}",
+            "given by the disk, cold": f"{median(column_of(rows, 'from_disk', contestant=name, files='cold')):,.0f}",
+        }
+        for name in names
+    ]
 
 
-def _process(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or [f"status {done.returncode}"]
-        raise CannotRunError(lines[-1])
-    return done.stdout
+def prepared(peers: Sequence[str], folder: Path, size: Size, number: int) -> dict[str, str]:
+    """Write everybody's files; the interpreter of each contestant, once all are known to hold the same codes."""
+    write_samples(folder, size, number)
+    everything = {"indices": list(range(number)), "as_floats": False, "cache_bytes": None, "seed": 0}
+    everything |= {"shard_samples": size.part_samples // 2, "samples": str(folder / "samples")}
+    pythons = {OURS: sys.executable, WINDOWS: sys.executable, **{peer: environment(peer) for peer in peers}}
+    for peer in peers:
+        ask(pythons[peer], "write", peer, folder, **everything)
+    checks = {name: ask(python, "check", name, folder, **everything) for name, python in pythons.items()}
+    assert len(set(map(tuple, checks.values()))) == 1, f"contestants hold different codes: {checks}"
+    return pythons
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--samples", type=int, help="written: 600, or 48 of the small size")
-    parser.add_argument("--reads", type=int, help="samples of a pass: a third of them")
-    parser.add_argument("--size", choices=list(SIZES), default="full")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peers", nargs="*", choices=[*PEERS, "none"], default=list(PEERS))
-    parser.add_argument("--quick", action="store_true", help="the small size, two repeats")
-    parser.add_argument("--environments", type=Path, default=ROOT / "runs" / "bench_environments")
-    parser.add_argument(
-        "--folder", type=Path, help="where files are written for the time of the run; else TMPDIR"
-    )
-    parser.add_argument("--output", type=Path, help="also write the figures there, as JSON")
-    options = parser.parse_args()
-    if options.quick:
-        options.size, options.repeats = "small", 2
-    options.samples = options.samples or (600 if options.size == "full" else 48)
-    options.reads = options.reads or options.samples // 3
-    options.peers = [peer for peer in options.peers if peer != "none"]
-    return options
+@app.command(help=__doc__.splitlines()[0])
+def main(samples: int = 600, repeats: int = 5, peers: str = ",".join(PEERS), small: bool = False) -> None:
+    size = SIZES["small" if small else "full"]
+    with tempfile.TemporaryDirectory() as folder:
+        pythons = prepared([peer for peer in peers.split(",") if peer], Path(folder), size, samples)
+        rows = readings(pythons, Path(folder), size, samples, repeats)
+        for mode, files in product(MODES, ("cold", "warm")):
+            print_table(rates_table(rows, list(pythons), mode, files))
+        print_table(bytes_table(rows, list(pythons), Path(folder), samples))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app()

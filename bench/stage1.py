@@ -1,9 +1,9 @@
 """Stage 1 against the bare teacher forward, the obvious way, and its own stub, side by side.
 
-python bench/stage1.py --size small --tokens 300
-python bench/stage1.py --size wide --samples 4       (full widths in bfloat16, 8 layers of 32: two CPU cores, 20 GB)
-python bench/stage1.py --size full --tokens 300      (a GPU with 40 GB, about 8 minutes)
-python bench/stage1.py --profile "stage 1"           (where a turn of one contestant goes, by torch's profiler)
+python -m bench.stage1 --size small --tokens 300
+python -m bench.stage1 --size wide --samples 4       (full widths in bfloat16, 8 layers of 32: two CPU cores, 20 GB)
+python -m bench.stage1 --size full --tokens 300      (a GPU with 40 GB, about 8 minutes)
+python -m bench.stage1 --profiled "stage 1"          (where a turn of one contestant goes, by torch's profiler)
 
 `bare`     tower, projector, decoder with SDPA, and the head where answers are: nothing decoded, kept or written
 `stage 1`  shard to part: images decoded, all targets captured, encoded, compressed, written, forced to the disk
@@ -13,64 +13,30 @@ python bench/stage1.py --profile "stage 1"           (where a turn of one contes
 
 from __future__ import annotations
 
-import argparse
-import os
 import shutil
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
+import torch
 
-from side_by_side import Work
-from stage_bench import Bench
+from bench.models import TARGETS, Case, config_of, write_inputs
+from bench.turns import Work, stage_app
+from cache import StoreWriter
+from pipeline.data.preparation import pad_tokens
+from pipeline.data.shards import Sample, read_shard
+from pipeline.models.stub import Teacher, load_teacher
+from pipeline.teacher_cache.capture import Capture
+from pipeline.teacher_cache.progress import Progress
+from pipeline.teacher_cache.teacher import CapturePlan, plan_capture
 
-TARGETS = {"attention": {"layers": [0]}, "vision": {}, "logits": {"top_k": 32}}
-
-
-def prepare(options: argparse.Namespace) -> None:
-    """The model, and a shard."""
-    from random_models import write_model, write_shard
-
-    folder = Path(options.folder)
-    if not (folder / "teacher").exists():
-        write_model(folder / "teacher", options.size, "teacher")
-    if not (folder / "data").exists():
-        write_shard(folder / "data", samples=options.samples, tokens=options.tokens)
+Batch = tuple[dict[str, torch.Tensor], torch.Tensor]  # ids, mask and labels 'B S' by name; pixels 'B C Y X'
 
 
-def config_of(options: argparse.Namespace, targets: Mapping[str, Any], *, store: str | None = None) -> Any:
-    """Stage 1's, with a store of this process's own unless one is named."""
-    from random_models import compute_dtype
-
-    from pipeline.config.config import Config
-
-    folder = Path(options.folder)
-    return Config.model_validate({
-        "output_dir": str(folder / "out"),
-        "teacher": {
-            "model": str(folder / "teacher"),
-            "batch_size": options.batch_size,
-            "dtype": compute_dtype(options.size),
-        },
-        "student": {"model": str(folder / "teacher")},
-        "data": {"shards": str(folder / "data" / "shards")},
-        "cache": {"path": str(folder / (store or f"store-{os.getpid()}"))},
-        "targets": targets,
-    })  # fmt: skip
-
-
-def _capturing(options: argparse.Namespace, targets: Mapping[str, Any]) -> Work:
-    from cache import StoreWriter
-    from pipeline.models.stub import load_teacher
-    from pipeline.teacher_cache.capture import Capture
-    from pipeline.teacher_cache.progress import Progress
-    from pipeline.teacher_cache.teacher import plan_capture
-
-    plan = plan_capture(config_of(options, targets))
-    teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
+def capturing(case: Case, *, targets: Collection[str] = tuple(TARGETS)) -> Work:
+    """The shard to its part; every turn begins without a store."""
+    plan, teacher = _load(case, targets, store=f"store of {len(targets)} targets")
     path = Path(plan.config.one_cache.path)
 
     def turn() -> Mapping[str, float]:
@@ -79,65 +45,58 @@ def _capturing(options: argparse.Namespace, targets: Mapping[str, Any]) -> Work:
         with Progress(plan.shards, description="bench") as progress:
             capture = Capture(plan.config, teacher, plan.preparation, progress)
             summary = capture.run(store, plan.shards[0]).commit(capture)
-        return {"samples": summary.cached, "bytes": sum(summary.array_bytes.values())}
+        return {"bytes": sum(summary.array_bytes.values())}
 
     return turn
 
 
-def _batches(options: argparse.Namespace, targets: Mapping[str, Any]) -> Any:
-    """The whole teacher, and stage 1's own batches with their images preprocessed: nothing left but to compute."""
-    import torch
+def _load(case: Case, targets: Collection[str], store: str = "store") -> tuple[CapturePlan, Teacher]:
+    plan = plan_capture(config_of(case, targets=targets, store=store))
+    return plan, load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
 
-    from pipeline.data.preparation import pad_tokens
-    from pipeline.data.shards import read_shard
-    from pipeline.models.stub import load_teacher
-    from pipeline.teacher_cache.longest_first import Prepared, longest_first
-    from pipeline.teacher_cache.teacher import plan_capture
 
-    plan = plan_capture(config_of(options, targets))
-    teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
-    prepared, images = [], {}
-    for place, sample in enumerate(read_shard(plan.shards[0])):
-        tokens = plan.preparation.tokenize(sample.conversations)  # type: ignore[union-attr]
-        images[place] = plan.preparation.preprocess(sample.images[0])  # type: ignore[union-attr]
-        length = plan.preparation.merged_length(tokens.input_ids)
-        prepared.append(Prepared(place, sample, tokens, length))  # type: ignore[arg-type]
-    ordered, size = longest_first(prepared), options.batch_size
-    chunks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+def batches(case: Case, targets: Collection[str]) -> tuple[Teacher, list[Batch]]:
+    """A teacher, and the batches of stage 1 with their images preprocessed: nothing is left but to compute."""
+    plan, teacher = _load(case, targets)
+    samples = [
+        (plan.preparation.tokenize(item.conversations), plan.preparation.preprocess(item.images[0]))
+        for item in read_shard(plan.shards[0])
+        if isinstance(item, Sample)
+    ]
+    samples.sort(key=lambda sample: len(sample[0].input_ids), reverse=True)
+    starts = range(0, len(samples), case.batch_size)
+    cut = [samples[start : start + case.batch_size] for start in starts]
     return teacher, [
-        (pad_tokens([item.tokens for item in chunk]), torch.stack([images[item.place] for item in chunk]))
-        for chunk in chunks
+        (pad_tokens([tokens for tokens, _ in batch]), torch.stack([pixels for _, pixels in batch]))
+        for batch in cut
     ]
 
 
-def _bare(options: argparse.Namespace) -> Work:
-    teacher, batches = _batches(options, {"logits": {"top_k": 32}})
+def bare(case: Case) -> Work:
+    """The whole teacher's forward."""
+    teacher, prepared = batches(case, ["logits"])
 
     def turn() -> Mapping[str, float]:
-        for tokens, pixels in batches:
+        for tokens, pixels in prepared:
             teacher.forward(**tokens, vision=teacher.encode_images(pixels))
-        return {"samples": sum(len(pixels) for _, pixels in batches)}
+        return {}
 
     return turn
 
 
-def _obvious(options: argparse.Namespace) -> Work:
-    import torch
-
-    teacher, batches = _batches(options, {"logits": {"top_k": 32}})
-    model, device = teacher.model, teacher.device
+def obvious(case: Case) -> Work:
+    """What one would write first."""
+    teacher, prepared = batches(case, ["logits"])
+    model: Any = teacher.model
     model.set_attn_implementation("eager")
-    kept = Path(options.folder) / f"obvious-{os.getpid()}.pt"
 
     @torch.no_grad()
     def turn() -> Mapping[str, float]:
-        size = 0
-        for tokens, pixels in batches:
-            tokens = {name: value.to(device) for name, value in tokens.items()}
-            vision = model.encode_images(pixels.to(device))
-            merged = model.merge_inputs(
-                tokens["input_ids"], vision, attention_mask=tokens["attention_mask"], labels=tokens["labels"]
-            )
+        for tokens, pixels in prepared:
+            tokens = {name: value.to(teacher.device) for name, value in tokens.items()}
+            vision = model.encode_images(pixels.to(teacher.device))
+            ids, mask, labels = tokens["input_ids"], tokens["attention_mask"], tokens["labels"]
+            merged = model.merge_inputs(ids, vision, attention_mask=mask, labels=labels)
             outputs = model.model(
                 inputs_embeds=merged.inputs_embeds,
                 attention_mask=merged.attention_mask.long(),
@@ -146,20 +105,23 @@ def _obvious(options: argparse.Namespace) -> Work:
             )
             logits = model.lm_head(outputs.last_hidden_state)
             found = {"attention": outputs.attentions[0], "vision": vision, "logits": logits}
-            torch.save({name: value.half().cpu() for name, value in found.items()}, kept)
-            size += kept.stat().st_size
-        return {"samples": sum(len(pixels) for _, pixels in batches), "bytes": size}
+            torch.save(
+                {name: value.half().cpu() for name, value in found.items()}, case.folder / "obvious.pt"
+            )
+        return {}
 
     return turn
 
 
-CONTESTANTS: dict[str, Callable[[argparse.Namespace], Work]] = {
-    "bare": _bare,
-    "stage 1": lambda options: _capturing(options, TARGETS),
-    "stub": lambda options: _capturing(options, {name: TARGETS[name] for name in ("attention", "vision")}),
-    "obvious": _obvious,
+CONTESTANTS = {
+    "bare": bare,
+    "stage 1": capturing,
+    "stub": partial(capturing, targets=("attention", "vision")),
+    "obvious": obvious,
 }
-
+app = stage_app(
+    __doc__.splitlines()[0], CONTESTANTS, lambda case: write_inputs(case, "teacher"), against="bare"
+)
 
 if __name__ == "__main__":
-    sys.exit(Bench(__file__, __doc__ or "", CONTESTANTS, against="bare", prepare=prepare).main())
+    app()

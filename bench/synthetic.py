@@ -10,21 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from blake3 import blake3
-from safetensors.numpy import save
 
-from cache import FORMAT_VERSION, ArraySpec, Fingerprint, Manifest, SampleEntry, Span, StoreWriter
-from cache.format.codecs import encode_rows, stored_arrays
+from cache import FORMAT_VERSION, ArraySpec, Fingerprint, Manifest, PartWriter, SampleEntry, Span
 from pipeline.targets.targets import TARGETS, TeacherFacts
 from pipeline.teacher_cache.teacher import TOKEN_ARRAYS
 
 Arrays = dict[str, np.ndarray]
 NUM_MAPS = 64
-VISION_STEP = 2.0**-7
 
 
 @dataclass(frozen=True)
@@ -44,14 +40,11 @@ class Size:
     targets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {name: {} for name in TARGETS})
 
     def specs(self) -> tuple[ArraySpec, ...]:
-        """What the targets keep: at their default settings as configs/mobilevlm_v2/finetune.yaml does."""
+        """The arrays of the store."""
         facts = TeacherFacts("synthetic", 32, self.num_heads, self.hidden_size, self.grid**2, self.vocab_size)
-        of_targets = [
-            spec
-            for name, settings in self.targets.items()
-            for spec in TARGETS[name].arrays(TARGETS[name].settings(**settings), facts)
-        ]
-        return (*TOKEN_ARRAYS, *of_targets)
+        settings = {name: TARGETS[name].settings(**given) for name, given in self.targets.items()}
+        of_targets = [TARGETS[name].arrays(settings[name], facts) for name in settings]
+        return (*TOKEN_ARRAYS, *(spec for specs in of_targets for spec in specs))
 
 
 SIZES = {
@@ -60,9 +53,9 @@ SIZES = {
 }
 
 
-def samples(size: Size, number: int, *, seed: int = 0) -> Iterator[Arrays]:
+def samples(size: Size, number: int) -> Iterator[Arrays]:
     """Sample after sample: its arrays as a teacher would give them, `vision` of its one image."""
-    chance = np.random.default_rng(seed)
+    chance = np.random.default_rng(0)
     mixing = chance.normal(size=(size.hidden_size, NUM_MAPS)).astype(np.float32) / NUM_MAPS**0.5
     gains = np.full(size.hidden_size, 0.44, dtype=np.float32)
     loud = chance.choice(size.hidden_size, 24, replace=False)
@@ -91,10 +84,8 @@ def _attention(chance: np.random.Generator, rows: int, size: Size) -> np.ndarray
     logits = chance.standard_normal((size.num_heads, rows, size.grid**2), dtype=np.float32) * spread
     exponents = np.exp(logits)
     mass = chance.uniform(0.03, 0.96, size=(size.num_heads, rows, 1)).astype(np.float32)
-    rows_of_heads = exponents / exponents.sum(axis=-1, keepdims=True) * mass
-    if size.targets["attention"].get("heads") == "each":
-        return rows_of_heads.transpose(1, 0, 2)
-    return rows_of_heads.mean(axis=0)[:, None]
+    of_heads = (exponents / exponents.sum(axis=-1, keepdims=True) * mass).transpose(1, 0, 2)
+    return of_heads if size.targets["attention"].get("heads") == "each" else of_heads.mean(axis=1)[:, None]
 
 
 def _vision(chance: np.random.Generator, mixing: np.ndarray, size: Size) -> np.ndarray:
@@ -118,49 +109,15 @@ def _logits(chance: np.random.Generator, answers: int, size: Size) -> Arrays:
             "logits/tail": np.log(tail[:, 0]).astype(np.float32)}  # fmt: skip
 
 
-def write_samples(folder: Path, size: Size, number: int) -> None:
-    """The same samples twice: as `ours`, a store, and as `samples`, each one's codes in a safetensors file."""
-    parts = [f"part-{n:06d}" for n in range(-(-number // size.part_samples))]
-    writer = StoreWriter.open(folder / "ours", manifest(size.specs(), parts))
-    (folder / "samples").mkdir()
-    (folder / "num_samples").write_text(str(number))
-    stream = enumerate(samples(size, number))
-    for start, name in zip(range(0, number, size.part_samples), parts, strict=True):
-        with writer.part(name, source={}) as part:
-            for _ in range(start, min(start + size.part_samples, number)):
-                index, arrays = next(stream)
-                blob = folder / "samples" / f"{index:06d}.safetensors"
-                blob.write_bytes(save(_codes(size.specs(), arrays)))
-                entry = entry_of(index)
-                part.add_image(entry.images[0], {"vision": arrays.pop("vision")})
-                part.add(entry, arrays)
-            part.commit()
+def manifest(size: Size, parts: Sequence[str]) -> Manifest:
+    """The manifest of a store of synthetic samples."""
+    fingerprint = Fingerprint("", "", "", "", "")
+    return Manifest(FORMAT_VERSION, fingerprint, size.specs(), {}, {}, {"values": "synthetic"}, tuple(parts))
 
 
-def manifest(specs: Sequence[ArraySpec], parts: Sequence[str]) -> Manifest:
-    """Of a store of synthetic samples."""
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        fingerprint=Fingerprint("", "", "", "", ""),
-        arrays=tuple(specs),
-        teacher={},
-        capture={},
-        provenance={"values": "synthetic"},
-        planned_parts=tuple(parts),
-    )
-
-
-def entry_of(index: int) -> SampleEntry:
-    """What a store's index says of a synthetic sample: an image of its own, and where a tar would hold it."""
+def add_sample(part: PartWriter, index: int, arrays: Arrays) -> None:
+    """Add a synthetic sample, with an image of its own, to a part."""
     digest = blake3(str(index).encode()).hexdigest()
-    return SampleEntry(f"{index:06d}", (digest,), (Span("0.jpg", 512, 1),), Span("0.json", 2048, 1))
-
-
-def _codes(specs: Sequence[ArraySpec], arrays: Arrays) -> Arrays:
-    """What the store keeps, by the name of the Zarr array that it is kept in."""
-    codes = {spec.name: encode_rows(spec, arrays[spec.name]) for spec in specs}
-    return {
-        stored.name(spec): np.ascontiguousarray(codes[spec.name][stored.suffix])
-        for spec in specs
-        for stored in stored_arrays(spec)
-    }
+    entry = SampleEntry(f"{index:06d}", (digest,), (Span("0.jpg", 512, 1),), Span("0.json", 2048, 1))
+    part.add_image(entry.images[0], {name: arrays[name] for name in arrays if name == "vision"})
+    part.add(entry, {name: arrays[name] for name in arrays if name != "vision"})

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
+from itertools import product
 from math import ceil, prod
 from typing import Any
 
 import numpy as np
 import typer
 
-from bench.flops import VISION_TOKENS, Model, Sample, online, stage_1, stage_2, stub
-from bench.models import MODELS
+from bench.flops import VISION_TOKENS, Sample, online, stage_1, stage_2, stub
 from bench.profiles import FIGURES, PROFILES, STEPS, reference_bytes
 from bench.synthetic import SIZES
 from bench.tables import print_table
@@ -44,24 +45,18 @@ def sample(step: str) -> Sample:
     return Sample(of.positions_before + VISION_TOKENS + of.text_rows, of.text_rows, of.answers)
 
 
-def models(size: str) -> tuple[Model, Model]:
-    """Teacher and student."""
-    return Model.of(MODELS[size, "teacher"]), Model.of(MODELS[size, "student"])
-
-
 def operations() -> dict[str, dict[str, float]]:
     """Operations a sample of everything that may be run, by training step."""
-    teacher, student = models("full")
     samples = {step: sample(step) for step in STEPS}
     ways = {
-        "stage 1, all targets": lambda s: stage_1(teacher, s),
-        "stub: attention, vision": lambda s: stub(teacher, s),
-        "stub, tower shared": lambda s: stub(teacher, s, with_tower=False),
-        "stage 2": lambda s: stage_2(student, s),
-        "stage 2, no checkpoints": lambda s: stage_2(student, s, checkpointing=False),
-        "teacher in the step": lambda s: online(teacher, student, s),
+        "stage 1, all targets": stage_1,
+        "stub: attention, vision": stub,
+        "stub, tower shared": partial(stub, with_tower=False),
+        "stage 2": stage_2,
+        "stage 2, no checkpoints": partial(stage_2, checkpointing=False),
+        "teacher in the step": online,
     }
-    return {name: {step: count(of) for step, of in samples.items()} for name, count in ways.items()}
+    return {name: {step: count("full", of) for step, of in samples.items()} for name, count in ways.items()}
 
 
 def total(of_a_sample: Steps) -> float:
@@ -153,21 +148,16 @@ def runs_table(counted: Mapping[str, Steps], compressed: Mapping[str, Steps]) ->
 def ratios_table() -> list[dict[str, str]]:
     """Ratios of operations, to compare measured ones with."""
     rows = []
-    for size, positions in (("small", 300), ("small", 1100), ("full", 300), ("full", 1100)):
-        teacher, student = models(size)
+    for size, positions in product(("small", "full"), (300, 1100)):
         text_rows = positions - STEPS["finetune"].positions_before - VISION_TOKENS
         of = Sample(positions, text_rows, text_rows // 2)
-        with_checkpoints, without = (
-            stage_2(student, of, checkpointing=on) / online(teacher, student, of, checkpointing=on)
-            for on in (True, False)
-        )
-        rows.append({
-            "size": size,
-            "positions": f"{positions}",
-            "stub / stage 1": f"{stub(teacher, of) / stage_1(teacher, of):.3f}",
-            "stage 2 / teacher in the step": f"{with_checkpoints:.3f}",
-            "the same, no checkpoints": f"{without:.3f}",
-        })  # fmt: skip
+        ratios = {
+            "stub / stage 1": stub(size, of) / stage_1(size, of),
+            "stage 2 / teacher in the step": stage_2(size, of) / online(size, of),
+            "the same, no checkpoints": stage_2(size, of, checkpointing=False)
+            / online(size, of, checkpointing=False),
+        }
+        rows.append({"size": size, "positions": positions, **{n: f"{r:.3f}" for n, r in ratios.items()}})
     return rows
 
 
@@ -199,7 +189,7 @@ def main() -> None:
     print()
     print_table(runs_table(counted, compressed))
     print()
-    print_table(ratios_table(), num_text_columns=1)
+    print_table(ratios_table())
 
 
 if __name__ == "__main__":

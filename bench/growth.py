@@ -33,7 +33,6 @@ from pipeline.teacher_cache import workers
 from pipeline.teacher_cache.teacher import plan_capture, write_parts
 
 TOKENS, SAMPLES = (200, 400, 800, 1200, 1600), (8, 24, 48, 96)
-SHARED = {"tokens": 300, "samples": 32}  # what processes and workers share out
 FORMATS = {
     "ms a sample": ".1f", "least": ".1f", "most": ".1f", "of the first": ".2f", "peak MB": ".0f", "GFLOP/s": ".1f",
     "start-up CPU s": ".1f", "waiting": ".1%",
@@ -58,9 +57,6 @@ def sweeps(base: Case) -> Iterator[Sweep]:
     """The sweeps in their order, below the folder of `base`."""
     by_tokens = [replace(base, tokens=number) for number in TOKENS]
     by_samples = [replace(base, samples=number) for number in SAMPLES]
-    by_processes, by_workers = (
-        [replace(base, **SHARED, workers=n) for n in of] for of in ((1, 2), (0, 1, 2))
-    )
     square = ("ms a sample", "positions", 2), ("peak MB", "positions", 2)
     linear = ("seconds", "samples", 1), ("peak MB", "samples", 1)
     stored = ("stored kB a sample", "text_rows", 1)
@@ -68,33 +64,6 @@ def sweeps(base: Case) -> Iterator[Sweep]:
     yield Sweep("stage 2 against positions", "positions", stage2.cached, by_tokens, square)
     yield Sweep("stage 1 against samples", "samples", stage1.capturing, by_samples, linear)
     yield Sweep("stage 2 against samples, from the store", "samples", stage2.loading, by_samples, linear)
-    yield Sweep("stage 1 against processes of one thread each", "workers", sharing, by_processes)
-    yield Sweep("stage 2 against data-loading workers", "workers", stage2.loading, by_workers)
-
-
-def sharing(case: Case) -> Work:
-    """Processes of stage 1 with one thread each that write one store together, from an empty one."""
-    processes = [own_process() for _ in range(case.workers)]
-    for rank, process in enumerate(processes):
-        process.submit(prepare, partial(_share, case, rank)).result()
-
-    def turn() -> Mapping[str, float]:
-        shutil.rmtree(case.folder / "store", ignore_errors=True)
-        running = [process.submit(take_turn) for process in processes]
-        turns = [one.result() for one in running]
-        assert sum(one.counted["samples"] for one in turns) == case.samples
-        return {"peak_bytes": sum(one.peak_bytes for one in turns)}
-
-    return turn
-
-
-def _share(case: Case, rank: int) -> Work:
-    """One of these processes. It loads the teacher in its turn, as every run of stage 1 does."""
-    torch.set_num_threads(1)
-    # Seconds between two looks whether others are done: nothing in a run of hours, here all that would be measured.
-    workers.POLL_SECONDS = 0.02
-    plan = plan_capture(config_of(case))
-    return lambda: {"samples": write_parts(plan, workers.Worker(rank, case.workers)).cached}
 
 
 def rows_of(sweep: Sweep, *, repeats: int = 5) -> list[Row]:

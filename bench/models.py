@@ -94,14 +94,19 @@ def write_inputs(case: Case, *roles: str, shards: int = 1) -> None:
         write_shards(case.folder / "data", samples=case.samples, tokens=case.tokens, shards=shards)
 
 
-def write_model(folder: Path, settings: Mapping[str, Any], dtype: str) -> None:
-    """Write a checkpoint with random weights in the published layout."""
+def model_config(settings: Mapping[str, Any]) -> MobileVLMConfig:
+    """The whole config of a row of `MODELS`."""
     tower = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "projection_dim": 64}
-    config = MobileVLMConfig(**settings | {
+    return MobileVLMConfig(**settings | {
         "vision_config": settings["vision_config"] | tower,
         "num_key_value_heads": settings["num_attention_heads"],
         "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "pad_token_id": 0, "mm_projector_grid": 12,
     })  # fmt: skip
+
+
+def write_model(folder: Path, settings: Mapping[str, Any], dtype: str) -> None:
+    """Write a checkpoint with random weights in the published layout."""
+    config = model_config(settings)
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, dtype))  # 7B weights fit in memory once, not twice
     try:

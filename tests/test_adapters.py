@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_experiment import weights
-from test_resume import TEN_STEPS, assert_same_run, stop_after
+from test_resume import TEN_STEPS, assert_same_run
+from watched import train_until
 
 from pipeline.config.model_settings import LoraConfig
 from pipeline.data.preparation import Preparation
@@ -18,7 +19,7 @@ from pipeline.distill.model.adapters import add_adapters, merged_tensors
 from pipeline.distill.student import build_trainer, needed_targets, train_student
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.distill.training.trainer import ADAPTERS_FILE
-from pipeline.errors import ConfigError, TrainingStopped
+from pipeline.errors import ConfigError
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
 LORA = "student.lora={rank: 2, alpha: 3, target_modules: [q_proj, down_proj]}"
@@ -53,15 +54,13 @@ def test_the_merged_student_answers_as_the_adapted_one(tiny_model, make_batch):
     assert not torch.allclose(first, adapted(**batch).logits, rtol=1e-2, atol=1e-2)
 
 
-def test_a_run_with_adapters_is_a_plain_student_and_goes_on_bit_for_bit(experiment, tmp_path, monkeypatch):
+def test_a_run_with_adapters_is_a_plain_student_and_goes_on_bit_for_bit(experiment, tmp_path):
     # With dropout, whose random numbers go on as well.
     config = experiment.config(tmp_path, *TEN_STEPS, LORA.replace("alpha", "dropout: 0.2, alpha"))
     train_student(config, tmp_path / "whole")
     assert weights(tmp_path / "whole" / "model").keys() == weights(experiment.student).keys()
     for step in (3, 5):
-        with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
-            stop_after(step, patch)
-            train_student(config, tmp_path / "run")
+        train_until(step, config, tmp_path / "run")
     train_student(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     saved = tmp_path / "run" / "checkpoint-5"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,19 @@ import recorded_steps
 from hypothesis import given
 from hypothesis import strategies as st
 from launched import TORCHRUN, distill
-from recorded_steps import collate_with_keys, keys_of_step
 from small_experiment import weights
-from test_resume import assert_same_run, stop_after
+from test_resume import assert_same_run
+from watched import Tokens, steps_of_training, tokens_of, train_until
 
 from cache import Store
 from pipeline.config.provenance import read_mark
 from pipeline.data.preparation import Preparation
-from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
+from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.join.rank_batches import Filler, RankBatches
 from pipeline.distill.student import train_student
 from pipeline.distill.training.data_position import DataPosition
-from pipeline.distill.training.trainer import RUN_FILE, DistillTrainer
-from pipeline.errors import PipelineError, TrainingStopped
+from pipeline.distill.training.trainer import RUN_FILE
+from pipeline.errors import PipelineError
 
 # How steps are cut: batch size, processes, accumulation.
 Cut = tuple[int, int, int]
@@ -116,37 +116,29 @@ LINEAR = ["train.lr_scheduler_type=linear", "train.warmup_steps=0.2"]
 
 
 @pytest.fixture
-def steps(monkeypatch) -> list[list[str]]:
-    """The keys of every step that the test's runs make, in their order."""
-    made: list[list[str]] = []
-    draw = DistillTrainer.get_batch_samples
-
-    def drawn(trainer, *arguments):
-        batches, counts = draw(trainer, *arguments)
-        made.append(keys_of_step(batches))
-        return batches, counts
-
-    monkeypatch.setattr(JoinCollator, "__call__", collate_with_keys)
-    monkeypatch.setattr(DistillTrainer, "get_batch_samples", drawn)
-    return made
+def steps() -> Iterator[list[list[Tokens]]]:
+    """The samples of every step that the test's runs make, in their order, by their token ids."""
+    with steps_of_training() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
-def orders(experiment, tmp_path_factory) -> list[list[str]]:
-    """The keys of five epochs, in the order of the experiment's seed."""
+def orders(experiment, tmp_path_factory) -> list[list[Tokens]]:
+    """The samples of five epochs, in the order of the experiment's seed, by their token ids."""
     config = experiment.config(tmp_path_factory.mktemp("orders"))
     preparation = Preparation.of(config.student.model, config.data)
-    rows = JoinedDataset(Store(config.one_cache.path), config.data.shards, preparation, targets={}).rows
+    store = Store(config.one_cache.path)
+    rows = JoinedDataset(store, config.data.shards, preparation, targets={}).rows
     cuts = RankBatches(NUM_SAMPLES, NUM_SAMPLES, seed=42)
     found = []
     for epoch in range(5):
         cuts.set_epoch(epoch)
-        found.append([rows[index][1].key for index in next(iter(cuts))])
+        found.append([tokens_of(store, rows[index][1].key) for index in next(iter(cuts))])
     return found
 
 
 @pytest.fixture
-def stopped(experiment, tmp_path, monkeypatch):
+def stopped(experiment, tmp_path):
     """Runs the experiment into one folder, stopped after a step; `None` lets it come to its end."""
 
     def run(step: int | None, *overrides: str, folder: str = "run", overwrite: bool = False) -> Path:
@@ -154,9 +146,7 @@ def stopped(experiment, tmp_path, monkeypatch):
         if step is None:
             train_student(config, tmp_path / folder, overwrite=overwrite)
         else:
-            with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
-                stop_after(step, patch)
-                train_student(config, tmp_path / folder)
+            train_until(step, config, tmp_path / folder)
         return tmp_path / folder
 
     return run
@@ -258,7 +248,9 @@ def test_two_processes_go_on_with_what_one_began(experiment, steps, orders, stop
     _, complaint = process.communicate()
     assert process.returncode == 0, complaint
     ranks = [(tmp_path / f"{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
-    together = [sorted(json.loads(one) + json.loads(other)) for one, other in zip(*ranks, strict=True)]
+    together = [
+        sorted(map(tuple, json.loads(one) + json.loads(other))) for one, other in zip(*ranks, strict=True)
+    ]
     rest = [orders[0][8:12], orders[0][12:]]
     rest += [order[n : n + 6] for order in orders[1:3] for n in (0, 6, 12)]
     assert together == [sorted(step) for step in rest]

@@ -7,18 +7,16 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from launched import TORCHRUN, distill
 from small_experiment import weights
+from watched import steps_of_training, train_until
 
 from pipeline.distill.student import train_student
 from pipeline.distill.training.interruption import StopOnSignal
-from pipeline.distill.training.trainer import DistillTrainer
-from pipeline.errors import TrainingStopped
 from pipeline.losses.losses import LOSSES
 
 # 13 samples in steps of 2 x 2: four steps an epoch, the last of one sample. Losses are logged over three steps.
@@ -45,29 +43,10 @@ def whole(experiment, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, *, sent: int = signal.SIGTERM) -> None:
-    """A signal to this process in the forward of a step."""
-    before = DistillTrainer.compute_loss
-
-    def compute_loss(trainer, *arguments, **named):
-        if trainer.state.global_step == step - 1:
-            os.kill(os.getpid(), sent)
-        return before(trainer, *arguments, **named)
-
-    monkeypatch.setattr(DistillTrainer, "compute_loss", compute_loss)
-
-
 @pytest.mark.parametrize(("step", "workers"), [(1, 0), (4, 0), (5, 0), (9, 0), (4, 2), (6, 2)])
-def test_a_run_stopped_after_any_step_goes_on_as_if_it_had_not(
-    step, workers, experiment, whole, tmp_path, monkeypatch
-):
+def test_a_run_stopped_after_any_step_goes_on_as_if_it_had_not(step, workers, experiment, whole, tmp_path):
     config = experiment.config(tmp_path, *TEN_STEPS, f"train.dataloader_num_workers={workers}")
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(TrainingStopped, match=rf"after step {step} of 10, checkp"),
-    ):
-        stop_after(step, patch)
-        train_student(config, tmp_path / "run")
+    train_until(step, config, tmp_path / "run", match=rf"after step {step} of 10, checkp")
     assert [file.name for file in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{step}"]
     assert not (tmp_path / "run" / "finished.json").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -75,17 +54,13 @@ def test_a_run_stopped_after_any_step_goes_on_as_if_it_had_not(
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_what_to_type_next(
-    experiment, whole, tmp_path, monkeypatch, capfd
-):
+def test_ctrl_c_leaves_a_checkpoint_and_says_what_to_type_next(experiment, whole, tmp_path, capfd):
     config = experiment.config(tmp_path, *TEN_STEPS)
     told = (
         r"run: stopped by Ctrl-C after step 4 of 10, checkpoint-4 is written; run the same command with train"
     )
-    with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match=told) as stopped:
-        stop_after(4, patch, sent=signal.SIGINT)
-        train_student(config, tmp_path / "run")
-    assert stopped.value.exit_code == 130
+    stopped = train_until(4, config, tmp_path / "run", sent=signal.SIGINT, match=told)
+    assert stopped.exit_code == 130
     said = "stopping after this step, with a checkpoint; Ctrl-C again ends at once"
     assert capfd.readouterr().err.splitlines().count(said) == 1
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
@@ -116,58 +91,39 @@ def test_a_job_in_the_background_of_a_script_ignores_ctrl_c_as_before():
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_run_may_be_stopped_again_and_again(experiment, whole, tmp_path, monkeypatch):
+def test_a_run_may_be_stopped_again_and_again(experiment, whole, tmp_path):
     config = experiment.config(tmp_path, *TEN_STEPS)
     for step in (2, 4, 7):
-        with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
-            stop_after(step, patch)
-            train_student(config, tmp_path / "run")
+        train_until(step, config, tmp_path / "run")
     train_student(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_student_of_labels_alone_goes_on_too(experiment, tmp_path, monkeypatch):
+def test_a_student_of_labels_alone_goes_on_too(experiment, tmp_path):
     alone = [f"losses.{name}=null" for name in LOSSES if name != "supervised"]
     config = experiment.config(tmp_path, *TEN_STEPS, *alone)
     train_student(config, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
-        stop_after(5, patch)
-        train_student(config, tmp_path / "run")
+    train_until(5, config, tmp_path / "run")
     train_student(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_sigterm_in_the_last_step_leaves_a_finished_run(experiment, whole, tmp_path, monkeypatch):
-    stop_after(10, monkeypatch)
-    with pytest.raises(
-        TrainingStopped, match=r"run: trained to its end before SIGTERM stopped the rest; run the same"
-    ):
-        train_student(experiment.config(tmp_path, *TEN_STEPS), tmp_path / "run")
+def test_sigterm_in_the_last_step_leaves_a_finished_run(experiment, whole, tmp_path):
+    told = r"run: trained to its end before SIGTERM stopped the rest; run the same"
+    train_until(10, experiment.config(tmp_path, *TEN_STEPS), tmp_path / "run", match=told)
     assert (tmp_path / "run" / "finished.json").is_file()
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_going_on_reads_no_sample_of_before(experiment, tmp_path, monkeypatch):
-    from pipeline.distill.join.dataset import JoinedDataset
-
-    read: list[str] = []
-    before = JoinedDataset.__getitems__
-
-    def recorded(dataset: JoinedDataset, indices: Sequence[int]):
-        read.extend(dataset.rows[index][1].key for index in indices)
-        return before(dataset, indices)
-
-    monkeypatch.setattr(JoinedDataset, "__getitems__", recorded)
+def test_going_on_trains_on_no_sample_of_before(experiment, tmp_path):
     config = experiment.config(tmp_path, *TEN_STEPS, "train.max_steps=8")
-    train_student(config, tmp_path / "whole")
-    assert len(read) == 2 * 13
-    in_one_piece, read[:] = list(read), []
-    with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
-        stop_after(6, patch)
+    with steps_of_training() as in_one_piece:
+        train_student(config, tmp_path / "whole")
+    assert [len(step) for step in in_one_piece[:4]] == [4, 4, 4, 1]
+    train_until(6, config, tmp_path / "run")
+    with steps_of_training() as steps:
         train_student(config, tmp_path / "run")
-    read.clear()
-    train_student(config, tmp_path / "run")
-    assert read == in_one_piece[13 + 2 * 4 :]
+    assert steps == in_one_piece[6:]
 
 
 # As a user does it: the command line, killed

@@ -223,6 +223,15 @@ def test_a_resumed_run_ends_where_the_whole_one_does_heads_included(interrupted)
     assert steps[:4] == [1, 2, 3, 4]
 
 
+def test_a_resumed_run_reads_no_sample_of_before(trainer_of, tmp_path):
+    steps = ["train.max_steps=8", "train.save_strategy=steps", "train.save_steps=6"]
+    whole, resumed = trainer_of(*steps), trainer_of(*steps)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+    assert len(whole.train_dataset.asked) == 2 * 13
+    assert resumed.train_dataset.asked == whole.train_dataset.asked[13 + 2 * 4 :]
+
+
 def test_a_checkpoint_is_a_model_with_heads_beside_it_and_the_result_has_none(interrupted, experiment):
     _, whole, _ = interrupted
     heads = load_file(whole / "checkpoint-2" / HEADS_FILE)

@@ -11,19 +11,20 @@ from pathlib import Path
 import pytest
 from command_lines import ROOT
 from small_experiment import snapshot
-from test_resume import assert_same_run, stop_after
+from test_resume import assert_same_run
+from watched import train_until
 
 from pipeline.distill.student import train_student
 from pipeline.distill.training.run_identity import NOT_SET, Change, is_longer
 from pipeline.distill.training.training_folder import RUN_FILE
-from pipeline.errors import ConfigError, PipelineError, TrainingStopped
+from pipeline.errors import ConfigError, PipelineError
 
 RESUME = "train.resume_from_checkpoint=true"
 SAVING = ["train.save_strategy=steps", "train.save_steps=2"]
 
 
 @pytest.fixture
-def trained(experiment, tmp_path, monkeypatch):
+def trained(experiment, tmp_path):
     """Trains into one folder; stopped after a step if one is given."""
 
     def run(*overrides: str, step: int | None = None, folder: str = "run", overwrite: bool = False) -> Path:
@@ -31,9 +32,7 @@ def trained(experiment, tmp_path, monkeypatch):
         if step is None:
             train_student(config, tmp_path / folder, overwrite=overwrite)
         else:
-            with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
-                stop_after(step, patch)
-                train_student(config, tmp_path / folder, overwrite=overwrite)
+            train_until(step, config, tmp_path / folder, overwrite=overwrite)
         return tmp_path / folder
 
     return run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from functools import cache as once
@@ -47,12 +47,14 @@ from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
 
-def train_student(config: Config, folder: Path, *, overwrite: bool = False) -> Path:
+def train_student(
+    config: Config, folder: Path, *, overwrite: bool = False, callbacks: Sequence[TrainerCallback] = ()
+) -> Path:
     """Train one student into `folder` and return its model's folder, in MobileVLM's own layout, without heads.
 
     A finished run of the same config, store and first weights is left as it is, one of others is replaced only with
     `overwrite` (see `start_of`). Raises `FingerprintMismatch` before any weight is opened if a store is not what this
-    config would have cached. What the stores lack is reported on stderr.
+    config would have cached. What the stores lack is reported on stderr. `callbacks` are added to the Trainer's.
     """
     preparation = Preparation.of(config.student.model, config.data)
     stores = open_stores(config, preparation)
@@ -66,7 +68,7 @@ def train_student(config: Config, folder: Path, *, overwrite: bool = False) -> P
     arguments = training_arguments(config, folder)
     check_together(arguments.world_size)
     with alone_in(folder) if is_first_process() else nullcontext():
-        return _train(config, folder, dataset, identity, arguments, overwrite=overwrite)
+        return _train(config, folder, dataset, identity, arguments, overwrite=overwrite, callbacks=callbacks)
 
 
 class AfterFirstStep(TrainerCallback):
@@ -87,6 +89,7 @@ def _train(
     arguments: TrainingArguments,
     *,
     overwrite: bool,
+    callbacks: Sequence[TrainerCallback],
 ) -> Path:
     samples = samples_per_step(config.train, num_processes())
     if is_finished(folder, identity, samples):  # by another process, before this one held the folder
@@ -103,7 +106,8 @@ def _train(
             _save_origin(folder, config, dataset)
         together.wait_for_everyone()
 
-    trainer.add_callback(AfterFirstStep(begin))
+    for callback in (AfterFirstStep(begin), *callbacks):
+        trainer.add_callback(callback)
     # The Trainer prints its log; standard output is for results.
     with redirect_stdout(sys.stderr), trainer.stop:
         trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))

@@ -105,9 +105,9 @@ def test_a_text_alone_is_described_too(inspect):
 
 def test_a_store_without_logits_says_that_it_knows_no_answers(inspect):
     seen = small(inspect("a0"), answers=(Answer(5, ()), Answer(6, ())))
-    assert lines(seen)[-1] == "The store keeps no logits: what the teacher would answer is not known."
+    assert lines(seen)[-1] == "The store has no logits, so the teacher's answers are not known."
 
 
 def test_ids_in_place_of_text_are_explained(inspect):
     seen = small(inspect("a0"), note="student.model s is not here")
-    assert "Numbers are token ids, for there is no tokenizer: student.model s is not here." in lines(seen)
+    assert "Numbers are token ids, because there is no tokenizer: student.model s is not here." in lines(seen)

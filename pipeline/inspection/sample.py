@@ -1,4 +1,4 @@
-"""What is known of one stored sample: tokens, labels, images, and what its teacher looked at. Opens no teacher."""
+"""One stored sample: its tokens, labels and images, and the teacher's attention and answers. Opens no teacher."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cache import SampleEntry, Store
+from cache import Store
 from pipeline.config.config import Config
 from pipeline.data.conversation import TokenizedSample, check_conversations
 from pipeline.data.images import ImagePreprocessor
 from pipeline.data.preparation import Preparation
 from pipeline.data.shards import parse_record, read_span
-from pipeline.distill.join.dataset import JoinCollator, JoinedDataset, JoinedSample, teacher_facts
+from pipeline.distill.join.dataset import JoinCollator, join_sample, teacher_facts
 from pipeline.errors import ConfigError, JoinError
 from pipeline.inspection.sources import (
     check_reading,
@@ -28,14 +28,7 @@ from pipeline.inspection.sources import (
     stored_config,
 )
 from pipeline.inspection.token_text import token_text
-from pipeline.losses.losses import (
-    LOSSES,
-    AttentionLoss,
-    StudentOutputs,
-    TeacherTargets,
-    VisionFocusLoss,
-    focus_tokens,
-)
+from pipeline.losses.losses import AttentionLoss, VisionFocusLoss, focus_tokens, row_kl
 from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.stub import load_teacher
@@ -48,7 +41,7 @@ SHOWN = ("attention", "logits")
 
 @dataclass(frozen=True)
 class Answer:
-    """A trained token: its place among the sample's tokens, and the teacher's likeliest there as (text, share)."""
+    """A trained token: its index among the sample's tokens, and the teacher's likeliest tokens as (text, share)."""
 
     place: int
     likeliest: tuple[tuple[str, float], ...]
@@ -56,13 +49,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """One sample as the teacher saw it, and what the store kept of the teacher.
+    """One sample as the teacher saw it, and what the store holds of the teacher.
 
-    `tokens` is the text of every id, or the id itself where `note` says why there is no tokenizer. `images` are what
-    the vision tower reads. `slots` are positions in the merged sequence ('1 T' and '1 J'). `attention` is layer ->
-    float32 'H T J' (H is 1 where the store keeps the mean of the heads), empty if it keeps none. `focus`, int64
-    'I k', are the vision tokens of each image that the text attends most in `layer`, the most attended first.
-    `answers` are the trained tokens, without `likeliest` where the store keeps no logits.
+    `tokens` is the text of every id, or the id itself where `note` says why there is no tokenizer. `images` are the
+    vision tower's input. `slots` are positions in the merged sequence ('1 T' and '1 J'). `attention` is layer ->
+    float32 'H T J' (H is 1 for a stored mean of the heads), empty if the store has none. `focus`, int64 'I k', are
+    the vision tokens of each image that the text attends most in `layer`, the most attended first. `answers` are the
+    trained tokens, without `likeliest` if the store has no logits.
     """
 
     store: str
@@ -88,7 +81,7 @@ class Inspection:
 
     @property
     def text(self) -> tuple[int, ...]:
-        """The T rows of the attention as places in `tokens`: text after the first image."""
+        """The T rows of the attention as indices of `tokens`: the text after the first image."""
         ids = self.input_ids
         first = ids.index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in ids else len(ids)
         return tuple(n for n in range(first, len(ids)) if ids[n] != IMAGE_TOKEN_INDEX)
@@ -102,45 +95,50 @@ def inspect_sample(
     layer: int | None = None,
     k: int | None = None,
 ) -> Inspection:
-    """Read a sample from the store and its shard, compared with each other as stage 2 compares them.
+    """Read a sample from the store and its shard, and compare the two as stage 2 does.
 
-    Without `config`, that of stage 1 says where shards and tokenizer are: the store carries it. `k` defaults to
-    `losses.vision_focus.k`, `layer` to the first stored one that the losses read. Raises `PipelineError` for an
-    unknown key, `ConfigError` if the shard is not where the config says or the layer is not stored, `JoinError` if
-    the shard changed, and `FingerprintMismatch` if the config reads text or images otherwise than the teacher did.
+    `config` defaults to that of stage 1, from the store. `k` defaults to `losses.vision_focus.k`, `layer` to the
+    first stored layer that the losses read. Raises `PipelineError` for an unknown key, `ConfigError` if the shard or
+    the layer is not found, `JoinError` if the shard changed, and `FingerprintMismatch` if the config reads text or
+    images in another way than the teacher did.
     """
     opened = Store(store)
     part, entry = locate_sample(opened, key)
     config = config or stored_config(opened)
     shard = find_shard(config, part, key)
     preparation, note = find_preparation(config, opened)
-    joined = _join(opened, entry, shard, preparation)
-    tokens, images = joined.tokens, [joined.pixels[digest] for digest in joined.image_digests]
+    # With the settings of the store's own targets: the config may have others.
+    stored = opened.manifest.capture["targets"]
+    captured = {name: TARGETS[name].settings.model_validate(stored[name]) for name in SHOWN if name in stored}
+    joined = join_sample(opened, shard, entry, preparation, captured)
+    tokens, targets = joined.tokens, JoinCollator(captured)([joined])["targets"]
     slots = _slots(tokens, preparation.num_vision_tokens)
-    targets = JoinCollator(_captured(opened))([joined])["targets"]
-    attention = _attention(opened, joined, targets, slots)
-    layer = _layer_of_losses(config, attention) if layer is None else _stored_layer(opened, attention, layer)
+    attention = {layer: block[0] for layer, block in targets.get("attention", {}).items()}
+    _check_rows(opened, key, attention, slots)
+    layer = _choose_layer(layer, opened, config, attention)
+    conversations: Any = parse_record(read_span(shard, entry.json_span)).get("conversations")
+    check_conversations(conversations, num_images=len(entry.images))
     return Inspection(
         store=str(opened.path),
         config=config,
         key=key,
-        conversations=_conversations(shard, entry),
+        conversations=conversations,
         input_ids=tokens.input_ids,
         labels=tokens.labels,
         tokens=tuple(token_text(number, preparation.tokenizer) for number in tokens.input_ids),
         note=note,
-        images=tuple(_picture(pixels, preparation.preprocess) for pixels in images),
+        images=tuple(_picture(joined.pixels[digest], preparation.preprocess) for digest in entry.images),
         teacher=teacher_facts(opened),
         slots=slots,
         attention=attention,
         layer=layer,
-        focus=_focus(attention.get(layer), slots, preparation.num_vision_tokens, _focus_size(config, k)),
+        focus=_focus(k, config, attention.get(layer), slots, preparation.num_vision_tokens),
         answers=_answers(tokens, targets, preparation.tokenizer),
     )
 
 
 def paired_layer(inspection: Inspection) -> int:
-    """The student's layer that `losses.attention` holds to the inspection's. Raises `ConfigError` if none."""
+    """Return the student's layer that `losses.attention` pairs with the shown one; raises `ConfigError` if none."""
     pairs = dict((inspection.config.losses.active().get("attention") or AttentionLoss()).layers)
     if inspection.layer not in pairs:
         raise ConfigError(
@@ -151,10 +149,10 @@ def paired_layer(inspection: Inspection) -> int:
 
 
 def student_attention(inspection: Inspection, checkpoint: str, *, layer: int) -> Tensor:
-    """A student's own text-to-vision attention for the sample, mean over its heads: float32 'T J'.
+    """Return a student's text-to-vision attention for the sample, mean over its heads: float32 'T J'.
 
     Loads only the tensors that the layer needs. Raises `ConfigError` if the checkpoint has no such layer or another
-    number of vision tokens, `FingerprintMismatch` if it reads text or images otherwise than the teacher did.
+    number of vision tokens, and `FingerprintMismatch` if it reads text or images in another way than the teacher did.
     """
     _check_shape(inspection, checkpoint, layer)
     store = Store(inspection.store)
@@ -162,8 +160,8 @@ def student_attention(inspection: Inspection, checkpoint: str, *, layer: int) ->
     check_reading(store, preparation)
     part, entry = store.locate(inspection.key)
     shard = find_shard(inspection.config, part, inspection.key)
-    batch = JoinCollator({})([_join(store, entry, shard, preparation)])
-    # A stub is cut from any checkpoint of the family, a student's too.
+    batch = JoinCollator({})([join_sample(store, shard, entry, preparation, {})])
+    # A stub can be made of any checkpoint of the family, also of a student's.
     plan = plan_teacher(checkpoint, targets={"attention": AttentionTarget(layers=[layer])})
     stub = load_teacher(plan, dtype=torch.float32, device=torch.device("cpu"))
     vision = None if batch["pixel_values"] is None else stub.encode_images(batch["pixel_values"])
@@ -172,103 +170,65 @@ def student_attention(inspection: Inspection, checkpoint: str, *, layer: int) ->
 
 
 def attention_distance(inspection: Inspection, student: Tensor) -> float:
-    """KL(teacher || student) in nats, mean over the T text rows, of a student's 'T J' in the inspection's layer.
+    """Return KL(teacher || student) in nats, mean over the T text rows, of a student's 'T J' in the shown layer.
 
-    It is the value of `losses.attention` with `heads: mean`: a row is a distribution over the vision tokens and one
-    bucket for everything else.
+    It is the value of `losses.attention` with `heads: mean`.
     """
-    nothing = torch.zeros(0, 1)
-    ours = StudentOutputs(
-        nothing, torch.zeros(0).long(), inspection.slots, attention={0: student[None, None]}
-    )
-    theirs = TeacherTargets(attention={0: inspection.attention[inspection.layer][None]})
-    total, count = LOSSES["attention"].compute(ours, theirs, None, AttentionLoss())
-    return float(total / count)
-
-
-def _join(store: Store, entry: SampleEntry, shard: str, preparation: Preparation) -> JoinedSample:
-    """The sample of stage 2: text, images and stored arrays, compared with each other."""
-    dataset = JoinedDataset(store, shard, preparation, targets=_captured(store))
-    row = next(n for n, (_, other) in enumerate(dataset.rows) if other.key == entry.key)
-    if preparation.tokenizer is None:
-        dataset.verified[row] = True  # there is nothing to read the text with, so nothing to compare
-    return dataset[row]
-
-
-def _conversations(shard: str, entry: SampleEntry) -> list[dict[str, str]]:
-    conversations: Any = parse_record(read_span(shard, entry.json_span)).get("conversations")
-    check_conversations(conversations, num_images=len(entry.images))
-    return conversations
-
-
-def _captured(store: Store) -> dict[str, Any]:
-    """The targets that are shown, with the settings that the store was made with: a given config may have others."""
-    captured = store.manifest.capture["targets"]
-    return {name: TARGETS[name].settings.model_validate(captured[name]) for name in SHOWN if name in captured}
+    return float(row_kl(inspection.attention[inspection.layer].mean(dim=0), student).mean())
 
 
 def _slots(tokens: TokenizedSample, num_vision_tokens: int) -> Slots:
-    is_vision = [
-        number == IMAGE_TOKEN_INDEX
-        for number in tokens.input_ids
-        for _ in range(num_vision_tokens if number == IMAGE_TOKEN_INDEX else 1)
-    ]
-    return find_slots(torch.tensor([is_vision]), torch.ones(1, len(is_vision), dtype=torch.bool))
+    is_image = torch.tensor(tokens.input_ids) == IMAGE_TOKEN_INDEX
+    is_vision = is_image.repeat_interleave(torch.where(is_image, num_vision_tokens, 1))[None]
+    return find_slots(is_vision, torch.ones_like(is_vision))
 
 
-def _attention(
-    store: Store, sample: JoinedSample, targets: Mapping[str, Any], slots: Slots
-) -> dict[int, Tensor]:
-    """Layer -> float32 'H T J' of the one sample of a batch; {} if the store keeps no attention."""
-    attention = {layer: block[0] for layer, block in targets.get("attention", {}).items()}
-    asked = (slots.text.shape[1], slots.vision.shape[1])
+def _check_rows(store: Store, key: str, attention: Mapping[int, Tensor], slots: Slots) -> None:
+    expected = (slots.text.shape[1], slots.vision.shape[1])
     for block in attention.values():
-        if (found := tuple(block.shape[1:])) != asked:
+        if (found := tuple(block.shape[1:])) != expected:
             raise JoinError(
-                f"sample {sample.key!r}: {store.path} keeps {found[0]} rows of attention to {found[1]} vision "
-                f"tokens, its tokens ask for {asked[0]} to {asked[1]}; run `alignkd verify` on the store"
+                f"sample {key!r}: {store.path} keeps {found[0]} rows of attention to {found[1]} vision "
+                f"tokens, its tokens ask for {expected[0]} to {expected[1]}; run `alignkd verify` on the store"
             )
-    return attention
 
 
-def _layer_of_losses(config: Config, attention: Mapping[int, Tensor]) -> int:
-    losses = config.losses.active().values()
-    read = [layer for loss in losses if hasattr(loss, "teacher_layers") for layer in loss.teacher_layers()]
-    return next((layer for layer in read if layer in attention), min(attention, default=0))
-
-
-def _stored_layer(store: Store, attention: Mapping[int, Tensor], layer: int) -> int:
-    if attention and layer not in attention:
+def _choose_layer(asked: int | None, store: Store, config: Config, attention: Mapping[int, Tensor]) -> int:
+    if asked is None:
+        losses = config.losses.active().values()
+        read = [
+            layer for loss in losses if hasattr(loss, "teacher_layers") for layer in loss.teacher_layers()
+        ]
+        return next((layer for layer in read if layer in attention), min(attention, default=0))
+    if attention and asked not in attention:
         raise ConfigError(
-            f"layer {layer}: {store.path} keeps the attention of layers {', '.join(map(str, attention))}; "
+            f"layer {asked}: {store.path} keeps the attention of layers {', '.join(map(str, attention))}; "
             "ask for one of these"
         )
-    return layer
+    return asked
 
 
-def _focus_size(config: Config, k: int | None) -> int:
+def _focus(
+    k: int | None, config: Config, attention: Tensor | None, slots: Slots, num_vision_tokens: int
+) -> Tensor:
     loss = config.losses.active().get("vision_focus") or VisionFocusLoss()
     size = loss.k if k is None else k
     if size < 1:
         raise ConfigError(f"k: expected a number of focus tokens from 1 on, found {size}")
-    return size
-
-
-def _focus(attention: Tensor | None, slots: Slots, num_vision_tokens: int, k: int) -> Tensor:
     if attention is None:
-        return torch.zeros(0, k, dtype=torch.long)
-    return focus_tokens(attention[None], slots, num_vision_tokens, k)
+        return torch.zeros(0, size, dtype=torch.long)
+    return focus_tokens(attention[None], slots, num_vision_tokens, size)
 
 
 def _picture(pixels: Tensor, preprocess: ImagePreprocessor) -> Image.Image:
-    """What the tower reads, 'C Y X', as a picture: normalisation undone."""
+    """Return the tower's input, 'C Y X', as a picture: the normalisation is undone."""
     mean, std = (np.array(values) for values in (preprocess.clip.image_mean, preprocess.clip.image_std))
     colours = pixels.permute(1, 2, 0).numpy() * std + mean
     return Image.fromarray((colours.clip(0, 1) * 255).round().astype(np.uint8))
 
 
 def _answers(tokens: TokenizedSample, targets: Mapping[str, Any], tokenizer: Any) -> tuple[Answer, ...]:
-    """Every trained token with the teacher's top K there, the likeliest first."""
+    """Return every trained token with the teacher's top K there, the likeliest first."""
     places = [n for n, label in enumerate(tokens.labels) if n and label != IGNORE_INDEX]
     if "top_ids" not in targets:
         return tuple(Answer(place, ()) for place in places)

@@ -1,4 +1,4 @@
-"""A stored sample as text for a terminal: tokens, those that are trained, and what the teacher would answer."""
+"""A stored sample as text for a terminal: its tokens, which of them are trained, and the teacher's answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.inspection.sample import Answer, Inspection
 from pipeline.inspection.token_text import visible
 from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
-# Neighbours differ, so that every token is seen; brackets and arrows say the same where there is no colour.
+# Neighbouring tokens differ in style; brackets and arrows show the same without colour.
 GIVEN = ("", "dim")
 TRAINED = ("bold cyan", "bold blue")
 IMAGE = "black on yellow"
@@ -19,9 +19,9 @@ MOST_ANSWERS = 4
 
 
 def describe_sample(inspection: Inspection) -> Text:
-    """What was read, token by token in colour, then the teacher's likeliest answers beside each trained token.
+    """Return the sample token by token, in colour, then each trained token with the teacher's likeliest ones.
 
-    A plain space only divides tokens; "␣" and "↵" are those of the text.
+    A plain space divides tokens; "␣" and "↵" are spaces and line breaks of the text.
     """
     lines = [
         Text.assemble((inspection.key, "bold"), f" in {inspection.store}"),
@@ -32,7 +32,7 @@ def describe_sample(inspection: Inspection) -> Text:
         Text.assemble("»", ("trained", TRAINED[0]), "«  ", ("[image]", IMAGE), "  all else is given"),
     ]
     if inspection.note:
-        lines.append(Text(f"Numbers are token ids, for there is no tokenizer: {inspection.note}."))
+        lines.append(Text(f"Numbers are token ids, because there is no tokenizer: {inspection.note}."))
     return Text("\n").join([*lines, Text(), *_answers(inspection)])
 
 
@@ -46,7 +46,7 @@ def _counts(inspection: Inspection) -> str:
 
 
 def _tokens(inspection: Inspection) -> Iterator[Text]:
-    """Every token in its colour, an image as the positions that its vision tokens take, arrows around an answer."""
+    """Yield every token in its style, an image as the positions of its vision tokens, an answer between arrows."""
     size, shift, image = inspection.teacher.num_vision_tokens, 0, 0
     trained = [label != IGNORE_INDEX for label in inspection.labels]
     for place, (number, token) in enumerate(zip(inspection.input_ids, inspection.tokens, strict=True)):
@@ -64,7 +64,7 @@ def _tokens(inspection: Inspection) -> Iterator[Text]:
 
 def _answers(inspection: Inspection) -> Iterator[Text]:
     if not any(answer.likeliest for answer in inspection.answers):
-        yield Text("The store keeps no logits: what the teacher would answer is not known.")
+        yield Text("The store has no logits, so the teacher's answers are not known.")
         return
     names = [visible(inspection.tokens[answer.place]) for answer in inspection.answers]
     width = max(len("trained"), *map(len, names))

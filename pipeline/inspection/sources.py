@@ -1,4 +1,4 @@
-"""Finds what a stored sample was made from: its config, its shard, and the tokenizer that its text was read with."""
+"""The sources of a stored sample: its config, its shard, and the tokenizer of its text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REMEDY = (
 
 
 def stored_config(store: Store) -> Config:
-    """The config that stage 1 ran with. Raises `ConfigError` if the store does not carry one that is read here."""
+    """Return the config of stage 1, from the store; raises `ConfigError` if the store has none that is valid here."""
     try:
         return Config.model_validate(store.manifest.provenance["config"])
     except (KeyError, ValidationError) as error:
@@ -37,27 +37,25 @@ def stored_config(store: Store) -> Config:
 
 
 def locate_sample(store: Store, key: str) -> tuple[str, SampleEntry]:
-    """A sample's part and entry. Raises `PipelineError` naming keys like it, else the store's `KeyNotInStore`."""
+    """Return a sample's part and entry; raises `PipelineError` with similar keys, or `KeyNotInStore` without."""
     try:
         return store.locate(key)
     except KeyNotInStore as error:
-        few = len(store) <= MOST_KEYS_TO_COMPARE  # so many take about a second
-        near = difflib.get_close_matches(key, list(store.keys()), n=3) if few else []
-        if not near:
-            raise
-        raise PipelineError(f"{error} Keys like it: {', '.join(map(repr, near))}.") from error
+        few = len(store) <= MOST_KEYS_TO_COMPARE  # these take about a second
+        if few and (near := difflib.get_close_matches(key, list(store.keys()), n=3)):
+            raise PipelineError(f"{error} Keys like it: {', '.join(map(repr, near))}.") from error
+        raise
 
 
 def find_shard(config: Config, part: str, key: str) -> str:
-    """The tar that a part was made from, by its name. Raises `ConfigError` if the config's shards do not hold it."""
+    """Return the shard of a part, by its name; raises `ConfigError` if it is not among the config's shards."""
     try:
         paths = expand_shards(config.data.shards)
         found = f"{len(paths)} shards of other names"
     except ShardError as error:
         paths, found = [], f"nothing ({error})"
-    for path in paths:
-        if Path(path).name == f"{part}.tar":
-            return path
+    if shard := next((path for path in paths if Path(path).name == f"{part}.tar"), None):
+        return shard
     raise ConfigError(
         f"sample {key!r} is in {part}.tar: looked in data.shards, {config.data.shards}, and found {found}; "
         "give a --config whose data.shards says where the shard is now"
@@ -65,10 +63,10 @@ def find_shard(config: Config, part: str, key: str) -> str:
 
 
 def find_preparation(config: Config, store: Store) -> tuple[Preparation, str]:
-    """How text and images were read: from the student's folder, else the teacher's; no weight is opened.
+    """Return the preparation of the student, or else of the teacher, and ""; opens no weights.
 
-    Where neither has a tokenizer at hand, the preparation has none and the second value says why. Raises
-    `FingerprintMismatch` if the one that is found reads otherwise than the teacher did.
+    If neither has a tokenizer on this machine, return a preparation without one, and the reason. Raises
+    `FingerprintMismatch` if the preparation reads text or images in another way than the teacher did.
     """
     reasons = []
     for name, model in (("student.model", config.student.model), ("teacher.model", config.teacher.model)):
@@ -82,31 +80,28 @@ def find_preparation(config: Config, store: Store) -> tuple[Preparation, str]:
             continue
         check_reading(store, preparation)
         return preparation, ""
-    return _without_tokenizer(config, store), "; ".join(reasons)
+    # Images can be read without a model, by the constants of CLIP, which published checkpoints use.
+    data = config.data
+    preprocess = ImagePreprocessor.from_pretrained(
+        config.teacher.model, aspect_ratio=data.image_aspect_ratio, max_pixels=data.max_image_pixels
+    )
+    num_vision_tokens = teacher_facts(store).num_vision_tokens
+    without = Preparation(None, preprocess, data.template, data.max_length, num_vision_tokens)
+    return without, "; ".join(reasons)
 
 
 def check_reading(store: Store, preparation: Preparation) -> None:
-    """Raise `FingerprintMismatch` unless text and images are read as the store's teacher read them."""
+    """Raise `FingerprintMismatch` unless text and images are read as the store's teacher did."""
     stored = store.manifest.fingerprint
     if differences := stored.differences(replace(stored, **preparation.digests())):
         raise FingerprintMismatch(store.path, differences, remedy=REMEDY)
 
 
 def _local_folder(model: str) -> str | None:
-    """The model's folder, or a hub model's snapshot from an earlier download: to look at a sample fetches nothing."""
+    """Return the model's folder, or the snapshot of an earlier download; downloads nothing."""
     if Path(model).is_dir():
         return model
     try:
         return snapshot_download(model, local_files_only=True)
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         return None
-
-
-def _without_tokenizer(config: Config, store: Store) -> Preparation:
-    """Images can be read all the same, with the constants of CLIP that published checkpoints have."""
-    data = config.data
-    preprocess = ImagePreprocessor.from_pretrained(
-        config.teacher.model, aspect_ratio=data.image_aspect_ratio, max_pixels=data.max_image_pixels
-    )
-    num_vision_tokens = teacher_facts(store).num_vision_tokens
-    return Preparation(None, preprocess, data.template, data.max_length, num_vision_tokens)

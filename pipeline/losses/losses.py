@@ -118,15 +118,18 @@ def attention(student: StudentOutputs, teacher: TeacherTargets, head: Head, sett
         else:
             assert head is not None
             theirs = head(theirs, pair)
-        row_distance = _row_kl if settings.distance == "kl" else _row_mse
+        row_distance = row_kl if settings.distance == "kl" else _row_mse
         per_row = row_distance(theirs, ours, real[:, None])
         total = total + (per_row.mean(dim=1) * real_rows).sum()
         count += int(real_rows.sum())
     return total, _count(count, total)
 
 
-def _row_kl(teacher: Tensor, student: Tensor, real: Tensor) -> Tensor:
-    """KL(teacher || student) of rows over J columns and the rest bucket: 'B H T J' -> 'B H T'."""
+def row_kl(teacher: Tensor, student: Tensor, real: Tensor | Literal[True] = True) -> Tensor:
+    """Return KL(teacher || student) of rows over J columns and a bucket for all else, in nats: '... T J' -> '... T'.
+
+    `real` is False in padded columns.
+    """
     teacher, student = (
         torch.cat([p * real, 1 - (p * real).sum(dim=-1, keepdim=True)], dim=-1).clamp(
             min=SMALLEST_PROBABILITY

@@ -21,7 +21,7 @@ from pipeline.distill.join.memory import BoundedCache, TensorCache
 from pipeline.distill.join.missing import join_rows
 from pipeline.distill.join.rank_batches import Filler
 from pipeline.distill.join.rows import Row
-from pipeline.distill.join.stores import Stores, first_difference
+from pipeline.distill.join.stores import TOKENS, Source, Stores, first_difference
 from pipeline.distill.join.stores import teacher_facts as teacher_facts
 from pipeline.errors import BadSample, ConfigError, JoinError, PipelineError
 from pipeline.positions import text_rows
@@ -172,11 +172,9 @@ class JoinedDataset(Dataset[JoinedSample]):
 
     def _checked(self, index: int, row: Row, arrays: dict[str, np.ndarray]) -> StoredSample:
         part, entry = row
-        tokens = TokenizedSample(
-            tuple(arrays.pop("input_ids").tolist()), tuple(arrays.pop("labels").tolist())
-        )
+        tokens = _pop_tokens(arrays)
         if not self.verified[index]:
-            self._compare_tokens(part, entry, tokens)
+            compare_text(self.shards[part], entry, tokens, self.preparation)
             self.verified[index] = True
         arrays["num_images"] = np.array(len(entry.images))
         return StoredSample(tokens, arrays | self._blanks(index, len(entry.images), tokens))
@@ -192,39 +190,64 @@ class JoinedDataset(Dataset[JoinedSample]):
                 blanks[spec.name] = np.zeros((needed, *spec.row_shape), dtype=np.float32)
         return blanks
 
-    def _compare_tokens(self, part: str, entry: SampleEntry, stored: TokenizedSample) -> None:
-        mine = self._tokens_of_shard(part, entry)
-        for what, theirs, ours in (
-            ("token ids", stored.input_ids, mine.input_ids),
-            ("labels", stored.labels, mine.labels),
-        ):
-            if theirs != ours:
-                raise JoinError(
-                    f"sample {entry.key!r} of {self.shards[part]}: its {what} are not those that the teacher saw "
-                    f"({first_difference(theirs, ours)}); {CHANGED}"
-                )
-
-    def _tokens_of_shard(self, part: str, entry: SampleEntry) -> TokenizedSample:
-        try:
-            record = parse_record(read_span(self.shards[part], entry.json_span))
-            return self.preparation.tokenize(record.get("conversations"))  # pyright: ignore[reportArgumentType]
-        except BadSample as error:
-            raise JoinError(
-                f"sample {entry.key!r} of {self.shards[part]}: {entry.json_span.file!r} holds no usable text "
-                f"({error.reason}), the teacher saw some; {CHANGED}"
-            ) from error
-
     def _pixels(self, part: str, entry: SampleEntry, number: int) -> torch.Tensor:
         digest = entry.images[number]
         if (known := self.pixels.get(digest)) is not None:
             return known
-        data = read_span(self.shards[part], entry.image_spans[number])
-        if (found := blake3(data).hexdigest()) != digest:
+        return self.pixels.put(digest, read_pixels(self.shards[part], entry, number, self.preparation))
+
+
+def join_sample(
+    store: Store, shard: str, entry: SampleEntry, preparation: Preparation, targets: Mapping[str, Any]
+) -> JoinedSample:
+    """Return one sample, compared with its shard as in `JoinedDataset`; its text only if there is a tokenizer."""
+    check_unchanged([store], {part_name(shard): shard})
+    arrays = store.read(entry.key, [*TOKENS, *Source(store, tuple(targets)).arrays(targets)])
+    tokens = _pop_tokens(arrays)
+    if preparation.tokenizer is not None:
+        compare_text(shard, entry, tokens, preparation)
+    pixels = {
+        digest: read_pixels(shard, entry, number, preparation) for number, digest in enumerate(entry.images)
+    }
+    arrays["num_images"] = np.array(len(entry.images))
+    return JoinedSample(entry.key, tokens, pixels, entry.images, arrays)
+
+
+def _pop_tokens(arrays: dict[str, np.ndarray]) -> TokenizedSample:
+    return TokenizedSample(tuple(arrays.pop("input_ids").tolist()), tuple(arrays.pop("labels").tolist()))
+
+
+def compare_text(shard: str, entry: SampleEntry, stored: TokenizedSample, preparation: Preparation) -> None:
+    """Raise `JoinError` unless a sample's text in the shard gives the stored ids and labels."""
+    try:
+        record = parse_record(read_span(shard, entry.json_span))
+        mine = preparation.tokenize(record.get("conversations"))  # pyright: ignore[reportArgumentType]
+    except BadSample as error:
+        raise JoinError(
+            f"sample {entry.key!r} of {shard}: {entry.json_span.file!r} holds no usable text "
+            f"({error.reason}), the teacher saw some; {CHANGED}"
+        ) from error
+    for what, theirs, ours in (
+        ("token ids", stored.input_ids, mine.input_ids),
+        ("labels", stored.labels, mine.labels),
+    ):
+        if theirs != ours:
             raise JoinError(
-                f"sample {entry.key!r} of {self.shards[part]}: image {entry.image_spans[number].file!r} has digest "
-                f"{found[:16]}, the teacher saw {digest[:16]}; {CHANGED}"
+                f"sample {entry.key!r} of {shard}: its {what} are not those that the teacher saw "
+                f"({first_difference(theirs, ours)}); {CHANGED}"
             )
-        return self.pixels.put(digest, self.preparation.preprocess(data))
+
+
+def read_pixels(shard: str, entry: SampleEntry, number: int, preparation: Preparation) -> torch.Tensor:
+    """Return an image of a sample as float32 'C Y X'; raises `JoinError` unless its digest is the stored one."""
+    span, digest = entry.image_spans[number], entry.images[number]
+    data = read_span(shard, span)
+    if (found := blake3(data).hexdigest()) != digest:
+        raise JoinError(
+            f"sample {entry.key!r} of {shard}: image {span.file!r} has digest {found[:16]}, "
+            f"the teacher saw {digest[:16]}; {CHANGED}"
+        )
+    return preparation.preprocess(data)
 
 
 def is_chosen(entry: SampleEntry, fraction: float) -> bool:

@@ -35,5 +35,5 @@ def test_the_card_gives_each_set_a_row_and_what_the_commonest_answer_gets(tmp_pa
     assert "from 28,800 questions about 4,800 scenes" in text
     assert "| | count | kind | all |" in text
     assert "| new_scene | 50.0 | 0.0 | 33.3 |\n| unseen_style | 100.0 | 100.0 | 100.0 |" in text
-    assert "| commonest answer | 66.7 | 50.0 | 60.0 |" in text
+    assert "| most frequent answer | 66.7 | 50.0 | 60.0 |" in text
     assert "LDPNetV2, 1,000 parameters" in text and "(234 parameters), float16: 0.0 MB" in text

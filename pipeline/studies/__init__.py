@@ -1,1 +1,1 @@
-"""The demo and the emoji study: users of the product."""
+"""The demo and the emoji study, which use the product as anyone may."""

@@ -1,15 +1,14 @@
 """The demo's data and models: easy-VQA as LLaVA conversations, its tokenizer, and a small untrained student.
 
-    python -m pipeline.studies.demo data      runs/demo/data/{train,test}.json, from the package easy-vqa
-    python -m pipeline.studies.demo student   runs/demo/student, the teacher's tower below an untrained language model
+    python -m pipeline.studies.demo data      write runs/demo/data/{train,test}.json, from the package easy-vqa
+    python -m pipeline.studies.demo student   write runs/demo/student: the teacher's tower, a new language model
 
-The teacher ships in `assets/demo_teacher`; `pipeline/studies/demo_teacher.py` made it.
+The teacher is in `assets/demo_teacher`; `pipeline/studies/demo_teacher.py` trained it.
 """
 
 from __future__ import annotations
 
 import importlib.resources
-import io
 import json
 import shutil
 from collections.abc import Iterable
@@ -58,12 +57,12 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 
 def model_config(language: dict[str, Any]) -> MobileVLMConfig:
-    """MobileVLM V2's config at demo size: 64 patches of an image become 4 x 4 vision tokens."""
+    """Return MobileVLM V2's config at demo size: 64 patches of an image become 4 x 4 vision tokens."""
     return MobileVLMConfig(
         **language,
         vocab_size=VOCABULARY_SIZE,
         max_position_embeddings=512,
-        # LLaMA's 0.02 is for thousands of channels; at these widths it leaves attention flat for an epoch.
+        # LLaMA's 0.02 suits thousands of channels. At these widths it leaves attention flat for an epoch.
         initializer_range=0.07,
         pad_token_id=0,
         mm_vision_tower=None,
@@ -74,28 +73,28 @@ def model_config(language: dict[str, Any]) -> MobileVLMConfig:
 
 
 def easy_vqa_folder() -> Path:
-    """Where the installed package easy-vqa keeps its images and questions."""
+    """Return the folder of images and questions in the installed package easy-vqa."""
     return Path(str(importlib.resources.files("easy_vqa"))) / "data"
 
 
 def questions(split: str) -> list[tuple[str, str, int]]:
-    """(question, answer, image number) of the published split, `train` or `test`."""
+    """Return (question, answer, image number) of the published split, `train` or `test`."""
     return [tuple(row) for row in json.loads((easy_vqa_folder() / split / "questions.json").read_text())]
 
 
 def question_type(answer: str) -> str:
-    """What kind of answer a question asks for."""
+    """Return the type of a question with this answer: `yes/no`, `shape` or `colour`."""
     if answer in ("yes", "no"):
         return "yes/no"
     return "shape" if answer in SHAPES else "colour"
 
 
-def conversation(split: str, number: int, question: str, answer: str, image: int) -> dict[str, Any]:
-    """One question as a LLaVA record; `image` is relative to the folder of `easy_vqa_folder()`."""
+def llava_record(key: str, image: str, question_type: str, question: str, answer: str) -> dict[str, Any]:
+    """Return one question as a LLaVA record; `image` is relative to an image folder."""
     return {
-        "id": f"easy-vqa-{split}-{image:04d}-{number:05d}",
-        "image": f"{split}/images/{image}.png",
-        "question_type": question_type(answer),
+        "id": key,
+        "image": image,
+        "question_type": question_type,
         "conversations": [
             {"from": "human", "value": f"<image>\n{question}"},
             {"from": "gpt", "value": answer},
@@ -104,9 +103,15 @@ def conversation(split: str, number: int, question: str, answer: str, image: int
 
 
 def conversations(split: str, *, num_images: int | None = None) -> list[dict[str, Any]]:
-    """The split as LLaVA records; of the first `num_images` images only, where given."""
+    """Return the questions of a split, or of its first `num_images` images, as LLaVA records."""
     return [
-        conversation(split, number, question, answer, image)
+        llava_record(
+            f"easy-vqa-{split}-{image:04d}-{number:05d}",
+            f"{split}/images/{image}.png",
+            question_type(answer),
+            question,
+            answer,
+        )
         for number, (question, answer, image) in enumerate(questions(split))
         if num_images is None or image < num_images
     ]
@@ -114,7 +119,7 @@ def conversations(split: str, *, num_images: int | None = None) -> list[dict[str
 
 @app.command()
 def data(num_train_images: int | None = None) -> None:
-    """Write easy-VQA as LLaVA conversations, one JSON file a split."""
+    """Write easy-VQA as LLaVA conversations, one JSON file for each split."""
     DATA.mkdir(parents=True, exist_ok=True)
     for split, num_images in (("train", num_train_images), ("test", None)):
         records = conversations(split, num_images=num_images)
@@ -124,40 +129,36 @@ def data(num_train_images: int | None = None) -> None:
 
 @app.command()
 def images() -> None:
-    """Print the folder that the conversations' image paths start from."""
+    """Print the image folder of the conversations."""
     print(easy_vqa_folder())
 
 
-def train_tokenizer(texts: Iterable[str]) -> bytes:
-    """A LLaMA-style sentencepiece model (BPE with byte fallback, so any text has ids) of 512 pieces."""
+def write_tokenizer(folder: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Train the demo's tokenizer on conversations and write it as `tokenizer.model`.
+
+    It is a LLaMA-style sentencepiece model of 512 pieces: BPE with byte fallback, so that every text has ids.
+    """
     import sentencepiece
 
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=VOCABULARY_SIZE,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        character_coverage=1.0,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
-def write_tokenizer(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Train the demo's tokenizer on its own conversations and write `tokenizer.model`."""
-    texts = (TEMPLATES["v1"].render(record["conversations"]) for record in records)
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(texts))
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(TEMPLATES["v1"].render(record["conversations"]) for record in records),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=VOCABULARY_SIZE,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            character_coverage=1.0,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
 
 
 @app.command()
@@ -174,7 +175,7 @@ def student(seed: int = 0) -> None:
 
 
 def language_parameters(model: MobileVLMForCausalLM) -> int:
-    """Parameters of embeddings, decoder layers and head: the model without tower and projector."""
+    """Return the number of parameters without tower and projector: embeddings, decoder layers and head."""
     vision = ("model.vision_tower.", "model.mm_projector.")
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(vision))
 

@@ -1,7 +1,7 @@
-"""All questions about an image in one sequence: they share the prompt and the vision tokens before them.
+"""Training on all questions about an image in one sequence, which share the prompt and the vision tokens.
 
-A question sees that prefix and itself, never another question, at the positions that it has alone: the same sums
-as one sample a question, at a quarter of the tokens. The teachers of the two studies are trained so.
+A question attends to that prefix and to itself, never to another question, and has the positions of a sample of its
+own. The loss is that of one sample for each question, at a quarter of the tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 @dataclass(frozen=True)
 class ImageQuestions:
-    """An image's questions: the ids before the first difference, and each question's ids and labels after it."""
+    """An image's questions: the ids that all of them begin with, and each question's further ids and labels."""
 
     image: str
     prefix: tuple[int, ...]
@@ -31,7 +31,7 @@ class ImageQuestions:
 def group_by_image(
     records: Sequence[dict], tokenizer: PreTrainedTokenizerBase, *, template: str
 ) -> list[ImageQuestions]:
-    """Tokenise single-question conversations and split each at the end of the prefix that all of them share."""
+    """Tokenise single-question conversations, and split them where the prefix ends that all records share."""
     grouped: dict[str, list] = {}
     for record in records:
         sample = tokenize(record["conversations"], tokenizer, template=template)
@@ -49,24 +49,26 @@ def group_by_image(
 
 
 def shared_prefix_row(item: ImageQuestions, num_vision_tokens: int) -> list[tuple[int, int, int, int]]:
-    """(id, label, owner, position) of every merged position; a vision token has id -200, the prefix owner -1."""
+    """Return (id, label, owner, position) of every merged position.
+
+    A vision token has the id -200. The owner is the number of the question, or -1 for the prefix.
+    """
     at = item.prefix.index(IMAGE_TOKEN_INDEX)
     ids = [*item.prefix[:at], *[IMAGE_TOKEN_INDEX] * num_vision_tokens, *item.prefix[at + 1 :]]
     row = [(token, IGNORE_INDEX, -1, position) for position, token in enumerate(ids)]
     for owner, (branch, labels) in enumerate(item.branches):
-        row += [
-            (t, label, owner, len(ids) + i) for i, (t, label) in enumerate(zip(branch, labels, strict=True))
-        ]
+        pairs = zip(branch, labels, strict=True)
+        row += [(token, label, owner, len(ids) + n) for n, (token, label) in enumerate(pairs)]
     return row
 
 
 def answer_loss(
     model: MobileVLMForCausalLM, chosen: list[ImageQuestions], patch_features: torch.Tensor
 ) -> torch.Tensor:
-    """Mean cross entropy over the answers to all questions of some images; `patch_features` 'I M W'."""
+    """Return the mean cross entropy over the answers to all questions of some images; `patch_features` 'I M W'."""
     rows = [shared_prefix_row(item, model.config.num_vision_tokens) for item in chosen]
     length = max(map(len, rows))
-    padding = (0, IGNORE_INDEX, -2, 0)
+    padding = (0, IGNORE_INDEX, -2, 0)  # no question has the owner -2
     columns = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
     ids, labels, owner, position = columns.unbind(dim=2)
     is_vision = ids == IMAGE_TOKEN_INDEX

@@ -1,10 +1,10 @@
-"""The emoji study's data and models, from installed packages alone: nothing is fetched at run time.
+"""The emoji study's data and models, made from installed packages. Nothing is downloaded at run time.
 
-    python -m pipeline.studies.emoji data      runs/emoji/data, five sets of scenes as LLaVA records and pictures
-    python -m pipeline.studies.emoji models    runs/emoji/models, teacher and student as any other checkpoint
-    python -m pipeline.studies.emoji teacher   train what is the teacher's own: assets/emoji_teacher
+    python -m pipeline.studies.emoji data      write runs/emoji/data: five sets of LLaVA records and pictures
+    python -m pipeline.studies.emoji models    write runs/emoji/models: the checkpoints of teacher and student
+    python -m pipeline.studies.emoji teacher   train the teacher and write assets/emoji_teacher
     python -m pipeline.studies.emoji card      measure the teacher on the held-out sets and write its README.md
-    python -m pipeline.studies.emoji layers    which layers of the teacher look at what is asked for
+    python -m pipeline.studies.emoji layers    print which layers of the teacher look at the cell that is asked about
 
 `make emoji` installs what they need and runs the first two.
 """
@@ -46,22 +46,20 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 @app.command()
 def data(packs: Path = STUDY / "art", output: Path = STUDY / "data") -> None:
-    """Draw the scenes and ask about them; `packs` holds the npm tarballs of the art."""
+    """Draw the scenes and write questions about them; `packs` holds the npm tarballs of the art."""
     write_sets(SETS, packs=packs, output=output)
 
 
 @app.command()
 def models(output: Path = MODELS, student_layers: int = STUDENT_LAYERS) -> None:
-    """Put the teacher and the untrained student together from what packages and this repository carry."""
+    """Build the teacher and the untrained student from packages and this repository."""
     language, tower = language_model(output), published_tower()
     student = build_model(language, tower, num_layers=student_layers)
     write_checkpoint(student, output / "student", language=language)
     teacher = build_model(language, tower)
     add_learned(teacher, read_learned(LEARNED))
     write_checkpoint(teacher, output / "teacher", language=language)
-    print(
-        f"{output / 'teacher'}: {teacher.config.num_hidden_layers} layers; {output / 'student'}: {student_layers}"
-    )
+    print(f"{output}: teacher with {teacher.config.num_hidden_layers} layers, student with {student_layers}")
 
 
 @app.command()
@@ -72,7 +70,7 @@ def teacher(
     align_steps: int = 1000,
     epochs: int = 1,
 ) -> None:
-    """Train what is the teacher's own and write it to assets/emoji_teacher; `models` then builds the checkpoint."""
+    """Train the teacher and write what it learned to assets/emoji_teacher; `models` then builds the checkpoint."""
     from pipeline.studies.emoji.teacher import train_teacher
 
     write_sets(TEACHER_SETS, packs=packs, output=scenes)
@@ -87,7 +85,7 @@ def teacher(
 
 @app.command()
 def card(config: Path = Path("configs/emoji.yaml")) -> None:
-    """Ask the teacher every held-out question, like any checkpoint, and write its card beside what it learned."""
+    """Evaluate the teacher on every held-out question, and write its card."""
     from pipeline.studies.emoji.teacher import RANK
 
     settings = load_config(config)
@@ -105,7 +103,7 @@ def card(config: Path = Path("configs/emoji.yaml")) -> None:
 
 @app.command()
 def layers(model: Path = MODELS / "teacher", scenes: Path = STUDY / "data", num_questions: int = 48) -> None:
-    """Where a model looks as its answer begins, layer by layer, on validation scenes."""
+    """Print where a model looks as its answer begins, layer by layer, on validation scenes."""
     from pipeline.models.mobilevlm import MobileVLMForCausalLM
     from pipeline.studies.emoji.looking import questions_about_cells, where_it_looks
 
@@ -121,7 +119,7 @@ def layers(model: Path = MODELS / "teacher", scenes: Path = STUDY / "data", num_
 
 
 def language_model(models: Path) -> Path:
-    """SmolLM2's folder below `models`, converted the first time."""
+    """Return SmolLM2's folder below `models`; the first call converts the package."""
     folder = models / "language"
     if not (folder / "model.safetensors").is_file():
         write_language_model(folder)

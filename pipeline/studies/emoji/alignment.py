@@ -1,8 +1,8 @@
-"""The projector learns to name what is in a cell before any language model runs.
+"""Training of the projector to name what is in a cell, without running the language model.
 
-The vision tokens of a cell go near the mean input embeddings of its concept's name, its place and the background's
-colour, and are told apart from other names, places and colours by angle. It takes a minute or two. With the place
-among the words, the language model can find the top left by what a token says instead of by counting tokens.
+The vision tokens of a cell move towards the mean input embeddings of its concept's name, its place and the
+background's colour, and away in angle from other names, places and colours. With the place among the words, the
+language model can find the top left by what a token says instead of by counting tokens. Takes a minute or two.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.studies.demo_teacher import one_cycle
 from pipeline.studies.emoji.concepts import Concept
 from pipeline.studies.emoji.data import TEACHER_SETS, scenes_of
 from pipeline.studies.emoji.scenes import BACKGROUNDS, PLACES
+from pipeline.studies.training import fit
 
-# The vision tokens of each of the 2 x 2 cells, in a grid of 4 x 4.
+# The vision tokens of each of the 2 x 2 cells, in the grid of 4 x 4 tokens.
 TOKENS_OF_CELLS = ((0, 1, 4, 5), (2, 3, 6, 7), (8, 9, 12, 13), (10, 11, 14, 15))
 SHARPNESS = 20.0
-# How much of the place's and the colour's words is added to the name's.
+# Weights of the place's and the colour's embeddings, which are added to the name's.
 PLACE_SHARE, COLOUR_SHARE = 1.0, 0.5
 EMPTY = "nothing"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Input embeddings of the words that scenes are described with: `names` 'names D', `places` '4 D', `colours`.
+    """Input embeddings of the words that describe scenes: `names`, `places` and `colours`, one row 'D' for each.
 
-    The last name is that of an empty cell. Rows of `names` that no training scene shows are False in `allowed`.
+    The last name stands for an empty cell. `allowed` is False for names that no training scene shows.
     """
 
     names: Tensor
@@ -43,7 +43,7 @@ class Vocabulary:
 def embed_words(
     model: MobileVLMForCausalLM, tokenizer: PreTrainedTokenizerBase, concepts: list[Concept]
 ) -> Vocabulary:
-    """Mean input embedding of every concept's name, every place and every background, as words inside a sentence."""
+    """Return the mean input embedding of every name, place and background, as words inside a sentence."""
 
     def embed(words: list[str]) -> Tensor:
         table = model.model.embed_tokens.weight.detach()
@@ -59,18 +59,22 @@ def embed_words(
 
 
 def facts_of_scenes(concepts: list[Concept]) -> tuple[Tensor, Tensor]:
-    """Of the teacher's scenes: the name in each cell, int64 'I 4' (the last for none), and the background, 'I'."""
+    """Return the names in the cells of the teacher's scenes, int64 'I 4' (the last for none), and backgrounds 'I'."""
     index = {concept.name: number for number, concept in enumerate(concepts)}
     cells, backgrounds = [], []
-    for _, scene, _ in (entry for name, s in TEACHER_SETS.items() for entry in scenes_of(name, s, concepts)):
-        shown = {thing.cell: index[thing.concept.name] for thing in scene.things}
-        cells.append([shown.get(cell, len(concepts)) for cell in range(4)])
-        backgrounds.append(list(BACKGROUNDS).index(scene.background))
+    for name, scenes in TEACHER_SETS.items():
+        for _, scene, _ in scenes_of(name, scenes, concepts):
+            shown = {thing.cell: index[thing.concept.name] for thing in scene.things}
+            cells.append([shown.get(cell, len(concepts)) for cell in range(4)])
+            backgrounds.append(list(BACKGROUNDS).index(scene.background))
     return torch.tensor(cells), torch.tensor(backgrounds)
 
 
 def alignment_loss(tokens: Tensor, cells: Tensor, backgrounds: Tensor, words: Vocabulary) -> Tensor:
-    """How far vision tokens 'I N D' are from the words of their cell: told apart by angle, placed by distance."""
+    """Return how far vision tokens 'I N D' are from the words of their cells.
+
+    The angle separates a name, place or colour from the others (cross entropy); the squared distance sets the place.
+    """
     names, places, tints = (w - w.mean(dim=0) for w in (words.names, words.places, words.colours))
     pooled = torch.stack([tokens[:, list(cell)].mean(dim=1) for cell in TOKENS_OF_CELLS], dim=1)
     by_name = SHARPNESS * _cosines(pooled, names).masked_fill(~words.allowed, -1e4)
@@ -98,17 +102,20 @@ def align_projector(
     *,
     num_steps: int,
 ) -> None:
-    """Step 1: `features` 'I M W' of the teacher's scenes, `facts` as `facts_of_scenes` gives them."""
+    """Step 1: train the projector on `features` 'I M W' of the teacher's scenes and their `facts_of_scenes`."""
     projector = model.model.mm_projector
-    optimizer, schedule = one_cycle(projector.parameters(), learning_rate=2e-3, num_steps=num_steps)
-    generator = torch.Generator().manual_seed(1)
-    for step in range(1, num_steps + 1):
-        rows = torch.randint(len(features), (64,), generator=generator)
+
+    def loss_of(rows: Tensor) -> Tensor:
         cells, backgrounds = (fact[rows] for fact in facts)
-        loss = alignment_loss(projector(features[rows]), cells, backgrounds, words)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            print(f"align step {step}/{num_steps}: loss {loss.item():.4f}", flush=True)
+        return alignment_loss(projector(features[rows]), cells, backgrounds, words)
+
+    fit(
+        projector.parameters(),
+        loss_of,
+        name="align",
+        num_rows=len(features),
+        batch_size=64,
+        num_steps=num_steps,
+        learning_rate=2e-3,
+        generator=torch.Generator().manual_seed(1),
+    )

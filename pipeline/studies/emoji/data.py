@@ -1,6 +1,6 @@
-"""The study's five sets of scenes as LLaVA records and PNG files: what each may show, and how many there are.
+"""The study's sets of scenes, written as LLaVA records and PNG files.
 
-`train` and `validation` show the training concepts in three styles; each test set leaves that in one respect.
+`train` and `validation` show the training concepts in three styles. Each test set differs from them in one respect.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.studies.emoji.scenes import Scene, ask, make_scene, paint
 
 @dataclass(frozen=True)
 class SceneSet:
-    """How many scenes, in which styles, of held-out concepts or of the others; `seed` makes them."""
+    """How a set is drawn: number of scenes, seed, styles, and whether it shows the held-out concepts."""
 
     num_images: int
     seed: int
@@ -27,7 +27,7 @@ class SceneSet:
     held_out: bool = False
 
 
-SETS: dict[str, SceneSet] = {
+SETS = {
     "train": SceneSet(2400, seed=1),
     "validation": SceneSet(300, seed=2),
     "new_scene": SceneSet(200, seed=3),
@@ -35,14 +35,14 @@ SETS: dict[str, SceneSet] = {
     "unseen_concept": SceneSet(200, seed=5, held_out=True),
 }
 
-# Scenes that only the teacher trains on, drawn when it does: what it knows of them reaches no student as labels.
-TEACHER_SETS: dict[str, SceneSet] = {"train": SETS["train"], "extra": SceneSet(2400, seed=6)}
+# The extra scenes are for the teacher alone: no student sees their labels.
+TEACHER_SETS = {"train": SETS["train"], "extra": SceneSet(2400, seed=6)}
 
 
 def scenes_of(
     name: str, scenes: SceneSet, concepts: Sequence[Concept]
 ) -> Iterator[tuple[str, Scene, list[dict[str, Any]]]]:
-    """(picture's path, scene, its records) of a set, the same each time; `concepts` are all of the study's."""
+    """Yield (path of the picture, scene, its records) of a set, the same each time; `concepts` are all concepts."""
     allowed = [concept for concept in concepts if concept.held_out == scenes.held_out]
     chance = random.Random(scenes.seed)
     for number in range(scenes.num_images):
@@ -52,7 +52,7 @@ def scenes_of(
 
 
 def write_sets(sets: Mapping[str, SceneSet], *, packs: Path, output: Path) -> None:
-    """Draw sets of scenes with the art in `packs`, and say below `output` whose work it is."""
+    """Draw sets of scenes with the art in `packs`, and write them and the art's licences to `output`."""
     concepts = all_concepts()
     art = read_art(packs, concepts)
     output.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def write_sets(sets: Mapping[str, SceneSet], *, packs: Path, output: Path) -> No
 
 
 def write_set(name: str, scenes: SceneSet, *, art: Art, concepts: Sequence[Concept], folder: Path) -> int:
-    """Write NAME.json and images/NAME/*.png under `folder`; returns how many records."""
+    """Write NAME.json and images/NAME/*.png to `folder`, and return the number of records."""
     (folder / "images" / name).mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     for image, scene, asked in scenes_of(name, scenes, concepts):

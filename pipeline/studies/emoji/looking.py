@@ -1,18 +1,16 @@
-"""Where a model looks as its answer begins: layer by layer, how much on the image, and how much of it where asked.
+"""Measure where a model looks as its answer begins: in each layer, how much on the image and on the asked cell.
 
-This is how the layers of `configs/emoji.yaml` were chosen: the study knows which cell a question is about.
+The layers of `configs/emoji.yaml` were chosen so: the study knows which cell a question is about.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from pipeline.data.preparation import Preparation, pad_tokens
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
@@ -25,16 +23,15 @@ from pipeline.studies.emoji.scenes import PLACES
 ABOUT_A_CELL = ("name", "kind")
 
 
-@dataclass(frozen=True)
-class Look:
-    """Means over questions, shares from 0 to 1: attention on the image, and of that the part on the asked cell."""
+class Look(NamedTuple):
+    """Means over questions, from 0 to 1: attention on the image, and the share of it on the asked cell."""
 
     on_image: float
     on_cell: float
 
 
 def questions_about_cells(records: Path, num_questions: int) -> list[dict[str, Any]]:
-    """The first records of a set that ask what is in a cell."""
+    """Return the first records of a set that ask what is in a cell."""
     found = [r for r in json.loads(records.read_text()) if r["question_type"] in ABOUT_A_CELL]
     return found[:num_questions]
 
@@ -43,17 +40,13 @@ def questions_about_cells(records: Path, num_questions: int) -> list[dict[str, A
 def where_it_looks(
     model: MobileVLMForCausalLM, preparation: Preparation, records: Sequence[Mapping[str, Any]], images: Path
 ) -> list[Look]:
-    """For each layer, the mean over heads at the position that predicts the first token of the answer."""
+    """Return for each layer the mean over heads at the position that predicts the answer's first token."""
     batch = pad_tokens([preparation.tokenize(record["conversations"]) for record in records])
     pixels = torch.stack(
         [preparation.preprocess((images / record["image"]).read_bytes()) for record in records]
     )
-    merged = model.merge_inputs(
-        batch["input_ids"],
-        model.encode_images(pixels),
-        attention_mask=batch["attention_mask"],
-        labels=batch["labels"],
-    )
+    ids, masks = batch["input_ids"], {name: batch[name] for name in ("attention_mask", "labels")}
+    merged = model.merge_inputs(ids, model.encode_images(pixels), **masks)
     with record_layer_inputs(model.model.layers, range(len(model.model.layers))) as inputs:
         model.model(
             inputs_embeds=merged.inputs_embeds, attention_mask=merged.attention_mask.long(), use_cache=False
@@ -61,16 +54,13 @@ def where_it_looks(
     before_answer = (merged.labels != IGNORE_INDEX).int().argmax(dim=1) - 1
     rows = (merged.slots.text == before_answer[:, None]).int().argmax(dim=1)
     cells = torch.tensor([TOKENS_OF_CELLS[_asked_cell(record)] for record in records])
-    each = torch.arange(len(records))
-    attention = attention_of_layers(model.model, inputs, merged)
-    return [_look(of_layer.mean(dim=1)[each, rows], cells) for of_layer in attention.values()]
-
-
-def _look(rows: Tensor, cells: Tensor) -> Look:
-    """`rows` 'B N', the attention of one text position to the vision tokens; `cells` the asked ones, 'B 4'."""
-    on_image = rows.sum(dim=1)
-    on_cell = rows.gather(1, cells).sum(dim=1) / on_image
-    return Look(float(on_image.mean()), float(on_cell.mean()))
+    looks = []
+    for attention in attention_of_layers(model.model, inputs, merged).values():
+        to_image = attention.mean(dim=1)[torch.arange(len(records)), rows]  # 'B N'
+        on_image = to_image.sum(dim=1)
+        on_cell = to_image.gather(1, cells).sum(dim=1) / on_image
+        looks.append(Look(float(on_image.mean()), float(on_cell.mean())))
+    return looks
 
 
 def _asked_cell(record: Mapping[str, Any]) -> int:

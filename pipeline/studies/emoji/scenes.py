@@ -1,18 +1,19 @@
 """Scenes of one to four emoji in a 2 x 2 grid on a named background, and questions whose answers are known.
 
-Everything comes from one seeded generator. No answer can be guessed from how often it occurs: kinds, places,
-counts and colours are drawn evenly, and half of the presence questions name a thing that is not there.
+One seeded generator draws everything. No answer can be guessed from its frequency: kinds, places, counts and colours
+are drawn evenly, and half of the presence questions name a thing that is not shown.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
+from pipeline.studies.demo import llava_record
 from pipeline.studies.emoji.art import Art
 from pipeline.studies.emoji.concepts import Concept
 
@@ -32,22 +33,23 @@ BACKGROUNDS = {
     "pink": (250, 170, 200),
     "black": (25, 25, 25),
 }
+QUESTIONS = ("name", "kind", "place", "presence", "count", "background")
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One emoji of a scene: which, in which cell (0 to 3, row by row), its size and where in the picture."""
+    """One emoji of a scene; cells are numbered 0 to 3, row by row, and lengths are in pixels."""
 
     concept: Concept
     cell: int
-    size_pixels: int
+    size: int
     left: int
     top: int
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, before it is painted."""
+    """What a picture shows."""
 
     style: str
     background: str
@@ -55,7 +57,7 @@ class Scene:
 
 
 def make_scene(chance: random.Random, concepts: Sequence[Concept], styles: Sequence[str]) -> Scene:
-    """A scene of one to four different concepts in one style."""
+    """Draw a scene of one to four different concepts in one style."""
     cells = sorted(chance.sample(range(4), chance.randint(1, 4)))
     shown: list[Concept] = []
     while len(shown) < len(cells):
@@ -67,7 +69,7 @@ def make_scene(chance: random.Random, concepts: Sequence[Concept], styles: Seque
 
 
 def draw_concept(chance: random.Random, concepts: Sequence[Concept]) -> Concept:
-    """A kind first, so that all kinds are equally frequent, then one of its concepts."""
+    """Draw a kind, so that all kinds are equally frequent, then one of its concepts."""
     kind = chance.choice(sorted({concept.kind for concept in concepts}))
     return chance.choice([concept for concept in concepts if concept.kind == kind])
 
@@ -79,76 +81,44 @@ def _place(chance: random.Random, concept: Concept, cell: int) -> Thing:
 
 
 def paint(scene: Scene, art: Art) -> Image.Image:
-    """The scene as an RGB picture of 256 x 256 pixels."""
+    """Return the scene as an RGB picture of 256 x 256 pixels."""
     image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUNDS[scene.background])
     for thing in scene.things:
-        emoji = art.draw(thing.concept.name, scene.style, size_pixels=thing.size_pixels)
+        emoji = art.draw(thing.concept.name, scene.style, size=thing.size)
         image.paste(emoji, (thing.left, thing.top), emoji)
     return image
-
-
-Exchange = tuple[str, str]
-Asker = Callable[[random.Random, Scene, Sequence[Concept]], Exchange]
-
-
-def _ask_name(chance: random.Random, scene: Scene, concepts: Sequence[Concept]) -> Exchange:
-    thing = chance.choice(scene.things)
-    return f"What is at the {PLACES[thing.cell]}?", thing.concept.name
-
-
-def _ask_kind(chance: random.Random, scene: Scene, concepts: Sequence[Concept]) -> Exchange:
-    thing = chance.choice(scene.things)
-    return f"What kind of thing is at the {PLACES[thing.cell]}?", thing.concept.kind
-
-
-def _ask_place(chance: random.Random, scene: Scene, concepts: Sequence[Concept]) -> Exchange:
-    thing = chance.choice(scene.things)
-    return f"Find the {thing.concept.name}.", PLACES[thing.cell]
-
-
-def _ask_presence(chance: random.Random, scene: Scene, concepts: Sequence[Concept]) -> Exchange:
-    shown = [thing.concept for thing in scene.things]
-    if chance.random() < 0.5:
-        return f"Any {chance.choice(shown).name} here?", "yes"
-    while (absent := draw_concept(chance, concepts)) in shown:
-        pass
-    return f"Any {absent.name} here?", "no"
-
-
-def _ask_count(chance: random.Random, scene: Scene, concepts: Sequence[Concept]) -> Exchange:
-    return "How many things are there?", str(len(scene.things))
-
-
-def _ask_background(chance: random.Random, scene: Scene, concepts: Sequence[Concept]) -> Exchange:
-    return "What colour is the background?", scene.background
-
-
-QUESTIONS: dict[str, Asker] = {
-    "name": _ask_name,
-    "kind": _ask_kind,
-    "place": _ask_place,
-    "presence": _ask_presence,
-    "count": _ask_count,
-    "background": _ask_background,
-}
 
 
 def ask(
     chance: random.Random, scene: Scene, concepts: Sequence[Concept], *, key: str, image: str
 ) -> list[dict[str, Any]]:
-    """One LLaVA record for each type of question, all about one picture; `concepts` are those of its set."""
-    records = []
-    for question_type, asker in QUESTIONS.items():
-        question, answer = asker(chance, scene, concepts)
-        records.append(
-            {
-                "id": f"{key}-{question_type}",
-                "image": image,
-                "question_type": question_type,
-                "conversations": [
-                    {"from": "human", "value": f"<image>\n{question}"},
-                    {"from": "gpt", "value": answer},
-                ],
-            }
-        )
-    return records
+    """Return one LLaVA record for each type of question about a scene; `concepts` are those of its set."""
+    asked = {name: _exchange(name, chance, scene, concepts) for name in QUESTIONS}
+    return [llava_record(f"{key}-{name}", image, name, *exchange) for name, exchange in asked.items()]
+
+
+def _exchange(
+    question_type: str, chance: random.Random, scene: Scene, concepts: Sequence[Concept]
+) -> tuple[str, str]:
+    """Return a question and its answer."""
+    if question_type == "count":
+        return "How many things are there?", str(len(scene.things))
+    if question_type == "background":
+        return "What colour is the background?", scene.background
+    if question_type == "presence":
+        return _presence(chance, [thing.concept for thing in scene.things], concepts)
+    thing = chance.choice(scene.things)
+    name, place = thing.concept.name, PLACES[thing.cell]
+    return {
+        "name": (f"What is at the {place}?", name),
+        "kind": (f"What kind of thing is at the {place}?", thing.concept.kind),
+        "place": (f"Find the {name}.", place),
+    }[question_type]
+
+
+def _presence(chance: random.Random, shown: list[Concept], concepts: Sequence[Concept]) -> tuple[str, str]:
+    if chance.random() < 0.5:
+        return f"Any {chance.choice(shown).name} here?", "yes"
+    while (absent := draw_concept(chance, concepts)) in shown:
+        pass
+    return f"Any {absent.name} here?", "no"

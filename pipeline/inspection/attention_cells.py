@@ -1,4 +1,4 @@
-"""What a picture of a sample's attention shows: a cell of heat maps for every text token, and words to it."""
+"""The content of a picture of a sample's attention: a cell of heat maps for each text token, and a legend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.shapes import expect_shape
 
 @dataclass(frozen=True)
 class Cell:
-    """A text token's attention to one image, float32 'Y X' each: the teacher's, then every student's."""
+    """A text token's attention to one image: the teacher's, then each student's, float32 'Y X'."""
 
     name: str
     is_trained: bool
@@ -24,13 +24,13 @@ class Cell:
 
     @property
     def difference(self) -> np.ndarray:
-        """The last student minus the teacher."""
+        """The last student's minus the teacher's."""
         return self.shares[-1] - self.shares[0]
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Headings of a cell's heat maps, the cells of every image, and what is said of them in words."""
+    """The headings of a cell's heat maps, the cells of each image, and the legend in `words`."""
 
     headings: tuple[str, ...]
     images: tuple[tuple[Cell, ...], ...]
@@ -42,7 +42,7 @@ class Drawing:
 
     @property
     def largest_share(self) -> float:
-        """Of all heat maps: one scale of colours serves them all."""
+        """The largest share of all heat maps, which have one colour scale."""
         return max(float(heat.max()) for cells in self.images for cell in cells for heat in cell.shares)
 
     @property
@@ -57,18 +57,16 @@ def plan_drawing(
     max_tokens: int,
     student_layer: int | None = None,
 ) -> Drawing:
-    """The mean over all text after an image, and its first `max_tokens` tokens; `students` name -> 'T J'."""
+    """Return a cell for the mean of all text after an image, and for its first tokens; `students` name -> 'T J'."""
     teacher = inspection.attention[inspection.layer].mean(dim=0)
     for name, student in students.items():
         sizes = {"T": teacher.shape[0], "J": teacher.shape[1]}
         expect_shape(f"attention of the student {name}", student, "T J", sizes)
     attention = [teacher, *students.values()]
-    headings = ["teacher", *students]
-    if students:
-        headings.append(f"{list(students)[-1]} − teacher")
-    images = [_cells(inspection, attention, image, max_tokens) for image in range(len(inspection.images))]
     return Drawing(
-        tuple(headings), tuple(images), tuple(_words(inspection, students, max_tokens, student_layer))
+        headings=("teacher", *students, *[f"{name} − teacher" for name in list(students)[-1:]]),
+        images=tuple(_cells(inspection, attention, n, max_tokens) for n in range(len(inspection.images))),
+        words=tuple(_words(inspection, students, max_tokens, student_layer)),
     )
 
 
@@ -79,17 +77,13 @@ def _cells(
     columns = slice(image * size, (image + 1) * size)
     after = (inspection.slots.text[0] > inspection.slots.vision[0, columns][-1]).nonzero()[:, 0]
     blocks = [block[after][:, columns].view(-1, grid, grid).numpy() for block in attention]
-    places = [inspection.text[row] for row in after.tolist()]
-    mean = Cell(f"mean of {len(places)}", False, tuple(block.mean(axis=0) for block in blocks))
-    tokens = [
-        Cell(
-            visible(inspection.tokens[place]),
-            is_trained=inspection.labels[place] != IGNORE_INDEX,
-            shares=tuple(block[row] for block in blocks),
-        )
-        for row, place in enumerate(places[:max_tokens])
-    ]
-    return (mean, *tokens)
+    cells = [Cell(f"mean of {len(after)}", False, tuple(block.mean(axis=0) for block in blocks))]
+    for row, text_row in enumerate(after[:max_tokens].tolist()):
+        place = inspection.text[text_row]
+        is_trained = inspection.labels[place] != IGNORE_INDEX
+        shares = tuple(block[row] for block in blocks)
+        cells.append(Cell(visible(inspection.tokens[place]), is_trained, shares))
+    return tuple(cells)
 
 
 def _words(

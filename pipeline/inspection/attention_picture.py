@@ -1,4 +1,4 @@
-"""Draws what a sample's text looks at: for every text token a heat map over the image, teacher's and students'."""
+"""The picture of a sample's attention: a heat map over the image for each text token, of teacher and students."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from pipeline.inspection.sheet import Sheet, wrap
 
 FORMATS = (".png", ".svg")
 DOTS_PER_INCH = 150
-# The lightest colour is no attention, and no difference: paper stays white. Both can be read by the colour-blind.
+# White is no attention and no difference. Colour-blind people can read both scales.
 SHARES, DIFFERENCES = colormaps["magma_r"], colormaps["RdBu_r"]
-# Inches. A panel is one heat map; a cell is a token's panels side by side below its name.
+# In inches. A panel is one heat map; a cell is a token's name above its panels.
 MARGIN, GAP, CELL_GAP, NAME, LINE, BAR = 0.3, 0.07, 0.24, 0.2, 0.175, 0.5
 PANEL, SMALL_PANEL, IMAGE_PANEL = 1.25, 1.1, 1.75
 LEAST_WIDTH, MOST_HEIGHT_PER_WIDTH, MOST_GROWTH = 8.7, 1.2, 0.4
 GREY, KEY_SIZE = "#555555", 10
-SMALLEST_SCALE = 1e-4  # smaller shares and differences are rounding, and stay white
+SMALLEST_SCALE = 1e-4  # smaller shares and differences are rounding errors, and stay white
 MOST_LINES_OF_TURN, MOST_CHARACTERS_OF_NAME = 4, 10
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Cells of `num_panels` panels, `per_row` cells side by side; inches."""
+    """The sizes of a grid of cells with `num_panels` panels each, `per_row` cells side by side; in inches."""
 
     panel: float
     num_panels: int
@@ -57,7 +57,7 @@ class Layout:
         return ceil(num_cells / self.per_row) * self.row_height
 
     def is_narrow(self, num_cells: int) -> bool:
-        """Whether another cell fits beside, or the page should be wider for its height."""
+        """Return whether another cell fits into the row, or the page should be wider for its height."""
         another = self.width + CELL_GAP + self.cell_width
         return another <= LEAST_WIDTH or self.height(num_cells) > MOST_HEIGHT_PER_WIDTH * self.width
 
@@ -70,24 +70,24 @@ def draw_attention(
     student_layer: int | None = None,
     max_tokens: int = 40,
 ) -> None:
-    """Write a PNG or SVG, by the file's ending.
+    """Write a PNG or an SVG, by the file's ending.
 
-    Every image gets a heat map for each of the first `max_tokens` text tokens after it: the teacher's attention in
-    the inspection's layer, mean over its heads. `students`, name -> float32 'T J' of `student_layer`, stand beside
-    it, and the last of them minus the teacher. A vision token is a cell; nothing is interpolated. Raises
-    `PipelineError` if there is no image or no stored attention, or the ending is another.
+    Each image gets a heat map for each of the first `max_tokens` text tokens after it: the teacher's attention in the
+    shown layer, mean over heads, without interpolation between vision tokens. `students`, name -> float32 'T J' of
+    `student_layer`, are drawn beside it, with the last one minus the teacher. Raises `PipelineError` if there is no
+    image or no stored attention, and for another ending.
     """
     _check(inspection, output, max_tokens)
     drawing = plan_drawing(inspection, students or {}, max_tokens=max_tokens, student_layer=student_layer)
     output.parent.mkdir(parents=True, exist_ok=True)
-    # No date, and the same names inside each time: one sample, one sequence of bytes.
+    # Without a date, and with a fixed salt of names in an SVG: the same sample gives the same bytes.
     with writing(output), matplotlib.rc_context({"svg.hashsalt": "alignkd"}):
         metadata = {"Date": None} if output.suffix.lower() == ".svg" else None
         AttentionFigure(inspection, drawing).draw().savefig(output, dpi=DOTS_PER_INCH, metadata=metadata)
 
 
 class AttentionFigure:
-    """A block for every image: the image beside the words, below it the cells."""
+    """A block for each image: the image beside the legend, and the cells below."""
 
     def __init__(self, inspection: Inspection, drawing: Drawing):
         self.inspection, self.drawing = inspection, drawing
@@ -110,17 +110,15 @@ class AttentionFigure:
         return self.sheet.figure
 
     def _head_height(self, image: int) -> float:
+        title = NAME if len(self.inspection.images) > 1 else 0.0
         beside = len(self.words) * LINE + BAR if image == 0 else 0.0
-        return self._title_height() + max(IMAGE_PANEL, beside) + CELL_GAP + NAME * self.drawing.has_students
-
-    def _title_height(self) -> float:
-        return NAME if len(self.inspection.images) > 1 else 0.0
+        return title + max(IMAGE_PANEL, beside) + CELL_GAP + NAME * self.drawing.has_students
 
     def _draw_head(self, image: int, top: float) -> None:
         num_images = len(self.inspection.images)
         if num_images > 1:
             self.sheet.write(MARGIN, top, f"image {image + 1} of {num_images}", weight="bold")
-        top += self._title_height()
+            top += NAME
         place = Square(MARGIN, top, IMAGE_PANEL)
         draw_image(self.sheet.axes, self.inspection.images[image], place)
         self._outline(image, place)
@@ -133,13 +131,12 @@ class AttentionFigure:
             top += LINE
         width = 0.4 * (self.width - IMAGE_PANEL)
         top += BAR / 4
-        self.sheet.colour_bar(
-            left, top, width, colours=SHARES, scale=self.share, name="share of a token's attention"
-        )
+        bars = [("share of a token's attention", SHARES, self.share)]
         if self.drawing.has_students:
+            bars.append((self.drawing.headings[-1], DIFFERENCES, self.difference))
+        for name, colours, scale in bars:
+            self.sheet.colour_bar(left, top, width, colours=colours, scale=scale, name=name)
             left += width + 2 * CELL_GAP
-            name = self.drawing.headings[-1]
-            self.sheet.colour_bar(left, top, width, colours=DIFFERENCES, scale=self.difference, name=name)
 
     def _draw_cells(self, image: int, top: float) -> None:
         layout = self.layout
@@ -147,17 +144,16 @@ class AttentionFigure:
             row, column = divmod(number, layout.per_row)
             left = MARGIN + column * (layout.cell_width + CELL_GAP)
             if self.drawing.has_students and row == 0:
-                self._write_headings(left, top - NAME)
+                for panel, heading in enumerate(self.drawing.headings):
+                    self.sheet.write(left + panel * (layout.panel + GAP), top - NAME, heading, color=GREY)
             self._draw_cell(cell, image, left, top + row * layout.row_height)
-
-    def _write_headings(self, left: float, top: float) -> None:
-        for number, heading in enumerate(self.drawing.headings):
-            self.sheet.write(left + number * (self.layout.panel + GAP), top, heading, color=GREY)
 
     def _draw_cell(self, cell: Cell, image: int, left: float, top: float) -> None:
         panel = self.layout.panel
-        style = {"weight": "bold"} if cell.is_trained else {}
-        self.sheet.write(left, top + NAME - 0.03, _short(cell.name), va="bottom", **style)
+        name, weight = cell.name, "bold" if cell.is_trained else "normal"
+        if len(name) > MOST_CHARACTERS_OF_NAME:
+            name = f"{name[: MOST_CHARACTERS_OF_NAME - 1]}…"
+        self.sheet.write(left, top + NAME - 0.03, name, va="bottom", weight=weight)
         heats = [(heat, SHARES, self.share, percent(heat.sum())) for heat in cell.shares]
         if self.drawing.has_students:
             change = f"{100 * cell.difference.sum():+.0f} pt".replace("-", "−")
@@ -173,9 +169,9 @@ class AttentionFigure:
         outline(self.sheet.axes, self.inspection.focus[image].tolist(), place, grid=self.inspection.grid)
 
     def _wrap_words(self) -> list[tuple[str, dict[str, Any]]]:
-        """The lines beside the image: the key, the conversation (a long turn is cut), and what is shown."""
+        """Return the lines beside the first image: key, conversation (a long turn is cut), and legend."""
         width = self.width - IMAGE_PANEL - CELL_GAP
-        # Measured in the regular weight, of which bold is a seventh wider.
+        # Widths are those of the regular weight; bold is a seventh wider.
         key = wrap(self.inspection.key, width / 1.15, size=KEY_SIZE)
         lines: list[tuple[str, dict[str, Any]]] = [
             (line, {"weight": "bold", "fontsize": KEY_SIZE}) for line in key
@@ -189,16 +185,12 @@ class AttentionFigure:
 
 
 def percent(share: float) -> str:
-    """A share in percent, two digits where it is small."""
+    """Return a share in percent, with two digits below 10%."""
     return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= MOST_CHARACTERS_OF_NAME else f"{name[: MOST_CHARACTERS_OF_NAME - 1]}…"
-
-
 def _layout(drawing: Drawing) -> Layout:
-    """As many cells side by side as fit, more where the page would get much higher than wide."""
+    """Return a layout with as many cells in a row as fit, or more if the page would be much higher than wide."""
     num_cells = max(map(len, drawing.images))
     panel, num_panels = (SMALL_PANEL, len(drawing.headings)) if drawing.has_students else (PANEL, 1)
     layout = Layout(panel, num_panels)

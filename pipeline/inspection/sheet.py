@@ -1,4 +1,4 @@
-"""A figure measured in inches from its top left corner, on which any text can be written."""
+"""A figure measured in inches from its upper left corner, and text that fits on it."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-FONT = "DejaVu Sans"  # comes with matplotlib
+FONT = "DejaVu Sans"  # installed with matplotlib
 FONT_SIZE, SMALL_SIZE = 8.5, 7
 BAR_GAP, BAR_HEIGHT = 0.03, 0.1
-NARROWEST = 0.28  # a letter such as i, in units of the font's size
-FEWEST = 4  # characters in a line, however narrow it is
+NARROWEST = 0.28  # width of a letter such as i, in units of the font's size
+FEWEST = 4  # characters in a line, however narrow the line is
 
 
 class Sheet:
-    """A white figure; every place and size is in inches, left and top first. `axes` cover it, to draw on."""
+    """A white figure covered by `axes`, in inches from its upper left corner."""
 
     def __init__(self, width: float, height: float):
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width, height), facecolor="white")
-        # One pair of axes for a hundred panels: each pair of its own would take longer than what it shows.
+        # One pair of axes serves all panels: a pair for each would take longer to draw than its content.
         self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
         self.axes.set_axis_off()
 
     def write(self, left: float, top: float, text: str, **style: Any) -> None:
-        """Text whose upper left corner is here, unless `ha` and `va` say otherwise."""
+        """Write text with its upper left corner here, unless `ha` and `va` say otherwise."""
         style = {"fontsize": FONT_SIZE, "va": "top", "family": FONT} | style
-        # A dollar sign is a dollar sign, not the beginning of a formula.
+        # A dollar sign does not start a formula.
         self.axes.text(left, top, drawable(text), parse_math=False, **style)
 
     def colour_bar(
         self, left: float, top: float, width: float, *, colours: Colormap, scale: Normalize, name: str
     ) -> None:
-        """A scale of percents, below its name, above its numbers."""
+        """Draw a scale of percents between its name and its numbers."""
         self.write(left, top, name, va="bottom", fontsize=SMALL_SIZE)
         bottom = 1 - (top + BAR_GAP + BAR_HEIGHT) / self.height
         place = (left / self.width, bottom, width / self.width, BAR_HEIGHT / self.height)
@@ -51,7 +51,7 @@ class Sheet:
 
 
 def wrap(text: str, width: float, *, size: float = FONT_SIZE, max_lines: int | None = None) -> list[str]:
-    """The text in lines of at most `width` inches; what is too long for `max_lines` ends in an ellipsis."""
+    """Return the text in lines of at most `width` inches; an ellipsis ends text that exceeds `max_lines`."""
     text = drawable(" ".join(text.split()))
     characters = int(width * 72 / size / NARROWEST)
     while True:
@@ -62,12 +62,12 @@ def wrap(text: str, width: float, *, size: float = FONT_SIZE, max_lines: int | N
 
 
 def text_width(text: str, *, size: float = FONT_SIZE) -> float:
-    """Inches of a line in the regular weight."""
+    """Return the width of a line in the regular weight, in inches."""
     return sum(_advance(character) for character in text) * size / 72
 
 
 def drawable(text: str) -> str:
-    """The text with an escape such as \\u4fa1 for every character that the font has no picture of."""
+    """Return the text with an escape such as \\u4fa1 for every character that the font lacks."""
     known = _characters()
     return "".join(c if ord(c) in known or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
@@ -79,7 +79,7 @@ def _characters() -> frozenset[int]:
 
 @cache
 def _advance(character: str) -> float:
-    """How far a character moves the pen, in units of the font's size."""
+    """Return a character's width in units of the font's size."""
     font = get_font(findfont(FONT))
     font.set_size(1000, 72)
     return font.load_char(ord(character)).linearHoriAdvance / 65536 / 1000

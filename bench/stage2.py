@@ -49,7 +49,9 @@ def _trainer(case: Case, losses: Mapping[str, Any]) -> Any:
     preparation = Preparation.of(config.student.model, config.data)
     stores = open_stores(config, preparation)
     dataset = JoinedDataset(stores, config.data.shards, preparation, targets=needed_targets(config))
-    trainer = build_trainer(config, case.folder / "out", dataset, identity=RunIdentity("bench", {}))
+    trainer = build_trainer(
+        config, case.folder / "out", dataset, identity=RunIdentity("bench", {}, samples_per_step=1)
+    )
     trainer.model.to(trainer.args.device).train()
     trainer.create_optimizer()
     return trainer

@@ -17,8 +17,8 @@ from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.join.stores import open_stores
 from pipeline.distill.model.adapters import add_adapters, merged_tensors
 from pipeline.distill.student import build_trainer, needed_targets, train_student
+from pipeline.distill.training.resuming import ADAPTERS_FILE
 from pipeline.distill.training.run_identity import RunIdentity
-from pipeline.distill.training.trainer import ADAPTERS_FILE
 from pipeline.errors import ConfigError
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
@@ -30,7 +30,9 @@ def test_only_adapters_projector_and_heads_move(experiment, tmp_path):
     preparation = Preparation.of(config.student.model, config.data)
     stores = open_stores(config, preparation)
     dataset = JoinedDataset(stores, config.data.shards, preparation, targets=needed_targets(config))
-    trainer = build_trainer(config, tmp_path / "run", dataset, identity=RunIdentity("of a test", {}))
+    trainer = build_trainer(
+        config, tmp_path / "run", dataset, identity=RunIdentity("of a test", {}, samples_per_step=4)
+    )
     before = {name: value.clone() for name, value in trainer.distiller.state_dict().items()}
     trainer.train()
     moved = {n for n, value in trainer.distiller.state_dict().items() if not torch.equal(value, before[n])}

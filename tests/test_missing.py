@@ -248,7 +248,9 @@ def test_only_what_a_store_lacks_is_made_again(batch_of, lacking, mixed, experim
     samples = {sample.key: sample for sample in (dataset[index] for index in range(len(dataset)))}
     batch = JoinCollator(dataset.targets)([samples[key] for key in batch_of])
     config = mixed(*names, more=RECOMPUTE)
-    trainer = build_trainer(config, tmp_path / "run", dataset, identity=RunIdentity("of a test", {}))
+    trainer = build_trainer(
+        config, tmp_path / "run", dataset, identity=RunIdentity("of a test", {}, samples_per_step=4)
+    )
     distiller = trainer.distiller
     patch_features = distiller._patch_features(batch)
     assert distiller.recompute is not None
@@ -298,7 +300,7 @@ def test_a_batch_that_lacks_rows_does_not_pass_as_whole(mixed, tmp_path):
     samples = {sample.key: sample for sample in (dataset[index] for index in range(len(dataset)))}
     batch = JoinCollator(dataset.targets)([samples[key] for key in ("a0", "a1")])
     distiller = build_trainer(
-        config, tmp_path / "run", dataset, identity=RunIdentity("of a test", {})
+        config, tmp_path / "run", dataset, identity=RunIdentity("of a test", {}, samples_per_step=4)
     ).distiller
     distiller.recompute = None
     with pytest.raises(

@@ -20,7 +20,7 @@ from small_experiment import weights
 from cache import Store
 from pipeline.distill.join.rank_batches import Filler, RankBatches
 from pipeline.distill.student import train_student
-from pipeline.distill.training.trainer import HEADS_FILE
+from pipeline.distill.training.resuming import HEADS_FILE
 from pipeline.errors import PipelineError
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 

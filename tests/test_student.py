@@ -15,8 +15,8 @@ from small_experiment import rewrite_store, shard_members, snapshot, weights, wr
 from cache import FingerprintMismatch, StoreNotFound
 from pipeline.config.config import load_config
 from pipeline.config.provenance import finished_identity
-from pipeline.distill.student import one_device_a_process, train_student, training_arguments
-from pipeline.distill.training.trainer import HEADS_FILE
+from pipeline.distill.student import train_student, training_arguments
+from pipeline.distill.training.resuming import HEADS_FILE, one_device_a_process
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.teacher_cache.teacher import cache_teacher

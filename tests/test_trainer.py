@@ -16,8 +16,9 @@ from cache import Store
 from pipeline.data.preparation import Preparation
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.student import build_trainer, needed_targets, train_student
+from pipeline.distill.training.resuming import HEADS_FILE, RUN_FILE
 from pipeline.distill.training.run_identity import RunIdentity
-from pipeline.distill.training.trainer import HEADS_FILE, RUN_FILE, DistillTrainer, NonFiniteLossError
+from pipeline.distill.training.trainer import DistillTrainer, NonFiniteLossError
 from pipeline.distill.training.training_folder import Start, start_of
 from pipeline.errors import ConfigError, JoinError
 from pipeline.losses.losses import LOSSES
@@ -45,7 +46,9 @@ def trainer_of(experiment, tmp_path):
         preparation = Preparation.of(config.student.model, config.data)
         store = Store(config.one_cache.path)
         dataset = RecordedDataset(store, config.data.shards, preparation, targets=needed_targets(config))
-        return build_trainer(config, tmp_path / folder, dataset, identity=RunIdentity("of a test", {}))
+        return build_trainer(
+            config, tmp_path / folder, dataset, identity=RunIdentity("of a test", {}, samples_per_step=4)
+        )
 
     return build
 
@@ -266,8 +269,8 @@ def test_a_checkpoint_cut_by_a_kill_is_passed_over_for_the_one_before(name, inte
     else:
         file.write_bytes(file.read_bytes()[:20])
     run = json.loads((stopped / "checkpoint-2" / RUN_FILE).read_text())
-    identity = RunIdentity(run["identity"], run["made_of"])
-    start = start_of(config, stopped, identity, samples=4, overwrite=False)
+    identity = RunIdentity(run["identity"], run["made_of"], run["samples_per_step"])
+    start = start_of(config, stopped, identity, overwrite=False)
     assert start == Start(checkpoint=stopped / "checkpoint-2")
 
 

@@ -26,7 +26,6 @@ TAKEN_OVER = sorted(
 
 # Hook -> who calls it, and under which conditions. After a change: look whether all processes still meet the call.
 CALLS = {
-    "_init_training_state": ["_inner_training_loop"],
     "_load_from_checkpoint": [
         "_prepare_for_training if resume_from_checkpoint is not None "
         "and not self.is_deepspeed_enabled and (is_sagemaker_mp_enabled() or self.is_fsdp_enabled)",
@@ -55,8 +54,6 @@ CALLS = {
         "evaluate if not isinstance(eval_dataset, dict)",
     ],
     "save_model": ["_save_checkpoint", "_tune_save_checkpoint", "push_to_hub"],
-    "set_initial_training_values": ["_inner_training_loop"],
-    "train": [],
     # The way from the loop to them
     "_inner_training_loop": [],
     "_run_epoch": ["_inner_training_loop"],

@@ -18,7 +18,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from cache import Store
 from pipeline.config.config import Config
 from pipeline.config.provenance import mark_finished, save_provenance
-from pipeline.config.training_arguments import NO_FLOAT16, samples_per_step
+from pipeline.config.training_arguments import NO_FLOAT16
 from pipeline.data.pairing import check_pair
 from pipeline.data.preparation import Preparation
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
@@ -27,7 +27,7 @@ from pipeline.distill.join.stores import open_stores, targets_read, teacher_fact
 from pipeline.distill.model.adapters import add_adapters
 from pipeline.distill.model.distiller import Distiller
 from pipeline.distill.training.processes import alone_in, check_together, is_first_process, num_processes
-from pipeline.distill.training.resuming import CORRECT_TRAIN
+from pipeline.distill.training.resuming import CORRECT_TRAIN, one_device_a_process
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.distill.training.trainer import DistillTrainer
 from pipeline.distill.training.training_folder import (
@@ -63,7 +63,7 @@ def train_student(
     for missing in dataset.missing:
         print(f"on_missing: {config.on_missing}: {missing}", file=sys.stderr)
     identity = RunIdentity.of(config, dataset)
-    if is_finished(folder, identity, samples_per_step(config.train, num_processes())):
+    if is_finished(folder, identity):
         return folder / MODEL_FOLDER
     arguments = training_arguments(config, folder)
     check_together(arguments.world_size)
@@ -91,10 +91,9 @@ def _train(
     overwrite: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> Path:
-    samples = samples_per_step(config.train, num_processes())
-    if is_finished(folder, identity, samples):  # by another process, before this one held the folder
+    if is_finished(folder, identity):  # by another process, before this one held the folder
         return folder / MODEL_FOLDER
-    start = start_of(config, folder, identity, samples=samples, overwrite=overwrite)
+    start = start_of(config, folder, identity, overwrite=overwrite)
     trainer = build_trainer(config, folder, dataset, identity=identity, arguments=arguments)
 
     @once
@@ -114,8 +113,7 @@ def _train(
         begin()  # of a training without steps
         _finish(trainer, folder)
     if trainer.is_world_process_zero():
-        made_of = {"made_of": identity.made_of, "samples_per_step": samples}
-        mark_finished(folder / FINISHED, identity.digest, config, **made_of)
+        mark_finished(folder / FINISHED, config=config, **identity.to_json())
     trainer.accelerator.wait_for_everyone()
     if trainer.stop.is_asked:
         raise TrainingStopped(
@@ -241,13 +239,3 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
     if arguments.fp16 and arguments.device.type == "cpu":  # here alone: elsewhere the config may be for a GPU
         raise ConfigError(f"{NO_FLOAT16}, and there is no GPU here; set train.bf16, or neither")
     return one_device_a_process(arguments)
-
-
-def one_device_a_process(arguments: TrainingArguments) -> TrainingArguments:
-    """Where a process sees several GPUs it takes the first; several are for several processes (torchrun).
-
-    Left alone, the Trainer would cut every batch into one piece a GPU, and the images do not lie sample by sample.
-    """
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
-    return arguments

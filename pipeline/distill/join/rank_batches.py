@@ -19,10 +19,9 @@ class Filler(int):
 class RankBatches:
     """A batch sampler: every process takes its slice of each `batch_size * num_processes` samples of the epoch.
 
-    Order and position depend on seed and epoch alone, so that they are the same for any number of processes with
-    the same product, and going on from a step reads nothing of what was before. No sample is met twice in an epoch:
-    where its end leaves a process without samples, that process gets one `Filler`. In epoch `first_epoch` the samples
-    before `first_sample` are left out of their batches, and of no later one.
+    The order depends on seed and epoch alone, so steps of equally many samples are the same steps for any number of
+    processes. No sample is met twice in an epoch: where its end leaves a process without samples, that process gets
+    one `Filler`. With `drop_last` an epoch ends with its last whole step, of `accumulation` batches.
     """
 
     num_samples: int
@@ -31,32 +30,26 @@ class RankBatches:
     process_index: int = 0
     seed: int = 0
     drop_last: bool = False
+    accumulation: int = 1
     block: int = 1  # neighbours of the store that stay near each other, see `shuffled`
     epoch: int = 0
-    first_epoch: int = 0
-    first_sample: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    @property
-    def samples_an_epoch(self) -> int:
-        """All, unless the last batch is dropped."""
-        return min(self.num_samples, len(self) * self.batch_size * self.num_processes)
-
     def __len__(self) -> int:
-        batches = self.num_samples / (self.batch_size * self.num_processes)
-        return math.floor(batches) if self.drop_last else math.ceil(batches)
+        together = self.batch_size * self.num_processes
+        if self.drop_last:
+            return self.num_samples // (together * self.accumulation) * self.accumulation
+        return math.ceil(self.num_samples / together)
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = shuffled(self.num_samples, generator, block=self.block)
         together = self.batch_size * self.num_processes
-        first = self.first_sample if self.epoch == self.first_epoch else 0
         for start in range(0, len(self) * together, together):
             mine = start + self.process_index * self.batch_size
-            batch = order[max(mine, first) : mine + self.batch_size].tolist()
-            yield batch or [Filler(order[max(start, first)])]
+            yield order[mine : mine + self.batch_size].tolist() or [Filler(order[start])]
 
 
 def shuffled(num_samples: int, generator: torch.Generator, *, block: int) -> torch.Tensor:

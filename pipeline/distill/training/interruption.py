@@ -67,13 +67,3 @@ def leave_signals_to_the_parent(_worker: int) -> None:
     """In a data-loading worker: SLURM and terminals signal all processes, and one that dies takes the step along."""
     for number in EXIT_CODES:
         signal.signal(number, signal.SIG_IGN)
-
-
-class TakeUpLog(TrainerCallback):
-    """Calls the trainer's `take_up_log` once its own sums are set to zero."""
-
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.take_up_log()

@@ -1,171 +1,165 @@
-"""A Trainer that goes on at the very sample where a checkpoint stopped, also with another global batch."""
+"""The Trainer's checkpoints: what is written, what is read back, and every private hook of transformers in use."""
 
 from __future__ import annotations
 
-import math
-import sys
-import time
+import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.data_loader import prepare_data_loader
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.training_args import OptimizerNames
 
 from pipeline.config.config import Config
-from pipeline.config.provenance import read_mark
-from pipeline.distill.join.rank_batches import RankBatches
-from pipeline.distill.training.data_position import DataPosition
-from pipeline.distill.training.interruption import leave_signals_to_the_parent
-from pipeline.errors import building
+from pipeline.distill.model.adapters import adapter_tensors, merged_tensors
+from pipeline.distill.model.distiller import Distiller
+from pipeline.distill.training.run_identity import RunIdentity
+from pipeline.distill.training.term_log import TermLog
+from pipeline.errors import building, writing
+from pipeline.models.checkpoint import checkpoint_folder, named_if_broken
+from pipeline.models.configuration import read_config
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.saved_files import save_tensors
 
-# Of a checkpoint: the run that it can continue, when that began, its place in the data, and what is not logged yet.
-RUN_FILE = "run.json"
-
-
+RUN_FILE = "run.json"  # of a checkpoint: the run that it belongs to, and the sums that are not logged yet
+HEADS_FILE = "heads.safetensors"
+ADAPTERS_FILE = "adapters.safetensors"  # of a checkpoint with LoRA: its model has them merged
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "preprocessor_config.json")  # fmt: skip
 CORRECT_TRAIN = "correct the `train` section"
 
 
 class ResumingTrainer(Trainer):
-    """transformers.Trainer whose place in the data is kept in samples, not worked out from steps.
+    """A Trainer whose checkpoint is the student in MobileVLM's layout, its heads, and the log line under way."""
 
-    The Trainer works out epoch and batch from the number of steps, which holds while all steps are alike. Here they
-    come from the checkpoint's `DataPosition`. `global_step` counts the steps that were made, whatever their length.
-    """
-
-    def __init__(self, *, settings: Config, **kwargs: Any):
+    def __init__(self, *, settings: Config, identity: RunIdentity, **kwargs: Any):
         super().__init__(**kwargs)
         self.settings = settings
-        self.position = DataPosition(self._samples_per_step())
-        self.resumed_from: DataPosition | None = None
-        self.began = time.time()
-        self.schedule_ahead = 0
+        self.identity = identity
+        self.losses = settings.losses.active()
+        self.term_log = TermLog()  # of this process, since the last log line
+        self.last_logged_step = 0
 
-    def train(self, resume_from_checkpoint: str | None = None, **named: Any):  # type: ignore[override]
-        """As `Trainer.train`; from a checkpoint's folder at the sample where it stopped."""
-        if resume_from_checkpoint is not None:
-            run = read_mark(Path(resume_from_checkpoint) / RUN_FILE)
-            self.resumed_from, self.began = DataPosition(**run["position"]), run["began"]
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **named)
-
-    @building("train: the samples cannot be loaded", then=CORRECT_TRAIN)
-    def get_train_dataloader(self) -> DataLoader:
-        """Samples in the seed's order, the same for any number of processes, from where the run is on."""
-        arguments = self.args
-        self.batches = RankBatches(
-            len(cast(Any, self.train_dataset)),
-            self._train_batch_size,
-            arguments.world_size,
-            arguments.process_index,
-            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
-            drop_last=arguments.dataloader_drop_last,
-            block=self.settings.data.shuffle_block,
-        )
-        start = self.resumed_from or DataPosition(self._samples_per_step())
-        self.position = start.in_steps_of(self._samples_per_step(), self.batches.samples_an_epoch)
-        self.batches.first_epoch, self.batches.first_sample = self.position.epoch, self.position.sample
-        loader = DataLoader(
-            cast(Any, self.train_dataset),
-            batch_sampler=cast(Any, self.batches),
-            collate_fn=self.data_collator,
-            num_workers=arguments.dataloader_num_workers,
-            pin_memory=arguments.dataloader_pin_memory,
-            persistent_workers=arguments.dataloader_persistent_workers,
-            prefetch_factor=arguments.dataloader_prefetch_factor,
-            worker_init_fn=leave_signals_to_the_parent,
-        )
-        # Cut by rank already; accelerate would fill the end of an epoch with samples of its beginning.
-        return prepare_data_loader(
-            loader, arguments.device, num_processes=1, process_index=0, put_on_device=True
-        )
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step; the position is from now on where that step ends."""
-        self.position = self.position.after_step(self.batches.samples_an_epoch)
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    def set_initial_training_values(self, args, dataloader):
-        """How long the run is: `max_steps` counts steps, of any length; epochs end with their last sample."""
-        values = super().set_initial_training_values(args, dataloader)
-        self.schedule_ahead = 0
-        if self.resumed_from is None:
-            return values
-        epochs, steps_an_epoch, examples, samples, batch, batches_an_epoch, steps = values
-        # Steps that were made beyond those that steps of this length would have needed up to here; may be negative.
-        here = self.position.epoch * steps_an_epoch + self.position.steps_into_epoch
-        ahead = self.position.step - here
-        if args.max_steps > 0:
-            epochs = math.ceil((steps - ahead) / steps_an_epoch)
-        else:
-            self.schedule_ahead = ahead
-            samples, steps = samples * (steps + ahead) / steps, steps + ahead
-        if self.position.step >= steps:  # the Trainer would make one step more
-            epochs = self.position.epoch
-        return epochs, steps_an_epoch, examples, samples, batch, batches_an_epoch, steps
-
-    def _init_training_state(self, *arguments, **named) -> tuple[int, int]:
-        epoch_and_batches = super()._init_training_state(*arguments, **named)
-        if self.resumed_from is None:
-            return epoch_and_batches
-        if self._is_cut_otherwise():
-            self._tell_of_other_steps(self.resumed_from.samples_per_step)
-        return self.position.epoch, self.position.steps_into_epoch * self.args.gradient_accumulation_steps
-
-    def _is_cut_otherwise(self) -> bool:
-        before = self.resumed_from
-        return before is not None and before.samples_per_step != self.position.samples_per_step
-
-    def _tell_of_other_steps(self, before: int) -> None:
-        """On stderr, and in the log that the result keeps."""
-        now = self.position
-        line: dict[str, Any] = {"samples_per_step": now.samples_per_step, "samples_per_step_before": before}
-        self.state.log_history.append(line | {"epoch": self.state.epoch, "step": now.step})
-        if self.is_world_process_zero():
-            print(
-                f"{self.args.output_dir}/checkpoint-{now.step} was made with {before} samples a step; going on with "
-                f"{now.samples_per_step}, after {now.sample} of {self.batches.samples_an_epoch} samples of epoch "
-                f"{now.epoch + 1}",
-                file=sys.stderr,
-            )
-
-    def _prepare_for_training(self, *arguments, **named):
-        with building("train: the trainer cannot be built", then=CORRECT_TRAIN):
-            return super()._prepare_for_training(*arguments, **named)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None):
-        """Over epochs the learning rate is that of a run whose steps were all of today's length."""
-        return super().create_scheduler(num_training_steps - self.schedule_ahead, optimizer)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.is_fsdp_enabled and not self.keeps_sharded_state:
-            self._load_schedule(Path(checkpoint))
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        schedule = self.lr_scheduler
-        if self._is_cut_otherwise() and self.args.max_steps <= 0 and isinstance(schedule, LambdaLR):
-            schedule.last_epoch = self.position.step - self.schedule_ahead - 1
-            schedule.step()  # to the step that the run is at; sets the optimizer's rates, too
+    @property
+    def distiller(self) -> Distiller:
+        return self.accelerator.unwrap_model(self.model)
 
     @property
     def keeps_sharded_state(self) -> bool:
         """Whether the optimizer is sharded and has a state: plain SGD has none."""
         return self.is_fsdp_enabled and self.args.optim != OptimizerNames.SGD
 
-    def _load_schedule(self, checkpoint: Path) -> None:
-        """All there is to load with plain SGD, whose optimizer has no state.
+    # Writing
 
-        torch finds the device for a sharded optimizer's state by its tensors, and fails where there are none.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the weights of a checkpoint. All processes must call it: they gather what the first one writes."""
+        # Not `_save`, which some releases of transformers call in the first process alone.
+        folder = Path(output_dir or str(self.args.output_dir))
+        *terms, loss = self.sum_of_ranks(self.term_log.sums(self.losses))
+        student, heads = self.save_student(folder)
+        if not self.args.should_save:
+            return
+        if self.settings.student.lora is not None:
+            save_tensors(adapter_tensors(student), folder / ADAPTERS_FILE)
+        save_tensors(heads, folder / HEADS_FILE)
+        unlogged = {"loss": loss, "last_logged_step": self.last_logged_step, "terms": terms}
+        (folder / RUN_FILE).write_text(json.dumps(self.identity.to_json() | {"unlogged": unlogged}) + "\n")
+
+    def save_student(self, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Write the student with its tokenizer, as `from_pretrained` reads it; return its and the heads' tensors.
+
+        All processes must call it. Of a sharded model the tensors are whole in the first process alone.
         """
+        state: Any = self.distiller.state_dict()
+        if self.is_fsdp_enabled:
+            state = self.accelerator.get_state_dict(self.model)
+        student, heads = (
+            {name.removeprefix(part): v.contiguous() for name, v in state.items() if name.startswith(part)}
+            for part in ("student.", "heads.")
+        )
+        if self.args.should_save:
+            lora = self.settings.student.lora
+            tensors = (
+                student
+                if lora is None
+                else merged_tensors(student, cast(Any, self.distiller.student.config), lora)
+            )
+            self.distiller.student.save_pretrained(folder, state_dict=tensors)
+            source = checkpoint_folder(self.settings.student.model)
+            for name in TOKENIZER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(
+                        source / name, folder / name
+                    )  # not its mode: saved files follow the umask
+        return student, heads
+
+    def sum_of_ranks(self, values: list[float]) -> list[float]:
+        mine = torch.tensor(values, dtype=torch.float64, device=self.args.device)
+        return self.sum_over_ranks(mine).tolist()
+
+    def sum_over_ranks(self, mine: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.accelerator.reduce(mine, reduction="sum"))
+
+    # Private hooks, tried with transformers 5.23 (pyproject.toml pins >=5.23,<5.24). tests/test_transformers_hooks.py
+    # compares where the Trainer calls them; before the pin is raised, read what it reports.
+
+    def _prepare_for_training(self, *arguments, **named):
+        with building("train: the trainer cannot be built", then=CORRECT_TRAIN):
+            return super()._prepare_for_training(*arguments, **named)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:  # of a sharded model a second copy of the weights, which nothing here reads
+            (Path(output_dir) / "pytorch_model_fsdp.bin").unlink(missing_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        has_adapters = self.settings.student.lora is not None
+        read_config(folder)
+        with named_if_broken(folder):
+            student = MobileVLMForCausalLM.from_pretrained(folder, dtype=self.settings.student.dtype)
+            tensors = student.state_dict()
+            if (
+                has_adapters
+            ):  # the adapters are merged in the rest, whose own weights training leaves as they are
+                projector = {name: value for name, value in tensors.items() if ".mm_projector." in name}
+                tensors = projector | load_file(str(folder / ADAPTERS_FILE))
+            heads = load_file(str(folder / HEADS_FILE))
+            whole = StateDictOptions(full_state_dict=True, strict=not has_adapters)
+            set_model_state_dict(self.distiller.student, cast(Any, tensors), options=whole)
+            if heads:  # labels alone have none, and torch takes no empty state
+                whole = StateDictOptions(full_state_dict=True)
+                set_model_state_dict(self.distiller.heads, cast(Any, heads), options=whole)
+        unlogged = json.loads((folder / RUN_FILE).read_text())["unlogged"]
+        self.last_logged_step = unlogged["last_logged_step"]
+        if self.is_world_process_zero():  # the sums of all processes count once
+            self.term_log = TermLog.of(self.losses, [*unlogged["terms"], unlogged["loss"]])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled or self.keeps_sharded_state:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        # torch finds the device of a sharded state by its tensors, and fails where there are none.
         schedule = cast(LambdaLR, self.lr_scheduler)
-        schedule.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
+        schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
 
-    def _samples_per_step(self) -> int:
-        """Over all ranks and accumulations."""
-        arguments = self.args
-        return self._train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+def one_device_a_process(arguments: TrainingArguments) -> TrainingArguments:
+    """Use only the first GPU of those that a process sees; several GPUs need several processes (torchrun).
+
+    The Trainer would otherwise cut a batch into one piece a GPU, but images do not lie sample by sample.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments

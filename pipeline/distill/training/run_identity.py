@@ -13,9 +13,10 @@ from transformers import TrainingArguments
 
 from cache import digest_of
 from pipeline.config.config import Config
-from pipeline.config.training_arguments import HOW_IT_RUNS, OF_THE_LOG
+from pipeline.config.training_arguments import HOW_IT_RUNS, OF_THE_LOG, samples_per_step
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.join.stores import TOKENS
+from pipeline.distill.training.processes import num_processes
 from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
 
@@ -23,6 +24,7 @@ NOT_SET = object()
 DIGEST = re.compile(r"[0-9a-f]{64}")
 SHOWN = 100  # characters of a value in a message
 
+GLOBAL_BATCH = "samples per step (batch size x accumulation x processes)"
 STUDENT_SETTINGS = "student's config.json"
 PLACE_IN_A_LIST = re.compile(r"\[\d+\]")
 # Keys that name a place, by what is compared of what lies there: a moved copy is the same.
@@ -51,13 +53,15 @@ class Change:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """All that weights depend on but the samples of a step, which a run under way may change.
+    """All that a student's weights depend on.
 
-    `digest` is of settings, fingerprints and first weights; `made_of` is those by name, and what the stores hold.
+    `digest` is of settings, fingerprints and first weights. `made_of` holds these by name, and what the stores hold.
+    `samples_per_step` is the global batch, over all processes and accumulations.
     """
 
     digest: str
     made_of: Mapping[str, Any]
+    samples_per_step: int
 
     @classmethod
     def of(cls, config: Config, dataset: JoinedDataset) -> RunIdentity:
@@ -84,16 +88,26 @@ class RunIdentity:
         made_of |= {"samples": samples, "first weights": first_weights}
         made_of[STUDENT_SETTINGS] = _config_digest(checkpoint_folder(config.student.model))
         digest = digest_of([settings, stored, len(dataset), first_weights])
-        return cls(digest, json.loads(json.dumps(made_of)))
+        return cls(digest, json.loads(json.dumps(made_of)), samples_per_step(config.train, num_processes()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a training's mark and its checkpoints keep, for `changes` to compare."""
+        return {
+            "identity": self.digest,
+            "made_of": self.made_of,
+            "samples_per_step": self.samples_per_step,
+        }
 
     def changes(self, mark: Mapping[str, Any]) -> list[Change]:
-        """What differs from the training whose mark this is; of marks that list nothing, that something does."""
-        if isinstance(mark.get("made_of"), dict):
-            before = mark["made_of"]
-            changes = _changes(before, self.made_of)
-            return [change for change in changes if not self._is_none(change, before)]
-        known = mark.get("identity") == self.digest
-        return [] if known else [Change("settings, data or first weights", "others", "these")]
+        """Return what differs from the training of a mark; without `made_of` a mark only says that something does."""
+        if isinstance(before := mark.get("made_of"), dict):
+            changes = [c for c in _changes(before, self.made_of) if not self._is_none(c, before)]
+        else:
+            is_this = mark.get("identity") == self.digest
+            changes = [] if is_this else [Change("settings, data or first weights", "others", "these")]
+        if (samples := _samples_per_step(mark)) != self.samples_per_step:
+            changes.append(Change(GLOBAL_BATCH, samples, self.samples_per_step))
+        return changes
 
     def _is_none(self, change: Change, before: Mapping[str, Any]) -> bool:
         """Whether a key says the same in other words: transformers' default, or another place of equal contents."""
@@ -126,6 +140,14 @@ def is_longer(changes: Sequence[Change]) -> bool:
     default = -1 if changes[0].key == "train.max_steps" else 3.0  # transformers' own
     old, new = (default if value is NOT_SET else value for value in (changes[0].old, changes[0].new))
     return 0 < old < new  # -1 steps: the epochs say how many
+
+
+def _samples_per_step(mark: Mapping[str, Any]) -> Any:
+    if (position := mark.get("position")) is None:
+        return mark.get("samples_per_step", NOT_SET)
+    # A checkpoint of an earlier version, which could change its global batch on the way.
+    is_constant = position["samples_seen"] == position["step"] * position["samples_per_step"]
+    return position["samples_per_step"] if is_constant else "several"
 
 
 def _or_default(key: str, value: Any) -> Any:

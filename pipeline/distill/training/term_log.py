@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +16,19 @@ from pipeline.distill.model.distiller import Terms
 class TermLog:
     """Sums and counts of every loss term since the last log line, in this process."""
 
-    totals: dict[str, float]
-    counts: dict[str, float]
+    totals: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
     coverage: float = 0.0
     batches: int = 0
+    loss: torch.Tensor = field(
+        default_factory=lambda: torch.zeros(())
+    )  # float32, as the Trainer adds up its own
 
-    def add(self, terms: Terms) -> None:
+    def add(self, terms: Terms | None, loss: torch.Tensor) -> None:
+        """Add a batch; of a filler `terms` is None."""
+        self.loss += loss.detach().cpu()
+        if terms is None:
+            return
         for name, (total, count) in terms.terms.items():
             self.totals[name] = self.totals.get(name, 0.0) + float(total.detach())
             self.counts[name] = self.counts.get(name, 0.0) + float(count)
@@ -29,18 +36,18 @@ class TermLog:
         self.batches += 1
 
     def sums(self, losses: Mapping[str, Any]) -> list[float]:
-        """All of it as numbers that can be added up over processes: `TermLog.of` reads them back."""
+        """Return all of it as numbers that can be added up over processes; `of` reads them back."""
         of_terms = [sums.get(name, 0.0) for name in losses for sums in (self.totals, self.counts)]
-        return [*of_terms, self.coverage, self.batches]
+        return [*of_terms, self.coverage, self.batches, float(self.loss)]
 
     @classmethod
     def of(cls, losses: Mapping[str, Any], sums: Sequence[float]) -> TermLog:
-        *of_terms, coverage, batches = sums
+        *of_terms, coverage, batches, loss = sums
         totals, counts = (dict(zip(losses, of_terms[n::2], strict=True)) for n in (0, 1))
-        return cls(totals, counts, coverage, int(batches))
+        return cls(totals, counts, coverage, int(batches), torch.tensor(loss))
 
     def means(self, losses: Mapping[str, Any]) -> dict[str, float]:
-        """Per term the mean (`loss/x`) and its part of the whole (`loss/x_weighted`), and `kd/coverage`."""
+        """Return each term's mean (`loss/x`) and weighted mean (`loss/x_weighted`), and `kd/coverage`."""
         entries = {}
         for name, settings in losses.items():
             mean = self.totals[name] / max(self.counts[name], 1.0)

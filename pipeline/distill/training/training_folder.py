@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline.config.config import Config
 from pipeline.config.provenance import read_mark
+from pipeline.distill.training.resuming import HEADS_FILE, RUN_FILE, TOKENIZER_FILES
 from pipeline.distill.training.run_identity import OPEN_SCHEDULES, Change, RunIdentity, is_longer
-from pipeline.distill.training.trainer import HEADS_FILE, RUN_FILE, TOKENIZER_FILES
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.configuration import read_config
@@ -36,66 +36,72 @@ class Start:
     replaces: bool = False
 
 
-def start_of(config: Config, folder: Path, identity: RunIdentity, *, samples: int, overwrite: bool) -> Start:
-    """Where to begin. What a training left in the folder is neither replaced nor mixed with another's unasked.
+def start_of(config: Config, folder: Path, identity: RunIdentity, *, overwrite: bool) -> Start:
+    """Return where to begin. Without `overwrite` nothing that a training left is replaced, or mixed with another's.
 
-    `samples` of a step: a run under way may change them. Raises `PipelineError` naming what differs, or how to
-    resume; `ConfigError` if a checkpoint is asked for that is none of this run.
+    Raises `PipelineError` naming what differs, or how to resume; `ConfigError` if the config asks for a checkpoint
+    of another run.
     """
     check_inputs(config, folder)
     mark, checkpoints = read_mark(folder / FINISHED), _asked_checkpoints(config, folder)
-    resumes = config.train.get("resume_from_checkpoint") not in (None, False)
-    finished_of = _changes_of_finished(mark, identity, samples) if mark else []
+    asked = config.train.get("resume_from_checkpoint")
+    resumes = asked not in (None, False)
     own = [file for file in checkpoints if identity.may_lengthen(read_mark(file / RUN_FILE))]
     is_readable = bool(mark) or not (folder / FINISHED).exists()
-    if resumes and own and is_readable and (not finished_of or is_longer(finished_of)):
-        # Of runs that began anew in this folder the last; they may differ in the samples of a step.
-        return Start(checkpoint=max(own, key=lambda file: read_mark(file / RUN_FILE)["began"]))
-    is_empty = not (checkpoints or (folder / FINISHED).exists() or has_weights(folder))
-    if overwrite and config.train.get("resume_from_checkpoint") not in (None, False, True):
-        changes = identity.changes(read_mark(checkpoints[0] / RUN_FILE))
+    changes = identity.changes(mark) if mark else []
+    if resumes and own and is_readable and (not changes or is_longer(changes)):
+        return Start(checkpoint=own[0])
+    if overwrite and asked not in (None, False, True):
         raise ConfigError(
-            f"train.resume_from_checkpoint: {checkpoints[0]} was {_made_with(changes, identity)}, and --overwrite "
-            f"would remove it; restore them, or {ELSEWHERE}"
+            f"train.resume_from_checkpoint: {_origin(checkpoints[0], identity)}, and --overwrite would remove it; "
+            f"restore them, or {ELSEWHERE}"
         )
+    is_empty = not (checkpoints or (folder / FINISHED).exists() or has_weights(folder))
     if overwrite or is_empty:
         return Start(replaces=not is_empty)
-    if not is_readable:
-        raise PipelineError(
-            f"{folder / FINISHED} cannot be read: what is trained there may be finished; restore it, {INSTEAD}"
-        )
-    if mark and not finished_of:
-        raise PipelineError(
-            f"{folder} holds this training, finished, but its model cannot be used: {model_fault(folder)}; "
-            f"restore it, {INSTEAD}"
-        )
-    if mark:
-        why = _why_no_longer(finished_of, identity, has_checkpoint=bool(own))
-        raise PipelineError(f"{folder} holds a finished training, {why}; {INSTEAD}")
-    if not checkpoints:
-        raise PipelineError(
-            f"{folder / MODEL_FOLDER} holds weights, and there is no {FINISHED} to say what they were trained with; "
-            f"{INSTEAD}"
-        )
-    changes = identity.changes(read_mark(checkpoints[0] / RUN_FILE))
-    if resumes:
-        raise ConfigError(
-            f"train.resume_from_checkpoint: {checkpoints[0]} was {_made_with(changes, identity)}; restore them, "
-            f"{INSTEAD}"
-        )
-    if own:
+    if mark or not is_readable or not checkpoints:
+        raise PipelineError(f"{_finished_work(folder, mark, identity, has_checkpoint=bool(own))}{INSTEAD}")
+    if own and not resumes:
         raise PipelineError(
             f"{folder} holds {own[0].name} of this training; {RESUME} resumes it, --overwrite trains anew in "
             "its place"
         )
-    raise PipelineError(f"{checkpoints[0]} was {_made_with(changes, identity)}; {INSTEAD}")
+    if resumes:
+        raise ConfigError(
+            f"train.resume_from_checkpoint: {_origin(checkpoints[0], identity)}; restore them, {INSTEAD}"
+        )
+    raise PipelineError(f"{_origin(checkpoints[0], identity)}; {INSTEAD}")
 
 
-def is_finished(folder: Path, identity: RunIdentity, samples: int) -> bool:
+def _finished_work(folder: Path, mark: dict[str, Any], identity: RunIdentity, *, has_checkpoint: bool) -> str:
+    """The beginning of a refusal: what a folder holds that may be finished, and how to use it."""
+    if not mark and (folder / FINISHED).exists():
+        return f"{folder / FINISHED} cannot be read: what is trained there may be finished; restore it, "
+    if not mark:
+        return (
+            f"{folder / MODEL_FOLDER} holds weights, and there is no {FINISHED} to say what they were trained "
+            "with; "
+        )
+    changes = identity.changes(mark)
+    if not changes:
+        return (
+            f"{folder} holds this training, finished, but its model cannot be used: {model_fault(folder)}; "
+            "restore it, "
+        )
+    if not is_longer(changes) or not identity.has_open_schedule():
+        return f"{folder} holds a finished training, {_made_with(changes, identity)}; "
+    how = (
+        f"which {RESUME} makes longer"
+        if has_checkpoint
+        else "but without a checkpoint to make it longer from"
+    )
+    return f"{folder} holds a finished training, {_listed(changes)}, {how}; "
+
+
+def is_finished(folder: Path, identity: RunIdentity) -> bool:
     """Whether the folder holds this very training, done, with its model."""
     mark = read_mark(folder / FINISHED)
-    is_this = bool(mark) and not _changes_of_finished(mark, identity, samples)
-    return is_this and model_fault(folder) is None
+    return bool(mark) and not identity.changes(mark) and model_fault(folder) is None
 
 
 def holds_finished(folder: Path) -> bool:
@@ -149,26 +155,12 @@ def _files_of(path: Path) -> list[Path]:
     return [file.resolve() for file in (path, *files)]
 
 
-def _changes_of_finished(mark: dict[str, Any], identity: RunIdentity, samples: int) -> list[Change]:
-    """What differs from a finished training, whose weights depend on the samples of a step, too."""
-    changes, before = identity.changes(mark), mark.get("samples_per_step")
-    return changes if before == samples else [*changes, Change("samples a step", before, samples)]
+def _origin(checkpoint: Path, identity: RunIdentity) -> str:
+    return f"{checkpoint} was {_made_with(identity.changes(read_mark(checkpoint / RUN_FILE)), identity)}"
 
 
 def _made_with(changes: Sequence[Change], identity: RunIdentity) -> str:
     return f"made with other settings: {_listed(changes)}{_no_other_length(changes, identity)}"
-
-
-def _why_no_longer(changes: Sequence[Change], identity: RunIdentity, *, has_checkpoint: bool) -> str:
-    """Why a finished training is not continued."""
-    if not is_longer(changes) or not identity.has_open_schedule():
-        return _made_with(changes, identity)
-    how = (
-        f"which {RESUME} makes longer"
-        if has_checkpoint
-        else "but without a checkpoint to make it longer from"
-    )
-    return f"{_listed(changes)}, {how}"
 
 
 def _no_other_length(changes: Sequence[Change], identity: RunIdentity) -> str:

@@ -9,28 +9,25 @@ operations counted from shapes (bench/flops.py) over the median: where they stay
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple
 
 import numpy as np
-import torch
 import typer
 from numpy.polynomial import Polynomial
 
 from bench import flops, stage1, stage2
-from bench.models import MODELS, Case, config_of, write_inputs
+from bench.models import Case, config_of, write_inputs
 from bench.tables import print_table
-from bench.turns import Turns, Work, machine, measure, own_process, prepare, take_turn
+from bench.turns import Turns, Work, machine, measure
 from pipeline.data.preparation import Preparation
 from pipeline.data.shards import Sample, expand_shards, read_shard
 from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from pipeline.teacher_cache import workers
-from pipeline.teacher_cache.teacher import plan_capture, write_parts
 
 TOKENS, SAMPLES = (200, 400, 800, 1200, 1600), (8, 24, 48, 96)
 FORMATS = {
@@ -42,8 +39,7 @@ Law = tuple[str, str, int]  # names of a cost and of what it grows with, and the
 app = typer.Typer(add_completion=False)
 
 
-@dataclass(frozen=True)
-class Sweep:
+class Sweep(NamedTuple):
     """One thing varied, all else left as it is."""
 
     name: str
@@ -57,6 +53,7 @@ def sweeps(base: Case) -> Iterator[Sweep]:
     """The sweeps in their order, below the folder of `base`."""
     by_tokens = [replace(base, tokens=number) for number in TOKENS]
     by_samples = [replace(base, samples=number) for number in SAMPLES]
+    by_workers = [replace(base, tokens=300, samples=32, workers=number) for number in (0, 1, 2)]
     square = ("ms a sample", "positions", 2), ("peak MB", "positions", 2)
     linear = ("seconds", "samples", 1), ("peak MB", "samples", 1)
     stored = ("stored kB a sample", "text_rows", 1)
@@ -64,6 +61,7 @@ def sweeps(base: Case) -> Iterator[Sweep]:
     yield Sweep("stage 2 against positions", "positions", stage2.cached, by_tokens, square)
     yield Sweep("stage 1 against samples", "samples", stage1.capturing, by_samples, linear)
     yield Sweep("stage 2 against samples, from the store", "samples", stage2.loading, by_samples, linear)
+    yield Sweep("stage 2 against data-loading workers", "workers", stage2.loading, by_workers)
 
 
 def rows_of(sweep: Sweep, *, repeats: int = 5) -> list[Row]:
@@ -78,20 +76,16 @@ def _write(sweep: Sweep, case: Case) -> Case:
     """Write shards and models and, for stage 2, their store. Returns the case in a folder of its own."""
     case = replace(case, folder=case.folder / f"{sweep.name} {case.tokens} {case.samples} {case.workers}")
     case.folder.mkdir(parents=True)
-    write_inputs(case, "teacher", "student", shards=4 if sweep.work is sharing else 1)
-    if sweep.work in (stage2.cached, stage2.loading):
+    write_inputs(case, "teacher", "student")
+    if sweep.work is not stage1.capturing:
         stage2.prepare(case)
     return case
 
 
 def _row(sweep: Sweep, case: Case, turns: Turns) -> dict[str, float]:
     sample = mean_sample(case)
-    teacher, student = (flops.Model.of(MODELS[case.size, role]) for role in ("teacher", "student"))
-    operations = (
-        flops.stage_1(teacher, sample)
-        if sweep.work in (stage1.capturing, sharing)
-        else flops.stage_2(student, sample, checkpointing=False)
-    )
+    is_stage_1 = sweep.work is stage1.capturing
+    count = flops.stage_1 if is_stage_1 else partial(flops.stage_2, checkpointing=False)
     seconds = median(turns.seconds)
     found = {
         "positions": sample.positions,
@@ -102,12 +96,12 @@ def _row(sweep: Sweep, case: Case, turns: Turns) -> dict[str, float]:
         "ms a sample": 1e3 * seconds / case.samples,
         "least": 1e3 * min(turns.seconds) / case.samples,
         "most": 1e3 * max(turns.seconds) / case.samples,
-        "peak MB": turns.counted.get("peak_bytes", turns.peak_bytes) / 1e6,
-        "GFLOP/s": operations * case.samples / seconds / 1e9,
+        "peak MB": turns.peak_bytes / 1e6,
+        "GFLOP/s": count(case.size, sample) * case.samples / seconds / 1e9,
         "start-up CPU s": turns.startup_cpu_seconds,
         "stored kB a sample": turns.counted.get("bytes", 0) / case.samples / 1e3,
     }
-    return found | {name: turns.counted[name] for name in ("waiting",) if name in turns.counted}
+    return found | turns.counted
 
 
 def mean_sample(case: Case) -> flops.Sample:

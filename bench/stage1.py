@@ -8,6 +8,7 @@ python -m bench.stage1 --profiled "stage 1"          (where a turn of one contes
 `bare`     tower, projector, decoder with SDPA, and the head where answers are: nothing decoded, kept or written
 `stage 1`  shard to part: images decoded, all targets captured, encoded, compressed, written, forced to the disk
 `stub`     the same for attention and vision alone, which need the first layer only
+`compiled` the forward of `bare`, its decoder by torch.compile
 `obvious`  eager attention with `output_attentions=True`, layer 0 kept, all logits, one torch.save a batch
 """
 
@@ -72,9 +73,11 @@ def batches(case: Case, targets: Collection[str]) -> tuple[Teacher, list[Batch]]
     ]
 
 
-def bare(case: Case) -> Work:
+def bare(case: Case, *, compiled: bool = False) -> Work:
     """The whole teacher's forward."""
     teacher, prepared = batches(case, ["logits"])
+    if compiled:
+        teacher.model.model.compile(dynamic=True)
 
     def turn() -> Mapping[str, float]:
         for tokens, pixels in prepared:
@@ -118,6 +121,7 @@ CONTESTANTS = {
     "stage 1": capturing,
     "stub": partial(capturing, targets=("attention", "vision")),
     "obvious": obvious,
+    "compiled": partial(bare, compiled=True),
 }
 app = stage_app(
     __doc__.splitlines()[0], CONTESTANTS, lambda case: write_inputs(case, "teacher"), against="bare"

@@ -9,7 +9,7 @@ channels are 8 to 40 times as strong. Attention: the mean over heads of softmax 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,11 +39,14 @@ class Size:
     answer_share: float = 0.55  # of the rows of text
     targets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {name: {} for name in TARGETS})
 
+    def facts(self) -> TeacherFacts:
+        """What the store says of its teacher."""
+        return TeacherFacts("", 32, self.num_heads, self.hidden_size, self.grid**2, self.vocab_size)
+
     def specs(self) -> tuple[ArraySpec, ...]:
         """The arrays of the store."""
-        facts = TeacherFacts("synthetic", 32, self.num_heads, self.hidden_size, self.grid**2, self.vocab_size)
         settings = {name: TARGETS[name].settings(**given) for name, given in self.targets.items()}
-        of_targets = [TARGETS[name].arrays(settings[name], facts) for name in settings]
+        of_targets = [TARGETS[name].arrays(settings[name], self.facts()) for name in settings]
         return (*TOKEN_ARRAYS, *(spec for specs in of_targets for spec in specs))
 
 
@@ -111,13 +114,17 @@ def _logits(chance: np.random.Generator, answers: int, size: Size) -> Arrays:
 
 def manifest(size: Size, parts: Sequence[str]) -> Manifest:
     """The manifest of a store of synthetic samples."""
-    fingerprint = Fingerprint("", "", "", "", "")
-    return Manifest(FORMAT_VERSION, fingerprint, size.specs(), {}, {}, {"values": "synthetic"}, tuple(parts))
+    fingerprint, teacher = Fingerprint("", "", "", "", ""), asdict(size.facts())
+    return Manifest(
+        FORMAT_VERSION, fingerprint, size.specs(), teacher, {}, {"values": "synthetic"}, tuple(parts)
+    )
 
 
 def add_sample(part: PartWriter, index: int, arrays: Arrays) -> None:
     """Add a synthetic sample, with an image of its own, to a part."""
-    digest = blake3(str(index).encode()).hexdigest()
-    entry = SampleEntry(f"{index:06d}", (digest,), (Span("0.jpg", 512, 1),), Span("0.json", 2048, 1))
-    part.add_image(entry.images[0], {name: arrays[name] for name in arrays if name == "vision"})
-    part.add(entry, {name: arrays[name] for name in arrays if name != "vision"})
+    key, place = f"{index:09d}", 512 + 90_112 * index
+    digest = blake3(key.encode()).hexdigest()
+    image, text = Span(f"{key}.jpg", place, 80_000), Span(f"{key}.json", place + 81_920, 900)
+    part.add_image(digest, {name: arrays[name] for name in arrays if name == "vision"})
+    of_sample = {name: arrays[name] for name in arrays if name != "vision"}
+    part.add(SampleEntry(key, (digest,), (image,), text), of_sample)

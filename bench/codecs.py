@@ -46,6 +46,7 @@ CODED = {
 }
 TOP_K = (8, 16, 32, 50, 128)
 DRAWS = ((8, 16), (8, 50), (16, 16), (16, 50))  # top K, and draws from the rest
+FORMATS = {"bytes a sample": ",.0f", "values": ".1e", "loss error": ".1e", "1 - cosine of gradient": ".1e"}
 app = typer.Typer(add_completion=False)
 
 
@@ -57,10 +58,7 @@ class Choice(NamedTuple):
     settings: Any
     loss: str
     loss_settings: Any
-
-    @property
-    def loss_name(self) -> str:
-        return f"logits {self.loss_settings.direction}" if self.loss == "logits" else self.loss
+    loss_name: str
 
 
 def choices(config: Config, vocab_size: int) -> Iterator[Choice]:
@@ -70,14 +68,15 @@ def choices(config: Config, vocab_size: int) -> Iterator[Choice]:
         for codec, power in codecs if target in targets and loss in losses else ():
             step, suffix = ({}, "") if power is None else ({"step": 2.0**power}, f" 2^{power}")
             settings = targets[target].model_copy(update={"codec": codec, **step})
-            yield Choice(target, f"{codec}{suffix}", settings, loss, losses[loss])
+            yield Choice(target, f"{codec}{suffix}", settings, loss, losses[loss], loss)
     if "logits" in targets:
         whole = {"whole vocabulary": LogitsTarget(top_k=vocab_size)}
         tops = {f"top {k} + bucket": LogitsTarget(top_k=k) for k in TOP_K if k < vocab_size}
         draws = {f"top {k} + {n} draws": LogitsTarget(top_k=k, tail_samples=n) for k, n in DRAWS}
         for direction, kept in (("forward", whole | tops | draws), ("reverse", whole | tops)):
             for name, settings in kept.items():
-                yield Choice("logits", name, settings, "logits", LogitsLoss(direction=direction))
+                loss = LogitsLoss(direction=direction)
+                yield Choice("logits", name, settings, "logits", loss, f"logits {direction}")
 
 
 def measure(config: Config, *, num_samples: int, temperature: float = 1.0) -> Iterator[dict[str, Any]]:
@@ -92,16 +91,14 @@ def measure(config: Config, *, num_samples: int, temperature: float = 1.0) -> It
         is_exact = choice.loss_name not in exact
         coded = kept if is_exact else [_decoded(sample, specs) for sample in kept]
         torch.manual_seed(0)  # the heads are the same for every choice
-        distiller = Distiller(
-            student, {choice.loss: choice.loss_settings}, facts=teacher_facts(store)
-        ).float()
+        losses = {choice.loss: choice.loss_settings}
+        distiller = Distiller(student, losses, facts=teacher_facts(store)).float()
         terms = loss_terms(distiller, JoinCollator({choice.target: choice.settings}), coded)
-        value, gradient = terms[choice.loss]
+        value, gradient = terms[choice.loss][0], terms[choice.loss][1].double()
         values = np.concatenate([_values(choice, sample, specs, facts) for sample in coded])
-        exact_value, exact_gradient, exact_values = exact.setdefault(
-            choice.loss_name, (value, gradient.double(), values)
-        )
-        cosine = torch.cosine_similarity(gradient.double(), exact_gradient, dim=0)
+        of_exact = exact.setdefault(choice.loss_name, (value, gradient, values))
+        exact_value, exact_gradient, exact_values = of_exact
+        cosine = torch.cosine_similarity(gradient, exact_gradient, dim=0)
         yield {
             "target": choice.target,
             "stored as": choice.name,
@@ -196,14 +193,8 @@ def main(
     teacher_temperature: float = 1.0,
 ) -> None:
     asked = load_config(config, [f"student.model={student}"] if student else [])
-    formats = {"bytes a sample": ",.0f"} | dict.fromkeys(
-        ("values", "loss error", "1 - cosine of gradient"), ".1e"
-    )
     rows = measure(asked, num_samples=samples, temperature=teacher_temperature)
-    print_table(
-        [{name: format(cell, formats.get(name, "")) for name, cell in row.items()} for row in rows],
-        num_text_columns=3,
-    )
+    print_table(rows, FORMATS, num_text_columns=3)
 
 
 if __name__ == "__main__":

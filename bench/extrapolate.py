@@ -11,7 +11,8 @@ distinct, every step as one epoch, gradient checkpointing as on unless it says o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import product
 from math import ceil, prod
@@ -35,6 +36,9 @@ STAGE_1_OVERHEAD = 1.05  # times its operations' time
 DOLLARS_A_TERABYTE = 23.0 * 3  # three months
 # What the authors of MobileVLM V2 report of their own training without a teacher: 8 A100 for so many hours.
 PUBLISHED_GPU_HOURS = (8 * (3 + 9), 8 * (5 + 12))
+FORMATS = {"all, EFLOP": ".2f", "kB, pretrain": ",.1f", "kB, finetune": ",.1f", "all, TB": ".3f",
+           "TFLOP a sample, pretrain": ".2f", "TFLOP a sample, finetune": ".2f", "stub / stage 1": ".3f",
+           "stage 2 / teacher in the step": ".3f", "the same, no checkpoints": ".3f"}  # fmt: skip
 Steps = Mapping[str, float]  # a figure of a sample by training step
 app = typer.Typer(add_completion=False)
 
@@ -85,111 +89,88 @@ def compressed_bytes(row: Mapping[str, Any]) -> float:
     of, arrays = STEPS[row["step"]], row["array_bytes"]
     longer = {"attention": of.text_rows / row["text_rows"], "logits": of.answers / row["answers"]}
     scaled = sum(size * longer.get(name.split("/")[0], 1.0) for name, size in arrays.items())
-    return row["bytes"] - sum(arrays.values()) + scaled
+    return row["bytes a sample"] - sum(arrays.values()) + scaled
 
 
-def break_even(*, saved: float, once: float) -> int:
-    """Runs from which paying `once` is no dearer, where every run saves so much; both in one unit."""
-    return max(1, ceil(once / saved))
-
-
-def operations_table(counted: Mapping[str, Steps]) -> list[dict[str, str]]:
+def operations_table(counted: Mapping[str, Steps]) -> Iterator[dict[str, Any]]:
     """Operations, and hours and dollars of one GPU at both utilisations."""
-    rows = []
     for name, of in counted.items():
-        row = {"": name} | {f"TFLOP a sample, {step}": f"{of[step] / 1e12:.2f}" for step in STEPS}
-        row["all, EFLOP"] = f"{total(of) / 1e18:.2f}"
+        row = {"": name} | {f"TFLOP a sample, {step}": of[step] / 1e12 for step in STEPS}
+        row["all, EFLOP"] = total(of) / 1e18
         for gpu, price in DOLLARS_AN_HOUR.items():
             few, many = (hours(total(of), gpu, utilisation) for utilisation in UTILISATIONS)
-            row |= {f"{gpu}, hours": f"{few:,.1f}..{many:,.1f}"}
-            row |= {f"{gpu}, dollars": f"{few * price:,.0f}..{many * price:,.0f}"}
-        rows.append(row)
-    return rows
+            row[f"{gpu}, hours"] = f"{few:,.1f}..{many:,.1f}"
+            row[f"{gpu}, dollars"] = f"{few * price:,.0f}..{many * price:,.0f}"
+        yield row
 
 
-def bytes_table(sizes: Mapping[str, Steps]) -> list[dict[str, str]]:
-    return [
-        {"": name}
-        | {f"kB a sample, {step}": f"{of[step] / 1e3:,.1f}" for step in STEPS}
-        | {"all, TB": f"{total(of) / 1e12:.3f}"}
-        for name, of in sizes.items()
-    ]
-
-
-def runs_table(counted: Mapping[str, Steps], compressed: Mapping[str, Steps]) -> list[dict[str, str]]:
+def runs_table(counted: Mapping[str, Steps], compressed: Mapping[str, Steps]) -> Iterator[dict[str, Any]]:
     """Dollars of N students on an A100, halfway between the utilisations."""
     a_flop = DOLLARS_AN_HOUR["A100 80 GB"] * hours(1, "A100 80 GB", sum(UTILISATIONS) / 2)
     cost = {name: total(of) * a_flop for name, of in counted.items()}
-    teacher, student = cost["stage 1, all targets"], cost["stage 2"]
+    teacher, student, stub_too = (
+        cost[name] for name in ("stage 1, all targets", "stage 2", "stub: attention, vision")
+    )
     once = {
-        profile: teacher * STAGE_1_OVERHEAD + total(of) / 1e12 * DOLLARS_A_TERABYTE
-        for profile, of in compressed.items()
+        name: teacher * STAGE_1_OVERHEAD + total(of) / 1e12 * DOLLARS_A_TERABYTE
+        for name, of in compressed.items()
     }
-    logits = once["logits only"]
     ways = {  # dollars once, and of each student
         "teacher in every step": (0.0, teacher + student),
         "cache once: default": (once["default"], student),
         "cache once: small": (once["small"], student),
-        "cache once: logits only, others recomputed": (logits, student + cost["stub: attention, vision"]),
-        "the same, tower shared with the student": (logits, student + cost["stub, tower shared"]),
+        "cache once: logits only, others recomputed": (once["logits only"], student + stub_too),
+        "the same, tower shared with the student": (
+            once["logits only"],
+            student + cost["stub, tower shared"],
+        ),
     }
-    return [
-        {"dollars of N students on A100 80 GB at 40%": name}
-        | {f"N = {number}": f"{first + number * each:,.0f}" for number in (1, 2, 5, 10)}
-        | {
-            "no dearer from N =": str(break_even(saved=teacher + student - each, once=first))
-            if first
-            else "-"
-        }
-        for name, (first, each) in ways.items()
-    ]
+    for name, (first, each) in ways.items():
+        row = {"dollars of N students on A100 80 GB at 40%": name}
+        row |= {f"N = {number}": f"{first + number * each:,.0f}" for number in (1, 2, 5, 10)}
+        saved_by_each = teacher + student - each
+        yield row | {"no dearer from N =": ceil(first / saved_by_each) if first else "-"}
 
 
-def ratios_table() -> list[dict[str, str]]:
+def ratios_table() -> Iterator[dict[str, Any]]:
     """Ratios of operations, to compare measured ones with."""
-    rows = []
     for size, positions in product(("small", "full"), (300, 1100)):
         text_rows = positions - STEPS["finetune"].positions_before - VISION_TOKENS
         of = Sample(positions, text_rows, text_rows // 2)
-        ratios = {
-            "stub / stage 1": stub(size, of) / stage_1(size, of),
-            "stage 2 / teacher in the step": stage_2(size, of) / online(size, of),
-            "the same, no checkpoints": stage_2(size, of, checkpointing=False)
-            / online(size, of, checkpointing=False),
-        }
-        rows.append({"size": size, "positions": positions, **{n: f"{r:.3f}" for n, r in ratios.items()}})
-    return rows
+        row = {"size": size, "positions": positions, "stub / stage 1": stub(size, of) / stage_1(size, of)}
+        for name, on in (("stage 2 / teacher in the step", True), ("the same, no checkpoints", False)):
+            row[name] = stage_2(size, of, checkpointing=on) / online(size, of, checkpointing=on)
+        yield row
 
 
 @app.command(help=__doc__.splitlines()[0])
 def main() -> None:
     if not FIGURES.exists():
         raise SystemExit(f"{FIGURES}: no such file; run python -m bench.profiles, which writes it")
-    compressed: dict[str, dict[str, float]] = {}
+    full, compressed = SIZES["full"], defaultdict(dict)
+    reference = {s: reference_bytes(full, of.text_rows, of.positions_before) for s, of in STEPS.items()}
+    before = {f"{p}, before compression": {s: stored_bytes(s, p) for s in STEPS} for p in PROFILES}
     for row in json.loads(FIGURES.read_text()):
-        compressed.setdefault(row["profile"], {})[row["step"]] = compressed_bytes(row)
+        compressed[row["profile"]][row["step"]] = compressed_bytes(row)
     counted = operations()
-    print_table(operations_table(counted))
-    lowest, highest = (
-        hours(total(counted["stage 2"]), "A100 80 GB", 1) / of for of in reversed(PUBLISHED_GPU_HOURS)
+    print_table(operations_table(counted), FORMATS)
+    student, number = total(counted["stage 2"]), sum(NUM_SAMPLES.values())
+    at_the_peak = hours(student, "A100 80 GB", 1)
+    for spent in PUBLISHED_GPU_HOURS:
+        print(f"utilisation by the authors' {spent} A100 hours: {at_the_peak / spent:.0%}")
+    print_table(
+        (
+            {"": name, **{f"kB, {step}": of[step] / 1e3 for step in STEPS}, "all, TB": total(of) / 1e12}
+            for name, of in ({"the reference computes": reference} | before | compressed).items()
+        ),
+        FORMATS,
     )
-    print(f"\nutilisation by the authors' {PUBLISHED_GPU_HOURS} A100 hours: {lowest:.0%} to {highest:.0%}\n")
-    reference = {
-        s: reference_bytes(SIZES["full"], of.text_rows, of.positions_before) for s, of in STEPS.items()
-    }
-    before = {profile: {step: stored_bytes(step, profile) for step in STEPS} for profile in PROFILES}
-    print_table(bytes_table({"the reference computes": reference, **before}))
-    print("\ncompressed")
-    print_table(bytes_table(compressed))
-    print()
     for gpu in PEAK_FLOPS:
-        rate = sum(NUM_SAMPLES.values()) / 3600 / hours(total(counted["stage 2"]), gpu, UTILISATIONS[0])
-        megabytes = rate * total(compressed["default"]) / sum(NUM_SAMPLES.values()) / 1e6
+        rate = number / 3600 / hours(student, gpu, UTILISATIONS[0])
+        megabytes = rate * total(compressed["default"]) / number / 1e6
         print(f"a student on one {gpu} at 50% reads {rate:.0f} samples a second, {megabytes:.0f} MB")
-    print()
     print_table(runs_table(counted, compressed))
-    print()
-    print_table(ratios_table())
+    print_table(ratios_table(), FORMATS)
 
 
 if __name__ == "__main__":

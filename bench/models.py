@@ -85,13 +85,11 @@ def config_of(
     })  # fmt: skip
 
 
-def write_inputs(case: Case, *roles: str, shards: int = 1) -> None:
-    """Write the models of these roles and the shards, those that are not there."""
+def write_inputs(case: Case, *roles: str) -> None:
+    """Write the models of these roles, and a shard."""
     for role in roles:
-        if not (case.folder / role).exists():
-            write_model(case.folder / role, MODELS[case.size, role], compute_dtype(case.size))
-    if not (case.folder / "data").exists():
-        write_shards(case.folder / "data", samples=case.samples, tokens=case.tokens, shards=shards)
+        write_model(case.folder / role, MODELS[case.size, role], compute_dtype(case.size))
+    write_shard(case.folder / "data", samples=case.samples, tokens=case.tokens)
 
 
 def model_config(settings: Mapping[str, Any]) -> MobileVLMConfig:
@@ -120,8 +118,8 @@ def write_model(folder: Path, settings: Mapping[str, Any], dtype: str) -> None:
     shutil.copy(Path(spec.origin).parent / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
 
 
-def write_shards(folder: Path, *, samples: int, tokens: int, shards: int = 1) -> None:
-    """Write shards of samples with one JPEG of 640 x 480 and a conversation of about so many positions each."""
+def write_shard(folder: Path, *, samples: int, tokens: int) -> None:
+    """Write a shard of samples with one JPEG of 640 x 480 and a conversation of about so many positions each."""
     random = np.random.default_rng(0)
     images, records = folder / "images", []
     images.mkdir(parents=True)
@@ -133,7 +131,7 @@ def write_shards(folder: Path, *, samples: int, tokens: int, shards: int = 1) ->
             {"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]})  # fmt: skip
     annotations = folder / "samples.json"
     annotations.write_text(json.dumps(records))
-    pack(annotations, folder / "shards", image_folder=images, samples_per_shard=samples // shards)
+    pack(annotations, folder / "shards", image_folder=images, samples_per_shard=samples)
 
 
 def _picture(random: np.random.Generator) -> bytes:

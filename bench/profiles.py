@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ PROFILES: dict[str, dict[str, dict[str, Any]]] = {
     "logits only": {"attention": {"source": "recompute"}, "vision": {"source": "recompute"}, "logits": {}},
     "every head": {"attention": {"heads": "each"}, "vision": {}, "logits": {}},
 }
+COLUMNS = {"step": "", "profile": "", "bytes a sample": ",.0f", "reference": ",.0f", "times smaller": ".1f",
+           "vision error": ".1e", "attention error": ".1e"}  # fmt: skip
 app = typer.Typer(add_completion=False)
 
 
@@ -85,15 +86,19 @@ def measure(step: str, profile: str, full: Size, number: int) -> dict[str, Any]:
             part.commit()
         [sizes] = part_sizes(store)
         whole = sum(file.stat().st_size for file in store.rglob("*") if file.is_file())
+    reference = reference_bytes(size, rows / number, STEPS[step].positions_before)
+    errors = {name: (of_error / of_values) ** 0.5 for name, (of_error, of_values) in squares.items()}
     return {
         "step": step,
         "profile": profile,
+        "bytes a sample": whole / number,
+        "reference": reference,
+        "times smaller": reference * number / whole,
+        "vision error": errors.get("vision", 0),
+        "attention error": errors.get("attention/layer_0", 0),
         "text_rows": rows / number,
         "answers": answers / number,
-        "bytes": whole / number,
         "array_bytes": {name: taken / number for name, taken in sizes.array_bytes.items()},
-        "reference_bytes": reference_bytes(size, rows / number, STEPS[step].positions_before),
-        "errors": {name: (of_error / of_values) ** 0.5 for name, (of_error, of_values) in squares.items()},
     }
 
 
@@ -103,24 +108,10 @@ def _squares(spec: ArraySpec, rows: np.ndarray) -> np.ndarray:
     return np.array([np.square(values, dtype=np.float64).sum() for values in (coded - rows, rows)])
 
 
-def printed(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row for people."""
-    errors = {name: f"{error:.1e}" for name, error in row["errors"].items()}
-    return {
-        "step": row["step"],
-        "profile": row["profile"],
-        "bytes a sample": f"{row['bytes']:,.0f}",
-        "reference": f"{row['reference_bytes']:,.0f}",
-        "of it": f"1/{row['reference_bytes'] / row['bytes']:.1f}",
-        "vision error": errors.get("vision", "-"),
-        "attention error": errors.get("attention/layer_0", "-"),
-    }
-
-
 @app.command(help=__doc__.splitlines()[0])
 def main(samples: int = 200) -> None:
     rows = [measure(step, profile, SIZES["full"], samples) for step in STEPS for profile in PROFILES]
-    print_table([printed(row) for row in rows], num_text_columns=2)
+    print_table(({name: row[name] for name in COLUMNS} for row in rows), COLUMNS, num_text_columns=2)
     FIGURES.parent.mkdir(parents=True, exist_ok=True)
     FIGURES.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -17,8 +17,9 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from itertools import islice, product
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,6 +44,8 @@ PEERS = {
     "litdata": ["litdata==0.2.76", "torch==2.13.0", "torchvision==0.28.0", "safetensors==0.8.0"],
     "mds": ["mosaicml-streaming==0.13.0", "torch==2.13.0", "torchvision==0.28.0", "safetensors==0.8.0"],
 }
+# What each pass gave, a dict for each repeat, by contestant, mode and state of the files.
+Readings = Mapping[tuple[str, str, str], list[dict[str, float]]]
 app = typer.Typer(add_completion=False)
 
 
@@ -72,13 +75,12 @@ def _codes(size: Size, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 def environment(peer: str) -> str:
     """The interpreter of a virtual environment with what the peer needs, made if it is not there."""
     folder = ENVIRONMENTS / peer
+    python = str(folder / "bin" / "python")
     if not (folder / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run(
-            [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *PEERS[peer]], check=True
-        )
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *PEERS[peer]], check=True)
         (folder / "installed").touch()
-    return str(folder / "bin" / "python")
+    return python
 
 
 def ask(python: str, action: str, name: str, folder: Path, **request: Any) -> Any:
@@ -94,84 +96,17 @@ def order(name: str, number: int, size: Size, *, seed: int) -> list[int]:
     chance = random.Random(seed)
     if name != WINDOWS:
         return chance.sample(range(number), number // 3)
-    parts = [
-        range(start, min(start + size.part_samples, number)) for start in range(0, number, size.part_samples)
-    ]
-    windows = [
-        list(part[start : start + WINDOW_SAMPLES])
-        for part in parts
-        for start in range(0, len(part), WINDOW_SAMPLES)
-    ]
+    parts = batched(range(number), size.part_samples)
+    windows = [list(window) for part in parts for window in batched(part, WINDOW_SAMPLES)]
     chance.shuffle(windows)
     for window in windows:
         chance.shuffle(window)
-    return [index for window in windows for index in window][: number // 3]
+    return list(chain.from_iterable(windows))[: number // 3]
 
 
-def readings(
-    pythons: Mapping[str, str], folder: Path, size: Size, number: int, repeats: int
-) -> list[dict[str, Any]]:
-    """A row for each repeat, contestant, mode and state of the files; every other repeat is in reverse."""
-    found = []
-    for repeat in range(repeats):
-        for name in list(pythons)[:: 1 if repeat % 2 == 0 else -1]:
-            for mode, as_floats in MODES.items():
-                print(f"repeat {repeat + 1} of {repeats}: {name}, {mode}", file=sys.stderr, flush=True)
-                drop_from_memory(folder / (OURS if name == WINDOWS else name))
-                request = {"indices": order(name, number, size, seed=repeat), "seed": repeat,
-                           "as_floats": as_floats, "cache_bytes": 0 if name == OURS else None,
-                           "shard_samples": size.part_samples // 2}  # fmt: skip
-                passes = ask(pythons[name], "read", name, folder, **request)
-                found += [{"contestant": name, "mode": mode, "files": f, **row} for f, row in passes.items()]
-    return found
-
-
-def column_of(rows: Sequence[Mapping[str, Any]], column: str, **wanted: str) -> list[float]:
-    """A column of the readings of one contestant, mode or state of the files, in the order of the repeats."""
-    return [row[column] for row in rows if wanted.items() <= row.items()]
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Median, least and greatest."""
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
-
-
-def rates_table(
-    rows: Sequence[Mapping[str, Any]], names: Sequence[str], mode: str, files: str
-) -> list[dict[str, str]]:
-    """Samples a second, and the ratios of our two rates to them, repeat by repeat."""
-    rates = {
-        name: column_of(rows, "samples_a_second", contestant=name, mode=mode, files=files) for name in names
-    }
-    table = []
-    for name in names:
-        ours, windows = (np.divide(rates[whose], rates[name]).tolist() for whose in (OURS, WINDOWS))
-        cpu = median(column_of(rows, "cpu_ms", contestant=name, mode=mode, files="warm"))
-        table.append({
-            f"{mode}, {files}": name,
-            "samples/s": spread(rates[name], 0),
-            "ours over it": spread(ours, 2),
-            "windows over it": spread(windows, 2),
-            "CPU ms, warm": f"{cpu:.2f}",
-        })  # fmt: skip
-    return table
-
-
-def bytes_table(
-    rows: Sequence[Mapping[str, Any]], names: Sequence[str], folder: Path, number: int
-) -> list[dict[str, str]]:
-    """Bytes a sample: as stored, asked for by read calls, given by the disk with cold files."""
-    stored = sum(sum(part.array_bytes.values()) for part in part_sizes(folder / OURS)) / number
-    blobs = sum(file.stat().st_size for file in (folder / "samples").iterdir()) / number
-    return [
-        {
-            "bytes a sample": name,
-            "used": f"{stored if name in (OURS, WINDOWS) else blobs:,.0f}",
-            "asked for by read calls": f"{median(column_of(rows, 'asked', contestant=name)):,.0f}",
-            "given by the disk, cold": f"{median(column_of(rows, 'from_disk', contestant=name, files='cold')):,.0f}",
-        }
-        for name in names
-    ]
+def batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Neighbours, so many at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def prepared(peers: Sequence[str], folder: Path, size: Size, number: int) -> dict[str, str]:
@@ -187,15 +122,69 @@ def prepared(peers: Sequence[str], folder: Path, size: Size, number: int) -> dic
     return pythons
 
 
+def read_all(pythons: Mapping[str, str], folder: Path, size: Size, number: int, repeats: int) -> Readings:
+    """Every contestant in turn, every other repeat in reverse."""
+    found = defaultdict(list)
+    for repeat in range(repeats):
+        for name, mode in product(list(pythons)[:: 1 if repeat % 2 == 0 else -1], MODES):
+            print(f"repeat {repeat + 1} of {repeats}: {name}, {mode}", file=sys.stderr, flush=True)
+            drop_from_memory(folder / (OURS if name == WINDOWS else name))
+            request = {"indices": order(name, number, size, seed=repeat), "seed": repeat,
+                       "as_floats": MODES[mode], "cache_bytes": 0 if name == OURS else None,
+                       "shard_samples": size.part_samples // 2}  # fmt: skip
+            for files, figures in ask(pythons[name], "read", name, folder, **request).items():
+                found[name, mode, files].append(figures)
+    return found
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median, least and greatest."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
+
+
+def rates_table(found: Readings, mode: str, files: str) -> list[dict[str, str]]:
+    """Samples a second, and the ratios of our two rates to them, repeat by repeat."""
+    names = dict.fromkeys(name for name, *_ in found)
+    rates = {name: [of["samples_a_second"] for of in found[name, mode, files]] for name in names}
+    return [
+        {
+            f"{mode}, {files}": name,
+            "samples/s": spread(of, 0),
+            "ours over it": spread(np.divide(rates[OURS], of).tolist(), 2),
+            "windows over it": spread(np.divide(rates[WINDOWS], of).tolist(), 2),
+            "CPU ms, warm": f"{median(figures['cpu_ms'] for figures in found[name, mode, 'warm']):.2f}",
+        }
+        for name, of in rates.items()
+    ]
+
+
+def bytes_table(found: Readings, folder: Path, number: int) -> list[dict[str, str]]:
+    """Bytes a sample: as stored, asked for by read calls, given by the disk with cold files."""
+    stored = sum(sum(part.array_bytes.values()) for part in part_sizes(folder / OURS)) / number
+    blobs = sum(file.stat().st_size for file in (folder / "samples").iterdir()) / number
+    rows = []
+    for name in dict.fromkeys(name for name, *_ in found):
+        cold, warm = (
+            found[name, "codes", files] + found[name, "float32", files] for files in ("cold", "warm")
+        )
+        rows.append({
+            "bytes a sample": name,
+            "used": f"{stored if name in (OURS, WINDOWS) else blobs:,.0f}",
+            "asked for by read calls": f"{median(figures['asked'] for figures in cold + warm):,.0f}",
+            "given by the disk, cold": f"{median(figures['from_disk'] for figures in cold):,.0f}",
+        })  # fmt: skip
+    return rows
+
+
 @app.command(help=__doc__.splitlines()[0])
-def main(samples: int = 600, repeats: int = 5, peers: str = ",".join(PEERS), small: bool = False) -> None:
-    size = SIZES["small" if small else "full"]
-    with tempfile.TemporaryDirectory() as folder:
-        pythons = prepared([peer for peer in peers.split(",") if peer], Path(folder), size, samples)
-        rows = readings(pythons, Path(folder), size, samples, repeats)
+def main(samples: int = 600, repeats: int = 5, peers: str = ",".join(PEERS)) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, size = Path(temporary), SIZES["full"]
+        pythons = prepared([peer for peer in peers.split(",") if peer], folder, size, samples)
+        found = read_all(pythons, folder, size, samples, repeats)
         for mode, files in product(MODES, ("cold", "warm")):
-            print_table(rates_table(rows, list(pythons), mode, files))
-        print_table(bytes_table(rows, list(pythons), Path(folder), samples))
+            print_table(rates_table(found, mode, files))
+        print_table(bytes_table(found, folder, samples))
 
 
 if __name__ == "__main__":

@@ -57,11 +57,8 @@ def read(contestant: str, folder: Path, request: Request) -> dict[str, dict[str,
 def _timed(samples: Iterator[Arrays]) -> dict[str, float]:
     before, started, cpu_started = counters("io"), time.perf_counter(), time.process_time()
     sizes = [sum(array.nbytes for array in sample.values()) for sample in samples]
-    seconds, cpu_seconds, after = (
-        time.perf_counter() - started,
-        time.process_time() - cpu_started,
-        counters("io"),
-    )
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    after = counters("io")
     return {
         "samples_a_second": len(sizes) / seconds,
         "cpu_ms": 1e3 * cpu_seconds / len(sizes),
@@ -126,7 +123,7 @@ def read_webdataset(folder: Path, indices: list[int], request: Request) -> Itera
     shards = [str(shard) for shard in sorted(folder.glob("*.tar"))]
     random.Random(request["seed"]).shuffle(shards)
     # As few as hold so many samples, so that none is read in part.
-    shards = shards[: max(1, len(indices) // request["shard_samples"])]
+    shards = shards[: -(-len(indices) // request["shard_samples"])]
     samples = webdataset.WebDataset(shards, shardshuffle=False).shuffle(SHUFFLE_BUFFER, seed=request["seed"])
     return (sample["safetensors"] for sample in samples)
 

@@ -45,8 +45,8 @@ def capturing(case: Case, *, targets: Collection[str] = tuple(TARGETS)) -> Work:
         store = StoreWriter.open(path, plan.manifest)
         with Progress(plan.shards, description="bench") as progress:
             capture = Capture(plan.config, teacher, plan.preparation, progress)
-            summary = capture.run(store, plan.shards[0]).commit(capture)
-        return {"bytes": sum(summary.array_bytes.values())}
+            capture.run(store, plan.shards[0]).commit(capture)
+        return {}
 
     return turn
 
@@ -56,9 +56,9 @@ def _load(case: Case, targets: Collection[str], store: str = "store") -> tuple[C
     return plan, load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
 
 
-def batches(case: Case, targets: Collection[str]) -> tuple[Teacher, list[Batch]]:
+def batches(case: Case) -> tuple[Teacher, list[Batch]]:
     """A teacher, and the batches of stage 1 with their images preprocessed: nothing is left but to compute."""
-    plan, teacher = _load(case, targets)
+    plan, teacher = _load(case, ["logits"])
     samples = [
         (plan.preparation.tokenize(item.conversations), plan.preparation.preprocess(item.images[0]))
         for item in read_shard(plan.shards[0])
@@ -66,16 +66,13 @@ def batches(case: Case, targets: Collection[str]) -> tuple[Teacher, list[Batch]]
     ]
     samples.sort(key=lambda sample: len(sample[0].input_ids), reverse=True)
     starts = range(0, len(samples), case.batch_size)
-    cut = [samples[start : start + case.batch_size] for start in starts]
-    return teacher, [
-        (pad_tokens([tokens for tokens, _ in batch]), torch.stack([pixels for _, pixels in batch]))
-        for batch in cut
-    ]
+    cut = (zip(*samples[start : start + case.batch_size], strict=True) for start in starts)
+    return teacher, [(pad_tokens(tokens), torch.stack(pixels)) for tokens, pixels in cut]
 
 
 def bare(case: Case, *, compiled: bool = False) -> Work:
     """The whole teacher's forward."""
-    teacher, prepared = batches(case, ["logits"])
+    teacher, prepared = batches(case)
     if compiled:
         teacher.model.model.compile(dynamic=True)
 
@@ -89,7 +86,7 @@ def bare(case: Case, *, compiled: bool = False) -> Work:
 
 def obvious(case: Case) -> Work:
     """What one would write first."""
-    teacher, prepared = batches(case, ["logits"])
+    teacher, prepared = batches(case)
     model: Any = teacher.model
     model.set_attn_implementation("eager")
 
@@ -123,9 +120,7 @@ CONTESTANTS = {
     "obvious": obvious,
     "compiled": partial(bare, compiled=True),
 }
-app = stage_app(
-    __doc__.splitlines()[0], CONTESTANTS, lambda case: write_inputs(case, "teacher"), against="bare"
-)
+app = stage_app(__doc__.splitlines()[0], CONTESTANTS, lambda case: write_inputs(case, "teacher"))
 
 if __name__ == "__main__":
     app()

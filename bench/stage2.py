@@ -15,8 +15,9 @@ python -m bench.stage2 --profiled cached             (where a turn of one contes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 from torch.nn.functional import cross_entropy
@@ -106,10 +107,9 @@ def plain(case: Case) -> Work:
 def loading(case: Case) -> Work:
     """Steps whose batches come from the loader's workers; counts the share of the time spent waiting for them."""
     trainer = _trainer(case, ALL)
-    loader = _loader(
-        trainer, case, shuffle=True, num_workers=case.workers, persistent_workers=case.workers > 0
-    )
-    batches = _endless(loader)
+    several = {"num_workers": case.workers, "persistent_workers": case.workers > 0}
+    loader = _loader(trainer, case, shuffle=True, **several)
+    batches = chain.from_iterable(repeat(loader))
     next(batches)  # the workers have started
 
     def turn() -> Mapping[str, float]:
@@ -122,11 +122,6 @@ def loading(case: Case) -> Work:
         return {"waiting": waited / (time.perf_counter() - started)}
 
     return turn
-
-
-def _endless(loader: DataLoader[Any]) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 def online(case: Case) -> Work:
@@ -149,7 +144,7 @@ CONTESTANTS = {
     "loading": loading,
     "online": online,
 }
-app = stage_app(__doc__.splitlines()[0], CONTESTANTS, prepare, against="labels")
+app = stage_app(__doc__.splitlines()[0], CONTESTANTS, prepare)
 
 if __name__ == "__main__":
     app()

@@ -1,8 +1,8 @@
-"""The fault harness, a few trials of each kind: `python bench/faults.py` is the long run."""
+"""Stage 1 under faults, a few trials of each kind: `python tests/faults.py` is the long run."""
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,19 +10,12 @@ from pathlib import Path
 
 import pytest
 
-HARNESS = Path(__file__).parent.parent / "bench" / "faults.py"
+HARNESS = Path(__file__).parent / "faults.py"
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the failing disk is compiled with cc")
-def test_whatever_goes_wrong_a_rerun_ends_with_the_undisturbed_store(tmp_path):
-    figures = tmp_path / "figures.json"
-    process = subprocess.run(
-        [sys.executable, str(HARNESS), "--trials", "16", "--json", str(figures)],
-        capture_output=True,
-        text=True,
-    )
+def test_whatever_goes_wrong_a_rerun_ends_with_the_undisturbed_store():
+    process = subprocess.run([sys.executable, HARNESS, "--trials", "16"], capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
-    results = json.loads(figures.read_text())
-    assert [result["trials"] for result in results] == [2] * 8
-    assert sum(result["met"] for result in results) >= 10  # most faults did come in the way
-    assert not any(result["wrong"] for result in results)
+    found = re.search(r"16 trials, (\d+) met their fault, 0 wrong$", process.stdout.strip())
+    assert found and int(found[1]) >= 10, process.stdout

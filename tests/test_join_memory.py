@@ -1,6 +1,6 @@
 """What a data set of many samples holds in memory: its join alone, in the process and in one of its loading workers.
 
-python -m bench.join_memory --number 1000000
+    ALIGNKD_JOIN_SAMPLES=1000000 python -m pytest -s tests/test_join_memory.py
 
 The store is made up: names of nine digits, one image a sample, the targets of a finetuning of MobileVLM V2 with small
 arrays, for the join does not read them. A process of its own opens it; the figure is its resident memory after the
@@ -11,15 +11,13 @@ shuffled order. What a worker adds is the pages that it no longer shares, less t
 from __future__ import annotations
 
 import gc
+import os
 import random
-import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-import typer
 
 from bench.processes import counters
 from bench.synthetic import SIZES, add_sample, manifest, samples
@@ -28,7 +26,7 @@ from cache import Store, StoreWriter
 from pipeline.distill.join.dataset import JoinedDataset
 
 SAMPLES_A_SHARD = 10_000
-app = typer.Typer(add_completion=False)
+NUM_SAMPLES = int(os.environ.get("ALIGNKD_JOIN_SAMPLES", 30_000))
 
 
 def write_store(folder: Path, num_samples: int) -> None:
@@ -91,14 +89,10 @@ def _in_worker(work: Callable[[], float]) -> tuple[float, int]:
     return found
 
 
-@app.command(help=__doc__.splitlines()[0])
-def main(number: int = 1_000_000) -> None:
-    with tempfile.TemporaryDirectory() as folder, own_process() as process:
-        write_store(Path(folder), number)
-        found = process.submit(measure, Path(folder)).result()
-    print(f"{number:,} samples")
-    print(*(f"{name:<22} {value:12.6g}" for name, value in found.items()), sep="\n")
-
-
-if __name__ == "__main__":
-    app()
+def test_a_sample_costs_the_join_some_hundred_bytes_and_a_loading_worker_fewer(tmp_path: Path):
+    """With few samples, memory that does not grow with them counts as well."""
+    write_store(tmp_path, NUM_SAMPLES)
+    with own_process() as process:
+        found = process.submit(measure, tmp_path).result()
+    print(*(f"{name} {value:.6g}" for name, value in found.items()), sep="\n")
+    assert 100 < found["bytes_a_sample"] < 600 and found["worker_bytes_a_sample"] < 300

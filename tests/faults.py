@@ -1,10 +1,10 @@
 """Kills stage 1 at random moments and fails its disk at random calls; a rerun must end with the undisturbed store.
 
-python bench/faults.py --trials 200 --seed 0
+    python tests/faults.py --trials 200
 
-Each trial is a new store: a forked process caches three small shards and meets one fault. What it leaves is counted,
-and a second process, undisturbed, goes on. Then the content hash must be that of a store that met none, and
-`verify --deep` must find nothing. Needs `cc`, for the failing disk.
+Each trial is a new store: a forked process caches three small shards and meets one fault. The parts that it leaves
+are counted, and a second, undisturbed process runs the same. Then the content hash must be that of a store that met
+no fault, and `verify --deep` must find nothing. Needs `cc`, for the failing disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,17 @@ class Fault:
     half: bool = False
 
 
+@dataclass
+class Result:
+    """What the trials of a fault came to; `parts_left` counts the parts that it left."""
+
+    fault: Fault
+    trials: int = 0
+    met: int = 0
+    parts_left: Counter[int] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+
 FAULTS = (
     Fault("SIGKILL", signal=signal.SIGKILL),
     Fault("SIGTERM", signal=signal.SIGTERM),
@@ -56,57 +67,55 @@ FAULTS = (
 
 
 def main() -> int:
-    options = _options()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--trials", type=int, default=200)
+    trials = parser.parse_args().trials
     with tempfile.TemporaryDirectory() as folder:
         if PRELOADED not in os.environ:
             return _preloaded(Path(folder))
-        results = run(options.trials, options.seed, Path(folder))
-    print(table(results))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-    return 1 if any(result["wrong"] for result in results) else 0
+        results = run(trials, Path(folder))
+    print_results(results)
+    return 1 if any(result.wrong for result in results) else 0
 
 
-def run(trials: int, seed: int, folder: Path) -> list[dict[str, Any]]:
-    """Trials go round the faults. A trial whose store is not the undisturbed one is counted, and kept."""
-    experiment = _experiment(folder)
-    chance = random.Random(seed)
-    reference, seconds, calls = _undisturbed(experiment, folder / "undisturbed")
-    results = {fault.name: {"fault": fault.name, "trials": 0, "met": 0, "parts_left": Counter(), "wrong": []}
-               for fault in FAULTS}  # fmt: skip
+def run(trials: int, folder: Path) -> list[Result]:
+    """Trials go round the faults."""
+    experiment, chance = _experiment(folder), random.Random(0)
+    undisturbed, seconds, calls = _undisturbed(experiment, folder / "undisturbed")
+    results = [Result(fault) for fault in FAULTS]
     for trial in range(trials):
-        fault, store = FAULTS[trial % len(FAULTS)], folder / f"store-{trial}"
+        result, store = results[trial % len(FAULTS)], folder / f"store-{trial}"
         moment = chance.random()
-        number = 1 + int(moment * calls.get(fault.operation, 6))
-        status = _disturbed(experiment, store, fault, moment * seconds, number)
-        result = results[fault.name]
-        result["trials"] += 1
-        result["met"] += status != 0 or fault.name == OUT_OF_MEMORY
-        result["parts_left"][len(list(store.glob("parts/*/part.json")))] += 1
+        number = 1 + int(moment * calls.get(result.fault.operation, 6))
+        status = _disturbed(experiment, store, result.fault, moment * seconds, number)
+        result.trials += 1
+        result.met += status != 0 or result.fault.name == OUT_OF_MEMORY
+        result.parts_left[len(list(store.glob("parts/*/part.json")))] += 1
         found = _in_child(lambda store=store: _finish(experiment, store))
-        if found != reference:
-            result["wrong"].append({"trial": trial, "number": number, "moment": moment, "found": found})
-        else:
-            shutil.rmtree(store)
-    return [
-        result | {"parts_left": dict(sorted(result["parts_left"].items()))} for result in results.values()
-    ]
+        if found != undisturbed:
+            result.wrong.append(f"trial {trial}, call {number}, moment {moment}: {found}")
+        shutil.rmtree(store)
+    return results
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    rows = [("fault", "trials", "met", "parts left then", "store not the undisturbed one")]
+def print_results(results: list[Result]) -> None:
+    from bench.tables import print_table
+
+    print_table([
+        {
+            "fault": result.fault.name,
+            "trials": result.trials,
+            "met": result.met,
+            "parts left then": ", ".join(f"{n}: {times}" for n, times in sorted(result.parts_left.items())),
+            "store not the undisturbed one": len(result.wrong),
+        }
+        for result in results
+    ])  # fmt: skip
     for result in results:
-        left = ", ".join(f"{parts}: {times}" for parts, times in result["parts_left"].items())
-        rows.append(
-            (result["fault"], str(result["trials"]), str(result["met"]), left, str(len(result["wrong"])))
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    total = sum(result["trials"] for result in results)
-    wrong = sum(len(result["wrong"]) for result in results)
-    return "\n".join([*lines, f"{total} trials, {wrong} wrong"])
+        for wrong in result.wrong:
+            print(f"{result.fault.name}: {wrong}")
+    totals = [sum(column) for column in zip(*((r.trials, r.met, len(r.wrong)) for r in results), strict=True)]
+    print("{} trials, {} met their fault, {} wrong".format(*totals))
 
 
 def _experiment(folder: Path) -> Any:
@@ -156,7 +165,7 @@ def _disturbed(experiment: Any, store: Path, fault: Fault, seconds: float, numbe
 
 
 def _finish(experiment: Any, store: Path) -> str:
-    """Go on undisturbed; the content hash, or what is wrong with the store."""
+    """Run the same again, undisturbed; the content hash, or what is wrong with the store."""
     from cache import summarise, verify
 
     _cache(experiment, store)
@@ -172,7 +181,7 @@ def _cache(experiment: Any, store: Path) -> None:
 
 
 def _run_out_of_memory(call: int) -> None:
-    """Of the teacher's forward passes the n-th finds no memory, once."""
+    """Let the n-th of the teacher's forward passes find no memory, once."""
     import torch
 
     from pipeline.models.stub import Teacher
@@ -222,23 +231,14 @@ def _arm(fault: Fault, below: Path, number: int) -> None:
 
 
 def _preloaded(folder: Path) -> int:
-    """This script again, with the failing disk below it and the tests' small experiment in reach."""
+    """Run this script with the failing disk preloaded."""
     library = folder / "failing_disk.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, HERE / "failing_disk.c", "-ldl"], check=True)
-    path = os.pathsep.join([str(HERE.parent), str(HERE.parent / "tests")])
     environment = os.environ | {
-        PRELOADED: str(library), "LD_PRELOAD": str(library), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1",
+        PRELOADED: str(library), "LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parent), "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip
     return subprocess.run([sys.executable, *sys.argv], env=environment).returncode
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--trials", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

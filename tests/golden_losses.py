@@ -52,8 +52,7 @@ def first_steps(folder: Path) -> list[dict[str, str]]:
     records = demo.conversations("train")[:NUM_QUESTIONS]
     (folder / "train.json").write_text(json.dumps(records))
     pack(folder / "train.json", folder / "shards", image_folder=demo.easy_vqa_folder(), samples_per_shard=256)
-    demo.STUDENT = folder / "student"
-    demo.student(seed=0)
+    demo.student(seed=0, folder=folder / "student")
     overrides = {
         "output_dir": folder / "run",
         "student.model": folder / "student",

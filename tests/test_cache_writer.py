@@ -378,7 +378,6 @@ def test_a_file_system_that_cannot_sync_directories_is_noted_once(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", refuse)
-    monkeypatch.setattr(durable, "_noted", set())
     assert len(Store(write_store(tmp_path / "s"))) == 6
     assert [record.message.count("cannot sync a directory") for record in caplog.records] == [1]
 

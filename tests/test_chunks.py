@@ -17,7 +17,6 @@ from small_store import describe_files, write_array
 
 from cache import CorruptPart
 from cache.files.place import Range, find_ranges, place
-from cache.format import arrays as written
 from cache.format.codec import StoredArray
 from cache.read.chunk_cache import ChunkCache
 from cache.read.chunks import OpenArray, Wanted, open_arrays, read_chunk
@@ -34,15 +33,10 @@ def write(folder: Path, dtype: str, *, rows: int, row_shape: tuple[int, ...]) ->
     return opened, zarr.open_array(str(folder / "a"), mode="r")
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(written, "CHUNK_BYTES", 64)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row_shape", [(), (3,), (2, 5)])
-def test_every_chunk_is_what_zarr_reads(tmp_path, small_chunks, dtype, row_shape):
-    ours, theirs = write(tmp_path, dtype, rows=150, row_shape=row_shape)
+@pytest.mark.parametrize(("rows", "row_shape"), [(40_000, ()), (15_000, (3,)), (50, (30, 50))])
+def test_every_chunk_is_what_zarr_reads(tmp_path, dtype, rows, row_shape):
+    ours, theirs = write(tmp_path, dtype, rows=rows, row_shape=row_shape)
     assert ours.num_chunks > 1 and ours.chunk_rows == theirs.chunks[0]
     chunks = np.concatenate([read_chunk(ours, number) for number in range(ours.num_chunks)])
     assert chunks.dtype == theirs.dtype and np.array_equal(chunks, theirs[...])
@@ -50,13 +44,12 @@ def test_every_chunk_is_what_zarr_reads(tmp_path, small_chunks, dtype, row_shape
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory) -> tuple[OpenArray, np.ndarray]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(written, "CHUNK_BYTES", 64)
-        ours, theirs = write(tmp_path_factory.mktemp("spread"), "int16", rows=40, row_shape=(5,))
+    ours, theirs = write(tmp_path_factory.mktemp("spread"), "int16", rows=40, row_shape=(2500,))
+    assert ours.chunk_rows == 6
     return ours, np.asarray(theirs[...])
 
 
-@given(st.lists(st.tuples(st.integers(0, 39), st.integers(1, 40)), max_size=4), st.integers(0, 500))
+@given(st.lists(st.tuples(st.integers(0, 39), st.integers(1, 40)), max_size=4), st.integers(0, 250_000))
 def test_any_spans_are_joined_in_their_order_whatever_the_cache_holds(spread, drawn, limit_bytes):
     ours, theirs = spread
     spans = [(start, min(start + length, 40)) for start, length in drawn]
@@ -74,8 +67,8 @@ def test_an_array_without_rows_has_no_shard_and_reads_as_none(tmp_path):
     assert rows.shape == (0, 3)
 
 
-def test_a_chunk_that_claims_another_size_is_refused_before_memory_is_taken(tmp_path, small_chunks):
-    ours, _ = write(tmp_path, "uint8", rows=23, row_shape=(3,))
+def test_a_chunk_that_claims_another_size_is_refused_before_memory_is_taken(tmp_path):
+    ours, _ = write(tmp_path, "uint8", rows=23, row_shape=(3000,))
     shard = Path(str(ours.shard))
     data, (offset, size) = bytearray(shard.read_bytes()), ours.spans[0]
     data[offset + 4 : offset + 8] = (2**31 - 1).to_bytes(4, "little")
@@ -83,7 +76,7 @@ def test_a_chunk_that_claims_another_size_is_refused_before_memory_is_taken(tmp_
     data[offset + size - 4 : offset + size] = google_crc32c.value(content).to_bytes(4, "little")
     shard.write_bytes(data)
     with pytest.raises(
-        CorruptPart, match=r"chunk 0 cannot be decoded .*does not hold the 63 bytes of a chunk"
+        CorruptPart, match=r"chunk 0 cannot be decoded .*does not hold the 30000 bytes of a chunk"
     ):
         read_chunk(ours, 0)
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import typer
 from small_experiment import picture, snapshot, training_records
+from watched import before_forward
 
 import cli
-import pipeline.teacher_cache.progress
 from cache import Store
 from pipeline.config.config import load_config
+from pipeline.models.vision import VisionTower
 from pipeline.teacher_cache.teacher import cache_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -324,12 +325,12 @@ def test_a_broken_shard_is_1_after_the_others_are_cached(alignkd, settings, expe
     assert said[1].startswith(f"{tmp_path}/shards/shard-000000.tar is no tar file")
 
 
-def test_an_interrupted_run_is_130_and_leaves_no_half_a_part(alignkd, settings, tmp_path, monkeypatch):
-    def interrupt(self, item):
+def test_an_interrupted_run_is_130_and_leaves_no_half_a_part(alignkd, settings, tmp_path):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.teacher_cache.progress.Progress, "advance", interrupt)
-    ran = alignkd("teacher-cache", *settings, f"cache.path={tmp_path}/s")
+    with before_forward(VisionTower, interrupt):
+        ran = alignkd("teacher-cache", *settings, f"cache.path={tmp_path}/s")
     assert ran.code == 130 and "Traceback" not in ran.err
     assert Store(tmp_path / "s").parts == () and not list((tmp_path / "s" / "tmp").iterdir())
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from refusals import closed, open_folder, without_rights
 from small_experiment import picture, shard_members, snapshot, write_shard
 from small_store import flip_bit, manifest, write_store
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from watched import before_forward
 
 import cli
 from cache import (
     ForeignPart,
-    PartWriter,
     Store,
     UnreadableFile,
     UnsupportedFormat,
@@ -23,6 +28,7 @@ from cache import (
     summarise,
     verify,
 )
+from cache.format.codecs import CODECS, IntegerCodec
 from cache.format.documents import document_bytes, read_document
 from pipeline.config.config import to_yaml
 from pipeline.data.shard_identity import shard_change, shard_source
@@ -282,7 +288,7 @@ def test_a_copied_shard_makes_a_store_of_the_same_content(experiment, tmp_path):
     assert summarise(store).content == summarise(experiment.store).content
 
 
-def test_a_key_that_another_worker_published_meanwhile_is_rejected(experiment, tmp_path, monkeypatch):
+def test_a_key_that_another_worker_published_meanwhile_is_rejected(experiment, tmp_path):
     """The writer of the second shard began when the first had no part: it learns of the key at its commit."""
     configs = [
         experiment.config(
@@ -292,35 +298,33 @@ def test_a_key_that_another_worker_published_meanwhile_is_rejected(experiment, t
         )
         for name, keys in (("first", "ab"), ("second", "bc"))
     ]
-    look, looks = PartWriter.taken_elsewhere, []
-
-    def meanwhile(self):
-        if not looks:
-            looks.append(1)
-            cache_teacher(configs[0])
-        return look(self)
-
-    monkeypatch.setattr(PartWriter, "taken_elsewhere", meanwhile)
-    run = cache_teacher(configs[1])
+    writers = [lambda: cache_teacher(configs[0])]
+    with before_forward(LlamaDecoderLayer, lambda *_: writers and writers.pop()()):
+        run = cache_teacher(configs[1])
     store = Store(tmp_path / "store")
     assert sorted(store.keys()) == ["a", "b", "c"] and (run.cached, run.rejected) == (1, 1)
     assert store.rejects("second") == [("b", "key occurs in another shard: the part first holds it")]
     assert verify(tmp_path / "store", deep=True).problems == ()
 
 
+class StarvedCodec(IntegerCodec):
+    """Runs out of memory for some rows."""
+
+    def __init__(self, is_starved: Callable[[np.ndarray], bool]):
+        object.__setattr__(self, "is_starved", is_starved)
+
+    def encode(self, rows, options):
+        if self.is_starved(rows):
+            raise MemoryError("Unable to allocate 2.00 GiB")
+        return super().encode(rows, options)
+
+
 @pytest.mark.parametrize("failures", [1, 3])
 def test_memory_that_runs_out_while_values_are_encoded_loses_no_sample(
     failures, experiment, tmp_path, monkeypatch
 ):
-    add, calls = PartWriter.add, []
-
-    def starved(self, *arguments, **named):
-        calls.append(1)
-        if len(calls) <= failures:
-            raise MemoryError("Unable to allocate 2.00 GiB")
-        return add(self, *arguments, **named)
-
-    monkeypatch.setattr(PartWriter, "add", starved)
+    left = iter(range(failures))
+    monkeypatch.setitem(CODECS, "integer", StarvedCodec(lambda rows: next(left, None) is not None))
     overrides = [f"cache.path={tmp_path}/store", "teacher.batch_size=2"]
     run = cache_teacher(experiment.config(tmp_path, *overrides))
     assert (run.seen, run.rejected) == (summarise(experiment.store).samples, 0)
@@ -328,15 +332,9 @@ def test_memory_that_runs_out_while_values_are_encoded_loses_no_sample(
 
 
 def test_a_sample_whose_values_never_fit_is_rejected_with_its_size(experiment, tmp_path, monkeypatch):
-    add = PartWriter.add
     victim = next(iter(Store(experiment.store).keys()))
-
-    def starved(self, entry, *arguments, **named):
-        if entry.key == victim:
-            raise MemoryError("Unable to allocate 2.00 GiB")
-        return add(self, entry, *arguments, **named)
-
-    monkeypatch.setattr(PartWriter, "add", starved)
+    tokens = Store(experiment.store).read(victim, ["input_ids"])["input_ids"]
+    monkeypatch.setitem(CODECS, "integer", StarvedCodec(lambda rows: np.array_equal(rows, tokens)))
     run = cache_teacher(experiment.config(tmp_path, f"cache.path={tmp_path}/store"))
     store = Store(tmp_path / "store")
     [(key, reason)] = [reject for part in store.parts for reject in store.rejects(part)]
@@ -359,19 +357,18 @@ def test_a_run_that_keeps_nothing_fails(experiment, tmp_path, capsys):
     )
 
 
-def test_an_interrupt_says_what_is_left_and_how_to_resume(experiment, tmp_path, capsys, monkeypatch):
-    commits: list[int] = []
-    commit = PartWriter.commit
+def test_an_interrupt_says_what_is_left_and_how_to_resume(experiment, tmp_path, capsys):
+    first, layers = tmp_path / "store/parts/shard-000000/part.json", itertools.count()
 
-    def interrupt_after_the_first(self, **named):
-        if commits:
+    def interrupt_in_the_second_shard(layer, *_):
+        if layer.self_attn.layer_idx == 0 and next(layers) == 1:
+            while not first.exists():
+                time.sleep(0.01)
             raise KeyboardInterrupt
-        commits.append(1)
-        return commit(self, **named)
 
-    monkeypatch.setattr(PartWriter, "commit", interrupt_after_the_first)
-    store = f"cache.path={tmp_path}/store"
-    code, said = run_of(["teacher-cache", "--config", str(experiment.file), store], capsys)
+    overrides = [f"cache.path={tmp_path}/store", "teacher.batch_size=16"]  # a shard is one batch
+    with before_forward(LlamaDecoderLayer, interrupt_in_the_second_shard):
+        code, said = run_of(["teacher-cache", "--config", str(experiment.file), *overrides], capsys)
     assert code == 130
-    assert "interrupted with 2 of 3 parts missing; run the same command to go on with them" in said
+    assert "interrupted with 2 of 3 parts missing; run the same command again to resume" in said
     assert len(Store(Path(tmp_path / "store")).parts) == 1

@@ -2,55 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from watched import before_forward
 
 from cache import Span, Store, summarise, verify
 from pipeline.data.conversation import TokenizedSample
 from pipeline.data.shards import Sample
-from pipeline.models.stub import Teacher
 from pipeline.teacher_cache.capture import is_out_of_memory
 from pipeline.teacher_cache.longest_first import Prepared, longest_first
 from pipeline.teacher_cache.teacher import cache_teacher
 
-forward = Teacher.forward
 
+@contextmanager
+def memory_for(positions: float, *, pieces: int = 0) -> Iterator[list[int]]:
+    """Memory for so many padded positions of a batch; `pieces` times it fails for nothing first.
 
-@pytest.fixture
-def memory_for(monkeypatch):
-    """A device that holds so many padded positions of a batch; `pieces` times it fails for nothing first."""
+    Gives the sizes of the batches that were tried.
+    """
+    asked: list[int] = []
 
-    def limit(positions: float, *, pieces: int = 0) -> list[int]:
-        asked: list[int] = []
+    def allocate(layer: LlamaDecoderLayer, hidden_states: torch.Tensor) -> None:
+        if layer.self_attn.layer_idx > 0:
+            return
+        num_samples, length, _ = hidden_states.shape
+        asked.append(num_samples)
+        if num_samples * length > positions or len(asked) <= pieces:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore to read.")
 
-        def run(self, input_ids, *arguments, **named):
-            asked.append(len(input_ids))
-            if input_ids.numel() > positions or len(asked) <= pieces:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore to read.")
-            return forward(self, input_ids, *arguments, **named)
-
-        monkeypatch.setattr(Teacher, "forward", run)
-        return asked
-
-    return limit
+    with before_forward(LlamaDecoderLayer, allocate):
+        yield asked
 
 
 def longest(experiment) -> int:
-    """Tokens of the longest sample."""
+    """Positions of the longest sample, of whose images each is N = 4 of them."""
     store = Store(experiment.store)
-    return max(store.rows(key, "input_ids") for key in store.keys())  # noqa: SIM118
+    return max(
+        store.rows(key, "input_ids") + 3 * len(store.locate(key)[1].images)
+        for key in store.keys()  # noqa: SIM118
+    )
 
 
-def test_memory_in_pieces_changes_nothing(experiment, memory_for, tmp_path):
-    memory_for(float("inf"), pieces=1)
-    run = cache_teacher(experiment.config(tmp_path, f"cache.path={tmp_path}/store"))
+def test_memory_in_pieces_changes_nothing(experiment, tmp_path):
+    with memory_for(float("inf"), pieces=1):
+        run = cache_teacher(experiment.config(tmp_path, f"cache.path={tmp_path}/store"))
     assert run.rejected == 0
     assert summarise(tmp_path / "store").content == summarise(experiment.store).content
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_stays_so(experiment, memory_for, tmp_path, capfd):
-    asked = memory_for(2 * longest(experiment))
-    run = cache_teacher(experiment.config(tmp_path, f"cache.path={tmp_path}/store", "teacher.batch_size=4"))
+def test_a_batch_that_does_not_fit_is_halved_and_stays_so(experiment, tmp_path, capfd):
+    config = experiment.config(tmp_path, f"cache.path={tmp_path}/store", "teacher.batch_size=4")
+    with memory_for(2 * longest(experiment)) as asked:
+        run = cache_teacher(config)
     assert (run.seen, run.rejected) == (summarise(experiment.store).samples, 0)
     assert verify(tmp_path / "store", deep=True).problems == ()
     assert asked[:4] == [4, 4, 2, 2] and max(asked[4:]) == 2
@@ -72,11 +79,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_stays_so(experiment, memory_for
             )
 
 
-def test_a_sample_that_does_not_fit_alone_is_rejected_with_its_size(experiment, memory_for, tmp_path):
-    memory_for(longest(experiment) - 1)
-    run = cache_teacher(
-        experiment.config(tmp_path, f"cache.path={tmp_path}/store", "teacher.batch_size=auto")
-    )
+def test_a_sample_that_does_not_fit_alone_is_rejected_with_its_size(experiment, tmp_path):
+    config = experiment.config(tmp_path, f"cache.path={tmp_path}/store", "teacher.batch_size=auto")
+    with memory_for(longest(experiment) - 1):
+        run = cache_teacher(config)
     store = Store(tmp_path / "store")
     reasons = [reason for part in store.parts for _, reason in store.rejects(part)]
     assert run.rejected == len(reasons) > 0 and run.seen == run.cached + run.rejected

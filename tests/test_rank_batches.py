@@ -9,27 +9,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.distill.join import rank_batches
 from pipeline.distill.join.rank_batches import Filler, RankBatches, shuffled
 
 
-def order(num_samples: int, *, block: int, seed: int = 0) -> list[int]:
-    return shuffled(num_samples, torch.Generator().manual_seed(seed), block=block).tolist()
+def order(num_samples: int, *, block: int, window: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return shuffled(num_samples, generator, block=block, window=window).tolist()
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 200), st.integers(0, 3))
 def test_every_sample_is_met_once_in_an_order_of_the_seed(num_samples, block, window, seed):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank_batches, "WINDOW", window)
-        found = order(num_samples, block=block, seed=seed)
-        assert sorted(found) == list(range(num_samples)) and found == order(
-            num_samples, block=block, seed=seed
-        )
+    first, second = (order(num_samples, block=block, window=window, seed=seed) for _ in range(2))
+    assert first == second and sorted(first) == list(range(num_samples))
 
 
-def test_blocks_stay_within_their_window_and_windows_are_of_blocks_from_everywhere(monkeypatch):
-    monkeypatch.setattr(rank_batches, "WINDOW", 64)
-    found = order(1600, block=16)
+def test_blocks_stay_within_their_window_and_windows_are_of_blocks_from_everywhere():
+    found = order(1600, block=16, window=64)
     windows = [found[start : start + 64] for start in range(0, 1600, 64)]
     assert all(len({sample // 16 for sample in window}) == 4 for window in windows)
     neighbours = sum(b - a == 1 for window in windows for a, b in itertools.pairwise(window))
@@ -37,7 +32,7 @@ def test_blocks_stay_within_their_window_and_windows_are_of_blocks_from_everywhe
         neighbours < 100
     )  # within a window samples are mixed: of 1,600 pairs a few are neighbours by chance
     assert len({window[0] // 400 for window in windows}) == 4
-    assert order(1600, block=16) != order(1600, block=16, seed=1)
+    assert found != order(1600, block=16, window=64, seed=1)
 
 
 @pytest.mark.parametrize("block", [1, 8])

@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from small_experiment import copy_of_teacher, weights
+from watched import results_of
 
 from cache import FingerprintMismatch, Store
 from pipeline.distill.join.recompute import load_recomputed, shares_tower
 from pipeline.distill.student import train_student
-from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMForCausalLM
+from pipeline.models.mobilevlm import TOWER_PREFIX
+from pipeline.models.vision import VisionTower
 from pipeline.teacher_cache.teacher import cache_teacher
 
 BOTH = ["targets.attention.source=recompute", "targets.vision.source=recompute"]
@@ -145,17 +147,11 @@ def test_a_student_with_a_tower_of_its_own_has_the_losses_of_the_cached_path_too
 
 @pytest.mark.parametrize(("is_shared", "times"), [(True, 1), (False, 2)])
 def test_the_tower_runs_once_for_each_distinct_image_and_for_both(
-    is_shared, times, logits_only, experiment, tmp_path, monkeypatch
+    is_shared, times, logits_only, experiment, tmp_path
 ):
-    encode_patches, seen = MobileVLMForCausalLM.encode_patches, []
-
-    def counted(self, pixel_values):
-        seen.append(len(pixel_values))
-        return encode_patches(self, pixel_values)
-
-    monkeypatch.setattr(MobileVLMForCausalLM, "encode_patches", counted)
     held = [*logits_only, "student.patch_feature_cache_bytes=100000000", "train.max_steps=8"]
     if not is_shared:
         held.append(with_another_tower(experiment, tmp_path / "student"))
-    train_student(experiment.config(tmp_path, *held), tmp_path / "run")
-    assert sum(seen) == 8 * times  # the images of the experiment, over two epochs
+    with results_of(VisionTower) as features:
+        train_student(experiment.config(tmp_path, *held), tmp_path / "run")
+    assert sum(map(len, features)) == 8 * times  # the images of the experiment, over two epochs

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 from small_experiment import copy_of_teacher, picture, snapshot, stored_arrays, weights, write_shard
+from watched import before_forward
 
 from cache import FingerprintMismatch, Store, summarise, verify
 from pipeline.data.preparation import Preparation
 from pipeline.data.shards import read_shard
 from pipeline.errors import BadSample, ConfigError, ShardError
+from pipeline.models.vision import VisionTower
 from pipeline.teacher_cache.teacher import cache_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +148,7 @@ KILLED = """
 import os, signal, sys, time
 import pipeline.teacher_cache.progress
 from pipeline.config.config import load_config
+from pipeline.models.vision import VisionTower
 from pipeline.teacher_cache.teacher import cache_teacher
 advance = pipeline.teacher_cache.progress.Progress.advance
 def advance_or_die(self, item):
@@ -286,9 +289,21 @@ def test_a_key_of_another_shard_is_rejected_where_it_occurs_again(in_two_runs, e
     assert store.rejects("second") == [("b", "key occurs in another shard: the part first holds it")]
 
 
-def test_a_shard_that_changes_while_it_is_read_gets_no_part(experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.teacher_cache.capture.read_span", lambda shard, span: b"other bytes")
-    run = cache_teacher(experiment.config(tmp_path, f"cache.path={tmp_path}/store"))
+def test_a_shard_that_changes_while_it_is_read_gets_no_part(experiment, tmp_path):
+    shards = shutil.copytree(experiment.shards, tmp_path / "shards")
+
+    def change(*_):
+        """Images of the first batch are read by then, and those of the second are not."""
+        for shard in shards.glob("*.tar"):
+            shard.write_bytes(bytes(shard.stat().st_size))
+
+    overrides = [
+        f"cache.path={tmp_path}/store",
+        f"data.shards={shards}/shard-000000.tar",
+        "teacher.batch_size=1",
+    ]
+    with before_forward(VisionTower, change):
+        run = cache_teacher(experiment.config(tmp_path, *overrides))
     assert run.parts_written == 0 and Store(tmp_path / "store").parts == ()
     assert run.broken[0].endswith(
         "shard-000000.tar changed while it was read: restore it, and run the command again."

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_experiment import rewrite_store, snapshot, weights
+from watched import before_forward
 
 from cache import Store
 from pipeline.data.preparation import Preparation
 from pipeline.distill.join.dataset import JoinedDataset
+from pipeline.distill.model.distiller import Distiller
 from pipeline.distill.student import build_trainer, needed_targets, train_student
 from pipeline.distill.training.resuming import HEADS_FILE, RUN_FILE
 from pipeline.distill.training.run_identity import RunIdentity
@@ -310,17 +312,16 @@ def test_gradient_shares_are_each_terms_part_of_the_gradient(experiment, trainer
     """Against one backward pass of each term alone, on the batch that the step saw."""
     shares = ["log_gradient_shares=true", "losses.logits.weight=0.5", "train.max_steps=1"]
     trainer = trainer_of(*shares)
-    batch = []
-    forward = trainer.distiller.forward
-    trainer.distiller.forward = lambda inputs: batch.append(inputs) or forward(inputs)
     fresh = {name: value.clone() for name, value in trainer.distiller.state_dict().items()}
-    trainer.train()
+    batch = []
+    with before_forward(Distiller, lambda _, inputs: batch.append(inputs)):
+        trainer.train()
     logged = trainer.state.log_history[0]
     trainer.distiller.load_state_dict(fresh)
     norms = {}
     for name, settings in trainer.losses.items():
         trainer.distiller.zero_grad()
-        total, count = forward(batch[0]).terms[name]
+        total, count = trainer.distiller(batch[0]).terms[name]
         (settings.weight * total / count).backward()
         gradients = [p.grad for p in trainer.distiller.student.parameters() if p.grad is not None]
         norms[name] = torch.cat([g.flatten() for g in gradients]).norm().item()

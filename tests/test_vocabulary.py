@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
-from pipeline.targets import vocabulary
 from pipeline.targets.vocabulary import score_answers, with_tail
 
 A, V, K = 7, 50, 4
@@ -20,8 +21,9 @@ def drawn(dtype: torch.dtype = torch.float64, *, seed: int = 0) -> tuple[Tensor,
 
 
 @pytest.fixture(params=[1, 3, 100])
-def rows_at_once(request, monkeypatch):
-    monkeypatch.setattr(vocabulary, "PIECE_BYTES", 4 * V * request.param)
+def piece_bytes(request) -> int:
+    """Room for so many rows at once."""
+    return 4 * V * request.param
 
 
 def plainly(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,11 +31,11 @@ def plainly(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return log_probs.gather(1, ids), log_probs.scatter(1, ids, float("-inf")).logsumexp(dim=-1)
 
 
-def test_values_and_gradients_are_those_of_log_softmax_in_float64(rows_at_once):
+def test_values_and_gradients_are_those_of_log_softmax_in_float64(piece_bytes):
     logits, ids = drawn()
     weights = torch.rand(A, K + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) - 0.5
     results = []
-    for function in (with_tail, plainly):
+    for function in (partial(with_tail, piece_bytes=piece_bytes), plainly):
         picked, tail = function(logits, ids)
         (picked * weights[:, :K]).sum().backward(retain_graph=True)
         (tail.exp() * weights[:, K]).sum().backward()
@@ -43,13 +45,13 @@ def test_values_and_gradients_are_those_of_log_softmax_in_float64(rows_at_once):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
-def test_gradcheck_agrees(rows_at_once):
+def test_gradcheck_agrees(piece_bytes):
     logits, ids = drawn(seed=3)
-    assert torch.autograd.gradcheck(lambda x: with_tail(x, ids), logits)
+    assert torch.autograd.gradcheck(lambda x: with_tail(x, ids, piece_bytes=piece_bytes), logits)
     labels, draws = ids[:, 1], (ids[:, :2] + 7) % V  # a label among the top, draws that may be
     for asked in ((), (ids,), (ids, draws)):
         assert torch.autograd.gradcheck(
-            lambda x, asked=asked: _flat(score_answers(x, labels, *asked)), logits
+            lambda x, asked=asked: _flat(score_answers(x, labels, *asked, piece_bytes=piece_bytes)), logits
         )
 
 
@@ -66,7 +68,7 @@ def test_half_precision_is_summed_in_float32_and_its_gradient_comes_back_in_its_
 
 
 @pytest.mark.parametrize("num_top", [0, 1, K, V])
-def test_one_pass_scores_labels_draws_the_top_and_the_tail_as_log_softmax_does(rows_at_once, num_top):
+def test_one_pass_scores_labels_draws_the_top_and_the_tail_as_log_softmax_does(piece_bytes, num_top):
     logits, ids = drawn()
     labels, draws = ids[:, 0], ids[:, 2:]  # the label among the top: their gradients add up
     top = torch.stack([torch.cat([row, torch.arange(V)]).unique(sorted=False)[:num_top] for row in ids])
@@ -74,7 +76,7 @@ def test_one_pass_scores_labels_draws_the_top_and_the_tail_as_log_softmax_does(r
     wanted = [log_probs.gather(1, some).flatten() for some in (labels[:, None], top, draws)]
     if 0 < num_top < V:
         wanted.append(plainly(logits, top)[1])
-    scores = score_answers(logits, labels, top if num_top else None, draws)
+    scores = score_answers(logits, labels, top if num_top else None, draws, piece_bytes=piece_bytes)
     found = [x.flatten() for x in (scores.label, scores.top, scores.draws)] + [scores.tail][: len(wanted) - 3]
     assert len(scores.tail) == (A if 0 < num_top < V else 0)
     weights = torch.rand(sum(map(len, wanted)), dtype=torch.float64)

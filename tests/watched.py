@@ -27,9 +27,12 @@ Tokens = tuple[int, ...]
 @contextmanager
 def before_forward(kind: type[nn.Module], act: Callable[..., Any]) -> Iterator[None]:
     """Call `act(module, *arguments)` before every forward of a module of this class."""
-    handle = register_module_forward_pre_hook(
-        lambda module, arguments: act(module, *arguments) and None if isinstance(module, kind) else None
-    )
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if isinstance(module, kind):
+            act(module, *arguments)
+
+    handle = register_module_forward_pre_hook(hook)
     try:
         yield
     finally:

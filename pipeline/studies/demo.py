@@ -162,16 +162,16 @@ def write_tokenizer(folder: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 @app.command()
-def student(seed: int = 0) -> None:
+def student(seed: int = 0, folder: Path = STUDENT) -> None:
     """Write the demo's untrained student: the teacher's tower and tokenizer, a small random language model."""
     logging.disable_progress_bar()
     teacher = MobileVLMForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     torch.manual_seed(seed)
     model = MobileVLMForCausalLM(model_config(STUDENT_LANGUAGE))
     model.model.vision_tower.load_state_dict(teacher.model.vision_tower.state_dict())
-    model.save_pretrained(STUDENT)
-    shutil.copy(TEACHER / "tokenizer.model", STUDENT)
-    print(f"{STUDENT}: {language_parameters(model):,} parameters in the language model")
+    model.save_pretrained(folder)
+    shutil.copy(TEACHER / "tokenizer.model", folder)
+    print(f"{folder}: {language_parameters(model):,} parameters in the language model")
 
 
 def language_parameters(model: MobileVLMForCausalLM) -> int:

@@ -33,26 +33,33 @@ class AnswerScores:
 
 
 def score_answers(
-    logits: Tensor, labels: Tensor, top_ids: Tensor | None = None, draw_ids: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    top_ids: Tensor | None = None,
+    draw_ids: Tensor | None = None,
+    *,
+    piece_bytes: int = PIECE_BYTES,
 ) -> AnswerScores:
     """All that losses read of `logits` 'A V', by one pass over the vocabulary, and one backward."""
     none = labels.new_empty(len(labels), 0)
     groups = [labels[:, None], *(none if ids is None else ids for ids in (draw_ids, top_ids))]
     num_labels, num_draws, num_top = (ids.shape[1] for ids in groups)
     needs_tail = 0 < num_top < logits.shape[1]
-    picked, total, tail = _Picked.apply(logits, torch.cat(groups, dim=1), num_top if needs_tail else 0)
+    picked, total, tail = _Picked.apply(
+        logits, torch.cat(groups, dim=1), num_top if needs_tail else 0, piece_bytes
+    )
     label, draws, top = (picked - total[:, None]).split((num_labels, num_draws, num_top), dim=1)
     # In one piece, so that sums over labels are the same bits whatever else was asked for.
     label = label.squeeze(1).contiguous()
     return AnswerScores(label, top, tail - total if needs_tail else tail[:0], draws)
 
 
-def with_tail(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def with_tail(logits: Tensor, ids: Tensor, *, piece_bytes: int = PIECE_BYTES) -> tuple[Tensor, Tensor]:
     """Log softmax of `logits` 'A V' at `ids` int64 'A K', and that of all other tokens 'A'.
 
     The ids of a row are distinct, and fewer than V.
     """
-    picked, total, tail = _Picked.apply(logits, ids, ids.shape[1])
+    picked, total, tail = _Picked.apply(logits, ids, ids.shape[1], piece_bytes)
     return picked - total[:, None], tail - total
 
 
@@ -60,10 +67,12 @@ class _Picked(torch.autograd.Function):
     """Logits at `ids`, and the log-sum-exp over the vocabulary and over all of it but the last `num_top` of `ids`."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, num_top: int, piece_bytes: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         total = _wide(logits[:0]).new_empty(len(logits))
         tail = torch.zeros_like(total)
-        for rows in _pieces(logits):
+        for rows in _pieces(logits, piece_bytes):
             piece = _wide(logits[rows])
             largest = piece.amax(dim=-1)
             weights = (piece - largest[:, None]).exp_()
@@ -73,12 +82,12 @@ class _Picked(torch.autograd.Function):
                 tail[rows] = rest.clamp(min=_SMALLEST).log() + largest
         picked = _wide(logits.gather(1, ids))
         ctx.save_for_backward(logits, ids, picked, total, tail)
-        ctx.num_top = num_top
+        ctx.num_top, ctx.piece_bytes = num_top, piece_bytes
         return picked, total, tail
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         logits, ids, picked, total, tail = ctx.saved_tensors
         of_picked, of_total, of_tail = gradients
         if num_top := ctx.num_top:
@@ -88,11 +97,11 @@ class _Picked(torch.autograd.Function):
             of_picked[:, -num_top:] -= scale[:, None] * (picked[:, -num_top:] - total[:, None]).exp()
             of_total = of_total + scale
         result = torch.empty_like(logits)
-        for rows in _pieces(logits):
+        for rows in _pieces(logits, ctx.piece_bytes):
             probabilities = (_wide(logits[rows]) - total[rows, None]).exp_()
             gradient = probabilities.mul_(of_total[rows, None])
             result[rows] = gradient.scatter_add_(1, ids[rows], of_picked[rows]).to(result.dtype)
-        return result, None, None
+        return result, None, None, None
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -100,6 +109,6 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _pieces(logits: Tensor) -> Iterator[slice]:
-    size = max(1, PIECE_BYTES // (4 * logits.shape[1]))
+def _pieces(logits: Tensor, piece_bytes: int) -> Iterator[slice]:
+    size = max(1, piece_bytes // (4 * logits.shape[1]))
     return (slice(start, start + size) for start in range(0, len(logits), size))

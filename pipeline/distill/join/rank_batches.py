@@ -52,17 +52,19 @@ class RankBatches:
             yield order[mine : mine + self.batch_size].tolist() or [Filler(order[start])]
 
 
-def shuffled(num_samples: int, generator: torch.Generator, *, block: int) -> torch.Tensor:
+def shuffled(
+    num_samples: int, generator: torch.Generator, *, block: int, window: int = WINDOW
+) -> torch.Tensor:
     """An order of all samples: each by itself, or blocks of neighbours drawn at random and mixed within a window.
 
-    Neighbours share chunks of the store, so a block is read at once; a window of `WINDOW` samples or more, far more
-    than a batch, keeps a batch from being made of neighbours.
+    Neighbours share chunks of the store, so a block is read at once; a `window` of so many samples, far more than a
+    batch, keeps a batch from being made of neighbours.
     """
     if block == 1:
         return torch.randperm(num_samples, generator=generator)
     starts = block * torch.randperm(math.ceil(num_samples / block), generator=generator)
     order: list[torch.Tensor] = []
-    for some in starts.split(math.ceil(WINDOW / block)):
-        window = torch.cat([torch.arange(start, min(start + block, num_samples)) for start in some.tolist()])
-        order.append(window[torch.randperm(len(window), generator=generator)])
+    for some in starts.split(math.ceil(window / block)):
+        samples = torch.cat([torch.arange(start, min(start + block, num_samples)) for start in some.tolist()])
+        order.append(samples[torch.randperm(len(samples), generator=generator)])
     return torch.cat(order)

@@ -18,8 +18,6 @@ from pipeline.data.decoding import DECODING_RULES, MAX_IMAGE_PIXELS, decode_imag
 from pipeline.errors import BadSample, ConfigError
 
 MAX_GROWTH = 4  # times `max_pixels`: the limit of an image after padding or resizing
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_IMAGE_SIZE = 336
 
 # Settings of the processor that change pixels, part of the fingerprint.
@@ -55,8 +53,13 @@ class ImagePreprocessor:
         the default of `image_size`, 336, gives.
         """
         file = Path(path) / "preprocessor_config.json"
-        settings = _read_settings(file) if file.is_file() else _clip_settings(image_size or CLIP_IMAGE_SIZE)
-        clip = CLIPImageProcessorPil(**settings)
+        if file.is_file():
+            clip = CLIPImageProcessorPil(**_read_settings(file))
+        else:  # transformers' defaults are OpenAI CLIP's, but for the size
+            side = image_size or CLIP_IMAGE_SIZE
+            clip = CLIPImageProcessorPil(
+                size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+            )
         found = clip.crop_size["height"]
         if image_size is not None and found != image_size:
             raise ConfigError(
@@ -119,17 +122,6 @@ def _read_settings(file: Path) -> dict[str, Any]:
         )
     labels = ("image_processor_type", "feature_extractor_type", "processor_class")
     return {name: value for name, value in settings.items() if name not in labels}
-
-
-def _clip_settings(image_size: int) -> dict[str, Any]:
-    return {
-        "size": {"shortest_edge": image_size},
-        "crop_size": {"height": image_size, "width": image_size},
-        "image_mean": list(CLIP_MEAN),
-        "image_std": list(CLIP_STD),
-        "resample": int(Image.Resampling.BICUBIC),
-        "do_center_crop": True,
-    }
 
 
 def _plain(value: Any) -> Any:

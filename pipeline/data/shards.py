@@ -21,7 +21,6 @@ from braceexpand import braceexpand
 from cache import Span
 from pipeline.data.conversation import check_conversations
 from pipeline.data.decoding import ENDINGS, MAX_IMAGE_PIXELS, read_header
-from pipeline.data.dotted_names import split_dotted
 from pipeline.data.file_names import as_stored, expand_home, longest_stored
 from pipeline.data.media import check_media
 from pipeline.data.tars import Group, open_tar, read_groups, read_member, reading
@@ -85,7 +84,7 @@ def read_shard(path: str | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Itera
     """
     seen: set[str] = set()
     with open_tar(path) as tar:
-        for group in (part for run in read_groups(tar, path) for part in split_dotted(run, tar)):
+        for group in read_groups(tar, path):
             if group.key in seen:
                 group.problem = BadSample(
                     "key occurs twice in this shard", "its members must be side by side"

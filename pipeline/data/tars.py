@@ -5,12 +5,13 @@ Read by `tarfile`, which tells the place of a member's bytes; a stream does not.
 
 from __future__ import annotations
 
+import json
 import re
 import tarfile
 import unicodedata
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +19,7 @@ from typing import BinaryIO
 from webdataset.tariterators import base_plus_ext
 
 from cache import UnreadableFile
+from pipeline.data.decoding import ENDINGS
 from pipeline.errors import BadSample, ShardError
 
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
@@ -68,7 +70,8 @@ def open_tar(path: str | Path) -> tarfile.TarFile:
 def read_groups(tar: tarfile.TarFile, path: str | Path) -> Iterator[Group]:
     """Yield the adjacent members with one key. A name up to its first dot is the key, the rest the ending.
 
-    Raises `ShardError` if the tar is truncated or damaged; a group is yielded only after all its bytes were there.
+    A sample with more dots in its name is a bad group of its own. Raises `ShardError` if the tar is truncated or
+    damaged; a group is yielded only after all its bytes were there.
     """
     # Archives made on macOS may mix both Unicode forms of a name.
     for _, named in groupby(_named(tar, path), key=lambda item: unicodedata.normalize("NFC", item[0])):
@@ -77,7 +80,7 @@ def read_groups(tar: tarfile.TarFile, path: str | Path) -> Iterator[Group]:
             group = group or Group(key)
             group.add(ending, member)
         assert group is not None  # groupby yields no empty groups
-        yield group
+        yield from _split_dotted(group, tar)
 
 
 def _named(tar: tarfile.TarFile, path: str | Path) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
@@ -88,6 +91,46 @@ def _named(tar: tarfile.TarFile, path: str | Path) -> Iterator[tuple[str, str, t
             continue
         # Names in other encodings stay printable.
         yield key.encode("utf-8", "backslashreplace").decode(), ending.lower(), member
+
+
+def _split_dotted(group: Group, tar: tarfile.TarFile) -> Iterator[Group]:
+    """Yield the group's own members, if any, and each sample with more dots in its name, as a bad group.
+
+    By WebDataset's rule scan_1.5.json is a member of scan_1. KEY.meta.json and KEY.mask.png stay members of KEY.
+    """
+    stems = [ending.removesuffix(".json") for ending in group.members if _is_sample(ending, group, tar)]
+    members: dict[str | None, dict[str, tarfile.TarInfo]] = {stem: {} for stem in (None, *stems)}
+    for ending, member in group.members.items():
+        owners = (stem for stem in stems if ending.startswith(f"{stem}."))
+        members[max(owners, key=len, default=None)][ending] = member
+    if own := members[None]:
+        yield replace(group, members=own)
+    for stem in stems:
+        name = members[stem][f"{stem}.json"].name
+        folder, slash, file = name.rpartition("/")
+        better = file.removesuffix(".json").replace(".", "_") + ".json"
+        problem = BadSample(
+            "dots in the name",
+            f"WebDataset reads {name} as the key {group.key} with the ending {stem}.json; rename it to "
+            f"{folder}{slash}{better}, and what belongs to it likewise",
+        )
+        yield Group(f"{group.key}.{stem}", members[stem], group.problem or problem)
+
+
+def _is_sample(ending: str, group: Group, tar: tarfile.TarFile) -> bool:
+    """Return whether an ending such as 5.json is a sample's: it has a conversation, or an image beside it."""
+    stem, dot, last = ending.rpartition(".")
+    if not dot or last != "json":
+        return False
+    kinds = {other.rpartition(".")[2] for other in group.members if other.startswith(f"{stem}.")}
+    if "json" not in group.members and kinds & ENDINGS:
+        return True
+    member = group.members[ending]
+    try:
+        found = json.loads(read_member(tar, member)) if member.size <= MAX_MEMBER_BYTES else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "conversations" in found
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -21,7 +21,10 @@ Turn = dict[str, str]
 
 @dataclass(frozen=True)
 class Template:
-    """How turns become a text and a prompt, and a text and its ids labels; `is_chatml`: needs SmolLM2's tokenizer."""
+    """A template's functions: turns to text, turns to a prompt, text and ids to labels.
+
+    With `is_chatml` it needs SmolLM2's tokenizer, else LLaMA's.
+    """
 
     render: Callable[[Sequence[Turn]], str]
     render_prompt: Callable[[Sequence[Turn]], str]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import typer
 
-from bench.flops import VISION_TOKENS, Sample, online, stage_1, stage_2, stub
+from bench.flops import VISION_TOKENS, Lengths, online, stage_1, stage_2, stub
 from bench.profiles import FIGURES, PROFILES, STEPS, reference_bytes
 from bench.synthetic import SIZES
 from bench.tables import print_table
@@ -43,10 +43,10 @@ Steps = Mapping[str, float]  # a figure of a sample by training step
 app = typer.Typer(add_completion=False)
 
 
-def sample(step: str) -> Sample:
+def sample(step: str) -> Lengths:
     """A sample of mean length."""
     of = STEPS[step]
-    return Sample(of.positions_before + VISION_TOKENS + of.text_rows, of.text_rows, of.answers)
+    return Lengths(of.positions_before + VISION_TOKENS + of.text_rows, of.text_rows, of.answers)
 
 
 def operations() -> dict[str, dict[str, float]]:
@@ -136,7 +136,7 @@ def ratios_table() -> Iterator[dict[str, Any]]:
     """Ratios of operations, to compare measured ones with."""
     for size, positions in product(("small", "full"), (300, 1100)):
         text_rows = positions - STEPS["finetune"].positions_before - VISION_TOKENS
-        of = Sample(positions, text_rows, text_rows // 2)
+        of = Lengths(positions, text_rows, text_rows // 2)
         row = {"size": size, "positions": positions, "stub / stage 1": stub(size, of) / stage_1(size, of)}
         for name, on in (("stage 2 / teacher in the step", True), ("the same, no checkpoints", False)):
             row[name] = stage_2(size, of, checkpointing=on) / online(size, of, checkpointing=on)

@@ -21,7 +21,7 @@ BACKWARD = 2  # forwards' worth: gradients of inputs and of weights
 
 
 @dataclass(frozen=True)
-class Sample:
+class Lengths:
     """Positions of the decoder in all, text after the image, and positions that predict answers."""
 
     positions: int
@@ -45,7 +45,7 @@ class Forward:
 
 
 @cache
-def forward(size: Size, role: str, sample: Sample) -> Forward:
+def forward(size: Size, role: str, sample: Lengths) -> Forward:
     """Count a forward of one sample with one image, its head where answers are."""
     config = model_config(MODELS[size, role])
     width, positions = config.hidden_size, sample.positions
@@ -68,19 +68,19 @@ def forward(size: Size, role: str, sample: Sample) -> Forward:
     return Forward(tower, projector, counts["Global"] - tower - projector, head, tap)
 
 
-def stage_1(size: Size, sample: Sample) -> int:
+def stage_1(size: Size, sample: Lengths) -> int:
     """The teacher's forward and all targets."""
     teacher = forward(size, "teacher", sample)
     return teacher.tower + teacher.without_tower
 
 
-def stub(size: Size, sample: Sample, *, with_tower: bool = True) -> int:
+def stub(size: Size, sample: Lengths, *, with_tower: bool = True) -> int:
     """Attention of layer 0 and vision alone; without the tower where the student's own gives the patch features."""
     teacher = forward(size, "teacher", sample)
     return with_tower * teacher.tower + teacher.projector + teacher.tap
 
 
-def stage_2(size: Size, sample: Sample, *, checkpointing: bool = True) -> int:
+def stage_2(size: Size, sample: Lengths, *, checkpointing: bool = True) -> int:
     """Forward and backward of the student with every loss; its frozen tower runs forward alone.
 
     Checkpointing runs every layer of the decoder forward once more.
@@ -89,6 +89,6 @@ def stage_2(size: Size, sample: Sample, *, checkpointing: bool = True) -> int:
     return student.tower + (1 + BACKWARD) * student.without_tower + checkpointing * student.decoder
 
 
-def online(size: Size, sample: Sample, *, checkpointing: bool = True) -> int:
+def online(size: Size, sample: Lengths, *, checkpointing: bool = True) -> int:
     """The same step with the whole teacher's forward in it."""
     return stage_1(size, sample) + stage_2(size, sample, checkpointing=checkpointing)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from bench import extrapolate
-from bench.flops import Sample, forward, stage_1, stage_2, stub
+from bench.flops import Lengths, forward, stage_1, stage_2, stub
 from bench.profiles import PROFILES, STEPS, measure, reference_bytes
 from bench.synthetic import SIZES
 from pipeline.config.config import Config, load_config
@@ -70,13 +70,13 @@ def test_the_full_models_cost_what_their_weights_say():
         "student": 24 * (4 * 2048**2 + 3 * 2048 * 5632),
     }
     for role, of_layers in weights.items():
-        assert forward("full", role, Sample(335, 190, 190)).decoder == pytest.approx(
+        assert forward("full", role, Lengths(335, 190, 190)).decoder == pytest.approx(
             2 * of_layers * 335, rel=0.03
         )
 
 
 def test_training_is_three_forwards_of_what_is_trained_and_one_of_the_tower():
-    sample = Sample(335, 190, 190)
+    sample = Lengths(335, 190, 190)
     student = forward("full", "student", sample)
     once = stage_2("full", sample, checkpointing=False)
     assert stage_2("full", sample) - once == student.decoder
@@ -85,7 +85,7 @@ def test_training_is_three_forwards_of_what_is_trained_and_one_of_the_tower():
 
 
 def test_a_stub_runs_neither_decoder_nor_head():
-    sample = Sample(300, 120, 60)
+    sample = Lengths(300, 120, 60)
     teacher = forward("small", "teacher", sample)
     assert stage_1("small", sample) - stub("small", sample) == teacher.decoder + teacher.head
     assert stub("small", sample) - stub("small", sample, with_tower=False) == teacher.tower

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import urllib.parse
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,21 +77,22 @@ def pack(
         else:
             lines = _repaired_lines(finished, image_folder)
             if not lines and not was_interrupted(output):
-                say(
-                    f"{output} holds a finished pack of this input: nothing was done; --again packs everything again"
-                )
+                nothing = "nothing was done; --again packs everything again"
+                say(f"{output} holds a finished pack of this input: {nothing}")
                 return finished.summary
-            entries_are = (
-                "entry whose images changed is" if len(lines) == 1 else "entries whose images changed are"
+            noun, verb = ("entry", "is") if len(lines) == 1 else ("entries", "are")
+            say(
+                f"{len(lines)} rejected {noun} whose images changed {verb} tried again; "
+                "what is packed stays as it is"
             )
-            say(f"{len(lines)} rejected {entries_are} tried again; what is packed stays as it is")
             continue_pack(output, asked, finished)
             records, shards, num_done = rejects.retry(finished.rejects, entries, lines), finished.shards, 0
         writer = ShardWriter(place, samples_per_shard=samples_per_shard, shards=shards)
+        read_image = partial(read_image_file, folder=image_folder, max_pixels=max_pixels)
         total = num_done + len(records)
         with recording(place / IMAGES, append=bool(shards)) as record_image:
             for group in _group_by_image(records):
-                writer.write(_samples(group, image_folder, rejects, record_image, max_pixels=max_pixels))
+                writer.write(_samples(group, read_image, record_image, rejects))
                 num_done += len(group)
                 progress(num_done, total)
         return finish_pack(place, asked, shards=writer.finish(), rejects=rejects)
@@ -129,11 +131,9 @@ def _group_by_image(records: list[Record]) -> list[list[Record]]:
 
 def _samples(
     group: list[Record],
-    image_folder: Path,
-    rejects: Rejects,
+    read_image: Callable[[str], ImageFile],
     record_image: Callable[[str, ImageFile], object],
-    *,
-    max_pixels: int,
+    rejects: Rejects,
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield key and members of each good record, then record the images; reads an image once a group."""
     good: dict[str, ImageFile] = {}
@@ -144,7 +144,7 @@ def _samples(
             if image in good or image in bad:
                 continue
             try:
-                good[image] = read_image_file(image, image_folder, max_pixels=max_pixels)
+                good[image] = read_image(image)
             except BadSample as error:
                 bad[image] = error
         if reasons := {image: bad[image] for image in record.images if image in bad}:

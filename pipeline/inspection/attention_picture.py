@@ -39,7 +39,7 @@ class Layout:
 
     panel: float
     num_panels: int
-    per_row: int = 1
+    per_row: int
 
     @property
     def cell_width(self) -> float:
@@ -193,11 +193,9 @@ def _layout(drawing: Drawing) -> Layout:
     """Return a layout with as many cells in a row as fit, or more if the page would be much higher than wide."""
     num_cells = max(map(len, drawing.images))
     panel, num_panels = (SMALL_PANEL, len(drawing.headings)) if drawing.has_students else (PANEL, 1)
-    layout = Layout(panel, num_panels)
-    while layout.per_row < num_cells and layout.is_narrow(num_cells):
-        layout = replace(layout, per_row=layout.per_row + 1)
-    num_rows = ceil(num_cells / layout.per_row)
-    layout = replace(layout, per_row=ceil(num_cells / num_rows))
+    layouts = (Layout(panel, num_panels, per_row) for per_row in range(1, num_cells))
+    fitting = next((layout.per_row for layout in layouts if not layout.is_narrow(num_cells)), num_cells)
+    layout = Layout(panel, num_panels, per_row=ceil(num_cells / ceil(num_cells / fitting)))
     spare = max(0.0, LEAST_WIDTH - layout.width) / (layout.per_row * num_panels)
     return replace(layout, panel=panel + min(spare, MOST_GROWTH))
 

@@ -1,1 +1,1 @@
-"""Vision-language models: MobileVLM V2, the attention tap beside it and the stub teacher cut from it."""
+"""Vision-language models: MobileVLM V2, the attention tap, and the teacher with its stub."""

@@ -1,4 +1,4 @@
-"""What is wrong with a file of a checkpoint that cannot be read, and what to do: each cause its own sentence."""
+"""Errors about a checkpoint's file that cannot be read: one sentence for each cause, with what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LFS_POINTER = b"version https://git-lfs"
 
 @contextmanager
 def named_if_broken(file: Path, *, kind: str = "weights", then: str = COPY_AGAIN) -> Iterator[None]:
-    """Whatever a reader says of a missing, cut or foreign file becomes one sentence that names it, and its cause."""
+    """Turn whatever a reader raises for a missing, cut or foreign file into one sentence with the file's name."""
     try:
         yield
     except Exception as error:
@@ -25,33 +25,30 @@ def named_if_broken(file: Path, *, kind: str = "weights", then: str = COPY_AGAIN
 
 
 def _named(file: Path, error: Exception, kind: str, then: str) -> PipelineError:
+    head = b""
     try:
-        head = b"" if file.is_dir() else _head(file)
+        if not file.is_dir():
+            with file.open("rb") as opened:
+                head = opened.read(len(LFS_POINTER))
     except FileNotFoundError:
         return ConfigError(f"{file}: no such file, or a link to none; download what is missing")
     except OSError as refused:
-        head, error = b"", refused  # a reader in Rust does not always say why
+        error = refused  # a reader in Rust does not always say why
     if isinstance(error, PermissionError):
         return PipelineError(f"{file}: permission denied; give this user the right to read it")
     if is_of_the_machine(error):
         return PipelineError(
             f"{file}: cannot be read ({reason_of(error)}); correct that, and run the same command again"
         )
-    if head.startswith(LFS_POINTER):
+    if head == LFS_POINTER:
         return ConfigError(
             f"{file}: a Git LFS pointer in place of the file; run `git lfs pull` in its folder, or download the file"
         )
     if isinstance(error, UnpicklingError) and "Unsupported global" in str(error):
         return ConfigError(
-            f"{file}: holds more than tensors, which nothing here unpickles, for it could run any code; save the "
-            "tensors alone, as safetensors"
+            f"{file}: holds more than tensors, and unpickling that could run any code; save the tensors alone, as "
+            "safetensors"
         )
-    said = type(error).__name__
-    if not isinstance(error, UnpicklingError):  # torch's words advise to unpickle it all the same
-        said = f"{said}: {reason_of(error)}"
-    return ConfigError(f"{file}: not readable as {kind} ({said}); {then}")
-
-
-def _head(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return opened.read(len(LFS_POINTER))
+    # torch's own words on an UnpicklingError advise to unpickle all the same.
+    words = "" if isinstance(error, UnpicklingError) else f": {reason_of(error)}"
+    return ConfigError(f"{file}: not readable as {kind} ({type(error).__name__}{words}); {then}")

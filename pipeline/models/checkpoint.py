@@ -1,4 +1,4 @@
-"""Single tensors of a checkpoint, read without loading the rest: safetensors or `.bin`, sharded or not."""
+"""Single tensors of a checkpoint, read without the rest: safetensors or `.bin`, sharded or not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from pipeline.errors import ConfigError, PipelineError, building, is_of_the_machine, is_ours, reason_of
 from pipeline.models.broken_files import named_if_broken
 
-# In the order in which transformers looks for them, so that teacher and student read the same files.
+# In transformers' order, so that teacher and student read the same files.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -26,14 +26,16 @@ ZIP = b"PK\x03\x04"
 
 
 def digest_of_tensors(digests: Mapping[str, str]) -> str:
-    """One digest of tensors by name."""
+    """Return one digest of many: name -> digest of a tensor."""
     return blake3("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def checkpoint_folder(name: str) -> Path:
-    """A local folder as it is, a hub id as its downloaded snapshot. Raises `ConfigError` with the remedy."""
-    folder = Path(name)
-    folder = folder if folder.is_dir() else _downloaded(name)
+    """Return a local folder as it is, or the downloaded snapshot of a hub id.
+
+    Raises `ConfigError` if there is none, or if it holds LoRA adapters alone; `PipelineError` if the disk refuses.
+    """
+    folder = Path(name) if Path(name).is_dir() else _downloaded(name)
     if (folder / ADAPTERS).is_file() and not any((folder / file).exists() for file in WEIGHT_FILES):
         raise ConfigError(
             f"{name}: LoRA adapters ({ADAPTERS}) without the weights of their base model; merge them (in peft: "
@@ -42,31 +44,15 @@ def checkpoint_folder(name: str) -> Path:
     return folder
 
 
-def small_files(name: str) -> Path | None:
-    """A folder with a checkpoint's config and tokenizer, of a hub id these alone; None if it cannot be had here."""
-    if (folder := Path(name)).is_dir():
-        return checkpoint_folder(name)
-    if folder.is_absolute():
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "tokenizer.model"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
-        return None
-
-
 def _downloaded(name: str) -> Path:
     if Path(name).is_absolute() or Path(name).exists():
         found = "a file" if Path(name).exists() else "nothing"
         raise ConfigError(f"model {name!r}: no such local folder, found {found}; name a checkpoint's folder")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (ValueError, OSError) as error:  # the hub's own errors are kinds of these
         if is_of_the_machine(error) and not isinstance(error, ConnectionError):
             raise PipelineError(f"model {name!r} cannot be downloaded: {reason_of(error)}") from error
         raise ConfigError(
@@ -75,57 +61,29 @@ def _downloaded(name: str) -> Path:
         ) from error
 
 
+def small_files(name: str) -> Path | None:
+    """Return a folder with a checkpoint's config and tokenizer, without its weights; None if there is none here."""
+    if (folder := Path(name)).is_dir():
+        return checkpoint_folder(name)
+    if folder.is_absolute():
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "tokenizer.model"]))
+    except (ValueError, OSError):
+        return None
+
+
 class Checkpoint:
-    """The tensors of a checkpoint folder by name; `.bin` files are mapped, so only the pages used are read."""
+    """The tensors of a checkpoint folder by name. `.bin` files are mapped, so that only the pages in use are read."""
 
     def __init__(self, name: str):
         self.folder = checkpoint_folder(name)
         self._listed_in, self._files = self._locate()
 
-    def names(self) -> list[str]:
-        return sorted(self._files)
-
-    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of the names asked for, file by file. Raises `ConfigError` if one is missing."""
-        wanted: dict[Path, list[str]] = {}
-        for name in names:
-            if name not in self._files:
-                raise ConfigError(
-                    f"{self.folder}: the checkpoint has no tensor {name!r}; use a complete MobileVLM V2 checkpoint "
-                    "and the config.json that belongs to it"
-                )
-            wanted.setdefault(self._files[name], []).append(name)
-        for file, inside in wanted.items():
-            with self._reading(file):
-                yield from _read(file, inside)
-
-    def check_files(self) -> None:
-        """Raise `ConfigError`, or `PipelineError`, naming the first of the files that cannot be read."""
-        for file in sorted(set(self._files.values())):
-            with self._reading(file):
-                _names_in(file)
-
-    def digest(self, names: Iterable[str] | None = None) -> str:
-        """blake3 over name, dtype, shape and bytes of tensors, of all if none are named.
-
-        Equal for `.bin` and safetensors of one model.
-        """
-        return digest_of_tensors(self.tensor_digests(self.names() if names is None else names))
-
-    def tensor_digests(self, names: Iterable[str]) -> dict[str, str]:
-        """blake3 over dtype, shape and bytes of each tensor named."""
-        return {name: _tensor_digest(tensor) for name, tensor in self.tensors(names)}
-
-    @contextmanager
-    def _reading(self, file: Path) -> Iterator[None]:
-        if file != self._listed_in and not file.is_file():
-            raise ConfigError(
-                f"{file}: no such file, but {self._listed_in.name} names it; download what is missing, too"
-            )
-        with named_if_broken(file):
-            yield
-
     def _locate(self) -> tuple[Path, dict[str, Path]]:
+        """Return the file that lists the tensors, and the file of each tensor."""
         file = next((file for name in WEIGHT_FILES if (file := self.folder / name).is_file()), None)
         if file is None:
             raise ConfigError(
@@ -138,10 +96,63 @@ class Checkpoint:
                 return file, {name: self.folder / Path(part).name for name, part in weight_map.items()}
             return file, dict.fromkeys(_names_in(file), file)
 
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor), file by file. Raises `ConfigError` if a tensor is missing."""
+        wanted: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self._files:
+                raise ConfigError(
+                    f"{self.folder}: the checkpoint has no tensor {name!r}; use a complete MobileVLM V2 checkpoint "
+                    "and the config.json that belongs to it"
+                )
+            wanted.setdefault(self._files[name], []).append(name)
+        for file, inside in wanted.items():
+            with self._reading(file):
+                if file.suffix == ".bin":
+                    mapped = _mapped(file)
+                    yield from ((name, mapped[name]) for name in inside)
+                    continue
+                with safe_open(file, framework="pt") as opened:
+                    yield from ((name, opened.get_tensor(name)) for name in inside)
+
+    def check_files(self) -> None:
+        """Raise `ConfigError` or `PipelineError` naming the first file that cannot be read."""
+        for file in sorted(set(self._files.values())):
+            with self._reading(file):
+                _names_in(file)
+
+    @contextmanager
+    def _reading(self, file: Path) -> Iterator[None]:
+        if file != self._listed_in and not file.is_file():
+            raise ConfigError(
+                f"{file}: no such file, but {self._listed_in.name} names it; download what is missing, too"
+            )
+        with named_if_broken(file):
+            yield
+
+    def digest(self, names: Iterable[str] | None = None) -> str:
+        """Return the blake3 over name, dtype, shape and bytes of these tensors, or of all.
+
+        It is equal for a `.bin` and a safetensors copy of one model.
+        """
+        return digest_of_tensors(self.tensor_digests(self.names() if names is None else names))
+
+    def tensor_digests(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the blake3 over dtype, shape and bytes of each of these tensors."""
+        digests = {}
+        for name, tensor in self.tensors(names):
+            header = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} "
+            content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+            digests[name] = blake3(header.encode()).update(content.data).hexdigest()
+        return digests
+
 
 @contextmanager
 def loading(name: str | Path) -> Iterator[None]:
-    """As `building`, for what transformers reads of a checkpoint; a file at fault is named, with the cause."""
+    """As `building`, for what transformers loads from a checkpoint. If a file is at fault, name it and the cause."""
     with building(f"model {name}", then="use a complete MobileVLM V2 checkpoint with its own config.json"):
         try:
             yield
@@ -158,17 +169,8 @@ def _names_in(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
-def _read(file: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    if file.suffix == ".bin":
-        mapped = _mapped(file)
-        yield from ((name, mapped[name]) for name in names)
-        return
-    with safe_open(file, framework="pt") as tensors:
-        yield from ((name, tensors.get_tensor(name)) for name in names)
-
-
 def _mapped(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `.bin`. One of before torch 1.6 is no zip, cannot be mapped, and is read whole each time."""
+    """Return the tensors of a `.bin`. A file from before torch 1.6 is no zip and is read whole instead of mapped."""
     with file.open("rb") as opened:
         is_zip = opened.read(len(ZIP)) == ZIP
     tensors = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
@@ -179,9 +181,3 @@ def _mapped(file: Path) -> dict[str, torch.Tensor]:
                 "dict itself, tensors by name"
             )
     return tensors
-
-
-def _tensor_digest(tensor: torch.Tensor) -> str:
-    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    header = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} "
-    return blake3(header.encode()).update(content.data).hexdigest()

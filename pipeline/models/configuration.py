@@ -12,12 +12,9 @@ from pipeline.errors import ConfigError
 from pipeline.models.broken_files import named_if_broken
 from pipeline.models.efficientnet import EfficientNetLiteConfig
 
-# What `vision_tower_type` may say, and the class of that tower's geometry.
 TowerConfig = CLIPVisionConfig | EfficientNetLiteConfig
-TOWER_TYPES: dict[str, type[CLIPVisionConfig] | type[EfficientNetLiteConfig]] = {
-    "clip": CLIPVisionConfig,
-    "efficientnet_lite": EfficientNetLiteConfig,
-}
+# The values of `vision_tower_type`, with the class of that tower's geometry.
+TOWER_TYPES = {"clip": CLIPVisionConfig, "efficientnet_lite": EfficientNetLiteConfig}
 
 # Public geometry of the towers that published configs name without describing them.
 KNOWN_TOWERS: dict[str, dict[str, Any]] = {
@@ -31,25 +28,22 @@ KNOWN_TOWERS: dict[str, dict[str, Any]] = {
         "projection_dim": 768,
     },
 }
-
-
 USE_ITS_CONFIG = "use the config.json that belongs to the checkpoint"
 
 
 class MobileVLMConfig(LlamaConfig):
-    """A flat LLaMA config plus the `mm_*` fields of the published files and two optional ones.
+    """A flat LLaMA config with the `mm_*` fields of the published files, and three fields of our own.
 
-    `vision_config` is the tower's geometry (absent: that of the tower which `mm_vision_tower` names), of the
-    kind that `vision_tower_type` says;
-    `mm_projector_grid` is the side of the vision-token grid (absent: 12, hence 144 vision tokens).
+    `vision_tower_type` is the kind of tower. `vision_config` is its geometry (default: that of the tower which
+    `mm_vision_tower` names). `mm_projector_grid` is the side of the vision-token grid (12: 144 vision tokens).
+    Raises `ConfigError` naming the field that cannot be used.
     """
 
     model_type = "mobilevlm"
     sub_configs = {"vision_config": CLIPVisionConfig}  # pyright: ignore[reportAssignmentType]
 
-    vision_tower_type: str = (
-        "clip"  # before the geometry: fields are set in this order, and it says what that is
-    )
+    # Fields are set in this order, and the geometry depends on the type.
+    vision_tower_type: str = "clip"
     vision_config: dict | CLIPVisionConfig | EfficientNetLiteConfig | None = None
     mm_vision_tower: str | None = "openai/clip-vit-large-patch14-336"
     mm_hidden_size: int | None = None
@@ -70,11 +64,17 @@ class MobileVLMConfig(LlamaConfig):
         for name in ("vocab_size", "hidden_size", "num_attention_heads", "mm_projector_grid"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected a number from 1 on, found {getattr(self, name)}")
-        self.vision_config = resolve_vision_config(
-            self.vision_config, self.mm_vision_tower, tower_type=self.vision_tower_type
-        )
+        if not isinstance(self.vision_config, TowerConfig):
+            self.vision_config = _described_tower(
+                self.vision_config, self.mm_vision_tower, self.vision_tower_type
+            )
         self._check_select_layer()
-        self._check_pad_token()
+        pad, size = self.pad_token_id, self.vocab_size
+        if pad is not None and not -size <= pad < size:
+            raise ConfigError(
+                f"pad_token_id: {pad} is outside the vocabulary, vocab_size is {size}; set it to null: "
+                "padding is masked here, whatever its token"
+            )
         if (quantised := kwargs.get("quantization_config")) is not None:
             raise ConfigError(
                 f"quantization_config: quantised weights are not read, found {quantised}; use the unquantised "
@@ -83,28 +83,19 @@ class MobileVLMConfig(LlamaConfig):
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Set later as the dict of a JSON file, it must be what it is when it comes with the file.
+        # from_pretrained(folder, vision_config={...}) sets the field after __post_init__.
         if name == "vision_config" and isinstance(value, dict):
-            value = resolve_vision_config(value, None, tower_type=self.vision_tower_type)
+            value = _described_tower(value, None, self.vision_tower_type)
         super().__setattr__(name, value)
 
     def _check_select_layer(self) -> None:
-        if not isinstance(self.tower, CLIPVisionConfig):
-            return  # an EfficientNet is taken whole
-        num_states = self.tower.num_hidden_layers + 1
-        if not -num_states <= self.mm_vision_select_layer < num_states:
-            raise ConfigError(
-                f"mm_vision_select_layer: the vision tower has {num_states - 1} layers, "
-                f"found {self.mm_vision_select_layer}"
-            )
-
-    def _check_pad_token(self) -> None:
-        pad = self.pad_token_id
-        if pad is not None and not -self.vocab_size <= pad < self.vocab_size:
-            raise ConfigError(
-                f"pad_token_id: {pad} is outside the vocabulary, vocab_size is {self.vocab_size}; set it to null: "
-                "padding is masked here, whatever its token"
-            )
+        if isinstance(self.tower, CLIPVisionConfig):
+            num_layers = self.tower.num_hidden_layers
+            if not -num_layers - 1 <= self.mm_vision_select_layer <= num_layers:
+                raise ConfigError(
+                    f"mm_vision_select_layer: the vision tower has {num_layers} layers, "
+                    f"found {self.mm_vision_select_layer}"
+                )
 
     @property
     def tower(self) -> TowerConfig:
@@ -114,11 +105,11 @@ class MobileVLMConfig(LlamaConfig):
 
     @property
     def num_vision_tokens(self) -> int:
-        """N: how many vision tokens stand for one image."""
+        """N, the number of vision tokens of an image."""
         return self.mm_projector_grid**2
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers writes it, plus the old names of the rotary fields that the original code reads."""
+        """Return transformers' fields, and the old names of the rotary fields that the original code reads."""
         fields = super().to_dict()
         if isinstance(self.vision_config, TowerConfig):
             fields["mm_hidden_size"] = self.vision_config.hidden_size
@@ -129,9 +120,9 @@ class MobileVLMConfig(LlamaConfig):
 
 
 def read_config(folder: Path) -> MobileVLMConfig:
-    """The config of a checkpoint folder. Raises `ConfigError` naming the file.
+    """Return the config of a checkpoint folder. Raises `ConfigError` naming the file.
 
-    transformers takes a folder without config.json for one of nothing but defaults: a model of 7B, all random.
+    The check matters: for a folder without config.json, transformers returns the defaults, a random model of 7B.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -145,36 +136,31 @@ def read_config(folder: Path) -> MobileVLMConfig:
         raise ConfigError(f"{file}: {error}") from error
 
 
-def resolve_vision_config(
-    given: dict | TowerConfig | None, tower: str | None, *, tower_type: str = "clip"
-) -> TowerConfig:
-    """The tower's geometry: as given, else a local CLIP folder's, else that of a tower known by name."""
+def _described_tower(given: Any, name: str | None, tower_type: str) -> TowerConfig:
+    """Return a tower's geometry: as given, else from a local CLIP folder, else of a known name."""
     if tower_type not in TOWER_TYPES:
         raise ConfigError(
             f"vision_tower_type: unknown tower {tower_type!r}; known are {', '.join(sorted(TOWER_TYPES))}"
         )
-    if isinstance(given, TowerConfig):
-        return given
-    if given is None and tower and (config_file := Path(tower) / "config.json").is_file():
-        described = json.loads(config_file.read_text())
+    if given is None and name and (file := Path(name) / "config.json").is_file():
+        described = json.loads(file.read_text())
         given = described.get("vision_config", described)
     if given is None:
-        given = KNOWN_TOWERS.get(tower or "")
+        given = KNOWN_TOWERS.get(name or "")
     if given is None:
-        check_tower_is_here(tower)
+        check_tower_is_here(name)
         raise ConfigError(
-            f"the config describes no vision tower: mm_vision_tower is {tower!r}, known names are "
+            f"the config describes no vision tower: mm_vision_tower is {name!r}, known names are "
             f"{sorted(KNOWN_TOWERS)}; add the tower's geometry as `vision_config`"
         )
     if not isinstance(given, dict):
         raise ConfigError(f"vision_config: expected the tower's geometry, found {given!r}")
-    return TOWER_TYPES[tower_type](
-        **{k: v for k, v in given.items() if k not in ("model_type", "transformers_version")}
-    )
+    fields = {key: value for key, value in given.items() if key not in ("model_type", "transformers_version")}
+    return TOWER_TYPES[tower_type](**fields)
 
 
 def check_tower_is_here(tower: str | None) -> None:
-    """Raise `ConfigError` for a tower that is named by a path which leads nowhere."""
+    """Raise `ConfigError` if a tower is named by a local path that does not exist."""
     if tower is None or Path(tower).is_dir():
         return
     if tower.startswith(("/", ".", "~")) or tower.count("/") > 1 or "\\" in tower:

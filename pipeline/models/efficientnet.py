@@ -1,8 +1,7 @@
 """EfficientNet-Lite as a vision tower (arXiv 1905.11946, the Lite variant): images -> a grid of patch features.
 
-The blocks alone, under the names of the public PyTorch checkpoints. What follows them there (the last 1 x 1
-convolution and the classifier) widens features for 1,000 classes; scenes were told apart better without it.
-Batch normalisation always uses the trained statistics: the tower is frozen in every stage.
+Only stem and blocks, under the names of the public PyTorch checkpoints. The last 1 x 1 convolution and the
+classifier, which follow there, widen features for 1,000 classes; scenes were told apart better without them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.shapes import expect_shape
 
-# (how many blocks, expansion, channels, kernel, stride of the first), the paper's table 1.
+# (number of blocks, expansion, channels, kernel, stride of the first): the paper's table 1.
 LITE0_BLOCKS = (
     (1, 1, 16, 3, 1),
     (2, 6, 24, 3, 2),
@@ -26,7 +25,7 @@ LITE0_BLOCKS = (
 
 
 class EfficientNetLiteConfig(PreTrainedConfig):
-    """Geometry of the tower; the width W of a patch feature is that of the last block."""
+    """Geometry of the tower."""
 
     model_type = "efficientnet_lite"
 
@@ -38,12 +37,12 @@ class EfficientNetLiteConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """W: channels of the last block."""
+        """W, the width of a patch feature: channels of the last block."""
         return self.blocks[-1][2]
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch normalisation by stored statistics, in training mode as well: 'I C Y X' -> 'I C Y X'."""
+    """Batch normalisation by stored statistics, in training mode as well: the tower is always frozen."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -63,20 +62,19 @@ class FrozenBatchNorm(nn.Module):
 
 
 class SameConvolution(nn.Conv2d):
-    """A convolution padded as TensorFlow's SAME: an odd pixel of padding goes to the right and the bottom."""
+    """A convolution with TensorFlow's SAME padding: an odd pixel of padding goes to the right and the bottom."""
 
     def forward(self, input: Tensor) -> Tensor:
         padding: list[int] = []
-        for size, kernel, stride in zip(
-            input.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
-        ):
-            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        for axis in (1, 0):  # nn.functional.pad takes the last axis first
+            size, stride = input.shape[2 + axis], self.stride[axis]
+            total = max((-(-size // stride) - 1) * stride + self.kernel_size[axis] - size, 0)
             padding += [total // 2, total - total // 2]
         return super().forward(nn.functional.pad(input, padding))
 
 
 class InvertedBottleneck(nn.Module):
-    """Expand, convolve each channel, project; with the input added where shapes allow."""
+    """Expands, convolves each channel, projects, and adds the input if the shapes allow."""
 
     def __init__(self, inputs: int, outputs: int, *, expansion: int, kernel: int, stride: int, eps: float):
         super().__init__()
@@ -107,24 +105,16 @@ class EfficientNetLiteLayers(nn.Module):
         eps = config.batch_norm_eps
         self._conv_stem = SameConvolution(config.num_channels, config.stem_channels, 3, 2, bias=False)
         self._bn0 = FrozenBatchNorm(config.stem_channels, eps=eps)
-        blocks, width = [], config.stem_channels
-        for repeats, expansion, channels, kernel, stride in config.blocks:
-            for number in range(repeats):
-                blocks.append(
-                    InvertedBottleneck(
-                        width,
-                        channels,
-                        expansion=expansion,
-                        kernel=kernel,
-                        stride=stride if number == 0 else 1,
-                        eps=eps,
-                    )
-                )
+        self._blocks = nn.ModuleList()
+        width = config.stem_channels
+        for repeats, expansion, channels, kernel, first_stride in config.blocks:
+            for stride in (first_stride, *[1] * (repeats - 1)):
+                sizes = {"expansion": expansion, "kernel": kernel, "stride": stride, "eps": eps}
+                self._blocks.append(InvertedBottleneck(width, channels, **sizes))
                 width = channels
-        self._blocks = nn.ModuleList(blocks)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Features after the last block: 'I C Y X' -> 'I W Y/32 X/32' (Lite0 halves five times)."""
+        """Return features after the last block: 'I C Y X' -> 'I W Y/32 X/32' (Lite0 halves five times)."""
         hidden = nn.functional.relu6(self._bn0(self._conv_stem(pixel_values)))
         for block in self._blocks:
             hidden = block(hidden)
@@ -132,7 +122,7 @@ class EfficientNetLiteLayers(nn.Module):
 
 
 class EfficientNetLiteTower(nn.Module):
-    """The frozen tower with the interface of the CLIP one: images -> patch features, row by row."""
+    """The frozen tower, with the interface of the CLIP one: patch features, row by row."""
 
     def __init__(self, config: EfficientNetLiteConfig):
         super().__init__()
@@ -141,7 +131,7 @@ class EfficientNetLiteTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Patch features, without gradient: 'I C Y X' -> 'I M W'."""
+        """Return patch features, without gradient: 'I C Y X' -> 'I M W'."""
         size = self.config.image_size
         expect_shape("pixel_values", pixel_values, f"I {self.config.num_channels} {size} {size}")
         return self.vision_tower(pixel_values).flatten(2).transpose(1, 2)

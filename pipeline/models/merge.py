@@ -1,4 +1,4 @@
-"""Image placeholders become vision tokens: the merged sequence that the language model reads."""
+"""The merged sequence that the language model reads: vision tokens in place of image placeholders."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots, find_slot
 
 @dataclass(frozen=True)
 class MergedInputs:
-    """A batch after the placeholders became vision tokens (S is the merged length).
+    """A batch with vision tokens in place of placeholders; S is the merged length.
 
     `inputs_embeds` 'B S D', `attention_mask` bool 'B S', `labels` int64 'B S', `slots`.
-    Positions past a sample's end are zero vectors, masked, with label -100.
+    Positions after a sample's end are zero vectors, masked, with label -100.
     """
 
     inputs_embeds: torch.Tensor
@@ -28,7 +28,7 @@ class ImageCountError(ValueError):
 
 
 def merged_positions(input_ids: torch.Tensor, num_vision_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """First merged position of every token, and every sample's merged length: 'B S' -> 'B S', 'B'."""
+    """Return every token's first merged position and every sample's merged length: 'B S' -> 'B S', 'B'."""
     widths = torch.where(input_ids == IMAGE_TOKEN_INDEX, num_vision_tokens, 1)
     ends = widths.cumsum(dim=1)
     return ends - widths, ends[:, -1]
@@ -43,10 +43,10 @@ def merge_vision_tokens(
     labels: torch.Tensor | None = None,
     num_vision_tokens: int,
 ) -> MergedInputs:
-    """Put each image's vision tokens where its placeholder stands.
+    """Put each image's vision tokens at its placeholder.
 
-    `input_ids` 'B S' with -200 for an image; `text_embeds` 'B S D' (anything at placeholders);
-    `image_features` 'I N D', all images of the batch in order, or None for text alone.
+    `input_ids` 'B S' has -200 for an image. `text_embeds` 'B S D' may hold anything at placeholders.
+    `image_features` 'I N D' are all images of the batch in order, or None for text alone.
     Raises `ImageCountError` if placeholders and images do not correspond one to one.
     """
     is_image = input_ids == IMAGE_TOKEN_INDEX

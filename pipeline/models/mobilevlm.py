@@ -1,11 +1,12 @@
 """MobileVLM V2 (arXiv 2402.03766): CLIP tower, LDPNetV2 projector and LLaMA, in the published layout.
 
-Written for transformers 5, matched to the original code's outputs by `tests/test_mobilevlm.py`.
+Written for transformers 5. `tests/test_mobilevlm.py` compares its outputs with the original code's.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from pipeline.errors import ConfigError, building
 from pipeline.models.checkpoint import checkpoint_folder, loading
-from pipeline.models.configuration import (
-    MobileVLMConfig,
-    check_tower_is_here,
-    read_config,
-    resolve_vision_config,
-)
+from pipeline.models.configuration import MobileVLMConfig, check_tower_is_here, read_config
 from pipeline.models.merge import MergedInputs, merge_vision_tokens
-from pipeline.models.saved_files import readable_under_the_umask
 from pipeline.models.vision import LDPNetV2, build_tower
 from pipeline.positions import IMAGE_TOKEN_INDEX
 from pipeline.shapes import expect_shape
@@ -36,7 +31,7 @@ TOWER_PREFIX = "model.vision_tower."
 
 
 class MobileVLMPreTrainedModel(LlamaPreTrainedModel):
-    """What both classes below share: the config class, and how a new tower is initialised."""
+    """The base of both classes below: sets the config class, and how a new tower is initialised."""
 
     config_class = MobileVLMConfig
 
@@ -49,18 +44,17 @@ class MobileVLMPreTrainedModel(LlamaPreTrainedModel):
 
 
 class MobileVLMModel(MobileVLMPreTrainedModel, LlamaModel):
-    """The LLaMA body, with the tower and the projector beside it under the checkpoint's names."""
+    """The LLaMA body, the tower and the projector, under the checkpoint's names."""
 
     def __init__(self, config: MobileVLMConfig):
         super().__init__(config)
-        vision = config.vision_config = resolve_vision_config(
-            config.vision_config, config.mm_vision_tower, tower_type=config.vision_tower_type
-        )
         self.vision_tower: Any = build_tower(
-            vision, select_layer=config.mm_vision_select_layer, select_feature=config.mm_vision_select_feature
+            config.tower,
+            select_layer=config.mm_vision_select_layer,
+            select_feature=config.mm_vision_select_feature,
         )
         self.mm_projector = LDPNetV2(
-            vision.hidden_size, config.hidden_size, grid_size=config.mm_projector_grid
+            config.tower.hidden_size, config.hidden_size, grid_size=config.mm_projector_grid
         )
         self.post_init()
 
@@ -70,7 +64,7 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]
-    # Buffers that older transformers releases wrote into checkpoints; they are recomputed here.
+    # Buffers that older transformers releases wrote into checkpoints. They are computed anew.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"embeddings\.position_ids"]
 
     def __init__(self, config: MobileVLMConfig):
@@ -85,18 +79,18 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:
         """Load a checkpoint folder or hub id, sharded or not, `.bin` or safetensors.
 
-        The tower comes from the checkpoint; where the checkpoint has none, from `mm_vision_tower`.
-        Raises `ConfigError` naming the tensor if any other is missing or of another shape: nothing stays random.
+        The tower comes from the checkpoint or, if the checkpoint has none, from `mm_vision_tower`.
+        Raises `ConfigError` naming the first other tensor that is missing or of another shape: none stays random.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        if "config" not in kwargs:  # one that is none is named here, with its file
-            read_config(checkpoint_folder(str(pretrained_model_name_or_path)))
+        if "config" not in kwargs:
+            read_config(checkpoint_folder(str(pretrained_model_name_or_path)))  # raises the clearer errors
         with loading(pretrained_model_name_or_path):
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path,
                 *args,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, in one sentence
+                ignore_mismatched_sizes=True,  # checked below
                 **kwargs,
             )
         model, info = loaded
@@ -117,18 +111,22 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
             )
         if has_no_tower:
             _load_tower(model)
-        # Loading replaces the parameters, and with them that they are frozen.
+        # Loading replaces the parameters, and the new ones are not frozen.
         model.model.vision_tower.requires_grad_(False)
         return (model, info) if want_info else model
 
     def save_pretrained(self, save_directory, **kwargs):
         """Write the published layout; `architectures` keeps the original code's class name."""
         super().save_pretrained(save_directory, **kwargs)
-        readable_under_the_umask(Path(save_directory).glob("*.safetensors"))
         config_file = Path(save_directory) / "config.json"
-        if config_file.is_file():
-            fields = json.loads(config_file.read_text()) | {"architectures": ["MobileLlamaForCausalLM"]}
-            config_file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        if not config_file.is_file():  # another process writes
+            return
+        fields = json.loads(config_file.read_text()) | {"architectures": ["MobileLlamaForCausalLM"]}
+        config_file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        for file in Path(save_directory).glob("*.safetensors"):
+            # safetensors lets only the owner read its files. A file system without modes refuses to change that.
+            with suppress(OSError):
+                file.chmod(config_file.stat().st_mode)
 
     def encode_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the patch features of the frozen tower's selected layer: 'I C Y X' -> 'I M W'."""
@@ -137,7 +135,7 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
     def encode_images(
         self, pixel_values: torch.Tensor | None = None, *, patch_features: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Vision tokens, the language model's input for each image: 'I C Y X' (or 'I M W') -> 'I N D'."""
+        """Return the vision tokens of images, from pixels 'I C Y X' or patch features 'I M W': 'I N D'."""
         if patch_features is None:
             assert pixel_values is not None
             patch_features = self.encode_patches(pixel_values)
@@ -176,10 +174,10 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits 'B S V' over the merged sequence and, with `labels`, the mean cross entropy per valid token.
+        """Return logits 'B S V' over the merged sequence and, with `labels`, the mean cross entropy per valid token.
 
         `pixel_values` 'I C Y X' holds all images of the batch in order, one for each -200 in `input_ids`.
-        `inputs_embeds` and `past_key_values` serve `generate`, which merges before the first step.
+        `inputs_embeds` and `past_key_values` are for `generate`, which merges before the first step.
         """
         if inputs_embeds is None and past_key_values is None:
             assert input_ids is not None
@@ -219,9 +217,9 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
         attention_mask=None,
         **kwargs,
     ) -> Any:
-        """Greedy or sampled continuation with a KV cache: new token ids only, 'B S'.
+        """Return a greedy or sampled continuation, computed with a KV cache: new token ids only, 'B S'.
 
-        Prompts of different lengths may be padded on either side; the merged batch is padded on the left.
+        Prompts of different lengths may be padded on either side. The merged batch is padded on the left.
         """
         has_image = pixel_values is not None or patch_features is not None
         features = self.encode_images(pixel_values, patch_features=patch_features) if has_image else None
@@ -232,14 +230,14 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
 
 
 def _pad_on_the_left(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move padding before the sequence, keeping order: generation continues from the last column."""
+    """Move padding to the left and keep the order, because generation continues from the last column."""
     longest = int(mask.sum(dim=1).max())
     order = torch.argsort(mask.long(), dim=1, stable=True)[:, -longest:]
     return embeds.gather(1, order[:, :, None].expand(-1, -1, embeds.shape[-1])), mask.gather(1, order)
 
 
 def _load_tower(model: MobileVLMForCausalLM) -> None:
-    """Fill the tower from the CLIP checkpoint that the config names (local folder or hub id)."""
+    """Fill the tower from the CLIP checkpoint that the config names, a local folder or hub id."""
     name = model.config.mm_vision_tower
     check_tower_is_here(name)
     with building(f"mm_vision_tower {name}", then="name a CLIP checkpoint of the geometry in config.json"):

@@ -1,6 +1,6 @@
-"""MobileVLM V2's eyes: the CLIP vision tower, cut after the selected layer, or another, and the LDPNetV2 projector.
+"""The vision tower (CLIP up to the selected layer, or another) and the LDPNetV2 projector of MobileVLM V2.
 
-Module names repeat the published checkpoint's, so no key is ever renamed on load or on save.
+Modules are named as in the published checkpoint, so that no key is renamed on load or save.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pipeline.shapes import expect_shape
 
 
 class CLIPVisionLayers(nn.Module):
-    """The tensors of a CLIP vision model under the names of its checkpoints (`pre_layrnorm`, ...).
+    """The layers of a CLIP vision model under the names of its checkpoints (`pre_layrnorm`, ...).
 
-    Not `CLIPVisionModel` itself: transformers 5 dropped the `vision_model.` prefix there and renames keys on
-    load, whereas this checkpoint holds them nested inside another model.
+    `CLIPVisionModel` itself does not fit: in transformers 5 it has no `vision_model.` prefix and renames keys on
+    load, but this checkpoint nests them inside another model.
     """
 
     def __init__(self, config: CLIPVisionConfig):
@@ -29,20 +29,19 @@ class CLIPVisionLayers(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder: Any = nn.Module()
         self.encoder.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
-        # Never run: MobileVLM takes hidden states before it. Kept because the checkpoint holds it.
+        # It never runs, since MobileVLM takes hidden states before it, but the checkpoint holds it.
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: torch.Tensor, *, num_layers: int) -> torch.Tensor:
-        """Hidden states after `num_layers` layers, class token first: 'I C Y X' -> 'I M+1 W'."""
+        """Return hidden states after `num_layers` layers, class token first: 'I C Y X' -> 'I M+1 W'."""
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
         for layer in self.encoder.layers[:num_layers]:
-            output = layer(hidden_states, None)
-            hidden_states = output[0] if isinstance(output, tuple) else output
+            hidden_states = layer(hidden_states, None)
         return hidden_states
 
 
 class VisionTower(nn.Module):
-    """The frozen CLIP tower: images -> patch features of the selected layer. Later layers never run."""
+    """The frozen CLIP tower, from images to patch features of the selected layer. Later layers never run."""
 
     def __init__(self, config: CLIPVisionConfig, *, select_layer: int, select_feature: str):
         super().__init__()
@@ -58,7 +57,7 @@ class VisionTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Patch features, without gradient as in the original: 'I C Y X' -> 'I M W'."""
+        """Return patch features, without gradient as in the original: 'I C Y X' -> 'I M W'."""
         size = self.config.image_size
         expect_shape("pixel_values", pixel_values, f"I {self.config.num_channels} {size} {size}")
         hidden_states = self.vision_tower.vision_model(pixel_values, num_layers=self.num_layers)
@@ -68,7 +67,7 @@ class VisionTower(nn.Module):
 def build_tower(
     geometry: CLIPVisionConfig | EfficientNetLiteConfig, *, select_layer: int, select_feature: str
 ) -> nn.Module:
-    """The tower of a geometry, images -> patch features 'I C Y X' -> 'I M W'; the selection is CLIP's alone."""
+    """Build the tower of a geometry, 'I C Y X' -> 'I M W'. Only a CLIP tower has layers to select."""
     if isinstance(geometry, EfficientNetLiteConfig):
         return EfficientNetLiteTower(geometry)
     geometry._attn_implementation = geometry._attn_implementation or "sdpa"
@@ -94,10 +93,10 @@ class _PositionalConvolution(nn.Module):
 
 
 class LDPNetV2(nn.Module):
-    """The lightweight downsample projector: patch features -> vision tokens of the language model.
+    """The lightweight downsample projector, from patch features to vision tokens of the language model.
 
     Two linear layers, average pooling to `grid_size` x `grid_size` tokens, and a depthwise convolution with a
-    residual that carries position (MobileVLM V2, arXiv 2402.03766, section 3.2).
+    residual that encodes positions (MobileVLM V2, arXiv 2402.03766, section 3.2).
     """
 
     def __init__(self, tower_width: int, width: int, *, grid_size: int):
@@ -107,7 +106,7 @@ class LDPNetV2(nn.Module):
         self.peg = _PositionalConvolution(width)
 
     def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
-        """'I M W' -> 'I N D', where N = grid_size squared and M is a square number of patches."""
+        """Project 'I M W' -> 'I N D'. N is grid_size squared; M must be a square number, else `ValueError`."""
         features = self.mlp(patch_features)
         side = round(features.shape[1] ** 0.5)
         if side * side != features.shape[1]:

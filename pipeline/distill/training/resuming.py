@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,10 +22,10 @@ from pipeline.distill.model.distiller import Distiller
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.distill.training.term_log import TermLog
 from pipeline.errors import building, writing
-from pipeline.models.checkpoint import checkpoint_folder, named_if_broken
+from pipeline.models.broken_files import named_if_broken
+from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.models.saved_files import save_tensors
 
 RUN_FILE = "run.json"  # of a checkpoint: the run that it belongs to, and the sums that are not logged yet
 HEADS_FILE = "heads.safetensors"
@@ -66,8 +66,9 @@ class ResumingTrainer(Trainer):
         if not self.args.should_save:
             return
         if self.settings.student.lora is not None:
-            save_tensors(adapter_tensors(student), folder / ADAPTERS_FILE)
-        save_tensors(heads, folder / HEADS_FILE)
+            (folder / ADAPTERS_FILE).write_bytes(save(adapter_tensors(student)))
+        # Not save_file, whose files only their owner may read.
+        (folder / HEADS_FILE).write_bytes(save(heads))
         unlogged = {"loss": loss, "last_logged_step": self.last_logged_step, "terms": terms}
         (folder / RUN_FILE).write_text(json.dumps(self.identity.to_json() | {"unlogged": unlogged}) + "\n")
 

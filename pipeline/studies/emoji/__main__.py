@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import typer
+from safetensors.torch import save
 from transformers.utils import logging
 
 from pipeline.config.config import load_config
@@ -23,7 +24,6 @@ from pipeline.data.preparation import Preparation
 from pipeline.errors import PipelineError
 from pipeline.evaluation.compare import text_table
 from pipeline.evaluation.scores import evaluate_checkpoint
-from pipeline.models.saved_files import save_tensors
 from pipeline.studies.emoji.card import write_card
 from pipeline.studies.emoji.concepts import all_concepts
 from pipeline.studies.emoji.data import SETS, TEACHER_SETS, write_sets
@@ -79,7 +79,7 @@ def teacher(
     write_checkpoint(model, untrained, language=language)
     learned = train_teacher(model, untrained, scenes, align_steps=align_steps, epochs=epochs)
     LEARNED.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(learned, LEARNED)
+    LEARNED.write_bytes(save(learned))
     print(f"{LEARNED}: {sum(value.numel() for value in learned.values()):,} parameters")
 
 

@@ -15,7 +15,7 @@ def test_the_least_recently_used_goes_first():
         cache.put(name, SIXTEEN_BYTES)
     assert cache.get("a") is not None
     cache.put("d", SIXTEEN_BYTES)
-    assert list(cache.held) == ["c", "a", "d"] and cache.num_bytes == 48
+    assert set(cache) == {"c", "a", "d"} and cache.currsize == 48
 
 
 def test_what_can_never_fit_is_not_held_and_pushes_nothing_out():
@@ -23,20 +23,20 @@ def test_what_can_never_fit_is_not_held_and_pushes_nothing_out():
     cache.put("a", SIXTEEN_BYTES)
     large = torch.zeros(9)
     assert cache.put("b", large) is large
-    assert list(cache.held) == ["a"] and cache.get("b") is None
+    assert set(cache) == {"a"} and cache.get("b") is None
 
 
 def test_nothing_is_held_in_no_bytes():
     cache = TensorCache(0)
     cache.put("a", SIXTEEN_BYTES)
-    assert cache.get("a") is None and cache.num_bytes == 0
+    assert cache.get("a") is None and cache.currsize == 0
 
 
 def test_a_name_held_already_is_not_counted_twice():
     cache = TensorCache(32)
     cache.put("a", SIXTEEN_BYTES)
     cache.put("a", SIXTEEN_BYTES)
-    assert cache.num_bytes == 16
+    assert cache.currsize == 16
 
 
 def test_what_is_held_is_a_copy_without_gradient():

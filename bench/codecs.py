@@ -25,13 +25,15 @@ from bench.tables import print_table
 from cache import ArraySpec, Store, StoreWriter, part_sizes
 from cache.format.codecs import decode_rows, encode_rows
 from pipeline.config.config import Config, load_config
-from pipeline.distill.join.dataset import JoinCollator, JoinedDataset, JoinedSample, teacher_facts
+from pipeline.distill.join.dataset import JoinCollator, JoinedDataset, JoinedSample
 from pipeline.distill.model.distiller import Distiller
 from pipeline.distill.student import load_student
 from pipeline.losses.losses import LogitsLoss
 from pipeline.models.stub import load_teacher
 from pipeline.positions import Slots
-from pipeline.targets.targets import TARGETS, LogitsTarget, TeacherFacts, TeacherForward
+from pipeline.targets.logits import LogitsTarget
+from pipeline.targets.target import TeacherFacts, TeacherForward
+from pipeline.targets.targets import TARGETS
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture
 from pipeline.upkeep.check import captured_again, loss_terms
 
@@ -86,13 +88,13 @@ def measure(config: Config, *, num_samples: int, temperature: float = 1.0) -> It
     live = [_tempered(sample, temperature) for sample in _live_samples(config, store, plan, num_samples)]
     student, exact = load_student(config, store), {}
     for choice in choices(config, facts.vocab_size):
-        specs = TARGETS[choice.target].arrays(choice.settings, facts)
+        specs = choice.settings.arrays(facts)
         kept = [_kept(choice, sample, facts.vocab_size) for sample in live]
         is_exact = choice.loss_name not in exact
         coded = kept if is_exact else [_decoded(sample, specs) for sample in kept]
         torch.manual_seed(0)  # the heads are the same for every choice
         losses = {choice.loss: choice.loss_settings}
-        distiller = Distiller(student, losses, facts=teacher_facts(store)).float()
+        distiller = Distiller(student, losses, facts=dict.fromkeys(TARGETS, facts)).float()
         terms = loss_terms(distiller, JoinCollator({choice.target: choice.settings}), coded)
         value, gradient = terms[choice.loss][0], terms[choice.loss][1].double()
         values = np.concatenate([_values(choice, sample, specs, facts) for sample in coded])
@@ -135,9 +137,7 @@ def _kept(choice: Choice, sample: JoinedSample, vocab_size: int) -> JoinedSample
     log_probs = torch.from_numpy(_log_probs(sample, vocab_size, missing=-30.0)).float()
     none = torch.zeros(1, 0, dtype=torch.long)
     forward = TeacherForward(Slots(none, none), {}, log_probs, [len(log_probs)], 0, keys=[sample.key])
-    capture = TARGETS["logits"].capture
-    assert capture is not None
-    [arrays] = capture(choice.settings, forward)
+    [arrays] = choice.settings.capture(forward)
     others = {name: array for name, array in sample.arrays.items() if not name.startswith("logits/")}
     return replace(sample, arrays=others | arrays)
 

@@ -34,7 +34,7 @@ app = typer.Typer(add_completion=False)
 
 def row_of(checkpoint: Path) -> dict[str, str]:
     """Load the stub in a process of its own."""
-    targets = {name: TARGETS[name].settings() for name in ("attention", "vision")}
+    targets = {name: TARGETS[name]() for name in ("attention", "vision")}
     plan = plan_teacher(str(checkpoint), targets=targets)
     drop_from_memory(checkpoint)
     with own_process() as process:

@@ -16,7 +16,8 @@ import numpy as np
 from blake3 import blake3
 
 from cache import FORMAT_VERSION, ArraySpec, Fingerprint, Manifest, PartWriter, SampleEntry, Span
-from pipeline.targets.targets import TARGETS, TeacherFacts
+from pipeline.targets.target import TeacherFacts
+from pipeline.targets.targets import TARGETS
 from pipeline.teacher_cache.teacher import TOKEN_ARRAYS
 
 Arrays = dict[str, np.ndarray]
@@ -45,8 +46,7 @@ class Size:
 
     def specs(self) -> tuple[ArraySpec, ...]:
         """The arrays of the store."""
-        settings = {name: TARGETS[name].settings(**given) for name, given in self.targets.items()}
-        of_targets = [TARGETS[name].arrays(settings[name], self.facts()) for name in settings]
+        of_targets = [TARGETS[name](**given).arrays(self.facts()) for name, given in self.targets.items()]
         return (*TOKEN_ARRAYS, *(spec for specs in of_targets for spec in specs))
 
 

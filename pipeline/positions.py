@@ -42,31 +42,29 @@ def _padded_positions(chosen: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.arange(order.shape[1], device=chosen.device) < counts[:, None], order, -1)
 
 
-def answers_in(batch: Mapping[str, torch.Tensor]) -> int:
-    """Answer positions of a batch of ids and labels 'B S', before any forward."""
-    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+@dataclass(frozen=True)
+class Counts:
+    """What each sample of a batch has, int64 'B' each, known from ids and labels before any forward.
 
+    `text_rows` are the unpadded text tokens after the sample's first image: the rows T of its attention;
+    `attended_images` are the images that some text of their sample follows.
+    """
 
-def text_rows(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Text-query rows of each sample, int64 'B': unpadded text tokens after the first image of their sample."""
-    is_image = batch["input_ids"] == IMAGE_TOKEN_INDEX
-    after_image = is_image.long().cumsum(dim=1) > 0
-    return (after_image & ~is_image & batch["attention_mask"].bool()).sum(dim=1)
+    images: torch.Tensor
+    text_rows: torch.Tensor
+    answers: torch.Tensor
+    attended_images: torch.Tensor
 
-
-def text_rows_in(batch: Mapping[str, torch.Tensor]) -> int:
-    """Text-query rows of a batch."""
-    return int(text_rows(batch).sum())
-
-
-def images_in(batch: Mapping[str, torch.Tensor]) -> int:
-    """Images of a batch."""
-    return int((batch["input_ids"] == IMAGE_TOKEN_INDEX).sum())
-
-
-def attended_images_in(batch: Mapping[str, torch.Tensor]) -> int:
-    """Images that some text of their sample follows."""
-    is_image = batch["input_ids"] == IMAGE_TOKEN_INDEX
-    is_text = ~is_image & batch["attention_mask"].bool()
-    before_text = is_text.flip(1).long().cumsum(dim=1).flip(1) > 0
-    return int((is_image & before_text).sum())
+    @classmethod
+    def of(cls, batch: Mapping[str, torch.Tensor]) -> Counts:
+        """Count in `input_ids`, `attention_mask` and `labels` 'B S'."""
+        is_image = batch["input_ids"] == IMAGE_TOKEN_INDEX
+        is_text = ~is_image & batch["attention_mask"].bool()
+        after_image = is_image.long().cumsum(dim=1) > 0
+        before_text = is_text.flip(1).long().cumsum(dim=1).flip(1) > 0
+        return cls(
+            images=is_image.sum(dim=1),
+            text_rows=(is_text & after_image).sum(dim=1),
+            answers=(batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1),  # a position predicts the next token
+            attended_images=(is_image & before_text).sum(dim=1),
+        )

@@ -71,7 +71,7 @@ def first_steps(folder: Path) -> list[dict[str, str]]:
     return [
         {name: float(value).hex() for name, value in entry.items() if name.startswith("loss/")}
         for entry in history
-        if "kd/coverage" in entry
+        if "loss/supervised" in entry
     ]
 
 

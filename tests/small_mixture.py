@@ -39,13 +39,13 @@ def mixing(
 
 
 def losses_of(config: Config, folder: Path) -> list[dict[str, float]]:
-    """Train, and every logged step's terms and coverage."""
+    """Train, and every logged step's terms."""
     train_student(config, folder)
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [
         {name: value for name, value in entry.items() if name.startswith(("loss/", "kd/"))}
         for entry in history
-        if "kd/coverage" in entry
+        if "loss/supervised" in entry
     ]
 
 

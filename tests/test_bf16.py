@@ -16,7 +16,7 @@ from pipeline.distill.student import train_student
 def test_losses_and_weights_stay_float32_while_the_student_computes_in_bfloat16(experiment, tmp_path):
     with results_of(Distiller) as terms, results_of(nn.Linear) as linear:
         train_student(experiment.config(tmp_path, "train.bf16=true"), tmp_path / "bf16")
-    assert {total.dtype for batch in terms for total, _ in batch.terms.values()} == {torch.float32}
+    assert {total.dtype for batch in terms for total, _ in batch.values()} == {torch.float32}
     widths = {result.shape[-1]: result.dtype for result in linear}
     assert widths[512] == torch.bfloat16  # logits over the vocabulary
     assert {value.dtype for value in weights(tmp_path / "bf16" / "model").values()} == {torch.float32}

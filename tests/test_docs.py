@@ -17,10 +17,11 @@ import typer
 from command_lines import MAKE_TARGETS, ROOT, check_line
 from small_store import write_store
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from unscored import Unscored
 
 import cli
 from pipeline.config.config import Config, load_config, read_yaml
-from pipeline.losses.losses import TeacherTargets
+from pipeline.losses.inputs import TeacherTargets
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "assets").rglob("*.md")])
@@ -145,8 +146,7 @@ def test_the_loss_of_the_extending_page_is_zero_at_the_teacher():
     names = _run(ROOT / "docs" / "extending.md")
     loss = names["row"]["vision_cosine"]
     vision = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
-    nothing = torch.zeros(0, 8)
-    student = names["StudentOutputs"](nothing, torch.zeros(0).long(), slots=None, vision=vision)
+    student = Unscored(torch.zeros(0, 8), torch.zeros(0).long(), vision=vision).scored(TeacherTargets())
     total, count = loss.compute(student, TeacherTargets(vision=vision), torch.nn.Identity(), loss.settings())
     assert float(total) == pytest.approx(0, abs=1e-5) and float(count) == 3
     total, count = loss.compute(student, TeacherTargets(), None, loss.settings())

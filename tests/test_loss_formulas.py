@@ -7,15 +7,15 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from unscored import Unscored
 
 from pipeline.losses.heads import HeadMixer, VisionMap
+from pipeline.losses.inputs import TeacherTargets
 from pipeline.losses.losses import (
     LOSSES,
     AttentionLoss,
     LogitsLoss,
-    StudentOutputs,
     SupervisedLoss,
-    TeacherTargets,
     VisionAllLoss,
     VisionFocusLoss,
 )
@@ -40,15 +40,15 @@ def random_attention(num_heads: int, *, seed: int) -> torch.Tensor:
     return attention
 
 
-def student_with(**changes) -> StudentOutputs:
+def student_with(**changes) -> Unscored:
     """Outputs with labels for as many answers as there are logits of."""
     logits = changes.pop("answer_logits", torch.zeros(0, 5))
     defaults = {"answer_labels": torch.zeros(len(logits), dtype=torch.long), "slots": SLOTS}
-    return StudentOutputs(answer_logits=logits, **defaults | changes)
+    return Unscored(answer_logits=logits, **defaults | changes)
 
 
 def mean_of(name, student, teacher, settings, head=None) -> float:
-    total, count = LOSSES[name].compute(student, teacher, head, settings)
+    total, count = LOSSES[name].compute(student.scored(teacher), teacher, head, settings)
     return float(total.detach() / count)
 
 
@@ -146,7 +146,7 @@ def test_probabilities_of_zero_and_one_stay_finite():
     for ours, theirs in ((certain, none), (none, certain)):
         ours = ours.clone().requires_grad_()
         student, teacher = student_with(attention={0: ours}), TeacherTargets(attention={0: theirs})
-        total, _ = LOSSES["attention"].compute(student, teacher, None, AttentionLoss())
+        total, _ = LOSSES["attention"].compute(student.scored(teacher), teacher, None, AttentionLoss())
         total.backward()
         assert total.isfinite() and ours.grad.isfinite().all()
 
@@ -268,7 +268,9 @@ def test_certain_students_and_teachers_stay_finite(direction):
     for ours, theirs in ((certain, -certain), (-certain, certain), (certain, certain)):
         ours = ours.clone().requires_grad_()
         student = student_with(answer_logits=ours)
-        total, _ = LOSSES["logits"].compute(student, kept(theirs, 4), None, LogitsLoss(direction=direction))
+        total, _ = LOSSES["logits"].compute(
+            student.scored(kept(theirs, 4)), kept(theirs, 4), None, LogitsLoss(direction=direction)
+        )
         total.backward()
         assert total.isfinite() and ours.grad.isfinite().all()
 
@@ -277,9 +279,9 @@ def test_half_precision_inputs_are_summed_in_float32():
     student, teacher = logits_pair()
     outputs = student_with(answer_logits=student.bfloat16(), answer_labels=torch.arange(6))
     for name, settings in (("supervised", SupervisedLoss()), ("logits", LogitsLoss())):
-        total, _ = LOSSES[name].compute(outputs, kept(teacher, 4), None, settings)
+        total, _ = LOSSES[name].compute(outputs.scored(kept(teacher, 4)), kept(teacher, 4), None, settings)
         exact = student_with(answer_logits=student.bfloat16().float(), answer_labels=torch.arange(6))
-        wanted, _ = LOSSES[name].compute(exact, kept(teacher, 4), None, settings)
+        wanted, _ = LOSSES[name].compute(exact.scored(kept(teacher, 4)), kept(teacher, 4), None, settings)
         assert total.dtype == torch.float32 and torch.equal(total, wanted)
 
 

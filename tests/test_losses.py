@@ -10,19 +10,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from unscored import Unscored
 
 from pipeline.losses.heads import HeadMixer, VisionMap
+from pipeline.losses.inputs import TeacherTargets
 from pipeline.losses.losses import (
     LOSSES,
     AttentionLoss,
     LogitsLoss,
-    StudentOutputs,
-    TeacherTargets,
     VisionFocusLoss,
     focus_tokens,
 )
 from pipeline.models.tap import record_layer_inputs, text_to_vision_attention
-from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots
+from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Counts, Slots
 from pipeline.targets.tail_draws import draw_tail
 from pipeline.targets.targets import TARGETS
 
@@ -61,7 +61,7 @@ ZERO = [
 ]
 
 
-def outputs_of(model, batch) -> StudentOutputs:
+def outputs_of(model, batch) -> Unscored:
     """A student's forward as the losses see it, with attention of layers 0 and 1."""
     vision = None if batch.pixel_values is None else model.encode_images(batch.pixel_values)
     merged = model.merge_inputs(
@@ -84,7 +84,7 @@ def outputs_of(model, batch) -> StudentOutputs:
     }
     predicts = merged.labels[:, 1:] != IGNORE_INDEX
     logits, labels = model.lm_head(hidden[:, :-1][predicts]), merged.labels[:, 1:][predicts]
-    return StudentOutputs(logits, labels, merged.slots, vision, attention)
+    return Unscored(logits, labels, merged.slots, vision, attention)
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def head_of(name, settings):
 
 
 def compute(name, settings, student, teacher):
-    return LOSSES[name].compute(student, teacher, head_of(name, settings), settings)
+    return LOSSES[name].compute(student.scored(teacher), teacher, head_of(name, settings), settings)
 
 
 def gradients(model, total):
@@ -186,7 +186,7 @@ def test_a_batch_is_the_sum_of_its_samples(name, settings, batch, student, teach
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_the_count_is_known_before_the_forward(name, settings, batch, student, teacher):
     _, count = compute(name, settings, outputs_of(student, batch), targets_of(teacher, batch))
-    assert LOSSES[name].count(settings, vars(batch)) == float(count)
+    assert LOSSES[name].count(settings, Counts.of(vars(batch))) == float(count)
 
 
 def padded(attention, rows=2, columns=3):

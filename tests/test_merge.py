@@ -11,11 +11,8 @@ from pipeline.models.merge import ImageCountError, merge_vision_tokens, merged_p
 from pipeline.positions import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
-    answers_in,
-    attended_images_in,
+    Counts,
     find_slots,
-    images_in,
-    text_rows_in,
 )
 
 IMAGE = IMAGE_TOKEN_INDEX
@@ -93,11 +90,12 @@ def test_counts_before_the_merge_are_those_after_it(samples):
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(~mask, IGNORE_INDEX)}
     batch["labels"] = batch["labels"].masked_fill(ids == IMAGE, IGNORE_INDEX)
     merged = merge(samples)
-    assert images_in(batch) * NUM_VISION_TOKENS == int((merged.slots.vision >= 0).sum())
-    assert text_rows_in(batch) == int((merged.slots.text >= 0).sum())
-    assert answers_in(batch) == int((merged.labels[:, 1:] != IGNORE_INDEX).sum())
+    counts = Counts.of(batch)
+    assert int(counts.images.sum()) * NUM_VISION_TOKENS == int((merged.slots.vision >= 0).sum())
+    assert counts.text_rows.tolist() == (merged.slots.text >= 0).sum(dim=1).tolist()
+    assert counts.answers.tolist() == (merged.labels[:, 1:] != IGNORE_INDEX).sum(dim=1).tolist()
     follows = [any(t != IMAGE for t in s[at:]) for s in samples for at, t in enumerate(s) if t == IMAGE]
-    assert attended_images_in(batch) == sum(follows)
+    assert int(counts.attended_images.sum()) == sum(follows)
 
 
 def test_first_positions_and_lengths_count_an_image_as_its_tokens():

@@ -27,7 +27,7 @@ def logged(folder) -> list[dict[str, float]]:
     return [
         {k: v for k, v in entry.items() if k.startswith("loss/")}
         for entry in history
-        if "kd/coverage" in entry
+        if "loss/supervised" in entry
     ]
 
 

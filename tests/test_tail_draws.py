@@ -8,17 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from unscored import Unscored
 
 from cache import Store, StoreWriter, summarise
 from pipeline.errors import ConfigError
-from pipeline.losses.losses import LOSSES, LogitsLoss, StudentOutputs, TeacherTargets
-from pipeline.positions import Slots
+from pipeline.losses.inputs import TeacherTargets
+from pipeline.losses.losses import LOSSES, LogitsLoss
+from pipeline.targets.attention import AttentionTarget
+from pipeline.targets.logits import LogitsTarget
 from pipeline.targets.tail_draws import draw_tail, uniforms
-from pipeline.targets.targets import TARGETS, AttentionTarget, LogitsTarget, TeacherFacts
+from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.teacher import cache_teacher
 
 V, K, A = 40, 4, 6
-NO_SLOTS = Slots(text=torch.zeros(0, 0).long(), vision=torch.zeros(0, 0).long())
 DRAWS = ["targets.logits.tail_samples=5", "losses.logits.direction=forward"]
 
 
@@ -44,9 +46,9 @@ def value_and_gradient(
     student: torch.Tensor, teacher: TeacherTargets, **settings
 ) -> tuple[float, torch.Tensor]:
     logits = student.clone().requires_grad_()
-    outputs = StudentOutputs(logits, torch.zeros(len(logits)).long(), NO_SLOTS)
+    outputs = Unscored(logits, torch.zeros(len(logits)).long())
     total, _ = LOSSES["logits"].compute(
-        outputs, teacher, None, LogitsLoss(**{"direction": "forward"} | settings)
+        outputs.scored(teacher), teacher, None, LogitsLoss(**{"direction": "forward"} | settings)
     )
     [gradient] = torch.autograd.grad(total, logits)
     return float(total.detach()), gradient
@@ -263,4 +265,4 @@ def test_draws_outside_the_whole_vocabulary_are_refused():
     with pytest.raises(
         ConfigError, match=r"asks for 3 draws outside the top 96, but that is the whole vocabulary"
     ):
-        TARGETS["logits"].arrays(LogitsTarget(top_k=100, tail_samples=3), facts)
+        LogitsTarget(top_k=100, tail_samples=3).arrays(facts)

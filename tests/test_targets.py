@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,17 +15,13 @@ from cache.format.codecs import decode_rows, encode_rows
 from pipeline.errors import ConfigError
 from pipeline.losses.losses import LOSSES
 from pipeline.models.stub import load_teacher
-from pipeline.models.teacher_plan import plan_teacher, teacher_facts
-from pipeline.positions import IMAGE_TOKEN_INDEX
-from pipeline.targets.targets import (
-    TARGETS,
-    AttentionTarget,
-    LogitsTarget,
-    TeacherFacts,
-    VisionTarget,
-    deepest_layer,
-    vision_array,
-)
+from pipeline.models.teacher_plan import facts_of_config, plan_teacher
+from pipeline.positions import IMAGE_TOKEN_INDEX, Counts
+from pipeline.targets.attention import AttentionTarget
+from pipeline.targets.logits import LogitsTarget
+from pipeline.targets.target import Target, TeacherFacts
+from pipeline.targets.targets import TARGETS, deepest_layer
+from pipeline.targets.vision import VisionTarget
 
 IMAGE = IMAGE_TOKEN_INDEX
 LAYOUTS = ([3, IMAGE, 5], [6], [IMAGE, 1, IMAGE, 4], [2, IMAGE, IMAGE, 3], [4, IMAGE])
@@ -40,9 +37,7 @@ ALSO = {
 VALUES = [
     pytest.param(name, settings, id=f"{name}-{settings}")
     for name, row in TARGETS.items()
-    for settings in {
-        str(s): s for s in (row.settings(), *ALSO.get(name, ()), ASKED.get(name, row.settings()))
-    }.values()
+    for settings in {str(s): s for s in (row(), *ALSO.get(name, ()), ASKED.get(name, row()))}.values()
 ]
 FACTS = TeacherFacts("some/teacher", 4, 4, 32, 4, 96)
 
@@ -60,20 +55,20 @@ def run(teacher, batch):
         for ids, mask in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)
     ]
     forward = teacher.forward(batch.input_ids, batch.attention_mask, batch.labels, vision)
-    return vision, replace(forward, keys=keys)
+    return vision, replace(forward, keys=keys, vision=vision)
 
 
-def captured(name, settings, teacher, batch) -> list[dict[str, np.ndarray]]:
+def captured(target: Target, teacher, batch) -> list[dict[str, np.ndarray]]:
     """Per sample what the store would return for it, `num_images` included."""
-    vision, forward = run(teacher, batch)
+    _, forward = run(teacher, batch)
     num_images = (batch.input_ids == IMAGE).sum(dim=1).tolist()
-    if TARGETS[name].capture is not None:
-        samples = TARGETS[name].capture(settings, forward)
-    else:
-        images = iter([] if vision is None else [vision_array(features)["vision"] for features in vision])
-        nothing = np.zeros((0, 32, 4), dtype=np.float32)
+    samples = target.capture(forward)
+    if target.owner == "image":
+        images, [spec] = iter(samples), target.arrays(FACTS)
+        nothing = np.zeros((0, *spec.row_shape), dtype=np.float32)
         samples = [
-            {"vision": np.concatenate([nothing, *(next(images) for _ in range(n))])} for n in num_images
+            {spec.name: np.concatenate([nothing, *(next(images)[spec.name] for _ in range(n))])}
+            for n in num_images
         ]
     return [s | {"num_images": np.array(n)} for s, n in zip(samples, num_images, strict=True)]
 
@@ -89,9 +84,8 @@ def test_every_loss_finds_its_targets_here():
 
 @pytest.mark.parametrize(("name", "settings"), VALUES)
 def test_captured_arrays_are_as_specified(name, settings, teacher, batch):
-    row, samples = TARGETS[name], captured(name, settings, teacher, batch)
-    specs = row.arrays(settings, FACTS)
-    assert row.first_array(settings) in {spec.name for spec in specs}
+    samples, specs = captured(settings, teacher, batch), settings.arrays(FACTS)
+    assert settings.first_array in {spec.name for spec in specs}
     for spec in specs:
         assert spec.codec in CODECS and spec.row_shape == samples[0][spec.name].shape[1:]
         assert all(sample[spec.name].shape[1:] == spec.row_shape for sample in samples)
@@ -99,22 +93,24 @@ def test_captured_arrays_are_as_specified(name, settings, teacher, batch):
 
 
 @pytest.mark.parametrize(("name", "settings"), VALUES)
-def test_the_number_of_rows_is_known_from_images_text_and_answers(name, settings, teacher, batch):
-    _, forward = run(teacher, batch)
-    images = (forward.slots.vision >= 0).sum(dim=1) // 4
-    text = (forward.slots.text >= 0).sum(dim=1)
-    expected = TARGETS[name].rows(images, text, torch.tensor(forward.num_answers))
-    samples = captured(name, settings, teacher, batch)
-    assert [len(sample[TARGETS[name].first_array(settings)]) for sample in samples] == expected.tolist()
+def test_the_number_of_rows_is_known_from_ids_and_labels(name, settings, teacher, batch):
+    expected = TARGETS[name].num_rows(Counts.of(vars(batch)))
+    samples = captured(settings, teacher, batch)
+    assert [len(sample[settings.first_array]) for sample in samples] == expected.tolist()
+    for sample, num_rows in zip(samples, expected.tolist(), strict=True):
+        blank = settings.blank(FACTS, num_rows)
+        assert {array: zeros.shape for array, zeros in blank.items()} == {
+            array: sample[array].shape for array in blank
+        }
 
 
 @pytest.mark.parametrize(("name", "settings"), VALUES)
 def test_a_sample_is_captured_the_same_alone_and_in_a_padded_batch(
     name, settings, teacher, batch, split_batch
 ):
-    together = captured(name, settings, teacher, batch)
+    together = captured(settings, teacher, batch)
     for sample, alone in zip(together, split_batch(batch), strict=True):
-        [single] = captured(name, settings, teacher, alone)
+        [single] = captured(settings, teacher, alone)
         for array, values in single.items():
             np.testing.assert_allclose(sample[array], values, atol=2e-5, rtol=1e-4)
 
@@ -124,7 +120,7 @@ def test_a_sample_is_captured_the_same_alone_and_in_a_padded_batch(
 def test_attention_comes_back_as_the_tap_gave_it(heads, layouts, teacher, make_batch):
     batch, settings = make_batch(*layouts), AttentionTarget(layers=[0, 2], heads=heads)
     _, forward = run(teacher, batch)
-    back = TARGETS["attention"].collate(settings, captured("attention", settings, teacher, batch))
+    back = settings.collate(captured(settings, teacher, batch))
     assert list(back["attention"]) == [0, 2]
     for layer, attention in back["attention"].items():
         tapped = forward.attention[layer]
@@ -135,7 +131,7 @@ def test_attention_comes_back_as_the_tap_gave_it(heads, layouts, teacher, make_b
 def test_attention_rows_are_stored_image_after_image(teacher, make_batch):
     batch, settings = make_batch([1, IMAGE, 2, IMAGE, 3]), AttentionTarget(heads="each")
     _, forward = run(teacher, batch)
-    [sample] = captured("attention", settings, teacher, batch)
+    [sample] = captured(settings, teacher, batch)
     stored = sample["attention/layer_0"]
     assert stored.shape == (2 * 5, 4, 4)
     for image, text in ((0, 0), (0, 4), (1, 3)):
@@ -146,20 +142,20 @@ def test_attention_rows_are_stored_image_after_image(teacher, make_batch):
 
 def test_vision_features_come_back_in_the_order_of_images(teacher, batch):
     vision, _ = run(teacher, batch)
-    back = TARGETS["vision"].collate(VisionTarget(), captured("vision", VisionTarget(), teacher, batch))
+    back = VisionTarget().collate(captured(VisionTarget(), teacher, batch))
     assert torch.equal(back["vision"], vision) and back["vision"].is_contiguous()
 
 
 def test_vision_features_of_text_alone_are_none_at_all(teacher, make_batch):
-    samples = captured("vision", VisionTarget(), teacher, make_batch([4], [7]))
-    assert TARGETS["vision"].collate(VisionTarget(), samples)["vision"].shape == (0, 4, 32)
+    samples = captured(VisionTarget(), teacher, make_batch([4], [7]))
+    assert VisionTarget().collate(samples)["vision"].shape == (0, 4, 32)
 
 
 @pytest.mark.parametrize("top_k", [1, 8, 96, 500])
 def test_logits_come_back_as_the_top_k_and_the_mass_of_the_rest(top_k, teacher, batch):
     settings = LogitsTarget(top_k=top_k)
     _, forward = run(teacher, batch)
-    back = TARGETS["logits"].collate(settings, captured("logits", settings, teacher, batch))
+    back = settings.collate(captured(settings, teacher, batch))
     log_probs = forward.answer_logits.double().log_softmax(dim=-1)
     kept = min(top_k, 96)
     assert back["top_ids"].dtype == torch.int64 and back["top_ids"].shape == (9, kept)
@@ -175,8 +171,8 @@ def test_probabilities_too_small_to_matter_are_stored_finite(teacher, batch):
     _, forward = run(teacher, batch)
     certain = torch.full_like(forward.answer_logits, -1e4)
     certain[:, 7] = 1e4
-    samples = TARGETS["logits"].capture(LogitsTarget(top_k=2), replace(forward, answer_logits=certain))
-    back = TARGETS["logits"].collate(LogitsTarget(top_k=2), samples)
+    samples = LogitsTarget(top_k=2).capture(replace(forward, answer_logits=certain))
+    back = LogitsTarget(top_k=2).collate(samples)
     assert back["top_log_probs"].tolist() == [[0.0, -30.0]] * 9
     assert back["tail_log_prob"].tolist() == [-30.0] * 9
 
@@ -187,14 +183,14 @@ def test_probabilities_too_small_to_matter_are_stored_finite(teacher, batch):
 )
 def test_token_ids_are_as_narrow_as_the_vocabulary_allows(vocab_size, top_k, id_type):
     facts = TeacherFacts("some/teacher", 4, 4, 32, 4, vocab_size)
-    ids, log_probs, tail = TARGETS["logits"].arrays(LogitsTarget(top_k=32), facts)
+    ids, log_probs, tail = LogitsTarget(top_k=32).arrays(facts)
     assert ids.options == {"dtype": id_type} and ids.row_shape == log_probs.row_shape == (top_k,)
     assert tail.row_shape == ()
 
 
 def test_only_a_fixed_point_has_a_step():
-    [fixed] = TARGETS["vision"].arrays(VisionTarget(step=0.5), FACTS)
-    [half] = TARGETS["vision"].arrays(VisionTarget(codec="float16"), FACTS)
+    [fixed] = VisionTarget(step=0.5).arrays(FACTS)
+    [half] = VisionTarget(codec="float16").arrays(FACTS)
     assert (fixed.options, half.options) == ({"step": 0.5}, {})
 
 
@@ -211,11 +207,10 @@ def test_a_step_by_which_decoding_would_round_is_refused(row, step):
     + [("attention", "sqrt_uint8"), ("vision", "int8")],
 )
 def test_a_target_comes_back_within_what_its_codec_states(name, codec, teacher, batch):
-    row = TARGETS[name]
-    settings = row.settings(codec=codec)
-    [spec] = row.arrays(settings, FACTS)
+    settings: Any = TARGETS[name](codec=codec)
+    [spec] = settings.arrays(FACTS)
     assert spec.options == ({"step": settings.step} if codec == "fixed_point" else {})
-    for sample in captured(name, settings, teacher, batch):
+    for sample in captured(settings, teacher, batch):
         rows = sample[spec.name]
         error = np.abs(decode_rows(spec, encode_rows(spec, rows)).astype(np.float64) - rows)
         assert (error <= CODECS[codec].max_error(rows, spec.options)).all()
@@ -224,7 +219,7 @@ def test_a_target_comes_back_within_what_its_codec_states(name, codec, teacher, 
 
 def test_a_layer_that_the_teacher_lacks_is_refused():
     with pytest.raises(ConfigError, match="asks for layer 4, but the teacher has layers 0 to 3; ask for one"):
-        TARGETS["attention"].arrays(AttentionTarget(layers=[0, 4]), FACTS)
+        AttentionTarget(layers=[0, 4]).arrays(FACTS)
 
 
 @pytest.mark.parametrize("layers", [[1, 0], [0, 0], [-1, 0]])
@@ -247,4 +242,4 @@ def test_the_deepest_layer_is_that_of_the_most_demanding_target(targets, deepest
 
 
 def test_facts_are_those_of_the_config(tiny_config):
-    assert teacher_facts("some/teacher", tiny_config(num_hidden_layers=4)) == FACTS
+    assert facts_of_config("some/teacher", tiny_config(num_hidden_layers=4)) == FACTS

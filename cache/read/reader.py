@@ -65,6 +65,10 @@ class Store:
     def __len__(self) -> int:
         return len(self._keys())
 
+    def load_keys(self) -> None:
+        """Read every part's index now. Raises `CacheError` if a key occurs twice."""
+        self._keys()
+
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self.find([key]) != [None]
 

@@ -46,7 +46,7 @@ class DataConfig(Section):
 
 
 # One optional section for each row of a table: a new row needs no line here.
-_TARGETS: dict[str, Any] = {name: (target.settings | None, None) for name, target in TARGETS.items()}
+_TARGETS: dict[str, Any] = {name: (target | None, None) for name, target in TARGETS.items()}
 _LOSSES: dict[str, Any] = {
     name: (loss.settings | None, loss.settings() if name == "supervised" else None)
     for name, loss in LOSSES.items()
@@ -60,21 +60,16 @@ class TargetsConfig(create_model("Targets", __base__=Section, **_TARGETS)):
     """
 
     def active(self) -> dict[str, Any]:
-        """The settings of the targets that losses may read, by name."""
+        """Return the targets that losses may read, by name."""
         return {name: getattr(self, name) for name in TARGETS if getattr(self, name)}
 
     def cached(self) -> dict[str, Any]:
-        """Those of `active` that stage 1 captures and the store holds."""
-        return {name: target for name, target in self.active().items() if _source(target) == "cache"}
+        """Return the targets that stage 1 captures and the store holds."""
+        return {name: target for name, target in self.active().items() if not target.is_recomputed}
 
     def recomputed(self) -> dict[str, Any]:
-        """Those of `active` that stage 2 makes again with a stub of the teacher."""
-        return {name: target for name, target in self.active().items() if _source(target) == "recompute"}
-
-
-def _source(target: Any) -> str:
-    """Logits need the whole teacher, so they have no choice of source."""
-    return getattr(target, "source", "cache")
+        """Return the targets that stage 2 recomputes with a stub of the teacher."""
+        return {name: target for name, target in self.active().items() if target.is_recomputed}
 
 
 class LossesConfig(create_model("Losses", __base__=Section, **_LOSSES)):

@@ -9,8 +9,8 @@ from pipeline.data.preparation import Preparation
 from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import checkpoint_folder, small_files
 from pipeline.models.configuration import MobileVLMConfig, read_config
-from pipeline.models.teacher_plan import teacher_facts
-from pipeline.targets.targets import TeacherFacts
+from pipeline.models.teacher_plan import facts_of_config
+from pipeline.targets.target import TeacherFacts
 
 
 def check_student(config: Config) -> None:
@@ -24,7 +24,7 @@ def check_student(config: Config) -> None:
     if folder is None:
         _note(config, "is not on this machine; it is not checked before stage 2")
         return
-    facts = teacher_facts(config.teacher.model, read_config(teacher))
+    facts = facts_of_config(config.teacher.model, read_config(teacher))
     check_pair(config, read_config(folder), facts, of=config.teacher.model)
     asked, given = (Preparation.of(str(place), config.data).digests() for place in (teacher, folder))
     allowed = {field for cache in config.all_caches() for field in cache.allow_mismatch}

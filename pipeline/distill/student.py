@@ -23,7 +23,7 @@ from pipeline.data.pairing import check_pair
 from pipeline.data.preparation import Preparation
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.recompute import load_recomputed
-from pipeline.distill.join.stores import open_stores, targets_read, teacher_facts
+from pipeline.distill.join.stores import open_stores, targets_read
 from pipeline.distill.model.adapters import add_adapters
 from pipeline.distill.model.distiller import Distiller
 from pipeline.distill.training.processes import alone_in, check_together, is_first_process, num_processes
@@ -45,6 +45,7 @@ from pipeline.losses.losses import LOSSES
 from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.targets.target import Target, TeacherFacts
 
 
 def train_student(
@@ -158,7 +159,7 @@ def _save_origin(folder: Path, config: Config, dataset: JoinedDataset) -> None:
     )
 
 
-def needed_targets(config: Config) -> dict[str, Any]:
+def needed_targets(config: Config) -> dict[str, Target]:
     """The stored targets that the configured losses read, by name."""
     read = targets_read(config)
     return {name: settings for name, settings in config.targets.cached().items() if name in read}
@@ -194,7 +195,7 @@ def build_trainer(
     distiller = Distiller(
         student,
         config.losses.active(),
-        facts=stores.facts(recompute.facts if recompute else {}),
+        facts=stores.facts() | (recompute.facts if recompute else {}),
         patch_feature_cache_bytes=config.student.patch_feature_cache_bytes,
         recompute=recompute,
     )
@@ -213,7 +214,7 @@ def load_student(config: Config, *stores: Store) -> MobileVLMForCausalLM:
     """The student's first weights. Raises `ConfigError` if it cannot be held to the teacher of each store."""
     shape = read_config(checkpoint_folder(config.student.model))
     for store in stores:
-        check_pair(config, shape, teacher_facts(store), of=store.path)
+        check_pair(config, shape, TeacherFacts.of(store.manifest), of=store.path)
     student = MobileVLMForCausalLM.from_pretrained(config.student.model, dtype=config.student.dtype)
     if config.student.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})

@@ -18,7 +18,7 @@ from pipeline.data.conversation import TokenizedSample, check_conversations
 from pipeline.data.images import ImagePreprocessor
 from pipeline.data.preparation import Preparation
 from pipeline.data.shards import parse_record, read_span
-from pipeline.distill.join.dataset import JoinCollator, join_sample, teacher_facts
+from pipeline.distill.join.dataset import JoinCollator, join_sample
 from pipeline.errors import ConfigError, JoinError
 from pipeline.inspection.sources import (
     check_reading,
@@ -34,7 +34,9 @@ from pipeline.models.configuration import read_config
 from pipeline.models.stub import load_teacher
 from pipeline.models.teacher_plan import plan_teacher
 from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots, find_slots
-from pipeline.targets.targets import TARGETS, AttentionTarget, TeacherFacts
+from pipeline.targets.attention import AttentionTarget
+from pipeline.targets.target import TeacherFacts
+from pipeline.targets.targets import TARGETS
 
 SHOWN = ("attention", "logits")
 
@@ -109,7 +111,7 @@ def inspect_sample(
     preparation, note = find_preparation(config, opened)
     # With the settings of the store's own targets: the config may have others.
     stored = opened.manifest.capture["targets"]
-    captured = {name: TARGETS[name].settings.model_validate(stored[name]) for name in SHOWN if name in stored}
+    captured = {name: TARGETS[name].model_validate(stored[name]) for name in SHOWN if name in stored}
     joined = join_sample(opened, shard, entry, preparation, captured)
     tokens, targets = joined.tokens, JoinCollator(captured)([joined])["targets"]
     slots = _slots(tokens, preparation.num_vision_tokens)
@@ -128,7 +130,7 @@ def inspect_sample(
         tokens=tuple(token_text(number, preparation.tokenizer) for number in tokens.input_ids),
         note=note,
         images=tuple(_picture(joined.pixels[digest], preparation.preprocess) for digest in entry.images),
-        teacher=teacher_facts(opened),
+        teacher=TeacherFacts.of(opened.manifest),
         slots=slots,
         attention=attention,
         layer=layer,

@@ -15,8 +15,8 @@ from pipeline.config.config import Config
 from pipeline.data.images import ImagePreprocessor
 from pipeline.data.preparation import Preparation
 from pipeline.data.shards import expand_shards
-from pipeline.distill.join.dataset import teacher_facts
 from pipeline.errors import ConfigError, PipelineError, ShardError
+from pipeline.targets.target import TeacherFacts
 
 MOST_KEYS_TO_COMPARE = 100_000
 REMEDY = (
@@ -85,7 +85,7 @@ def find_preparation(config: Config, store: Store) -> tuple[Preparation, str]:
     preprocess = ImagePreprocessor.from_pretrained(
         config.teacher.model, aspect_ratio=data.image_aspect_ratio, max_pixels=data.max_image_pixels
     )
-    num_vision_tokens = teacher_facts(store).num_vision_tokens
+    num_vision_tokens = TeacherFacts.of(store.manifest).num_vision_tokens
     without = Preparation(None, preprocess, data.template, data.max_length, num_vision_tokens)
     return without, "; ".join(reasons)
 

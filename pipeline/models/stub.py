@@ -15,7 +15,8 @@ from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMForCausalLM
 from pipeline.models.tap import attention_of_layers, record_layer_inputs
 from pipeline.models.teacher_plan import TeacherPlan, empty_model
 from pipeline.positions import IGNORE_INDEX
-from pipeline.targets.targets import TeacherForward
+from pipeline.targets.attention import AttentionTarget
+from pipeline.targets.target import TeacherForward
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Teacher:
     @property
     def attention_layers(self) -> Sequence[int]:
         attention = self.plan.targets.get("attention")
-        return attention.layers if attention else ()
+        return attention.layers if isinstance(attention, AttentionTarget) else ()
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig
@@ -20,7 +19,8 @@ from pipeline.errors import building
 from pipeline.models.checkpoint import Checkpoint, digest_of_tensors
 from pipeline.models.configuration import USE_ITS_CONFIG, read_config
 from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMConfig, MobileVLMForCausalLM
-from pipeline.targets.targets import TeacherFacts, deepest_layer
+from pipeline.targets.target import Target, TeacherFacts
+from pipeline.targets.targets import deepest_layer
 
 PROJECTOR_PREFIX = "model.mm_projector."
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -44,7 +44,7 @@ class TeacherPlan:
     checkpoint: Checkpoint
     config: MobileVLMConfig
     facts: TeacherFacts
-    targets: Mapping[str, Any]
+    targets: Mapping[str, Target]
     deepest: int | None
     tensors: tuple[str, ...]
     digest: str
@@ -56,7 +56,7 @@ class TeacherPlan:
 
 
 def plan_teacher(
-    name: str, *, targets: Mapping[str, Any], vouching_for: Mapping[str, Any] | None = None
+    name: str, *, targets: Mapping[str, Target], vouching_for: Mapping[str, Target] | None = None
 ) -> TeacherPlan:
     """Find and hash the tensors that the targets need in a checkpoint, a folder or hub id.
 
@@ -73,7 +73,7 @@ def plan_teacher(
     return TeacherPlan(
         checkpoint=checkpoint,
         config=config,
-        facts=teacher_facts(name, config),
+        facts=facts_of_config(name, config),
         targets=targets,
         deepest=deepest,
         tensors=tuple(tensors),
@@ -82,7 +82,7 @@ def plan_teacher(
     )
 
 
-def teacher_facts(name: str, config: MobileVLMConfig) -> TeacherFacts:
+def facts_of_config(name: str, config: MobileVLMConfig) -> TeacherFacts:
     """Return what stage 2 must know of the teacher, from its config."""
     return TeacherFacts(
         name=name,

@@ -119,7 +119,7 @@ def train_and_evaluate(config: Config, folder: Path, overwrite: bool = False) ->
 def _measured(config: Config, folder: Path, predictions: Sequence[Prediction]) -> Line:
     state = json.loads((folder / STATE_FILE).read_text())
     *steps, totals = state["log_history"]
-    last = next((entry for entry in reversed(steps) if "kd/coverage" in entry), {})
+    last = next((entry for entry in reversed(steps) if "loss" in entry), {})
     return {
         "accuracy": {name: accuracy_by_type(of_set) for name, of_set in by_test_set(predictions).items()},
         "terms": {name: last.get(f"loss/{name}") for name in config.losses.active()},

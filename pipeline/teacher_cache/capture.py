@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from pipeline.data.shard_identity import shard_source
 from pipeline.data.shards import Rejected, Sample, part_name, read_shard, read_span
 from pipeline.errors import BadSample, ShardError
 from pipeline.models.stub import Teacher
-from pipeline.targets.targets import TARGETS, vision_array
+from pipeline.targets.target import Target
 from pipeline.teacher_cache.longest_first import Prepared, longest_first
 from pipeline.teacher_cache.overlap import Behind
 from pipeline.teacher_cache.progress import Progress
@@ -177,8 +176,11 @@ class Capture:
         vision = torch.stack([self.vision[digest] for digest in digests]) if digests else None
         targets = self.config.targets.cached()
         tokens, keys = [item.tokens for item in batch], [item.sample.key for item in batch]
-        captured = captured_arrays(self.teacher, targets, tokens, vision, keys=keys)
-        images = {digest: self._image_arrays(digest) for digest in digests if not part.has_image(digest)}
+        fresh = {digest: self.vision[digest] for digest in digests if not part.has_image(digest)}
+        captured, kept = captured_arrays(
+            self.teacher, targets, tokens, vision, keys=keys, keep=list(fresh.values())
+        )
+        images = dict(zip(fresh, kept, strict=True))
         self.behind.do(lambda: self._add_all(batch, captured, images, part))
 
     def _add_all(
@@ -251,9 +253,6 @@ class Capture:
         else:
             self.settled[item.place] = sample.key
 
-    def _image_arrays(self, digest: str) -> Arrays:
-        return vision_array(self.vision[digest]) if "vision" in self.config.targets.cached() else {}
-
     def reason_of(self, key: str, error: BadSample, shard: str) -> str:
         """Why a sample is rejected; where bad samples are to stop the run, it is raised."""
         if self.config.data.on_bad_sample == "fail":
@@ -276,20 +275,24 @@ def key_occurs_in(part: str) -> BadSample:
 
 def captured_arrays(
     teacher: Teacher,
-    targets: Mapping[str, Any],
+    targets: Mapping[str, Target],
     tokens: Sequence[TokenizedSample],
     vision: torch.Tensor | None,
     *,
     keys: Sequence[str],
-) -> list[dict[str, np.ndarray]]:
-    """What the targets keep of each sample of a batch, float32 or integers; `vision` 'I N D' of all its images."""
-    forward = replace(teacher.forward(**pad_tokens(tokens), vision=vision), keys=keys)
-    captured: list[dict[str, np.ndarray]] = [{} for _ in tokens]
-    for name, settings in targets.items():
-        if (capture := TARGETS[name].capture) is not None:
-            for arrays, more in zip(captured, capture(settings, forward), strict=True):
-                arrays |= more
-    return captured
+    keep: Sequence[torch.Tensor],
+) -> tuple[list[Arrays], list[Arrays]]:
+    """Return the targets' arrays of each sample of a batch, and of each image of `keep`, float32 or integers.
+
+    `vision` 'I N D' are the features of all its images in order, `keep` 'N D' of those to be stored.
+    """
+    forward = teacher.forward(**pad_tokens(tokens), vision=vision)
+    forward = replace(forward, keys=keys, vision=torch.stack(list(keep)) if keep else None)
+    captured: dict[str, list[Arrays]] = {"sample": [{} for _ in tokens], "image": [{} for _ in keep]}
+    for target in targets.values():
+        for arrays, more in zip(captured[target.owner], target.capture(forward), strict=True):
+            arrays |= more
+    return captured["sample"], captured["image"]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -29,7 +29,6 @@ from pipeline.data.shards import expand_shards, part_name
 from pipeline.errors import ConfigError, ShardError
 from pipeline.models.stub import load_teacher
 from pipeline.models.teacher_plan import TeacherPlan, plan_teacher
-from pipeline.targets.targets import TARGETS
 from pipeline.teacher_cache.capture import Capture, Captured
 from pipeline.teacher_cache.overlap import Behind
 from pipeline.teacher_cache.part_states import PartStates
@@ -184,11 +183,7 @@ def build_manifest(
 ) -> Manifest:
     """What the store will say of itself, before anything is captured."""
     capture = capture_settings(config, dtype=str(dtype).removeprefix("torch."))
-    arrays = [
-        array
-        for name, settings in config.targets.cached().items()
-        for array in TARGETS[name].arrays(settings, plan.facts)
-    ]
+    arrays = [spec for target in config.targets.cached().values() for spec in target.arrays(plan.facts)]
     return Manifest(
         format_version=FORMAT_VERSION,
         fingerprint=Fingerprint(teacher=plan.digest, capture=digest_of(capture), **preparation.digests()),

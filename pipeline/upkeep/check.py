@@ -15,13 +15,13 @@ import torch
 
 from cache import CODECS, ArraySpec, FingerprintMismatch, Store
 from pipeline.config.config import Config
-from pipeline.distill.join.dataset import JoinCollator, JoinedDataset, JoinedSample, teacher_facts
+from pipeline.distill.join.dataset import JoinCollator, JoinedDataset, JoinedSample
 from pipeline.distill.join.stores import REMEDY
 from pipeline.distill.model.distiller import Distiller
 from pipeline.distill.student import load_student
 from pipeline.losses.losses import LOSSES
 from pipeline.models.stub import Teacher, load_teacher
-from pipeline.targets.targets import vision_array
+from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.capture import captured_arrays
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture
 
@@ -122,16 +122,26 @@ def captured_again(config: Config, teacher: Teacher, samples: Sequence[JoinedSam
     if pixels:
         vision = dict(zip(pixels, teacher.encode_images(torch.stack(list(pixels.values()))), strict=True))
     in_order = [vision[digest] for sample in samples for digest in sample.image_digests]
-    targets = config.targets.cached()
-    stacked = torch.stack(in_order) if in_order else None
+    targets, facts = config.targets.cached(), teacher.plan.facts
     tokens, keys = [sample.tokens for sample in samples], [sample.key for sample in samples]
-    captured = captured_arrays(teacher, targets, tokens, stacked, keys=keys)
+    captured, images = captured_arrays(
+        teacher,
+        targets,
+        tokens,
+        torch.stack(in_order) if in_order else None,
+        keys=keys,
+        keep=list(vision.values()),
+    )
+    by_digest = dict(zip(vision, images, strict=True))
+    of_images = [
+        spec.name for target in targets.values() if target.owner == "image" for spec in target.arrays(facts)
+    ]
     again = []
     for sample, arrays in zip(samples, captured, strict=True):
-        if "vision" in targets:
-            images = [vision_array(vision[digest])["vision"] for digest in sample.image_digests]
-            arrays["vision"] = np.concatenate([sample.arrays["vision"][:0], *images])
-        again.append(replace(sample, arrays={**arrays, "num_images": sample.arrays["num_images"]}))
+        for name in of_images:
+            own = [by_digest[digest][name] for digest in sample.image_digests]
+            arrays[name] = np.concatenate([sample.arrays[name][:0], *own])
+        again.append(replace(sample, arrays=arrays | {"num_images": sample.arrays["num_images"]}))
     return again
 
 
@@ -264,7 +274,8 @@ def _compare_losses(
     """Each loss of the config's student, at its first weights, over all samples."""
     losses = {name: loss for name, loss in config.losses.active().items() if LOSSES[name].targets}
     torch.manual_seed(0)  # of the trained heads' first weights
-    distiller = Distiller(load_student(config, store), losses, facts=teacher_facts(store)).float()
+    facts = dict.fromkeys(config.targets.active(), TeacherFacts.of(store.manifest))
+    distiller = Distiller(load_student(config, store), losses, facts=facts).float()
     collate = JoinCollator(config.targets.cached())
     theirs, ours = (loss_terms(distiller, collate, samples) for samples in (stored, live))
     for name in losses:
@@ -281,7 +292,7 @@ def loss_terms(
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     totals: dict[str, list[Any]] = {}
     for batch in _batches(samples, 8):
-        for name, (total, count) in distiller(collate(batch)).terms.items():
+        for name, (total, count) in distiller(collate(batch)).items():
             gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
             flat = torch.cat(
                 [

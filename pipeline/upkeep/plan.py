@@ -23,7 +23,7 @@ from pipeline.config.config import Config
 from pipeline.data.pairing import check_student
 from pipeline.data.shards import Sample, part_name, read_shard
 from pipeline.errors import ConfigError, writing
-from pipeline.targets.targets import TARGETS, TeacherFacts
+from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture, write_parts
 from pipeline.upkeep.plan_costs import Costs, measure_costs
 
@@ -198,8 +198,8 @@ def _extrapolate(plan: CapturePlan, probe: Probe) -> StorePlan:
 
 
 def _targets(plan: CapturePlan, probe: Probe, num_samples: float) -> Iterator[TargetPlan]:
-    for name, settings in plan.config.targets.active().items():
-        specs = TARGETS[name].arrays(settings, plan.teacher.facts)
+    for name, target in plan.config.targets.active().items():
+        specs = target.arrays(plan.teacher.facts)
         is_cached = name in plan.config.targets.cached()
         each = (
             probe.each(lambda part, s=specs: sum(part.array_bytes[x.name] for x in s)) if is_cached else 0.0
@@ -215,9 +215,7 @@ def _targets(plan: CapturePlan, probe: Probe, num_samples: float) -> Iterator[Ta
             else {},
             reading_seconds=costs.reading_seconds,
             forward_seconds=costs.forward_seconds,
-            advice=advice(
-                costs, bytes_each=each, depth=TARGETS[name].deepest(settings), facts=plan.teacher.facts
-            ),
+            advice=advice(costs, bytes_each=each, depth=target.deepest, facts=plan.teacher.facts),
         )
 
 

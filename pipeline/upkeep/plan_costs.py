@@ -18,7 +18,7 @@ from pipeline.data.shards import Sample, read_shard
 from pipeline.errors import BadSample
 from pipeline.models.stub import Teacher, load_teacher
 from pipeline.models.teacher_plan import plan_teacher
-from pipeline.targets.targets import TARGETS
+from pipeline.targets.target import Target
 from pipeline.teacher_cache.teacher import CapturePlan
 
 FORWARDED_SAMPLES = 32
@@ -47,21 +47,21 @@ def measure_costs(
     """
     stored = plan.config.targets.cached()
     again = {
-        name: s for name, s in plan.config.targets.active().items() if TARGETS[name].deepest(s) is not None
+        name: target for name, target in plan.config.targets.active().items() if target.deepest is not None
     }
     if again.keys() - known.keys():
         samples = list(islice(_prepared(plan, shards), FORWARDED_SAMPLES))
         known |= {name: _forward(plan, name, s, samples) for name, s in again.items() if name not in known}
     return {
-        name: Costs(_reading(plan, store, name, settings) if name in stored else 0.0, known[name])
-        for name, settings in again.items()
+        name: Costs(_reading(plan, store, target) if name in stored else 0.0, known[name])
+        for name, target in again.items()
     }
 
 
-def _reading(plan: CapturePlan, folder: Path, name: str, settings: Any) -> float:
+def _reading(plan: CapturePlan, folder: Path, target: Target) -> float:
     """Seconds a sample, once every part of the probe is open."""
     store = Store(folder, cache_bytes=0)
-    arrays = [spec.name for spec in TARGETS[name].arrays(settings, plan.teacher.facts)]
+    arrays = [spec.name for spec in target.arrays(plan.teacher.facts)]
     keys = [[entry.key for entry in store.entries(part)] for part in store.parts]
     for of_part in keys:
         for key in of_part[:1]:

@@ -11,8 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from cache import Manifest, Store, digest_of, slice_store
-from pipeline.distill.join.dataset import teacher_facts
 from pipeline.errors import ConfigError
+from pipeline.targets.target import TeacherFacts
 from pipeline.targets.targets import TARGETS
 
 
@@ -75,6 +75,6 @@ def manifest_with(store: Store, targets: Sequence[str] | None) -> Manifest:
 
 def _arrays(store: Store, captured: Mapping[str, Any]) -> set[str]:
     """Names of the arrays that captured targets fill."""
-    facts = teacher_facts(store)
-    settings = {name: TARGETS[name].settings.model_validate(captured[name]) for name in captured}
-    return {spec.name for name in captured for spec in TARGETS[name].arrays(settings[name], facts)}
+    facts = TeacherFacts.of(store.manifest)
+    targets = [TARGETS[name].model_validate(settings) for name, settings in captured.items()]
+    return {spec.name for target in targets for spec in target.arrays(facts)}

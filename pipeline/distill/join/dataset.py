@@ -1,4 +1,4 @@
-"""The join: a sample's image and text from its shard, its targets from the store, matched by key and compared."""
+"""The join: a sample's image and text from its shard, and its targets from the store, matched by key and compared."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from pipeline.data.shard_identity import check_unchanged
 from pipeline.data.shards import expand_shards, parse_record, part_name, read_span
 from pipeline.distill.join.memory import BoundedCache, TensorCache
 from pipeline.distill.join.missing import join_rows
-from pipeline.distill.join.rank_batches import Filler
+from pipeline.distill.join.rank_batches import Draw
 from pipeline.distill.join.rows import Row
 from pipeline.distill.join.stores import TOKENS, Source, Stores, first_difference
-from pipeline.distill.join.stores import teacher_facts as teacher_facts
 from pipeline.errors import BadSample, ConfigError, JoinError, PipelineError
-from pipeline.positions import text_rows
-from pipeline.targets.targets import TARGETS
+from pipeline.positions import Counts
+from pipeline.targets.target import Target, TeacherFacts
 
 PIXEL_CACHE_BYTES = 256 * 2**20
 STORED_CACHE_BYTES = 256 * 2**20
@@ -36,9 +35,9 @@ CHANGED = (
 
 @dataclass(frozen=True)
 class JoinedSample:
-    """A training sample: tokens, pixels of its images (in order, by digest) and the stored target arrays.
+    """A training sample: tokens, pixels of its images by digest, and the stored arrays of its targets.
 
-    Arrays of the targets in `lacking` are zeros: no store gave them, and they are made again beside the student.
+    Arrays of the targets in `lacking` are zeros: no store gave them, and they are recomputed during training.
     """
 
     key: str
@@ -47,40 +46,41 @@ class JoinedSample:
     image_digests: tuple[str, ...]
     arrays: dict[str, np.ndarray]
     lacking: frozenset[str] = frozenset()
-    is_filler: bool = False  # see `Filler`
+    is_filler: bool = False  # see `RankBatches`
 
 
 @dataclass(frozen=True)
 class StoredSample:
-    """What the store holds of a sample, decoded."""
+    """A sample as the store holds it, decoded."""
 
     tokens: TokenizedSample
     arrays: dict[str, np.ndarray]
 
     @property
     def nbytes(self) -> int:
+        # Two Python integers a token, with their places in tuples.
         return 80 * len(self.tokens.input_ids) + sum(array.nbytes for array in self.arrays.values())
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Why a worker of the loader could not read a batch, in place of the batch."""
+    """The reason why a data-loading worker could not read a batch, in place of the batch."""
 
     reason: str
 
     @staticmethod
     def check(batch: dict[str, Any]) -> None:
-        """Raise `JoinError` if that is what a batch holds."""
+        """Raise `JoinError` if a batch holds such a reason."""
         if (reason := batch.get("refused")) is not None:
             raise JoinError(reason)
 
 
 class JoinedDataset(Dataset[JoinedSample]):
-    """Map-style: every sample that the store cached from the given shards, in the store's order (see `is_chosen`).
+    """The samples that the stores hold of the given shards, in the stores' order; map-style.
 
-    Of several stores every sample that one of them cached (see `join_rows`). The first time a sample is read, its
-    text is tokenised and compared with the ids and labels that the teacher saw, in every store, and its image bytes
-    with their digest; later epochs trust that. Raises `JoinError` on any difference.
+    The first time a sample is read, its text is tokenised and compared with the ids and labels that the teacher saw,
+    in every store, and its image bytes are compared with their digest; later epochs trust that. Raises `JoinError` on
+    any difference, `ConfigError` if there is no sample.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class JoinedDataset(Dataset[JoinedSample]):
         shards: str | Sequence[str],
         preparation: Preparation,
         *,
-        targets: Mapping[str, Any],
+        targets: Mapping[str, Target],
         fraction: float = 1.0,
     ):
         self.stores = stores if isinstance(stores, Stores) else Stores.single(stores, targets)
@@ -101,54 +101,54 @@ class JoinedDataset(Dataset[JoinedSample]):
         joined = join_rows(self.stores, self.shards, is_taken)
         self.rows, self.missing = joined.rows, joined.missing
         if not len(self.rows):
-            raise ConfigError(self._without_rows(fraction))
+            held = "holds no sample" if len(self.stores.sources) == 1 else "hold no sample in common"
+            raise ConfigError(
+                f"{self.stores} {held} of data.shards"
+                + (
+                    "; see its rejects with `alignkd info`"
+                    if fraction == 1
+                    else f" within data.fraction {fraction:g}: raise it"
+                )
+            )
         self.names = [source.arrays(targets) for source in self.stores.sources]
         self.verified = np.zeros(len(self.rows), dtype=np.bool_)
         self.pixels = TensorCache(PIXEL_CACHE_BYTES)
         self.stored: BoundedCache[StoredSample] = BoundedCache(STORED_CACHE_BYTES)
 
-    def _without_rows(self, fraction: float) -> str:
-        held = "holds no sample" if len(self.stores.sources) == 1 else "hold no sample in common"
-        remedy = (
-            "; see its rejects with `alignkd info`"
-            if fraction == 1
-            else f" within data.fraction {fraction:g}: raise it"
-        )
-        return f"{self.stores} {held} of data.shards{remedy}"
-
     def __len__(self) -> int:
         return len(self.rows)
 
     def lacking(self, index: int | None = None) -> frozenset[str]:
-        """The targets of a sample, or of any, that no store gave, to be recomputed during training."""
+        """Return the targets of a sample, or of any sample, that no store gave and that are recomputed."""
         lacks = self.rows.lacks if index is None else self.rows.lacks[[index]]
-        lost = (
-            source.targets
+        lost = {
+            target
             for source, of_one in zip(self.stores.sources, lacks.T, strict=False)
             if of_one.any()
-        )
-        return frozenset(self.targets).intersection(target for targets in lost for target in targets)
+            for target in source.targets
+        }
+        return frozenset(lost.intersection(self.targets))
 
     def __getitem__(self, index: int) -> JoinedSample:
-        [sample] = self._joined([index])
+        [sample] = self._joined([(index, False)])
         return sample
 
-    def __getitems__(self, indices: Sequence[int]) -> list[JoinedSample] | Refused:
-        """A batch, which torch's loader asks for in one piece, so that all of it is asked of the store at once.
+    def __getitems__(self, draws: Sequence[Draw]) -> list[JoinedSample] | Refused:
+        """Return a batch of `RankBatches`, read from the store in one piece.
 
-        In a worker of the loader an error of ours is returned, for `Refused.check` to raise where it is read: torch
+        In a data-loading worker an error of ours is returned, for `Refused.check` to raise in the main process: torch
         would raise another one, with the worker's traceback for a message.
         """
         try:
-            return self._joined(indices)
+            return self._joined(draws)
         except (CacheError, PipelineError, OSError) as error:
             if get_worker_info() is None:
                 raise
             return Refused(str(error))
 
-    def _joined(self, indices: Sequence[int]) -> list[JoinedSample]:
-        rows = [self.rows[index] for index in indices]
-        stored = self._stored({row[1].key: (index, row) for index, row in zip(indices, rows, strict=True)})
+    def _joined(self, draws: Sequence[Draw]) -> list[JoinedSample]:
+        rows = [self.rows[index] for index, _ in draws]
+        stored = self._stored({row[1].key: (index, row) for (index, _), row in zip(draws, rows, strict=True)})
         return [
             JoinedSample(
                 entry.key,
@@ -157,13 +157,13 @@ class JoinedDataset(Dataset[JoinedSample]):
                 entry.images,
                 stored[entry.key].arrays,
                 self.lacking(index),
-                is_filler=isinstance(index, Filler),
+                is_filler,
             )
-            for index, (part, entry) in zip(indices, rows, strict=True)
+            for (index, is_filler), (part, entry) in zip(draws, rows, strict=True)
         ]
 
     def _stored(self, rows: Mapping[str, tuple[int, Row]]) -> dict[str, StoredSample]:
-        """By key what the store holds of the samples; what is not in memory is read together."""
+        """Return the stored samples by key; those not in memory are read together."""
         found = {key: held for key in rows if (held := self.stored.get(key)) is not None}
         fresh = [key for key in rows if key not in found]
         for key, arrays in zip(fresh, self.stores.read_many(fresh, self.names), strict=True):
@@ -177,18 +177,12 @@ class JoinedDataset(Dataset[JoinedSample]):
             compare_text(self.shards[part], entry, tokens, self.preparation)
             self.verified[index] = True
         arrays["num_images"] = np.array(len(entry.images))
-        return StoredSample(tokens, arrays | self._blanks(index, len(entry.images), tokens))
-
-    def _blanks(self, index: int, num_images: int, tokens: TokenizedSample) -> dict[str, np.ndarray]:
-        """Zeros in the shape of what no store gave, to be made again beside the student."""
-        blanks: dict[str, np.ndarray] = {}
-        for name in self.lacking(index):
-            rows = text_rows(pad_tokens([tokens]))
-            facts = teacher_facts(self.stores.giving(name).store)
-            needed = int(TARGETS[name].rows(torch.tensor([num_images]), rows, rows))
-            for spec in TARGETS[name].arrays(self.targets[name], facts):
-                blanks[spec.name] = np.zeros((needed, *spec.row_shape), dtype=np.float32)
-        return blanks
+        if lacking := self.lacking(index):
+            counts = Counts.of(pad_tokens([tokens]))
+            for name in lacking:
+                target, facts = self.targets[name], TeacherFacts.of(self.stores.giving(name).store.manifest)
+                arrays |= target.blank(facts, int(target.num_rows(counts)))
+        return StoredSample(tokens, arrays)
 
     def _pixels(self, part: str, entry: SampleEntry, number: int) -> torch.Tensor:
         digest = entry.images[number]
@@ -261,14 +255,19 @@ def is_chosen(entry: SampleEntry, fraction: float) -> bool:
 
 @dataclass(frozen=True)
 class JoinCollator:
-    """Joined samples -> the batch that `Distiller.forward` takes."""
+    """Collates joined samples into the batch that `Distiller.forward` takes."""
 
-    targets: Mapping[str, Any]
+    targets: Mapping[str, Target]
 
     def __call__(self, samples: Sequence[JoinedSample] | Refused) -> dict[str, Any]:
-        """`input_ids`, `attention_mask`, `labels` 'B S'; `pixel_values` 'I C Y X' or None; `image_digests`;
-        `targets` fields of `TeacherTargets`; `received` target -> rows that each sample brought, int64 'B'; `lacking`
-        target -> whether a sample has rows of zeros for it, bool 'B', where one has; `is_filler`: see `Filler`.
+        """Return a batch:
+
+        `input_ids`, `attention_mask`, `labels`  'B S'
+        `pixel_values`   'I C Y X' or None, with `image_digests`
+        `targets`        fields of `TeacherTargets`
+        `received`       target -> rows that each sample has, int64 'B'
+        `lacking`        target -> whether a sample has zeros in place of rows, bool 'B', where one has
+        `is_filler`      see `RankBatches`
         """
         if isinstance(samples, Refused):
             return {"refused": samples.reason}
@@ -278,11 +277,10 @@ class JoinCollator:
         batch["image_digests"] = [digest for sample in samples for digest in sample.image_digests]
         batch["is_filler"] = all(sample.is_filler for sample in samples)
         batch["targets"], batch["received"], batch["lacking"] = {}, {}, {}
-        for name, settings in self.targets.items():
+        for name, target in self.targets.items():
             arrays = [sample.arrays for sample in samples]
-            batch["targets"] |= TARGETS[name].collate(settings, arrays)
-            first = TARGETS[name].first_array(settings)
-            rows = torch.tensor([len(sample[first]) for sample in arrays])
+            batch["targets"] |= target.collate(arrays)
+            rows = torch.tensor([len(sample[target.first_array]) for sample in arrays])
             lacks = torch.tensor([name in sample.lacking for sample in samples])
             batch["received"][name] = rows.masked_fill(lacks, 0)
             if bool((needed := lacks & (rows > 0)).any()):

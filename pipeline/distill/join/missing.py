@@ -1,4 +1,4 @@
-"""Which samples a data set has when its stores do not hold the same, and what becomes of those that a store lacks."""
+"""The samples that several stores hold together, and what `on_missing` does with those that one of them lacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IsChosen = Callable[[SampleEntry], bool]
 
 @dataclass(frozen=True)
 class Missing:
-    """How many samples a store lacks of those that some store holds, or how many shards none has a part of."""
+    """Samples that a store lacks and another store holds, or shards that no store has a part of, counted."""
 
     store: str
     targets: tuple[str, ...]
@@ -34,27 +34,25 @@ class Missing:
 
 @dataclass(frozen=True)
 class Join:
-    """The rows of a data set, and what its stores lack of them, with counts."""
+    """The rows of a data set, and what its stores lack."""
 
     rows: Rows
     missing: tuple[Missing, ...]
 
 
 def join_rows(stores: Stores, shards: Mapping[str, str], is_chosen: IsChosen | None = None) -> Join:
-    """The samples that any store holds of the shards (part -> path), as far as `stores.on_missing` lets them stay.
+    """Join the stores' samples of the shards (part -> path), part by part, in the order of the shard.
 
-    Part by part, in the order of the shard. Raises `ConfigError` for a shard that no store has a part of, and
-    `JoinError` for a sample that a store lacks which has to give some of its targets, unless that is provided for.
+    Raises `ConfigError` for a shard that no store has a part of, and `JoinError` for a sample that a store lacks,
+    unless `stores.on_missing` provides for it.
     """
     parts, absent = _parts(stores, shards)
     for store in stores.opened:
-        # A key that occurs twice is reported now, and processes forked from this one share the look-up.
-        len(store)
+        store.load_keys()  # raises for a key that occurs twice; processes forked from this one share the look-up
     rows = _union(stores, parts, is_chosen)
     counts = [
         _counted(stores, source, rows[int(lacks.argmax())], (int(lacks.sum()), len(rows)))
-        # Of one store alone there is no column.
-        for source, lacks in zip(stores.sources, rows.lacks.T, strict=False)
+        for source, lacks in zip(stores.sources, rows.lacks.T, strict=False)  # a single store has no column
         if lacks.any()
     ]
     if stores.on_missing == "skip":
@@ -63,7 +61,7 @@ def join_rows(stores: Stores, shards: Mapping[str, str], is_chosen: IsChosen | N
 
 
 def _parts(stores: Stores, shards: Mapping[str, str]) -> tuple[list[str], tuple[Missing, ...]]:
-    """The parts to read, in order, and the shards that have none in any store: skipped, or `ConfigError`."""
+    """Return the parts to read, in order, and the shards without a part in any store. Raises `ConfigError`."""
     known = {part for store in stores.opened for part in store.parts}
     if not (absent := sorted(shards.keys() - known)):
         return sorted(shards), ()
@@ -80,7 +78,7 @@ def _parts(stores: Stores, shards: Mapping[str, str]) -> tuple[list[str], tuple[
 
 
 def _union(stores: Stores, parts: Sequence[str], is_chosen: IsChosen | None) -> Rows:
-    """Every chosen sample of the parts once, part by part: the objects of one part's samples at a time."""
+    """Return every chosen sample of the parts once; the objects of one part's samples are in memory at a time."""
     of_part = _of_the_store if len(stores.opened) == 1 else _of_any_store
     numbers = {part: number for number, part in enumerate(parts)}
     places = [np.empty((0, 3), dtype=np.uint32)]
@@ -105,9 +103,9 @@ def _of_the_store(
 def _of_any_store(
     stores: Stores, part: str, numbers: Mapping[str, int], is_chosen: IsChosen | None
 ) -> Iterator[tuple[tuple[int, int, int], list[bool]]]:
-    """Where samples of the part lie that no part before it has, in any store, and which stores lack each.
+    """Yield where the samples of a part lie, and which stores lack each; samples of an earlier part are left out.
 
-    Stores that were made of one shard agree on where in it a sample lies.
+    The order is that of the shard: stores that were made from one shard agree on where in it a sample lies.
     """
     having = [(number, store) for number, store in enumerate(stores.opened) if part in store.parts]
     entries = [(number, *of_one) for number, store in having for of_one in enumerate(store.entries(part))]
@@ -125,12 +123,12 @@ def _of_any_store(
 
 
 def _counted(stores: Stores, source: Source, first: Row, counts: tuple[int, int]) -> Missing:
-    """What a store lacks, told; `JoinError` or `ConfigError` where `on_missing` is no answer to it.
+    """Return what a store lacks. Raises `JoinError` or `ConfigError` where `on_missing` does not provide for it.
 
-    `first` is the first sample that it lacks, `counts` are of those, and of all samples.
+    `first` is the first sample that it lacks; `counts` are how many it lacks, and how many there are.
     """
     (part, entry), (num_lacked, num_samples) = first, counts
-    whole = [name for name in source.targets if "source" not in TARGETS[name].settings.model_fields]
+    whole = [name for name in source.targets if "source" not in TARGETS[name].model_fields]
     if stores.on_missing == "raise":
         raise JoinError(
             f"sample {entry.key!r} is not in {source.store.path} ({_why(source, part, entry.key)}), which gives "
@@ -140,7 +138,7 @@ def _counted(stores: Stores, source: Source, first: Row, counts: tuple[int, int]
         )
     if stores.on_missing == "recompute" and whole:
         raise ConfigError(
-            f"on_missing: recompute cannot make {whole[0]!r} again, which needs the whole teacher; sample "
+            f"on_missing: recompute cannot recompute {whole[0]!r}, which needs the whole teacher; sample "
             f"{entry.key!r} is not in {source.store.path} ({_why(source, part, entry.key)}), nor are "
             f"{num_lacked - 1:,} others: cache them with `alignkd teacher-cache`, or set on_missing: skip"
         )

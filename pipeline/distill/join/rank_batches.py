@@ -1,4 +1,4 @@
-"""Which samples a process trains on, batch by batch: the seed's order of an epoch, cut the same by any processes."""
+"""The samples that each process trains on, batch by batch: one order for an epoch, cut into slices."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 WINDOW = 1024  # samples among which blocks are mixed
 
 
-class Filler(int):
-    """Index of a sample that is read only to keep a process in step with the others: it counts for nothing."""
+Draw = tuple[int, bool]  # index of a sample, and whether it is a filler: see `RankBatches`
 
 
 @dataclass
 class RankBatches:
-    """A batch sampler: every process takes its slice of each `batch_size * num_processes` samples of the epoch.
+    """A batch sampler for one process: its slice of each `batch_size * num_processes` samples of the epoch.
 
     The order depends on seed and epoch alone, so steps of equally many samples are the same steps for any number of
-    processes. No sample is met twice in an epoch: where its end leaves a process without samples, that process gets
-    one `Filler`. With `drop_last` an epoch ends with its last whole step, of `accumulation` batches.
+    processes. No sample comes twice in an epoch: where its end leaves a process without samples, that process gets
+    one filler, a sample that keeps it in step and counts for nothing. With `drop_last` an epoch ends with its last
+    whole step, of `accumulation` batches.
     """
 
     num_samples: int
@@ -43,22 +43,23 @@ class RankBatches:
             return self.num_samples // (together * self.accumulation) * self.accumulation
         return math.ceil(self.num_samples / together)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = shuffled(self.num_samples, generator, block=self.block)
         together = self.batch_size * self.num_processes
         for start in range(0, len(self) * together, together):
             mine = start + self.process_index * self.batch_size
-            yield order[mine : mine + self.batch_size].tolist() or [Filler(order[start])]
+            batch = order[mine : mine + self.batch_size].tolist()
+            yield [(index, False) for index in batch] or [(int(order[start]), True)]
 
 
 def shuffled(
     num_samples: int, generator: torch.Generator, *, block: int, window: int = WINDOW
 ) -> torch.Tensor:
-    """An order of all samples: each by itself, or blocks of neighbours drawn at random and mixed within a window.
+    """Return an order of all samples: each by itself, or blocks of neighbours, drawn and then mixed within a window.
 
-    Neighbours share chunks of the store, so a block is read at once; a `window` of so many samples, far more than a
-    batch, keeps a batch from being made of neighbours.
+    Neighbours share chunks of the store, so a block is read at once. A `window` of so many samples, far more than a
+    batch, keeps neighbours from filling a batch.
     """
     if block == 1:
         return torch.randperm(num_samples, generator=generator)

@@ -1,8 +1,8 @@
-"""Targets made again beside the student: `source: recompute` runs a stub of the teacher instead of reading the store.
+"""Targets recomputed during training by a stub of the teacher, instead of being read from the store.
 
-With `on_missing: recompute` it does so for the samples that a store lacks. Attention of a shallow layer and
-projected vision features need a few percent of the teacher's weights and no disk. Where student and teacher have one
-frozen tower, it runs once for both, or not at all when its features are held.
+`source: recompute` does so for every sample, `on_missing: recompute` for the samples that a store lacks. Attention of
+a shallow layer and projected vision features need a few percent of the teacher's weights and no disk. Where student
+and teacher have the same frozen tower, it runs once for both, or not at all when its features are held in memory.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import TOWER_PREFIX
 from pipeline.models.stub import Teacher, load_teacher
 from pipeline.models.teacher_plan import TeacherPlan, plan_teacher
-from pipeline.positions import IMAGE_TOKEN_INDEX, text_rows
-from pipeline.targets.targets import TARGETS, TeacherFacts
+from pipeline.positions import Counts
+from pipeline.targets.attention import AttentionTarget
+from pipeline.targets.target import Target, TeacherFacts
+from pipeline.targets.targets import TARGETS
 
 REMEDY = (
     "give the teacher that the store was made with as teacher.model, or run `alignkd teacher-cache` with this config "
@@ -34,43 +36,40 @@ REMEDY = (
 
 @dataclass
 class RecomputedTargets:
-    """A stub of the teacher. `shares_tower`: the student's patch features are the teacher's, too.
+    """A stub of the teacher and what it gives: `targets` to every sample, `missing` to samples that a store lacks.
 
-    `targets` are made of every sample, `missing` of those that lack them in the store which gives them to others.
+    `shares_tower`: the student's patch features are the teacher's, too.
     """
 
     teacher: Teacher
-    targets: Mapping[str, Any]
+    targets: Mapping[str, Target]
     shares_tower: bool
     vision: TensorCache
-    missing: Mapping[str, Any] = field(default_factory=dict)
+    missing: Mapping[str, Target] = field(default_factory=dict)
 
     @property
     def facts(self) -> dict[str, TeacherFacts]:
-        """The teacher's, of the targets that it gives to every sample."""
+        """The stub's facts, for each target that it gives to every sample."""
         return dict.fromkeys(self.targets, self.teacher.plan.facts)
 
     def __call__(self, batch: Mapping[str, Any], patch_features: Tensor | None) -> Mapping[str, Any]:
-        """A joined batch with the targets that no store gave: `attention` float32 'B H T J', `vision` 'I N D'.
-
-        What a store gave stays as it is, also beside a sample of the batch that lacks it.
-        """
+        """Return a joined batch with the targets that no store gave; what a store gave stays as it is."""
         made = self._make(self.targets, batch, patch_features) if self.targets else {}
         batch = {**batch, "targets": {**batch["targets"], **made}}
         return self._fill(batch, patch_features) if batch["lacking"] else batch
 
     def _fill(self, batch: Mapping[str, Any], patch_features: Tensor | None) -> Mapping[str, Any]:
-        """The stub runs on those samples alone that lack something."""
+        """Run the stub on the samples that lack something, and on no other."""
         lacking: dict[str, Tensor] = batch["lacking"]
-        images = (batch["input_ids"] == IMAGE_TOKEN_INDEX).sum(dim=1)
+        counts = Counts.of(batch)
         chosen = torch.stack(list(lacking.values())).any(dim=0)
-        of_chosen = chosen.repeat_interleave(images)
+        of_chosen = chosen.repeat_interleave(counts.images)
         features = None if patch_features is None else patch_features[of_chosen]
         wanted = {name: self.missing[name] for name in lacking}
         made = self._make(wanted, _part_of(batch, chosen, of_chosen), features)
         targets, received = {**batch["targets"]}, {**batch["received"]}
         if (lacks := lacking.get("vision")) is not None:
-            of_image = lacks.repeat_interleave(images)
+            of_image = lacks.repeat_interleave(counts.images)
             targets["vision"] = targets["vision"].index_put((of_image,), made["vision"][of_image[of_chosen]])
         if (lacks := lacking.get("attention")) is not None:
             targets["attention"] = {
@@ -78,26 +77,23 @@ class RecomputedTargets:
                 for layer, stored in targets["attention"].items()
             }
         for name, lacks in lacking.items():
-            rows = TARGETS[name].rows(images, text_rows(batch), images * 0)
-            received[name] = torch.where(lacks, rows, received[name])
+            received[name] = torch.where(lacks, TARGETS[name].num_rows(counts), received[name])
         return {**batch, "targets": targets, "received": received, "lacking": {}}
 
     def _make(
-        self, targets: Mapping[str, Any], batch: Mapping[str, Any], patch_features: Tensor | None
+        self, targets: Mapping[str, Target], batch: Mapping[str, Any], patch_features: Tensor | None
     ) -> dict[str, Any]:
-        """Fields of `TeacherTargets` for a joined batch."""
+        """Return the fields of `TeacherTargets` for a batch: `attention` float32 'B H T J', `vision` 'I N D'."""
         vision = self._vision(batch, patch_features)
         fields: dict[str, Any] = {}
         if "vision" in targets and vision is not None:
             fields["vision"] = vision.float()
-        if (settings := targets.get("attention")) is not None:
+        if isinstance(attention := targets.get("attention"), AttentionTarget):
             forward = self.teacher.forward(
                 batch["input_ids"], batch["attention_mask"], batch["labels"], vision
             )
-            mean = settings.heads == "mean"
             fields["attention"] = {
-                layer: (block.mean(dim=1, keepdim=True) if mean else block).float()
-                for layer, block in forward.attention.items()
+                layer: attention.reduce_heads(block).float() for layer, block in forward.attention.items()
             }
         return fields
 
@@ -112,14 +108,14 @@ class RecomputedTargets:
 
 
 def _part_of(batch: Mapping[str, Any], chosen: Tensor, of_image: Tensor) -> dict[str, Any]:
-    """The samples that are chosen, bool 'B', with their images, bool 'I', as far as a stub reads them."""
+    """Return the chosen samples, bool 'B', with their images, bool 'I', as far as a stub reads them."""
     part = {name: batch[name][chosen] for name in ("input_ids", "attention_mask", "labels")}
     digests = [d for d, is_of in zip(batch["image_digests"], of_image.tolist(), strict=True) if is_of]
     return {**part, "pixel_values": batch["pixel_values"][of_image], "image_digests": digests}
 
 
 def _put(stored: Tensor, rows: Tensor, made: Tensor) -> Tensor:
-    """`stored` 'B H T J' with the blocks of `made`, of perhaps smaller T and J, in the rows of bool 'B'."""
+    """Return `stored` 'B H T J' with the blocks of `made`, whose T and J may be smaller, in the rows of bool 'B'."""
     filled = stored.clone()
     filled[rows, :, : made.shape[2], : made.shape[3]] = made
     return filled
@@ -128,10 +124,10 @@ def _put(stored: Tensor, rows: Tensor, made: Tensor) -> Tensor:
 def load_recomputed(
     config: Config, *stores: Store, device: torch.device, missing: Mapping[str, Store] | None = None
 ) -> RecomputedTargets | None:
-    """The stub for the targets that the config recomputes, and for those `missing` in the store that gives them.
+    """Load the stub for the targets that the config recomputes, and for those `missing` in the store that gives them.
 
-    None if there are none. Raises `FingerprintMismatch` if its tensors are not those of a store's teacher: of one
-    of the stores for what none of them holds, of the very store for what is missing in it.
+    Returns None if there are none. Raises `FingerprintMismatch` unless its tensors are those of a store's teacher: of
+    any store for targets that no store gives, of that very store for what is missing in it.
     """
     targets, missing = config.targets.recomputed(), missing or {}
     lacking = {name: config.targets.active()[name] for name in missing}
@@ -152,7 +148,7 @@ def load_recomputed(
 
 
 def _vouching(stores: Sequence[Store], plan: TeacherPlan) -> Store:
-    """The first of the stores whose teacher the stub is of; raises the first one's `FingerprintMismatch` if none."""
+    """Return the first store whose teacher the stub comes from. Raises `FingerprintMismatch` if there is none."""
     for store in stores:
         if not teacher_differences(store, plan):
             return store
@@ -160,25 +156,25 @@ def _vouching(stores: Sequence[Store], plan: TeacherPlan) -> Store:
 
 
 def _dtype_of(stores: Sequence[Store]) -> torch.dtype:
-    """What the stub computes in: as the stores' teacher did."""
+    """Return the dtype in which the stores' teacher computed. Raises `ConfigError` if they differ."""
     dtypes = {str(store.manifest.capture["dtype"]): store.path for store in stores}
     if len(dtypes) > 1:
         (one, path), (other, other_path), *_ = dtypes.items()
         raise ConfigError(
-            f"targets are to be made again as in {path} ({one}) and in {other_path} ({other}), and a stub computes "
-            "in one dtype; complete one of the stores with `alignkd teacher-cache`, or set on_missing: skip"
+            f"targets would be recomputed as in {path} ({one}) and in {other_path} ({other}), but a stub computes in "
+            "one dtype; complete one of the stores with `alignkd teacher-cache`, or set on_missing: skip"
         )
     return getattr(torch, next(iter(dtypes)))
 
 
 def check_teacher(store: Store, plan: TeacherPlan) -> None:
-    """Compare the stub's tensors, group by group, with what the store says of its teacher's."""
+    """Compare the stub's tensors with the store's teacher, group by group. Raises `FingerprintMismatch`."""
     if differences := teacher_differences(store, plan):
         raise FingerprintMismatch(store.path, differences, remedy=REMEDY)
 
 
 def teacher_differences(store: Store, plan: TeacherPlan) -> list[Difference]:
-    """The groups of the stub's tensors that are not those of the store's teacher."""
+    """Return the groups of the stub's tensors that differ from those of the store's teacher."""
     stored = store.manifest.teacher.get("digests", {})
     return [
         Difference(f"teacher: {group}", stored.get(group, "not looked at by stage 1"), digest)
@@ -188,7 +184,7 @@ def teacher_differences(store: Store, plan: TeacherPlan) -> list[Difference]:
 
 
 def shares_tower(config: Config) -> bool:
-    """Whether both checkpoints hold one tower, to the last bit, and read the same layer of it."""
+    """Whether both checkpoints hold the same tower, bit for bit, and read the same layer of it."""
     teacher, student = Checkpoint(config.teacher.model), Checkpoint(config.student.model)
     shapes = [read_config(checkpoint.folder) for checkpoint in (teacher, student)]
     if shapes[0].mm_vision_select_layer != shapes[1].mm_vision_select_layer:

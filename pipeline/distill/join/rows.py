@@ -1,4 +1,4 @@
-"""The samples of a data set as columns: a few bytes each, which forked workers share."""
+"""The samples of a data set as columns: a few bytes a sample, which forked workers share."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Row = tuple[str, SampleEntry]  # a part, and one of its samples
 
 
 class Rows:
-    """Of each sample the store whose index describes it, its part and its number there, and which stores lack it.
+    """Where each sample lies: the store whose index describes it, its part and its number there.
 
-    A row is made when it is asked for, from the index of its store.
+    `lacks` says which stores do not hold it. A row is read from its store's index when it is asked for.
     """
 
     def __init__(
@@ -39,5 +39,5 @@ class Rows:
         return (self[number] for number in range(len(self)))
 
     def where(self, chosen: NDArray[np.bool_]) -> Rows:
-        """Those of the rows that are chosen."""
+        """Return the chosen rows."""
         return Rows(self.stores, self.parts, self.places[chosen], self.lacks[chosen])

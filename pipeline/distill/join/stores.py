@@ -1,11 +1,11 @@
-"""The stores that stage 2 reads: what each gives, if it is what the config would have cached, one sample of all."""
+"""The stores that stage 2 reads: which targets each gives, and whether it is what the config would have cached."""
 
 from __future__ import annotations
 
 import sys
 from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pipeline.config.config import Config
 from pipeline.data.preparation import Preparation, capture_settings
 from pipeline.errors import ConfigError, JoinError
 from pipeline.losses.losses import LOSSES
-from pipeline.targets.targets import TARGETS, TeacherFacts
+from pipeline.targets.target import Target, TeacherFacts
 
 TOKENS = ("input_ids", "labels")
 REMEDY = (
@@ -32,24 +32,27 @@ REMEDY_OF_SEVERAL = (
 
 @dataclass(frozen=True)
 class Source:
-    """A store and the targets that are taken from it; `place` is where the config names it."""
+    """A store and the targets that are taken from it; `place` is the section of the config that names it."""
 
     store: Store
     targets: tuple[str, ...]
     place: str = "cache"
 
-    def arrays(self, targets: Mapping[str, Any]) -> list[str]:
-        """Names of the arrays of those of the targets, settings by name, that it gives."""
-        facts = teacher_facts(self.store)
-        given = {name: settings for name, settings in targets.items() if name in self.targets}
-        return [spec.name for name, t in given.items() for spec in TARGETS[name].arrays(t, facts)]
+    @property
+    def facts(self) -> TeacherFacts:
+        return TeacherFacts.of(self.store.manifest)
+
+    def arrays(self, targets: Mapping[str, Target]) -> list[str]:
+        """Return the names of the arrays that it gives of `targets`."""
+        given = [target for name, target in targets.items() if name in self.targets]
+        return [spec.name for target in given for spec in target.arrays(self.facts)]
 
 
 @dataclass(frozen=True)
 class Stores:
-    """One store, or several joined by key, each target from one of them. Picklable, as a store is.
+    """One store, or several joined by key, with each target from one of them. Picklable.
 
-    `allowed` are the differences that the config lets be, each with the path of its store.
+    `allowed` are the differences that the config allows, each with the path of its store.
     """
 
     sources: tuple[Source, ...]
@@ -58,7 +61,7 @@ class Stores:
 
     @classmethod
     def single(cls, store: Store, targets: Mapping[str, Any]) -> Stores:
-        """A store that gives all the targets."""
+        """Wrap one store that gives all the targets."""
         return cls((Source(store, tuple(targets)),))
 
     def __str__(self) -> str:
@@ -69,25 +72,19 @@ class Stores:
         return tuple(source.store for source in self.sources)
 
     def giving(self, target: str) -> Source:
-        """Whom a target is taken from; the first store for one that none gives."""
+        """Return the source of a target; the first one for a target that none gives."""
         return next((source for source in self.sources if target in source.targets), self.sources[0])
 
-    def facts(self, made: Mapping[str, TeacherFacts]) -> TeacherFacts:
-        """What heads are built from, each field of the teacher whose target it belongs to.
-
-        `made`: the teacher's of targets that no store gives.
-        """
-        vision, attention = (
-            made.get(target) or teacher_facts(self.giving(target).store) for target in ("vision", "attention")
-        )
-        return replace(attention, hidden_size=vision.hidden_size)
+    def facts(self) -> dict[str, TeacherFacts]:
+        """Return, for each target that a store gives, the facts of the teacher it comes from."""
+        return {target: source.facts for source in self.sources for target in source.targets}
 
     def read_many(
         self, keys: Sequence[str], names: Sequence[Sequence[str]]
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Of each key in turn `TOKENS` and the arrays named for each source, of those sources that hold the sample.
+        """Yield for each key `TOKENS` and the arrays named for each source, from the sources that hold the sample.
 
-        All is asked for at once. Raises `JoinError` if those that hold a sample differ in its tokens or images.
+        All keys are asked for at once. Raises `JoinError` if two stores differ in a sample's tokens or images.
         """
         streams = [
             source.store.read_many([key for key in keys if key in source.store], [*TOKENS, *wanted])
@@ -104,7 +101,7 @@ class Stores:
             yield dict(ChainMap(first[1], *(arrays for _, arrays in others)))
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Path, targets and fingerprint of each store, for the record."""
+        """Return the path, targets and fingerprint of each store, for provenance.json."""
         return [
             {
                 "path": str(source.store.path),
@@ -115,14 +112,8 @@ class Stores:
         ]
 
 
-def teacher_facts(store: Store) -> TeacherFacts:
-    """The facts of the teacher whose knowledge the store holds."""
-    known = {field.name for field in fields(TeacherFacts)}
-    return TeacherFacts(**{name: value for name, value in store.manifest.teacher.items() if name in known})
-
-
 def open_store(cache: CacheConfig) -> Store:
-    """One store, read-only; if it is behind a URL through the mirror, if there is one."""
+    """Open one store, read-only; one behind a URL through the config's mirror, if it has one."""
     kept = Mirror(Path(cache.mirror).expanduser(), cache.mirror_bytes) if cache.mirror else None
     return Store(cache.path, mirror=kept)
 

@@ -1,9 +1,8 @@
-"""The Distiller: the student and its trained heads as one module, whose forward returns every loss term."""
+"""The student and its trained heads as one module, whose forward returns every loss term."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,36 +12,35 @@ from torch import Tensor, nn
 from pipeline.distill.join.memory import TensorCache
 from pipeline.errors import JoinError
 from pipeline.losses.heads import HeadMixer, VisionMap
-from pipeline.losses.losses import LOSSES, StudentOutputs, TeacherTargets
-from pipeline.models.merge import MergedInputs
+from pipeline.losses.inputs import StudentOutputs, TeacherTargets
+from pipeline.losses.losses import LOSSES
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.models.tap import attention_of_layers, record_layer_inputs
-from pipeline.positions import IGNORE_INDEX
+from pipeline.positions import IGNORE_INDEX, Counts
 from pipeline.shapes import expect_shape
-from pipeline.targets.targets import TARGETS, TeacherFacts
+from pipeline.targets.target import TeacherFacts
+from pipeline.targets.targets import TARGETS
+from pipeline.targets.vocabulary import score_answers
 
+# Loss -> its sum, float32, and its count in a batch.
+Terms = dict[str, tuple[Tensor, Tensor]]
 
-@dataclass(frozen=True)
-class Terms:
-    """Loss term -> (float32 sum, count) of a batch, and the share of its samples that received every target."""
-
-    terms: dict[str, tuple[Tensor, Tensor]]
-    coverage: Tensor
-
-
-# A batch and the tower's features of its images -> the batch with the targets that the store does not hold.
+# A batch and the tower's features of its images -> the batch with the targets that no store gave.
 Recompute = Callable[[Mapping[str, Any], Tensor | None], Mapping[str, Any]]
 
 
 class Distiller(nn.Module):
-    """A student held to labels and teacher. Heads are parameters of this module, never of the student."""
+    """A student and its losses. The trained heads are parameters of this module, never of the student.
+
+    `facts` are those of the teacher that each target comes from, by target.
+    """
 
     def __init__(
         self,
         student: MobileVLMForCausalLM,
         losses: Mapping[str, Any],
         *,
-        facts: TeacherFacts,
+        facts: Mapping[str, TeacherFacts],
         patch_feature_cache_bytes: int = 0,
         recompute: Recompute | None = None,
     ):
@@ -51,36 +49,37 @@ class Distiller(nn.Module):
         self.losses = dict(losses)
         self.heads = build_heads(self.losses, student, facts)
         self.patch_feature_cache = TensorCache(patch_feature_cache_bytes)
-        self.recompute = recompute  # no module: nothing of a teacher is trained or saved
+        self.recompute = recompute  # no module, so nothing of a teacher is trained or saved
 
     def forward(self, batch: Mapping[str, Any]) -> Terms:
-        """One batch of `JoinCollator`. Raises `JoinError` if a sample did not receive a target it must have."""
+        """Return every loss term of a batch of `JoinCollator`. Raises `JoinError` if rows of a target are missing."""
         patch_features = self._patch_features(batch)
-        batch = self.recompute(batch, patch_features) if self.recompute else batch
-        outputs, coverage = self._student_outputs(batch, patch_features)
+        if self.recompute:
+            batch = self.recompute(batch, patch_features)
+        check_num_rows(batch)
         teacher = TeacherTargets(**batch["targets"])
+        student = self._student_outputs(batch, patch_features, teacher)
+        shape = {"T": student.slots.text.shape[1], "J": student.slots.vision.shape[1]}
         for layer, attention in teacher.attention.items():
-            rows, columns = outputs.slots.text.shape[1], outputs.slots.vision.shape[1]
-            expect_shape(
-                f"stored attention of layer {layer}", attention, "B H T J", {"T": rows, "J": columns}
-            )
-        terms = {}
+            expect_shape(f"stored attention of layer {layer}", attention, "B H T J", shape)
         # Heads and losses are float32 under `train.bf16` too: they are small, and KL is a difference of like numbers.
-        with torch.autocast(coverage.device.type, enabled=False):
-            for name, settings in self.losses.items():
-                row = LOSSES[name]
-                head = self.heads[row.head] if row.head is not None and row.head in self.heads else None
-                terms[name] = row.compute(outputs, teacher, head, settings)
-        return Terms(terms, coverage)
+        with torch.autocast(student.slots.text.device.type, enabled=False):
+            return {
+                name: LOSSES[name].compute(student, teacher, self._head_of(name), settings)
+                for name, settings in self.losses.items()
+            }
+
+    def _head_of(self, loss: str) -> nn.Module | None:
+        kind = LOSSES[loss].head
+        return self.heads[kind] if kind is not None and kind in self.heads else None
 
     def _student_outputs(
-        self, batch: Mapping[str, Any], patch_features: Tensor | None
-    ) -> tuple[StudentOutputs, Tensor]:
+        self, batch: Mapping[str, Any], patch_features: Tensor | None, teacher: TeacherTargets
+    ) -> StudentOutputs:
         vision = None if patch_features is None else self.student.encode_images(patch_features=patch_features)
         merged = self.student.merge_inputs(
             batch["input_ids"], vision, attention_mask=batch["attention_mask"], labels=batch["labels"]
         )
-        coverage = self._check_coverage(batch, merged)
         with record_layer_inputs(self.student.model.layers, self._tapped_layers()) as inputs:
             hidden = self.student.model(
                 inputs_embeds=merged.inputs_embeds,
@@ -88,17 +87,18 @@ class Distiller(nn.Module):
                 use_cache=False,
             ).last_hidden_state
         predicts = merged.labels[:, 1:] != IGNORE_INDEX
-        outputs = StudentOutputs(
-            # The head runs where labels are: an answer is a few positions of a sequence, a vocabulary is wide.
-            answer_logits=self.student.lm_head(hidden[:, :-1][predicts]) + self._nothing(patch_features),
-            answer_labels=merged.labels[:, 1:][predicts],
+        # The head runs where labels are: an answer is a few positions of a sequence, and a vocabulary is wide.
+        logits = self.student.lm_head(hidden[:, :-1][predicts]) + self._zero_of_unused(patch_features)
+        labels = merged.labels[:, 1:][predicts]
+        return StudentOutputs(
+            # One pass over the vocabulary for all losses: a pass costs one exponential a logit in each direction.
+            scores=score_answers(logits, labels, teacher.top_ids, teacher.draw_ids),
             slots=merged.slots,
             vision=vision,
             attention=attention_of_layers(self.student.model, inputs, merged),
         )
-        return outputs, coverage
 
-    def _nothing(self, patch_features: Tensor | None) -> Tensor | float:
+    def _zero_of_unused(self, patch_features: Tensor | None) -> Tensor | float:
         """Zero that puts heads, and the projector, into the graph of a batch that has no image for them.
 
         Processes add up their gradients parameter by parameter, and the batch of another may have images: a parameter
@@ -132,36 +132,30 @@ class Distiller(nn.Module):
             return None
         return self.patch_feature_cache.of_images(batch, self.student.encode_patches)
 
-    def _check_coverage(self, batch: Mapping[str, Any], merged: MergedInputs) -> Tensor:
-        """Share of samples that brought as many rows of every target as their own tokens ask for."""
-        num_vision_tokens = self.student.config.num_vision_tokens
-        images = (merged.slots.vision >= 0).sum(dim=1) // num_vision_tokens
-        text = (merged.slots.text >= 0).sum(dim=1)
-        answers = (merged.labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
-        covered = torch.ones_like(images, dtype=torch.bool)
-        for target, received in batch["received"].items():
-            expected = TARGETS[target].rows(images, text, answers)
-            covered &= received == expected
-            if not bool(covered.all()):
-                at = int((~covered).nonzero()[0, 0])
-                raise JoinError(
-                    f"kd/coverage is {covered.float().mean():.3f}, must be 1: sample {at} of the batch needs "
-                    f"{int(expected[at])} rows of the target {target!r} and received {int(received[at])}; "
-                    "run `alignkd verify` on the store"
-                )
-        return covered.float().mean()
+
+def check_num_rows(batch: Mapping[str, Any]) -> None:
+    """Raise `JoinError` unless every sample has as many rows of every target as its own tokens ask for."""
+    counts = Counts.of(batch)
+    for name, found in batch["received"].items():
+        expected = TARGETS[name].num_rows(counts)
+        if bool((wrong := found != expected).any()):
+            at = int(wrong.nonzero()[0, 0])
+            raise JoinError(
+                f"sample {at} of the batch needs {int(expected[at])} rows of the target {name!r} and received "
+                f"{int(found[at])}; run `alignkd verify` on the store"
+            )
 
 
 def build_heads(
-    losses: Mapping[str, Any], student: MobileVLMForCausalLM, facts: TeacherFacts
+    losses: Mapping[str, Any], student: MobileVLMForCausalLM, facts: Mapping[str, TeacherFacts]
 ) -> nn.ModuleDict:
-    """The heads that the losses share, by kind: at most one vision map and one head mixer."""
+    """Return the heads that the losses share, by kind: at most one vision map and one head mixer."""
     heads = nn.ModuleDict()
     if "vision_map" in {LOSSES[name].head for name in losses}:
-        heads["vision_map"] = VisionMap(facts.hidden_size, student.config.hidden_size)
+        heads["vision_map"] = VisionMap(facts["vision"].hidden_size, student.config.hidden_size)
     attention = losses.get("attention")
     if attention is not None and attention.heads == "mix":
         heads["head_mixer"] = HeadMixer(
-            len(attention.layers), facts.num_heads, student.config.num_attention_heads
+            len(attention.layers), facts["attention"].num_heads, student.config.num_attention_heads
         )
     return heads

@@ -18,41 +18,36 @@ class TermLog:
 
     totals: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
-    coverage: float = 0.0
-    batches: int = 0
-    loss: torch.Tensor = field(
-        default_factory=lambda: torch.zeros(())
-    )  # float32, as the Trainer adds up its own
+    # float32, as the Trainer adds up its own
+    loss: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def add(self, terms: Terms | None, loss: torch.Tensor) -> None:
         """Add a batch; of a filler `terms` is None."""
         self.loss += loss.detach().cpu()
         if terms is None:
             return
-        for name, (total, count) in terms.terms.items():
+        for name, (total, count) in terms.items():
             self.totals[name] = self.totals.get(name, 0.0) + float(total.detach())
             self.counts[name] = self.counts.get(name, 0.0) + float(count)
-        self.coverage += float(terms.coverage)
-        self.batches += 1
 
     def sums(self, losses: Mapping[str, Any]) -> list[float]:
         """Return all of it as numbers that can be added up over processes; `of` reads them back."""
         of_terms = [sums.get(name, 0.0) for name in losses for sums in (self.totals, self.counts)]
-        return [*of_terms, self.coverage, self.batches, float(self.loss)]
+        return [*of_terms, float(self.loss)]
 
     @classmethod
     def of(cls, losses: Mapping[str, Any], sums: Sequence[float]) -> TermLog:
-        *of_terms, coverage, batches, loss = sums
+        *of_terms, loss = sums
         totals, counts = (dict(zip(losses, of_terms[n::2], strict=True)) for n in (0, 1))
-        return cls(totals, counts, coverage, int(batches), torch.tensor(loss))
+        return cls(totals, counts, torch.tensor(loss))
 
     def means(self, losses: Mapping[str, Any]) -> dict[str, float]:
-        """Return each term's mean (`loss/x`) and weighted mean (`loss/x_weighted`), and `kd/coverage`."""
+        """Return each term's mean (`loss/x`) and weighted mean (`loss/x_weighted`)."""
         entries = {}
         for name, settings in losses.items():
             mean = self.totals[name] / max(self.counts[name], 1.0)
             entries |= {f"loss/{name}": mean, f"loss/{name}_weighted": settings.weight * mean}
-        return entries | {"kd/coverage": self.coverage / self.batches}
+        return entries
 
 
 def gradient_shares(

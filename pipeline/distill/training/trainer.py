@@ -21,6 +21,7 @@ from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.distill.training.term_log import TermLog, gradient_shares
 from pipeline.errors import ConfigError, PipelineError, building
 from pipeline.losses.losses import LOSSES
+from pipeline.positions import Counts
 
 
 class NonFiniteLossError(PipelineError):
@@ -116,7 +117,7 @@ class DistillTrainer(ResumingTrainer):
         """
         result: Terms = model(inputs)
         weighted: dict[str, torch.Tensor] = {}
-        for name, (total, count) in result.terms.items():
+        for name, (total, count) in result.items():
             if not torch.isfinite(total):
                 raise NonFiniteLossError(
                     f"losses.{name} became {total.item()} at step {self.state.global_step}; the weights of the last "
@@ -165,7 +166,7 @@ class DistillTrainer(ResumingTrainer):
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each term, raw and weighted, and the coverage to a line of losses; `samples_seen` to the last line.
+        """Add each term, raw and weighted, to a line of losses; `samples_seen` to the last line.
 
         The Trainer's own loss and throughput leave out what was done before a resume.
         """
@@ -186,4 +187,5 @@ def count_terms(batch: Mapping[str, Any], losses: Mapping[str, Any]) -> list[int
     """Return what each loss counts in a batch, before the forward (see `Loss.count`); nothing in a filler."""
     if batch["is_filler"]:
         return [0] * len(losses)
-    return [LOSSES[name].count(settings, batch) for name, settings in losses.items()]
+    counts = Counts.of(batch)
+    return [int(LOSSES[name].count(settings, counts)) for name, settings in losses.items()]

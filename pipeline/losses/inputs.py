@@ -1,0 +1,47 @@
+"""What the losses compare: the student's outputs of a batch, and the teacher's targets for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pipeline.positions import Slots
+from pipeline.targets.vocabulary import AnswerScores
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """The teacher's targets for a batch, padded like the batch itself. Absent targets are None or empty.
+
+    `attention`       layer -> float32 'B H T J', rows as in `Slots.text`, columns as in `Slots.vision`;
+                      H is 1 for a mean over heads
+    `vision`          float32 'I N D'
+    `top_ids`         int64 'A K', with `top_log_probs` float32 'A K'
+    `tail_log_prob`   float32 'A', log of the probability outside the top K
+    `draw_ids`        int64 'A Z', tokens drawn from there, with `draw_log_probs` float32 'A Z'
+    """
+
+    attention: Mapping[int, Tensor] = field(default_factory=dict)
+    vision: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_log_probs: Tensor | None = None
+    tail_log_prob: Tensor | None = None
+    draw_ids: Tensor | None = None
+    draw_log_probs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StudentOutputs:
+    """The student's outputs for a batch.
+
+    `scores`     log probabilities of the labels and of the tokens that the teacher's targets name, at the answers
+    `attention`  layer -> float32 'B H T J'
+    `vision`     'I N D', projected vision features
+    """
+
+    scores: AnswerScores
+    slots: Slots
+    vision: Tensor | None = None
+    attention: Mapping[int, Tensor] = field(default_factory=dict)

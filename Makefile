@@ -37,7 +37,7 @@ DATA := $(EMOJI_DATA) $(EMOJI_MODELS)
 TEACHER_SCORE := $(EMOJI)/teacher/predictions.jsonl
 endif
 
-.PHONY: help setup teacher-cache distill test check lint types docs study demo-teacher emoji emoji-study emoji-teacher clean
+.PHONY: help setup teacher-cache distill quick test check lint types docs study demo-teacher emoji emoji-study emoji-teacher clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -138,6 +138,14 @@ emoji-teacher: $(EMOJI_DATA) ## retrain the emoji study's teacher (an hour on on
 
 test: $(READY) ## run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Files that differ from branch main, untracked ones too; if there are none, no types are checked.
+TYPED := 'cache/*.py' 'pipeline/*.py' cli.py
+MAIN = $$(git rev-parse --quiet --verify main || echo HEAD)
+CHANGED = git diff --name-only --diff-filter=d $(MAIN) -- $(TYPED); git ls-files --others --exclude-standard -- $(TYPED)
+quick: lint ## run lint, types of changed files, and the tests that are not slow (a minute)
+	@files=$$($(CHANGED)); test -z "$$files" || $(BIN)/basedpyright $$files
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 check: lint types test ## run lint, types and tests (the tests cover the docs)
 

@@ -31,6 +31,19 @@ settings.register_profile(
 settings.load_profile("alignkd")
 
 
+# What a test that asks for one of these pays for: a teacher is captured, students are trained, a server or a process
+# is started. Other slow tests carry the mark themselves.
+SLOW_FIXTURES = {"experiment", "bucket", "on_accelerator"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark the tests that have a slow fixture, also by way of another one: `make quick` leaves them out."""
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Padded samples on the right, as the collator makes them: ids, mask and labels 'B S', all images in order."""

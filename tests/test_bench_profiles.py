@@ -15,6 +15,8 @@ from bench.profiles import PROFILES, STEPS, measure, reference_bytes
 from bench.synthetic import SIZES
 from pipeline.config.config import Config, load_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "configs" / "mobilevlm_v2" / "finetune.yaml"
 

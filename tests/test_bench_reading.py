@@ -13,6 +13,8 @@ from bench.reading_worker import as_floats
 from bench.synthetic import SIZES
 from cache import Store
 
+pytestmark = pytest.mark.slow
+
 SIZE, NUM_SAMPLES, NUM_READ, NUM_REPEATS = SIZES["small"], 48, 16, 2
 BYTES_OF_VISION = 64 * 16 * 2
 

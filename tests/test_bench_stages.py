@@ -11,6 +11,8 @@ from bench import stage1, stage2, stub_load
 from bench.models import MODELS, Case, write_model
 from bench.turns import measure, print_turns
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory) -> Case:

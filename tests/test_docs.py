@@ -46,6 +46,7 @@ def test_the_command_line_page_is_what_the_command_line_says():
     assert (ROOT / "docs" / "cli.md").read_text() == page, "stale; run `python -m docs.generate`"
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_experiments_are_what_the_sweeps_lines_say():
     page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["experiments_page"]()
     assert page.count("<!-- sweep ") > 0

@@ -10,6 +10,8 @@ from small_store import ARRAYS, DIGEST_A, entry, image_arrays, manifest, sample_
 
 from cache import StoreWriter, verify
 
+pytestmark = pytest.mark.slow
+
 # What is read first hides what it tells of: a damaged record leaves the files that it lists unread.
 RECORDS = ("manifest.json", "zarr.json", "parts/zarr.json", "parts/p/part.json")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from golden_losses import NUM_STEPS, measure
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "demo_first_steps.json").read_text())
 
 

@@ -45,12 +45,14 @@ def test_the_store_holds_the_same_values():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_stage_2_trains_from_the_store(copy):
     config = load_config(copy / "config.yaml", ["output_dir=fresh"])
     train_student(config, copy / "fresh")
     assert_close(golden_experiment.losses_of(copy / "fresh"), EXPECTED["losses"])
 
 
+@pytest.mark.slow
 def test_stage_2_resumes_from_the_checkpoint(copy):
     config = load_config(copy / "config.yaml", ["train.resume_from_checkpoint=true"])
     assert not (copy / "run" / "model").exists()

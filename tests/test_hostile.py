@@ -31,6 +31,8 @@ from cache.format.documents import canonical_json, document_bytes
 from pipeline.data.shards import read_shard
 from pipeline.errors import PipelineError
 
+pytestmark = pytest.mark.slow
+
 MEMORY_BYTES = 2 * 2**30
 KINDS = (tarfile.REGTYPE, tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE)
 PART = "parts/shard-000000"

@@ -84,6 +84,7 @@ def test_an_interrupted_again_leaves_the_old_pack_and_the_next_run_removes_what_
     assert rerun(out) == set("01234") and contents(out) == before
 
 
+@pytest.mark.slow
 def test_wherever_the_replacement_is_killed_the_next_run_has_the_old_pack_or_the_new_one(out, monkeypatch):
     left: list[int] = []  # calls until the kill
 

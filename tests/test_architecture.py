@@ -161,13 +161,6 @@ def test_no_module_imports_itself_through_others():
         pytest.fail(f"a cycle of imports: {' -> '.join(error.args[1])}")
 
 
-def test_the_stages_do_not_know_each_other():
-    stages = {"teacher_cache": "distill", "distill": "teacher_cache"}
-    for stage, other in stages.items():
-        mine = [module for module in SHIPPED if module.startswith(f"pipeline.{stage}")]
-        assert not [m for m in mine for name in _own_imports(m) if name.startswith(f"pipeline.{other}")]
-
-
 def test_the_store_knows_arrays_and_never_models():
     for module in (module for module in SHIPPED if _is_store(module)):
         others = {name.split(".")[0] for name in _imports(SHIPPED[module])} - {"cache"}

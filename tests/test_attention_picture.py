@@ -21,9 +21,9 @@ from PIL import Image
 from pipeline.errors import PipelineError
 from pipeline.inspection.attention_cells import plan_drawing
 from pipeline.inspection.attention_picture import AttentionFigure, draw_attention, percent
-from pipeline.inspection.heat_map import DARKEST_GREY, Square, border, draw_heat, draw_image, outline
+from pipeline.inspection.heat_map import DARKEST_GREY, Square, draw_heat, draw_image, outline
 from pipeline.inspection.sample import Inspection, attention_distance, inspect_sample
-from pipeline.inspection.sheet import Sheet, drawable, text_width, wrap
+from pipeline.inspection.sheet import Sheet, drawable
 from pipeline.positions import IGNORE_INDEX
 from pipeline.shapes import ShapeError
 from pipeline.teacher_cache.teacher import cache_teacher
@@ -120,14 +120,6 @@ def test_the_words_say_why_there_is_no_text(inspect):
     )
 
 
-def test_a_student_equal_to_the_teacher_leaves_white_paper(inspect):
-    seen = inspect("a0")
-    drawing = plan_drawing(seen, {"same": seen.attention[0].mean(dim=0)}, max_tokens=40)
-    assert drawing.largest_difference == 0
-    scale = AttentionFigure(seen, drawing).difference
-    np.testing.assert_allclose(colormaps["RdBu_r"](scale(0.0))[:3], 0.967, atol=0.005)
-
-
 def test_a_students_attention_of_another_sample_is_refused(inspect):
     with pytest.raises(ShapeError, match=r"attention of the student after: expected axes 'T J'"):
         plan_drawing(inspect("a0"), {"after": torch.zeros(3, 4)}, max_tokens=40)
@@ -172,36 +164,6 @@ def test_a_pale_shape_is_seen_below_its_heat_map():
     draw_heat(sheet.axes, image, np.zeros((2, 2)), WHOLE, colours=MAGMA, scale=Normalize(0, 1))
     left, right = pixels(sheet)[100, 50].astype(float), pixels(sheet)[100, 150]
     np.testing.assert_allclose(left / right, DARKEST_GREY, atol=0.01)
-
-
-def test_no_colour_runs_into_the_neighbouring_cell():
-    sheet = Sheet(2, 2)
-    image = Image.new("RGB", (24, 24), "white")
-    draw_heat(sheet.axes, image, np.eye(2), WHOLE, colours=MAGMA, scale=Normalize(0, 1))
-    shown = pixels(sheet)
-    assert len(np.unique(shown.reshape(-1, 3), axis=0)) == 2
-    assert (shown[:98, :98] == shown[0, 0]).all() and (shown[:98, 102:] == shown[0, 199]).all()
-
-
-def test_the_image_lies_as_it_is():
-    sheet = Sheet(2, 2)
-    image = Image.new("RGB", (2, 2), "white")
-    image.putpixel((1, 0), (255, 0, 0))
-    draw_image(sheet.axes, image, WHOLE)
-    shown = pixels(sheet)
-    assert shown[50, 150].tolist() == [255, 0, 0] and shown[150, 150].tolist() == [255, 255, 255]
-
-
-def test_one_cell_has_four_edges_and_two_neighbours_have_six():
-    assert sorted(border([5], grid=4)) == [
-        ((1, 1), (1, 2)),
-        ((1, 1), (2, 1)),
-        ((1, 2), (2, 2)),
-        ((2, 1), (2, 2)),
-    ]
-    assert len(border([5, 6], grid=4)) == 6 and ((2, 1), (2, 2)) not in border([5, 6], grid=4)
-    assert len(border(range(16), grid=4)) == 16  # the rim of the whole
-    assert border([], grid=4) == []
 
 
 def test_the_focus_is_outlined_in_black_within_white():
@@ -265,17 +227,6 @@ def test_trained_tokens_are_bold(inspect):
     figure = AttentionFigure(seen, plan_drawing(seen, {}, max_tokens=40)).draw()
     weights = {text.get_text(): text.get_weight() for text in figure.axes[0].texts}
     assert weights["␣blue"] == weights["</s>"] == "bold" and weights["␣circle"] == "normal"
-
-
-def test_lines_are_as_long_as_fits():
-    text = "The quick brown fox jumps over the lazy dog. " * 20
-    lines = wrap(text, 4.0)
-    assert all(3.0 < text_width(line) <= 4.0 for line in lines[:-1])
-    assert " ".join(lines) == text.strip()
-    assert [line[-1] for line in wrap(text, 4.0, max_lines=2)] != [] and wrap(text, 4.0, max_lines=2)[
-        1
-    ].endswith(" …")
-    assert len(wrap(text, 4.0, max_lines=2)) == 2 and wrap("", 4.0) == []
 
 
 def test_characters_without_a_picture_in_the_font_are_spelled_out():

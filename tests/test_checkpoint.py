@@ -229,24 +229,6 @@ def test_a_broken_file_of_weights_is_named(name, content, bare_folder):
         Checkpoint(str(bare_folder))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_that_was_cut_is_named(kind, bare_folder, weights):
-    write_weights(weights, bare_folder, kind)
-    file = next(bare_folder.glob("*.bin" if "bin" in kind else "*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ConfigError, match=rf"{file.name}: not readable as weights"):
-        list(Checkpoint(str(bare_folder)).tensors(sorted(weights)))
-
-
-@pytest.mark.parametrize("kind", ["sharded bin", "sharded safetensors"])
-def test_a_shard_that_is_not_there_is_named(kind, bare_folder, weights):
-    write_weights(weights, bare_folder, kind)
-    lost = next(bare_folder.glob("*-00002-of-*"))
-    lost.unlink()
-    with pytest.raises(ConfigError, match=rf"{lost.name}: no such file, but .*index.json names it; download"):
-        list(Checkpoint(str(bare_folder)).tensors(sorted(weights)))
-
-
 @pytest.mark.parametrize("content", ["{", '{"metadata": {}}'])
 def test_a_broken_index_is_named(content, bare_folder):
     (bare_folder / "pytorch_model.bin.index.json").write_text(content)

@@ -68,12 +68,6 @@ def complaint(load):
     return of
 
 
-def test_the_smallest_config_has_defaults_for_all_else(load):
-    config = load(SMALLEST)
-    assert list(config.losses.active()) == ["supervised"] and config.targets.active() == {}
-    assert (config.data.template, config.data.max_length, config.train) == ("v1", 2048, {})
-
-
 def test_a_whole_config_is_read_as_it_is_meant(load):
     config = load(WHOLE)
     assert list(config.losses.active()) == list(LOSSES) and list(config.targets.active()) == list(TARGETS)

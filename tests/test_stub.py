@@ -250,9 +250,3 @@ def test_a_plan_can_be_loaded_again(teacher_folder, batch):
     _, expected = forward(first, batch)
     _, found = forward(again, batch)
     assert torch.equal(found.attention[2], expected.attention[2]) and plan.config.num_hidden_layers == 4
-
-
-def test_facts_are_read_from_the_config(teacher_folder):
-    facts = plan_teacher(str(teacher_folder), targets=targets()).facts
-    assert (facts.name, facts.num_layers, facts.num_heads) == (str(teacher_folder), 4, 4)
-    assert (facts.hidden_size, facts.num_vision_tokens, facts.vocab_size) == (32, 4, 96)

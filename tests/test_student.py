@@ -72,21 +72,6 @@ def test_a_store_made_otherwise_is_refused_before_any_weight_is_opened(field, ex
     assert not (tmp_path / "run").exists()
 
 
-def test_another_tokenizer_is_refused_before_any_weight_is_opened(experiment, tokenizer_folder, tmp_path):
-    student = student_without_weights(experiment, tmp_path / "student")
-    shutil.copy(tokenizer_folder / "tokenizer.model", student)
-    with pytest.raises(FingerprintMismatch, match=r"tokenizer: [0-9a-f]{64} -> [0-9a-f]{64}"):
-        train_student(experiment.config(tmp_path, f"student.model={student}"), tmp_path / "run")
-
-
-def test_capture_settings_are_shown_as_they_are_where_they_differ(experiment, tmp_path):
-    config = experiment.config(tmp_path, "data.max_length=100")
-    with pytest.raises(
-        FingerprintMismatch, match=r"asked \(stored -> mine\): capture: max_length: 200 -> 100\. set"
-    ):
-        train_student(config, tmp_path / "run")
-
-
 def test_a_missing_store_says_what_to_run(experiment, tmp_path):
     config = experiment.config(tmp_path, f"cache.path={tmp_path}/nowhere")
     with pytest.raises(StoreNotFound, match=r"No teacher store at .*nowhere.*`alignkd teacher-cache`"):

@@ -13,9 +13,8 @@ from pydantic import ValidationError
 from cache import CODECS
 from cache.format.codecs import decode_rows, encode_rows
 from pipeline.errors import ConfigError
-from pipeline.losses.losses import LOSSES
 from pipeline.models.stub import load_teacher
-from pipeline.models.teacher_plan import facts_of_config, plan_teacher
+from pipeline.models.teacher_plan import plan_teacher
 from pipeline.positions import IMAGE_TOKEN_INDEX, Counts
 from pipeline.targets.attention import AttentionTarget
 from pipeline.targets.logits import LogitsTarget
@@ -76,10 +75,6 @@ def captured(target: Target, teacher, batch) -> list[dict[str, np.ndarray]]:
 @pytest.fixture
 def batch(make_batch):
     return make_batch(*LAYOUTS)
-
-
-def test_every_loss_finds_its_targets_here():
-    assert {target for row in LOSSES.values() for target in row.targets} <= set(TARGETS)
 
 
 @pytest.mark.parametrize(("name", "settings"), VALUES)
@@ -239,7 +234,3 @@ def test_layers_out_of_order_are_refused(layers):
 )
 def test_the_deepest_layer_is_that_of_the_most_demanding_target(targets, deepest):
     assert deepest_layer(targets) == deepest
-
-
-def test_facts_are_those_of_the_config(tiny_config):
-    assert facts_of_config("some/teacher", tiny_config(num_hidden_layers=4)) == FACTS

@@ -1,13 +1,13 @@
-"""One YAML drives both stages: its fields, its defaults, `key=value` overrides and errors that say what was meant."""
+"""The YAML config of both stages: its fields and defaults, `key=value` overrides, and its error messages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
 from pipeline.config.cache_settings import (
     CacheConfig,
@@ -30,9 +30,9 @@ Shards = str | list[str]
 class DataConfig(Section):
     """WebDataset shards (brace pattern, glob, folder, or a list of them) and how samples become tokens.
 
-    Stage 2 trains on a `fraction` of the images, with all that is asked of each: chosen by digest, so that 2% of
-    the images are part of the 10%, on every machine. An epoch's order is random; `shuffle_block` neighbours, which
-    share chunks of the store, stay near each other: 16 to 32 where reading is slow, behind a URL or on a disk.
+    Stage 2 trains on a `fraction` of the images, with all samples of each. Images are chosen by digest, so on every
+    machine 2% of the images are part of the 10%. The order of an epoch is random, but `shuffle_block` neighbours,
+    which share chunks of the store, stay near each other. Use 16 to 32 where reading is slow: from a URL or a disk.
     """
 
     shards: Shards
@@ -45,7 +45,7 @@ class DataConfig(Section):
     shuffle_block: int = Field(default=1, ge=1, exclude_if=lambda block: block == 1)
 
 
-# One optional section for each row of a table: a new row needs no line here.
+# One optional section for each row of the two tables.
 _TARGETS: dict[str, Any] = {name: (target | None, None) for name, target in TARGETS.items()}
 _LOSSES: dict[str, Any] = {
     name: (loss.settings | None, loss.settings() if name == "supervised" else None)
@@ -54,9 +54,9 @@ _LOSSES: dict[str, Any] = {
 
 
 class TargetsConfig(create_model("Targets", __base__=Section, **_TARGETS)):
-    """What is kept of the teacher. A target left out (null) is not captured.
+    """What stage 1 keeps of the teacher. A target left out (null) is not captured.
 
-    `source: recompute` makes a target again in stage 2, beside the student, instead of storing it.
+    With `source: recompute` a target is not stored: stage 2 recomputes it during training.
     """
 
     def active(self) -> dict[str, Any]:
@@ -73,10 +73,10 @@ class TargetsConfig(create_model("Targets", __base__=Section, **_TARGETS)):
 
 
 class LossesConfig(create_model("Losses", __base__=Section, **_LOSSES)):
-    """How the student is held to labels and teacher. A loss left out (null) is not computed."""
+    """The terms that compare the student with labels and teacher. A loss left out (null) is not computed."""
 
     def active(self) -> dict[str, Any]:
-        """The settings of the losses that are computed, by name."""
+        """Return the settings of the losses that are computed, by name."""
         return {name: getattr(self, name) for name in LOSSES if getattr(self, name)}
 
 
@@ -89,15 +89,15 @@ class EvaluateConfig(Section):
     batch_size: int = Field(default=32, ge=1)
 
     def test_sets(self) -> dict[str, Shards]:
-        """Shards by the test set's name; a single one is called `test`."""
+        """Return the shards by the test set's name; a single one is called `test`."""
         return self.shards if isinstance(self.shards, dict) else {"test": self.shards}
 
 
 class Config(Section):
     """An experiment: both stages and the evaluation. `train` takes TrainingArguments by their own names.
 
-    `log_gradient_shares` costs a backward pass for each loss at every logged step, and adds its gradient up over all
-    processes.
+    `log_gradient_shares` costs one more backward pass for each loss at every logged step, and with several processes
+    a sum of its gradient over them.
     """
 
     output_dir: LocalPath
@@ -118,7 +118,7 @@ class Config(Section):
 
     @property
     def one_cache(self) -> CacheConfig:
-        """`cache`, for what works on one store. Raises `ConfigError` if the config names several."""
+        """The store of a command that works on one. Raises `ConfigError` if the config names several."""
         if self.cache is None:
             raise ConfigError(
                 f"this works on one store, but the config names {len(self.caches or ())} (`caches`); give it a "
@@ -127,7 +127,7 @@ class Config(Section):
         return self.cache
 
     def all_caches(self) -> Sequence[CacheConfig]:
-        """The stores that stage 2 reads: `caches`, or the one `cache`."""
+        """Return the stores that stage 2 reads: `caches`, or the one `cache`."""
         return self.caches or [self.one_cache]
 
     @field_validator("train")
@@ -145,26 +145,18 @@ class Config(Section):
                         f"losses.{name} needs the target {target!r}, which the config does not capture; "
                         f"add `targets.{target}: {{}}` or remove the loss"
                     )
-            if hasattr(loss, "teacher_layers"):
-                self._check_layers(name, loss.teacher_layers())
-        self._check_head_mixing()
-        return self
-
-    def _check_layers(self, name: str, asked: list[int]) -> None:
-        captured = self.targets.active()["attention"].layers
-        for layer in asked:
-            if layer not in captured:
-                raise ValueError(
-                    f"losses.{name} reads the teacher's layer {layer}, but targets.attention.layers is "
-                    f"{captured}; add the layer there"
-                )
-
-    def _check_head_mixing(self) -> None:
+            for layer in loss.teacher_layers() if hasattr(loss, "teacher_layers") else ():
+                if layer not in (captured := self.targets.active()["attention"].layers):
+                    raise ValueError(
+                        f"losses.{name} reads the teacher's layer {layer}, but targets.attention.layers is "
+                        f"{captured}; add the layer there"
+                    )
         loss, target = self.losses.active().get("attention"), self.targets.active().get("attention")
         if loss and loss.heads == "mix" and target and target.heads != "each":
             raise ValueError(
                 "losses.attention.heads: mix needs every teacher head; set targets.attention.heads: each"
             )
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -185,7 +177,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def overridden(config: Config, overrides: Sequence[str], *, where: str) -> Config:
-    """A config with overrides; `where` it is from is named in its `ConfigError`s, as by `load_config`."""
+    """Return a config with overrides applied. Raises `ConfigError` that names the config as `where`."""
     return _checked(config.model_dump(mode="json"), overrides, where=where)
 
 
@@ -200,7 +192,7 @@ def _checked(values: dict[str, Any], overrides: Sequence[str], *, where: str) ->
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one dotted key of the nested mapping, in place."""
+    """Set one dotted key of nested `values`, in place."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected key=value, such as train.learning_rate=1e-3")
@@ -218,7 +210,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _sentence(detail: Mapping[str, Any]) -> str:
-    """One problem as one line: the key, what is wrong, and the known name that was perhaps meant."""
+    """Return one of pydantic's errors as a line: the key, what is wrong, and the known name nearest to it."""
     where = [str(part) for part in detail["loc"]]
     key = ".".join(where)
     if detail["type"] == "extra_forbidden":
@@ -232,32 +224,27 @@ def _sentence(detail: Mapping[str, Any]) -> str:
 
 
 def _known_fields(where: Sequence[str]) -> list[str]:
-    """Field names of the section at a path, through optional sections and lists of them."""
-    section: type[BaseModel] = Config
+    """Return the field names of the section at a path."""
+    section: Any = Config
     for part in where:
         if part in section.model_fields:  # else a place in a list
-            section = _sections(section.model_fields[part].annotation)[0]
+            section = section.model_fields[part].annotation
+            while not hasattr(section, "model_fields"):  # of `list[Section] | None` and the like the section
+                section = get_args(section)[0]
     return list(section.model_fields)
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    inner: tuple[Any, ...] = getattr(cast(Any, annotation), "__args__", ())
-    return [section for part in inner for section in _sections(part)]
-
-
 def labels_only(config: Config) -> Config:
-    """The same experiment without its teacher. Raises `ConfigError` where nothing would be left to learn from."""
+    """Return the same experiment without its teacher. Raises `ConfigError` if `losses.supervised` is null."""
     if config.losses.active().get("supervised") is None:
         raise ConfigError(
-            "losses.supervised is null, but the student is to be held against one of labels alone; "
-            "give it a weight, 0 if it is to have none, or set baseline: false"
+            "losses.supervised is null, but `baseline: true` compares with a student of labels alone; "
+            "give it a weight, 0 for none, or set baseline: false"
         )
     losses = LossesConfig.model_validate({"supervised": config.losses.active()["supervised"]})
     return config.model_copy(update={"losses": losses, "baseline": False})
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that loads back to the same config."""
+    """Return the resolved config as YAML that loads back to the same config."""
     return write_yaml(config.model_dump(mode="json"))

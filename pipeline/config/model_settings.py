@@ -9,12 +9,13 @@ from pydantic import Field, field_validator
 from pipeline.settings import LocalPath, Section
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+DECODER_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class TeacherConfig(Section):
-    """The model whose knowledge is cached: a checkpoint folder or a hub id, in MobileVLM V2's layout.
+    """The model whose outputs are cached: a checkpoint folder or a hub id, in MobileVLM V2's layout.
 
-    `batch_size` is where stage 1 begins; it is halved where memory runs out. `auto` begins high.
+    Stage 1 begins with `batch_size` and halves it where memory runs out; `auto` begins with a large batch.
     """
 
     model: LocalPath
@@ -31,30 +32,22 @@ class TeacherConfig(Section):
 
 
 class LoraConfig(Section):
-    """Train adapters of a low rank in the decoder's layers, with the projector and the heads, instead of all weights.
+    """Trains low-rank adapters in the decoder's layers, the projector and the heads, instead of all weights.
 
-    `target_modules` are the linear maps of a decoder layer that get one.
+    `target_modules` are the linear maps of a decoder layer that get an adapter.
     """
 
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: Annotated[list[str], Field(min_length=1)] = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ]
+    target_modules: Annotated[list[str], Field(min_length=1)] = list(DECODER_MAPS)
 
 
 class StudentConfig(Section):
-    """The model to be trained: where its first weights and its tokenizer come from.
+    """The model that is trained: the source of its first weights and of its tokenizer.
 
-    Learning rates of the projector and of the trained heads default to `train.learning_rate`. With a frozen
-    tower, `patch_feature_cache_bytes` of memory keep its output for each distinct image.
+    Learning rates of the projector and of the heads default to `train.learning_rate`. With a frozen vision tower,
+    up to `patch_feature_cache_bytes` of memory hold its output for each distinct image.
     """
 
     model: LocalPath

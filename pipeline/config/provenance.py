@@ -1,4 +1,4 @@
-"""Where an output comes from: resolved config, versions and git commit, saved beside it."""
+"""Where an output comes from: the resolved config, versions and git commit, saved with it."""
 
 from __future__ import annotations
 
@@ -15,26 +15,18 @@ from typing import Any
 from pipeline.config.config import Config, to_yaml
 from pipeline.errors import writing
 
-PACKAGES = (
-    "accelerate",
-    "numcodecs",
-    "numpy",
-    "pillow",
-    "tokenizers",
-    "torch",
-    "transformers",
-    "webdataset",
-    "zarr",
-)
+# The packages that decide numbers.
+PACKAGES = ("accelerate", "numcodecs", "numpy", "pillow", "tokenizers", "torch", "transformers", "webdataset",
+            "zarr")  # fmt: skip
 
 
 def provenance(config: Config) -> dict[str, Any]:
-    """JSON-ready: config, versions of Python and of the packages that decide numbers, commit, command, time."""
+    """Return the config, versions, git commit, command and time, ready for JSON."""
     return {
         "config": config.model_dump(mode="json"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "git_commit": git_commit(),
-        "command": " ".join(Path(part).name if n == 0 else part for n, part in enumerate(sys.argv)),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -47,38 +39,41 @@ def save_provenance(folder: Path, config: Config, **more: Any) -> None:
         (folder / "provenance.json").write_text(json.dumps(provenance(config) | more, indent=1) + "\n")
 
 
-def finished_identity(mark: Path) -> str | None:
-    """What the mark of finished work was made from; None if there is none, or a kill cut it."""
-    return read_mark(mark).get("identity")
+def mark_finished(mark: Path, identity: str, config: Config, **more: Any) -> None:
+    """Write the mark of finished work: the identity of its inputs, `more`, and its provenance.
 
-
-def made_with(mark: Path) -> dict[str, Any]:
-    """The config in the mark of finished work; {} if there is none, or a kill cut it."""
-    try:
-        return dict(read_mark(mark)["provenance"]["config"])
-    except (ValueError, KeyError, TypeError):
-        return {}
+    Call it last. An interruption leaves a whole mark or none.
+    """
+    content = {"identity": identity} | more | {"provenance": provenance(config)}
+    unfinished = mark.with_name(f"{mark.name}.{os.getpid()}")
+    with writing(mark):
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.replace(mark)
 
 
 def read_mark(mark: Path) -> dict[str, Any]:
-    """All that the mark of finished work says; {} if there is none, or a kill cut it."""
+    """Return the content of a mark; {} if it is missing or damaged."""
     try:
         return dict(json.loads(mark.read_text()))
     except (OSError, ValueError, TypeError):
         return {}
 
 
-def mark_finished(mark: Path, identity: str, config: Config, **more: Any) -> None:
-    """Write the mark beside finished work, last: what it was made from, and where it comes from."""
-    said = {"identity": identity} | more | {"provenance": provenance(config)}
-    unfinished = mark.with_name(f"{mark.name}.{os.getpid()}")
-    with writing(mark):
-        unfinished.write_text(json.dumps(said, indent=1) + "\n")
-        unfinished.replace(mark)  # a kill leaves a whole mark or none
+def finished_identity(mark: Path) -> str | None:
+    """Return the identity in a mark; None if the mark is missing or damaged."""
+    return read_mark(mark).get("identity")
+
+
+def made_with(mark: Path) -> dict[str, Any]:
+    """Return the config in a mark; {} if the mark is missing or damaged."""
+    try:
+        return dict(read_mark(mark)["provenance"]["config"])
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 def git_commit() -> str:
-    """The checkout's commit, with '+changes' if the working tree differs from it; '' outside a checkout."""
+    """Return the checkout's commit, with '+changes' if its files differ from it; '' outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""

@@ -1,4 +1,4 @@
-"""`train:` of the config: what of TrainingArguments it takes, and what to write in place of the rest."""
+"""The `train` section: which TrainingArguments it takes, and what to write in place of the others."""
 
 from __future__ import annotations
 
@@ -13,72 +13,52 @@ from pipeline.errors import did_you_mean
 NOTHING_IS_SENT = (
     "nothing is sent anywhere from a training; send its finished folder `model` with `hf upload`"
 )
+NO_FLOAT16 = "train.fp16: a CPU does not train in float16"
 
 # TrainingArguments that the config sets elsewhere, or that transformers 5 renamed, with what to write instead.
 OURS: dict[str, str] = {
     "output_dir": "set the config's own `output_dir`; the student is written below it",
-    "hub_token": "log in with `hf auth login`, or set HF_TOKEN: a config is written beside every result",
-    "push_to_hub_token": "log in with `hf auth login`, or set HF_TOKEN: a config is written beside every result",
-    "push_to_hub": NOTHING_IS_SENT,
-    "push_to_hub_model_id": NOTHING_IS_SENT,
-    "push_to_hub_organization": NOTHING_IS_SENT,
-    "hub_model_id": NOTHING_IS_SENT,
-    "hub_strategy": NOTHING_IS_SENT,
-    "hub_private_repo": NOTHING_IS_SENT,
-    "hub_always_push": NOTHING_IS_SENT,
-    "hub_revision": NOTHING_IS_SENT,
     "remove_unused_columns": "it must be false for the join, and is",
     "gradient_checkpointing": "set `student.gradient_checkpointing`",
     "warmup_ratio": "transformers 5 takes `warmup_steps`; a value below 1 is a share of all steps",
-    "eval_strategy": "the `evaluate` section measures the finished student; nothing is evaluated on the way",
-    "evaluation_strategy": "the `evaluate` section measures the finished student; nothing is evaluated on the way",
-    "train_sampling_strategy": "samples are drawn at random, so that runs to be compared see the same order",
-    "group_by_length": "samples are drawn at random, so that runs to be compared see the same order",
     "label_smoothing_factor": "the terms of the loss are those of the `losses` section",
-    "save_only_model": "a checkpoint without its optimizer could not be gone on from",
-    "ignore_data_skip": "a resumed run goes on with the samples that it has not met, and reads no other",
+    "save_only_model": "a run could not be resumed from a checkpoint without its optimizer",
+    "ignore_data_skip": "a resumed run trains only on the samples that are left of the epoch",
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint in any case",
     "use_liger_kernel": "Liger's kernels were not tried with this student, whose head runs at answers alone",
-    "neftune_noise_alpha": "noise in the embeddings would be no part of what the teacher saw",
-}
+    "neftune_noise_alpha": "the teacher saw no noise in its embeddings",
+    **dict.fromkeys(
+        ("hub_token", "push_to_hub_token"),
+        "log in with `hf auth login`, or set HF_TOKEN: a config is written beside every result",
+    ),
+    **dict.fromkeys(
+        ("push_to_hub", "push_to_hub_model_id", "push_to_hub_organization", "hub_model_id", "hub_strategy",
+         "hub_private_repo", "hub_always_push", "hub_revision"),
+        NOTHING_IS_SENT,
+    ),
+    **dict.fromkeys(
+        ("eval_strategy", "evaluation_strategy"),
+        "the `evaluate` section measures the finished student; nothing is evaluated on the way",
+    ),
+    **dict.fromkeys(
+        ("train_sampling_strategy", "group_by_length"),
+        "samples are drawn at random, so that runs to be compared see the same order",
+    ),
+}  # fmt: skip
 
-NO_FLOAT16 = "train.fp16: a CPU does not train in float16"
+# How a run is logged and saved. This changes no weight.
+OF_THE_LOG = ("disable_tqdm", "logging_first_step", "logging_steps", "logging_strategy", "report_to",
+              "resume_from_checkpoint", "run_name", "save_steps", "save_strategy", "save_total_limit")  # fmt: skip
 
-# Of `train`: how a run is logged and saved, which changes no weight.
-OF_THE_LOG = (
-    "disable_tqdm",
-    "logging_first_step",
-    "logging_steps",
-    "logging_strategy",
-    "report_to",
-    "resume_from_checkpoint",
-    "run_name",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-)
-
-# Of `train`: how the work is cut up and carried out, which changes no weight beyond rounding while the samples of a
-# step stay: see `samples_per_step`.
-HOW_IT_RUNS = (
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "dataloader_prefetch_factor",
-    "ddp_backend",
-    "ddp_bucket_cap_mb",
-    "ddp_find_unused_parameters",
-    "ddp_timeout",
-    "gradient_accumulation_steps",
-    "per_device_train_batch_size",
-)
+# How the work is cut up. While `samples_per_step` stays, this changes weights by rounding alone.
+HOW_IT_RUNS = ("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory",
+               "dataloader_prefetch_factor", "ddp_backend", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
+               "ddp_timeout", "gradient_accumulation_steps", "per_device_train_batch_size")  # fmt: skip
 
 AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
+ALSO_BOOLEAN = ("fsdp", "resume_from_checkpoint")  # strings that may be true or false
 
-# TrainingArguments takes these as strings, and true and false beside them.
-ALSO_BOOLEAN = ("fsdp", "resume_from_checkpoint")
-
-# What people call a training argument, by its name here.
+# Names of other libraries for a training argument.
 CALLED: dict[str, tuple[str, ...]] = {
     "adam_beta1": ("betas", "adam_betas", "beta1"),
     "bf16": ("amp", "mixed_precision", "precision"),
@@ -106,7 +86,7 @@ MEANT = {called: name for name, names in CALLED.items() for called in names}
 
 
 def checked_training_arguments(train: dict[str, Any]) -> dict[str, Any]:
-    """The section with `yes`, `off` and the like as booleans where a boolean is asked for.
+    """Return the section with `yes`, `off` and the like as booleans where the argument is one.
 
     Raises `ValueError` with a line for each name that is unknown or set elsewhere, and each value of the wrong kind.
     """
@@ -125,11 +105,7 @@ def checked_training_arguments(train: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(field: Field[Any] | None, value: Any) -> Any:
-    """A value with ~ for the home folder, and words of YAML 1.1 as booleans where the field is one.
-
-    They are so inside a mapping, too, which has no types.
-    """
-    if isinstance(value, dict):
+    if isinstance(value, dict):  # its values have no types, so that words are always booleans there
         return {name: yes_or_no(inner) for name, inner in cast(dict[str, Any], value).items()}
     if field is not None and (_kinds(field) == {"bool"} or field.name in ALSO_BOOLEAN):
         value = yes_or_no(value)
@@ -137,19 +113,19 @@ def _read(field: Field[Any] | None, value: Any) -> Any:
 
 
 def _kinds(field: Field[Any]) -> set[str]:
-    """The types that a field takes, by name, None left out."""
+    """Return the names of the types that a field takes, without None."""
     spelled = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
     return {kind.strip() for kind in spelled.split("|")} - {"None"}
 
 
 def _complaint(known: Mapping[str, Field[Any]], name: str, value: Any) -> str | None:
-    """What is wrong with one argument and what to do, or None."""
-    name = MEANT.get(name, name) if MEANT.get(name) in OURS else name
-    if name in OURS:
-        return OURS[name]
+    """Return what is wrong with an argument and what to do, or None."""
+    meant = MEANT.get(name)
+    if (elsewhere := OURS.get(name) or OURS.get(meant or "")) is not None:
+        return elsewhere
     if name not in known:
-        meant = f"; did you mean {MEANT[name]!r}?" if name in MEANT else did_you_mean(name, set(known))
-        return f"TrainingArguments has no {name!r}{meant}"
+        nearest = did_you_mean(name, set(known)) if meant is None else f"; did you mean {meant!r}?"
+        return f"TrainingArguments has no {name!r}{nearest}"
     if name in AT_LEAST_ONE and not (type(value) is int and value >= 1):
         return f"expected a number from 1 on, found {value!r}"
     kinds = _kinds(known[name])
@@ -162,6 +138,6 @@ def _complaint(known: Mapping[str, Field[Any]], name: str, value: Any) -> str | 
 
 
 def samples_per_step(train: dict[str, Any], num_processes: int) -> int:
-    """Of an optimizer step, over all processes and accumulations: a resumed run may change it, a finished one not."""
-    of_a_device = train.get("per_device_train_batch_size", 8)  # transformers' own defaults
-    return of_a_device * train.get("gradient_accumulation_steps", 1) * num_processes
+    """Return the global batch: the samples of an optimizer step, over all processes and accumulations."""
+    per_device = train.get("per_device_train_batch_size", 8)  # transformers' own default
+    return per_device * train.get("gradient_accumulation_steps", 1) * num_processes

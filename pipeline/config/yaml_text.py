@@ -1,4 +1,4 @@
-"""YAML as people mean it: 1e-3 is a number, and `no`, `on` and the like are words where a word is asked for."""
+"""YAML in which 1e-3 is a number, and `no`, `on` and the like are strings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 BOOL = "tag:yaml.org,2002:bool"
-# YAML 1.1 takes these for booleans, people and transformers partly for words: their field's type decides.
+# Booleans in YAML 1.1. Some fields take them as words (save_strategy: no), so the type of the field decides.
 YES_OR_NO = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
 
@@ -36,15 +36,15 @@ for _side in (_Loader, _Dumper):
 
 
 def read_yaml(text: str) -> Any:
-    """The values of a YAML text: 1e-3 is a number among them, `no` a string."""
+    """Return the values of a YAML text, with 1e-3 as a number and `no` as a string."""
     return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 def write_yaml(values: Any) -> str:
-    """A YAML text that `read_yaml` reads back as the same values."""
+    """Return a YAML text that `read_yaml` reads back as the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def yes_or_no(value: Any) -> Any:
-    """What YAML 1.1 makes of a word such as `on` or `No`; any other value as it is."""
+    """Return the boolean that YAML 1.1 reads in a word such as `on` or `No`; any other value unchanged."""
     return YES_OR_NO.get(value.lower(), value) if isinstance(value, str) else value

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from pipeline.commands import experiments, inspect, reshape, share, stages, store
+from pipeline.commands import experiments, inspect, share, stages, store
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a check failed or the work could not be done; 2 a wrong command line or config;
@@ -25,8 +25,8 @@ checkpoint.
 COMMANDS = {
     "Stages": (stages.pack, stages.teacher_cache, stages.distill, stages.evaluate),
     "Experiments": (experiments.sweep, experiments.report),
-    "Store": (store.plan, store.info, store.verify, store.check, reshape.gc),
-    "Sharing": (share.push, share.pull, reshape.slice_, reshape.merge),
+    "Store": (store.plan, store.info, store.verify, store.check, store.gc),
+    "Sharing": (share.push, share.pull, share.slice_, share.merge),
 }
 
 

@@ -13,20 +13,14 @@ from pipeline.commands.options import ConfigFile, Overrides, fail_unless, load, 
 def sweep(
     config: ConfigFile,
     overrides: Overrides = None,
-    vary: Annotated[
-        list[str] | None, typer.Option(help="key=value,value; repeat it. losses= takes sets: see below.")
-    ] = None,
+    vary: Annotated[list[str] | None, typer.Option(help="key=value,value; repeatable. See below.")] = None,
     one_at_a_time: Annotated[
         bool, typer.Option("--one-at-a-time", help="Vary one --vary at a time, without combinations.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder; default: OUTPUT_DIR/sweep.")] = None,
-    jobs: Annotated[
-        int, typer.Option(min=1, help="Runs at a time, each with its share of cores or GPUs.")
-    ] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share cores or GPUs.")] = 1,
     keep_models: Annotated[bool, typer.Option(help="Keep every student's weights.")] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace runs that have other settings.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace runs with other settings.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
 ) -> None:
     """Train many students from one store: every combination of --vary, each compared with a labels-only run.

@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.commands.options import Overrides, StorePath, load_or_stored
+from pipeline.commands.options import Overrides, StoredConfig, StorePath, load_or_stored
 
 if TYPE_CHECKING:
     from pipeline.inspection.sample import Inspection
 
 SampleKey = Annotated[str, typer.Argument(help="A sample's key; `alignkd inspect keys` lists some.")]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", help="Where shards and tokenizer are; default: as in stage 1."),
-]
 
 
 class AttentionByDefault(TyperGroup):
@@ -43,17 +39,15 @@ def attention(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="PNG or SVG file.")] = Path("attention.png"),
     layer: Annotated[
-        int | None, typer.Option(min=0, help="Teacher layer; default: the first of the losses'.")
+        int | None, typer.Option(min=0, help="Teacher layer; default: the losses' first.")
     ] = None,
     k: Annotated[int | None, typer.Option(min=1, help="Focus tokens; default: vision_focus.k.")] = None,
-    student: Annotated[
-        str | None, typer.Option(help="A student's checkpoint, drawn next to the teacher: before and after.")
-    ] = None,
+    student: Annotated[str | None, typer.Option(help="A student's checkpoint: before and after.")] = None,
     student_layer: Annotated[
         int | None, typer.Option(min=0, help="Default: the teacher layer's pair in losses.attention.layers.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Text tokens to draw, the first ones.")] = 40,
-    config: ConfigOption = None,
+    config: StoredConfig = None,
 ) -> None:
     """Draw an image and the teacher's text-to-vision attention, a heat map for each text token; outline focus tokens.
 
@@ -79,7 +73,7 @@ def attention(
 
 @app.command()
 def sample(
-    store: StorePath, key: SampleKey, overrides: Overrides = None, config: ConfigOption = None
+    store: StorePath, key: SampleKey, overrides: Overrides = None, config: StoredConfig = None
 ) -> None:
     """Print a sample's tokens in colour (trained tokens, images) and the teacher's most likely answers."""
     from rich.console import Console

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from pipeline.config.config import Config
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML config, such as configs/demo.yaml.")]
+StoredConfig = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="Config to use in place of stage 1's, which the store holds."),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides of the config, such as train.learning_rate=1e-3.")
 ]

@@ -1,4 +1,4 @@
-"""Share a store: push it to a URL with a card; pull all of it, or some targets and parts."""
+"""Move and copy stores: push to a URL, pull from one, slice, merge."""
 
 from __future__ import annotations
 
@@ -42,6 +42,34 @@ def pull(
 
     Every file's hash is compared with the hash in the store.
     """
-    from pipeline.commands.reshape import slice_
-
     slice_(store, output, targets, parts, fraction)
+
+
+def slice_(
+    store: StorePath,
+    output: Annotated[Path, typer.Argument(help="The new store.")],
+    targets: Targets = None,
+    parts: Parts = None,
+    fraction: Fraction = 1.0,
+) -> None:
+    """Copy some targets or some parts of a store into a new store; rerun to resume.
+
+    Stage 2 reads the new store with a config whose `targets` are the copied ones.
+    """
+    from cache import Store
+    from pipeline.upkeep.slices import copy_store, described
+
+    print(described(copy_store(Store(store), output, targets=targets, parts=parts, fraction=fraction)))
+
+
+def merge(
+    stores: Annotated[list[str], typer.Argument(help="Stores of one fingerprint, then the new store.")],
+) -> None:
+    """Copy the parts of several stores with the same fingerprint into a new store; rerun to resume."""
+    from cache import Store, merge_stores
+
+    if len(stores) < 3:
+        raise typer.BadParameter("give at least two stores, and then the new one")
+    *sources, output = stores
+    made = merge_stores([Store(path) for path in sources], output)
+    print(f"{output}: {len(made.parts)} parts, {len(made):,} samples of {len(sources)} stores")

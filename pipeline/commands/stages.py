@@ -32,10 +32,7 @@ def pack(
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
     on_bad_sample: Annotated[str, typer.Option(help="reject: list it and continue; fail: stop.")] = "reject",
     max_image_pixels: Annotated[int, typer.Option(min=1, help="Larger images are refused.")] = 64_000_000,
-    again: Annotated[
-        bool,
-        typer.Option("--again", help="Pack everything again; replace the pack once the new one is whole."),
-    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Pack all again, then replace the pack.")] = False,
     allow_fewer: Annotated[
         bool, typer.Option("--allow-fewer", help="With --again: allow the new pack to hold fewer samples.")
     ] = False,
@@ -77,9 +74,7 @@ def teacher_cache(
     config: ConfigFile,
     overrides: Overrides = None,
     print_config: PrintConfig = False,
-    rank: Annotated[
-        int | None, typer.Option(min=0, help="This worker's number among several; default: RANK.")
-    ] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Number of this worker; default: RANK.")] = None,
     world_size: Annotated[
         int | None, typer.Option(min=1, help="Number of workers on the store; default: WORLD_SIZE.")
     ] = None,
@@ -164,7 +159,7 @@ def distill(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a training that has other settings.")
+        bool, typer.Option("--overwrite", help="Replace a training with other settings.")
     ] = False,
 ) -> None:
     """Stage 2: train the student from the store; no teacher is loaded.

@@ -1,4 +1,4 @@
-"""What a store holds and costs, and whether it is sound: info, verify, check, plan."""
+"""What a store holds and costs, and whether it is sound: info, verify, check, plan, gc."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pipeline.commands.options import (
     AsJson,
     ConfigFile,
     Overrides,
+    StoredConfig,
     StorePath,
     fail_unless,
     load,
@@ -38,12 +39,9 @@ def verify(
     deep: Annotated[
         bool, typer.Option("--deep", help="Also hash every file and decode every value.")
     ] = False,
-    fix: Annotated[
-        bool, typer.Option("--fix", help="Recapture what is damaged or missing; needs --config.")
-    ] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Recapture damage and gaps; needs --config.")] = False,
     config: Annotated[
-        Path | None,
-        typer.Option("--config", "-c", help="The config that the store was made with, for --fix."),
+        Path | None, typer.Option("--config", "-c", help="Config of stage 1, for --fix.")
     ] = None,
     allow_fewer: Annotated[
         bool,
@@ -100,13 +98,8 @@ def check(
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=1, help="Number of samples to capture again.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed that chooses the samples.")] = 0,
-    losses: Annotated[
-        bool, typer.Option(help="Also compare the losses of the config's student, and their gradients.")
-    ] = True,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", "-c", help="Where teacher and shards are; default: as in stage 1."),
-    ] = None,
+    losses: Annotated[bool, typer.Option(help="Also compare the student's losses and gradients.")] = True,
+    config: StoredConfig = None,
     as_json: AsJson = False,
 ) -> None:
     """Capture some samples again with the live teacher; exit code 1 if a value is beyond its stated error.
@@ -151,3 +144,20 @@ def plan(
         found = plan_within(settings, max_bytes=parse_bytes(max_bytes), num_samples=samples)
     show(found, describe_plan, as_json=as_json)
     fail_unless(found.fits)
+
+
+def gc(
+    store: StorePath,
+    hours: Annotated[
+        float | None,
+        typer.Option(min=0, help="Also remove leftovers of other hosts that are unchanged for this long."),
+    ] = None,
+) -> None:
+    """Remove what dead writers left in a store's tmp/; finished parts are never touched."""
+    from cache import Store, local, sweep_dead, sweep_old
+
+    path = local(Store(store).path, doing="cleaned up")
+    removed = sweep_dead(path) + ([] if hours is None else sweep_old(path, seconds=3600 * hours))
+    for name in removed:
+        print(name)
+    print(f"{store}: {len(removed)} unfinished parts removed")

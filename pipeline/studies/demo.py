@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import typer
+import yaml
 from transformers.utils import logging
 
 from pipeline.data.templates import TEMPLATES
@@ -30,37 +31,17 @@ IMAGE_SIZE = 64
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 
-TOWER: dict[str, Any] = {
-    "hidden_size": 96,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "image_size": IMAGE_SIZE,
-    "patch_size": 8,
-    "projection_dim": 96,
-}
-VOCABULARY_SIZE = 512
-TEACHER_LANGUAGE: dict[str, Any] = {
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-}
-STUDENT_LANGUAGE: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+# Geometry of the tower and of the two language models, and the options of the tokenizer's trainer.
+SIZES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
 
-def model_config(language: dict[str, Any]) -> MobileVLMConfig:
-    """Return MobileVLM V2's config at demo size: 64 patches of an image become 4 x 4 vision tokens."""
+def model_config(model: str) -> MobileVLMConfig:
+    """Return the config of the demo's `teacher` or `student`: 64 patches of an image become 4 x 4 vision tokens."""
     return MobileVLMConfig(
-        **language,
-        vocab_size=VOCABULARY_SIZE,
+        **SIZES[model],
+        vocab_size=SIZES["tokenizer"]["vocab_size"],
         max_position_embeddings=512,
         # LLaMA's 0.02 suits thousands of channels. At these widths it leaves attention flat for an epoch.
         initializer_range=0.07,
@@ -68,7 +49,7 @@ def model_config(language: dict[str, Any]) -> MobileVLMConfig:
         mm_vision_tower=None,
         mm_vision_select_layer=-1,
         mm_projector_grid=4,
-        vision_config=TOWER,
+        vision_config=SIZES["tower"],
     )
 
 
@@ -136,7 +117,7 @@ def images() -> None:
 def write_tokenizer(folder: Path, records: Iterable[dict[str, Any]]) -> None:
     """Train the demo's tokenizer on conversations and write it as `tokenizer.model`.
 
-    It is a LLaMA-style sentencepiece model of 512 pieces: BPE with byte fallback, so that every text has ids.
+    It is a LLaMA-style sentencepiece model of 512 pieces. With byte fallback, every text has ids.
     """
     import sentencepiece
 
@@ -144,20 +125,7 @@ def write_tokenizer(folder: Path, records: Iterable[dict[str, Any]]) -> None:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(TEMPLATES["v1"].render(record["conversations"]) for record in records),
             model_writer=file,
-            model_type="bpe",
-            vocab_size=VOCABULARY_SIZE,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            character_coverage=1.0,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=1,
-            minloglevel=2,
+            **SIZES["tokenizer"],
         )
 
 
@@ -167,7 +135,7 @@ def student(seed: int = 0, folder: Path = STUDENT) -> None:
     logging.disable_progress_bar()
     teacher = MobileVLMForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
     torch.manual_seed(seed)
-    model = MobileVLMForCausalLM(model_config(STUDENT_LANGUAGE))
+    model = MobileVLMForCausalLM(model_config("student"))
     model.model.vision_tower.load_state_dict(teacher.model.vision_tower.state_dict())
     model.save_pretrained(folder)
     shutil.copy(TEACHER / "tokenizer.model", folder)

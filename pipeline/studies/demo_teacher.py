@@ -154,7 +154,7 @@ def main(
     demo.write_tokenizer(output, records)
     tokenizer = load_tokenizer(output)
     preprocess = ImagePreprocessor.from_pretrained(output, aspect_ratio="pad", image_size=demo.IMAGE_SIZE)
-    model = MobileVLMForCausalLM(demo.model_config(demo.TEACHER_LANGUAGE))
+    model = MobileVLMForCausalLM(demo.model_config("teacher"))
     images = load_images("train", preprocess)
     known = known_of_image(demo.questions("train"))
     train_tower(model, images, torch.tensor([known[i] for i in range(len(images))]), epochs=tower_epochs)

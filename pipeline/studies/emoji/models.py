@@ -6,7 +6,6 @@ of the layers). The student has the first few layers as published, and a new pro
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,20 +29,8 @@ GRID_SIZE = 4
 # token; scaled like this, 12. With six layers the scaled norm was still ahead 40 steps later.
 FINAL_NORM_OF_A_CUT = 0.25
 
-# (x - 127) / 128, as the tower was trained, in the fields of CLIP's processor.
-PREPROCESSING = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_resize": True,
-    "size": {"shortest_edge": 256},
-    "do_center_crop": True,
-    "crop_size": {"height": 256, "width": 256},
-    "resample": 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [127 / 255] * 3,
-    "image_std": [128 / 255] * 3,
-}
+# CLIP's processor with (x - 127) / 128, as the tower was trained.
+PREPROCESSING = Path(__file__).with_name("preprocessor_config.json")
 LANGUAGE_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "max_position_embeddings", "rms_norm_eps", "rope_parameters", "hidden_act", "tie_word_embeddings",
@@ -124,6 +111,5 @@ def published_tower() -> dict[str, Tensor]:
 def write_checkpoint(model: MobileVLMForCausalLM, folder: Path, *, language: Path) -> None:
     """Write a checkpoint folder: weights, config, SmolLM2's tokenizer, the tower's preprocessing."""
     model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(language / name, folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING, indent=2) + "\n")
+    for file in (language / "tokenizer.json", language / "tokenizer_config.json", PREPROCESSING):
+        shutil.copy(file, folder)

@@ -25,7 +25,8 @@ from bench.tables import print_table
 from cache import ArraySpec, Store, StoreWriter, part_sizes
 from cache.format.codecs import decode_rows, encode_rows
 from pipeline.config.config import Config, load_config
-from pipeline.distill.join.dataset import JoinCollator, JoinedDataset, JoinedSample
+from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
+from pipeline.distill.join.sample import JoinedSample
 from pipeline.distill.model.distiller import Distiller
 from pipeline.distill.student import load_student
 from pipeline.losses.losses import LogitsLoss

@@ -119,7 +119,7 @@ def test_patch_features_from_memory_give_the_same_terms(config, joined):
         mine, theirs = remembering(joined(keys)), forgetting(joined(keys))
         for name in mine:
             assert float(mine[name][0]) == pytest.approx(float(theirs[name][0]), rel=1e-5), name
-    assert len(remembering.patch_feature_cache.held) == 5 and not forgetting.patch_feature_cache.held
+    assert len(remembering.patch_feature_cache) == 5 and not forgetting.patch_feature_cache
     with results_of(VisionTower) as computed:
         remembering(joined(["a0", "late"]))
     assert not computed

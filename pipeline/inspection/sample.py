@@ -18,7 +18,8 @@ from pipeline.data.conversation import TokenizedSample, check_conversations
 from pipeline.data.images import ImagePreprocessor
 from pipeline.data.preparation import Preparation
 from pipeline.data.shards import parse_record, read_span
-from pipeline.distill.join.dataset import JoinCollator, join_sample
+from pipeline.distill.join.dataset import JoinCollator
+from pipeline.distill.join.sample import join_sample
 from pipeline.errors import ConfigError, JoinError
 from pipeline.inspection.sources import (
     check_reading,

@@ -15,7 +15,8 @@ import torch
 
 from cache import CODECS, ArraySpec, FingerprintMismatch, Store
 from pipeline.config.config import Config
-from pipeline.distill.join.dataset import JoinCollator, JoinedDataset, JoinedSample
+from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
+from pipeline.distill.join.sample import JoinedSample
 from pipeline.distill.join.stores import REMEDY
 from pipeline.distill.model.distiller import Distiller
 from pipeline.distill.student import load_student

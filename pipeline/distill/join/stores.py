@@ -119,15 +119,16 @@ def open_store(cache: CacheConfig) -> Store:
 
 
 def open_stores(config: Config, preparation: Preparation) -> Stores:
-    """The config's stores. Raises `FingerprintMismatch` if one is not what the config would have cached in it.
+    """Open the config's stores.
 
-    Raises `ConfigError` where it is not clear which store gives what, or a loss reads what none gives.
+    Raises `FingerprintMismatch` if a store is not what the config would have cached in it, `ConfigError` if it is not
+    clear which store gives what, or if a loss reads what none gives.
     """
-    stores = [open_store(cache) for cache in config.all_caches()]
-    sources = _sources(config, stores)
+    caches = config.all_caches()
+    sources = _sources(config, [open_store(cache) for cache in caches])
     allowed = [
         (str(source.store.path), difference)
-        for source, cache in zip(sources, config.all_caches(), strict=True)
+        for source, cache in zip(sources, caches, strict=True)
         for difference in check_fingerprint(source, cache, config, preparation)
     ]
     return Stores(tuple(sources), config.on_missing, tuple(allowed))
@@ -136,16 +137,16 @@ def open_stores(config: Config, preparation: Preparation) -> Stores:
 def check_fingerprint(
     source: Source, cache: CacheConfig, config: Config, preparation: Preparation
 ) -> list[Difference]:
-    """Compare, field by field, what a store holds with what the config asks; raises `FingerprintMismatch`.
+    """Compare, field by field, what a store holds with what the config asks. Raises `FingerprintMismatch`.
 
-    Fields of the store's `allow_mismatch` may differ: they are reported on stderr and returned. Only the settings
-    of the targets that are taken from it and that a loss reads count: it may hold others.
+    Fields of the store's `allow_mismatch` may differ: they are reported on stderr and returned. Only the targets that
+    are taken from it and that a loss reads are compared: it may hold others.
     """
     read = targets_read(config).intersection(source.targets)
-    stored = _of_targets(source.store.manifest, read)
-    # Teacher and dtype are stage 1's business; the store knows them and stage 2 has no other.
+    stored = _with_targets(source.store.manifest, read)
+    # The teacher and its dtype were stage 1's choice: stage 2 has no other to compare with.
     capture = capture_settings(config, dtype=str(stored.capture.get("dtype")))
-    capture |= {"targets": _kept(capture, read)}
+    capture["targets"] = _only(capture, read)
     mine = Fingerprint(
         teacher=stored.fingerprint.teacher, capture=digest_of(capture), **preparation.digests()
     )
@@ -159,54 +160,62 @@ def check_fingerprint(
 
 
 def targets_read(config: Config) -> set[str]:
-    """Names of the targets that the configured losses read."""
+    """Return the names of the targets that the configured losses read."""
     return {target for name in config.losses.active() for target in LOSSES[name].targets}
 
 
-def _of_targets(stored: Manifest, names: Collection[str]) -> Manifest:
-    """The manifest as if these targets had been captured alone."""
+def _with_targets(stored: Manifest, names: Collection[str]) -> Manifest:
+    """Return the manifest that the store would have if stage 1 had captured these targets alone."""
     if digest_of(stored.capture) != stored.fingerprint.capture:
         return stored  # its settings are not those of its fingerprint: nothing can be said of a part of them
-    capture = stored.capture | {"targets": _kept(stored.capture, names)}
+    capture = stored.capture | {"targets": _only(stored.capture, names)}
     return replace(
         stored, capture=capture, fingerprint=replace(stored.fingerprint, capture=digest_of(capture))
     )
 
 
-def _kept(capture: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+def _only(capture: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {name: settings for name, settings in capture.get("targets", {}).items() if name in names}
 
 
 def _sources(config: Config, stores: Sequence[Store]) -> list[Source]:
-    """What each store gives of the targets that the config reads from one."""
+    """Return each store with the targets that are taken from it. Raises `ConfigError`."""
     wanted = config.targets.cached()
     if config.caches is None:
         return [Source(stores[0], tuple(wanted))]
-    given = _given(config.caches, stores)
     sources = []
-    for number, (store, targets) in enumerate(zip(stores, given, strict=True)):
-        if not (taken := tuple(name for name in wanted if name in targets)):
+    for number, (store, given) in enumerate(zip(stores, _given(config.caches, stores), strict=True)):
+        if not (taken := tuple(name for name in wanted if name in given)):
             raise ConfigError(
                 f"caches.{number}: {store.path} has nothing to give: it holds {', '.join(_held(store)) or 'none'}, "
                 f"the config reads {', '.join(wanted) or 'none'}, and what other entries give is theirs; leave it out"
             )
         sources.append(Source(store, taken, f"caches.{number}"))
-    _check_losses(config, sources)
+    gives = {target for source in sources for target in source.targets}
+    for name in config.losses.active():
+        for target in LOSSES[name].targets:
+            if target in wanted and target not in gives:
+                listed = ", ".join(
+                    f"{source.store.path} gives {' and '.join(source.targets)}" for source in sources
+                )
+                raise ConfigError(
+                    f"losses.{name} needs the target {target!r}, which no store of `caches` gives: {listed}; add a "
+                    "store that holds it, or remove the loss"
+                )
     return sources
 
 
 def _given(caches: Sequence[CachesConfig], stores: Sequence[Store]) -> list[set[str]]:
-    """Names of the targets of each store: those its entry names, else all that no other names or gave before."""
+    """Return the targets each store may give: those its entry names, else all that no other names or gave before."""
     named = {target for cache in caches for target in cache.targets or ()}
     given: list[set[str]] = []
     for number, (cache, store) in enumerate(zip(caches, stores, strict=True)):
         held = _held(store)
-        for target in cache.targets or ():
-            if target not in held:
-                raise ConfigError(
-                    f"caches.{number}.targets names {target!r}, but {store.path} holds {', '.join(held) or 'none'}; "
-                    "name one of these, or another store"
-                )
+        if absent := [target for target in cache.targets or () if target not in held]:
+            raise ConfigError(
+                f"caches.{number}.targets names {absent[0]!r}, but {store.path} holds {', '.join(held) or 'none'}; "
+                "name one of these, or another store"
+            )
         given.append(set(cache.targets or set(held) - named.union(*given)))
     return given
 
@@ -215,27 +224,16 @@ def _held(store: Store) -> list[str]:
     return list(store.manifest.capture.get("targets", {}))
 
 
-def _check_losses(config: Config, sources: Sequence[Source]) -> None:
-    gives = {target for source in sources for target in source.targets}
-    for name in config.losses.active():
-        for target in LOSSES[name].targets:
-            if target in config.targets.cached() and target not in gives:
-                raise ConfigError(
-                    f"losses.{name} needs the target {target!r}, which no store of `caches` gives: "
-                    f"{_listed(sources)}; add a store that holds it, or remove the loss"
-                )
+StoredArrays = tuple[Store, dict[str, np.ndarray]]
 
 
-def _listed(sources: Sequence[Source]) -> str:
-    return ", ".join(f"{source.store.path} gives {' and '.join(source.targets)}" for source in sources)
-
-
-Sample = tuple[Store, dict[str, np.ndarray]]
-
-
-def _check_same_sample(key: str, mine: Sample, theirs: Sample) -> None:
-    """Raise `JoinError` unless two stores hold a sample of the same tokens and images under a key."""
-    for what, one, other in _compared(key, mine, theirs):
+def _check_same_sample(key: str, mine: StoredArrays, theirs: StoredArrays) -> None:
+    """Raise `JoinError` unless two stores hold the same tokens and images under a key."""
+    compared = [
+        (what, mine[1][name].tolist(), theirs[1][name].tolist())
+        for what, name in (("token ids", "input_ids"), ("labels", "labels"))
+    ]
+    for what, one, other in (*compared, ("images", *(of[0].locate(key)[1].images for of in (mine, theirs)))):
         if one != other:
             raise JoinError(
                 f"sample {key!r}: its {what} in {theirs[0].path} are not those in {mine[0].path} "
@@ -244,16 +242,10 @@ def _check_same_sample(key: str, mine: Sample, theirs: Sample) -> None:
             )
 
 
-def _compared(key: str, mine: Sample, theirs: Sample) -> Iterator[tuple[str, Sequence[Any], Sequence[Any]]]:
-    for what, name in (("token ids", "input_ids"), ("labels", "labels")):
-        yield what, mine[1][name].tolist(), theirs[1][name].tolist()
-    yield "images", mine[0].locate(key)[1].images, theirs[0].locate(key)[1].images
-
-
 def first_difference(
     theirs: Sequence[Any], mine: Sequence[Any], names: tuple[str, str] = ("store", "mine")
 ) -> str:
-    """Where two sequences begin to differ, and what each has there; of one that the other continues, the lengths."""
+    """Describe the first position where two sequences differ, or their lengths if one continues the other."""
     for position, (a, b) in enumerate(zip(theirs, mine, strict=False)):
         if a != b:
             return f"at position {position}: {names[0]} {str(a)[:16]}, {names[1]} {str(b)[:16]}"

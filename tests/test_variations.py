@@ -167,7 +167,5 @@ def test_two_values_that_would_share_a_name_are_refused(plan):
 
 
 def test_a_sweep_without_a_loss_on_labels_is_refused(experiment):
-    with pytest.raises(
-        ConfigError, match=r"losses\.supervised is null, but `baseline: true` compares with"
-    ):
+    with pytest.raises(ConfigError, match=r"losses\.supervised is null, but `baseline: true` compares with"):
         plan_runs(lambda more: load_config(experiment.file, ["losses.supervised=null", *more]), {})

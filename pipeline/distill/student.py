@@ -1,4 +1,4 @@
-"""Stage 2: train the student from the store, or several, with transformers.Trainer. No teacher weight is opened."""
+"""Stage 2: train the student from one store or several, with transformers.Trainer, and without the teacher."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ from pipeline.distill.training.training_folder import (
     start_of,
 )
 from pipeline.errors import ConfigError, TrainingStopped, building, needing, writing
-from pipeline.losses.losses import LOSSES
 from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
@@ -51,11 +50,12 @@ from pipeline.targets.target import Target, TeacherFacts
 def train_student(
     config: Config, folder: Path, *, overwrite: bool = False, callbacks: Sequence[TrainerCallback] = ()
 ) -> Path:
-    """Train one student into `folder` and return its model's folder, in MobileVLM's own layout, without heads.
+    """Train one student into `folder` and return the folder of its model, in MobileVLM's own layout, without heads.
 
-    A finished run of the same config, store and first weights is left as it is, one of others is replaced only with
-    `overwrite` (see `start_of`). Raises `FingerprintMismatch` before any weight is opened if a store is not what this
-    config would have cached. What the stores lack is reported on stderr. `callbacks` are added to the Trainer's.
+    A finished run of the same config, store and first weights is left as it is. Another finished run is replaced only
+    with `overwrite` (see `start_of`). Samples that the stores lack are reported on stderr. `callbacks` are added to
+    the Trainer's. Raises `FingerprintMismatch`, before any weight is opened, if a store is not what this config would
+    have cached, and `TrainingStopped` after a signal.
     """
     preparation = Preparation.of(config.student.model, config.data)
     stores = open_stores(config, preparation)
@@ -73,7 +73,7 @@ def train_student(
 
 
 class AfterFirstStep(TrainerCallback):
-    """Begins a training's folder once a step is done: one that cannot start leaves what was there as it is."""
+    """Calls `begin` after each step: a training that fails in its first step leaves the folder as it was."""
 
     def __init__(self, begin: Callable[[], None]):
         self.begin = begin
@@ -100,7 +100,7 @@ def _train(
     @once
     def begin() -> None:
         together = cast(PartialState, arguments.distributed_state)
-        together.wait_for_everyone()  # all have looked before one writes
+        together.wait_for_everyone()  # every process has read the folder before one writes
         if is_first_process():
             _prepare_folder(folder, start)
             _save_origin(folder, config, dataset)
@@ -111,7 +111,7 @@ def _train(
     # The Trainer prints its log; standard output is for results.
     with redirect_stdout(sys.stderr), trainer.stop:
         trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
-        begin()  # of a training without steps
+        begin()  # a training without steps has not called it yet
         _finish(trainer, folder)
     if trainer.is_world_process_zero():
         mark_finished(folder / FINISHED, config=config, **identity.to_json())
@@ -126,7 +126,7 @@ def _train(
 
 
 def _prepare_folder(folder: Path, start: Start) -> None:
-    """Nothing says finished while a training is under way; what is replaced is removed, and named."""
+    """Remove what the training replaces, and the mark of a finished one, so that it is absent while training."""
     if start.replaces:
         print(f"{folder}: training anew, removed {', '.join(remove_training(folder))}", file=sys.stderr)
     (folder / FINISHED).unlink(missing_ok=True)
@@ -160,9 +160,9 @@ def _save_origin(folder: Path, config: Config, dataset: JoinedDataset) -> None:
 
 
 def needed_targets(config: Config) -> dict[str, Target]:
-    """The stored targets that the configured losses read, by name."""
+    """Return the stored targets that the configured losses read, by name."""
     read = targets_read(config)
-    return {name: settings for name, settings in config.targets.cached().items() if name in read}
+    return {name: target for name, target in config.targets.cached().items() if name in read}
 
 
 def build_trainer(
@@ -173,9 +173,9 @@ def build_trainer(
     identity: RunIdentity,
     arguments: TrainingArguments | None = None,
 ) -> DistillTrainer:
-    """Student, heads, optimizer and data, seeded: runs that differ in losses alone see the same data order.
+    """Build student, heads, optimizer and data from the seed: runs that differ only in losses have one data order.
 
-    `identity` of the run goes into its checkpoints.
+    `identity` is written into the run's checkpoints.
     """
     arguments, stores = arguments or training_arguments(config, folder), dataset.stores
     with building(
@@ -185,13 +185,10 @@ def build_trainer(
         student = load_student(config, *stores.opened)
         if config.student.lora is not None:
             add_adapters(student, config.student.lora)
-    reads_teacher = any(LOSSES[name].targets for name in config.losses.active())
-    missing = {name: stores.giving(name).store for name in dataset.lacking()}
-    recompute = (
-        load_recomputed(config, *stores.opened, device=arguments.device, missing=missing)
-        if reads_teacher
-        else None
-    )
+    recompute = None
+    if targets_read(config):
+        missing = {name: stores.giving(name).store for name in dataset.lacking()}
+        recompute = load_recomputed(config, *stores.opened, device=arguments.device, missing=missing)
     distiller = Distiller(
         student,
         config.losses.active(),
@@ -211,7 +208,7 @@ def build_trainer(
 
 
 def load_student(config: Config, *stores: Store) -> MobileVLMForCausalLM:
-    """The student's first weights. Raises `ConfigError` if it cannot be held to the teacher of each store."""
+    """Load the student's first weights. Raises `ConfigError` if it cannot be compared with a store's teacher."""
     shape = read_config(checkpoint_folder(config.student.model))
     for store in stores:
         check_pair(config, shape, TeacherFacts.of(store.manifest), of=store.path)
@@ -222,12 +219,12 @@ def load_student(config: Config, *stores: Store) -> MobileVLMForCausalLM:
 
 
 def training_arguments(config: Config, folder: Path) -> TrainingArguments:
-    """`train:` as transformers takes it; what it refuses becomes a `ConfigError`."""
+    """Return the config's `train` section as transformers' arguments. Raises `ConfigError` for what it refuses."""
     given = {name: value for name, value in config.train.items() if name != "resume_from_checkpoint"}
     ours: dict[str, Any] = {
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        # Without a device accelerate connects processes only if asked for CPUs; else each would train by itself.
+        # Without a device accelerate connects processes only if asked for CPUs; otherwise each would train alone.
         "use_cpu": num_processes() > 1 and not torch.accelerator.is_available(),
     }
     with building("train: transformers refuses these arguments", then=CORRECT_TRAIN):
@@ -236,7 +233,7 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
             with needing("tensorboard", by="train.report_to: tensorboard", otherwise="set it to none"):
                 import tensorboard  # noqa: F401
         for tracker in get_reporting_integration_callbacks(arguments.report_to):
-            tracker()  # one that is not installed says so now, not after the weights are loaded
-    if arguments.fp16 and arguments.device.type == "cpu":  # here alone: elsewhere the config may be for a GPU
+            tracker()  # raises now, not after the weights are loaded, if it is not installed
+    if arguments.fp16 and arguments.device.type == "cpu":
         raise ConfigError(f"{NO_FLOAT16}, and there is no GPU here; set train.bf16, or neither")
     return one_device_a_process(arguments)

@@ -1,4 +1,4 @@
-"""The trained heads between teacher and student: in the optimizer and in checkpoints, dropped at export."""
+"""The trained heads between teacher and student: kept in checkpoints, dropped from the exported student."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class HeadMixer(nn.Module):
-    """Trained convex mixtures of teacher heads, one for each student head: a mixture stays a distribution."""
+    """Trained convex mixtures of teacher heads, one for each student head. A convex mixture stays a distribution."""
 
     def __init__(self, num_pairs: int, num_teacher_heads: int, num_student_heads: int):
         super().__init__()
@@ -23,7 +23,8 @@ class HeadMixer(nn.Module):
 
 
 class VisionMap(nn.Linear):
-    """The trained linear map of the teacher's vision features; the identity to begin with at equal widths."""
+    """A trained linear map of the teacher's vision features to the student's width; at equal widths it starts as the
+    identity."""
 
     def __init__(self, teacher_width: int, student_width: int):
         super().__init__(teacher_width, student_width)

@@ -1,4 +1,4 @@
-"""Draws from what a teacher's top K leaves out, the same for a sample wherever and whenever it is captured."""
+"""Random draws of tokens outside a teacher's top K, the same for a sample on every machine and in every batch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PURPOSE = "alignkd: draws from the tail of a teacher's answer"
 def draw_tail(
     log_probs: Tensor, top_ids: Tensor, *, keys: Sequence[str], num_answers: Sequence[int], num_draws: int
 ) -> Tensor:
-    """Token ids int64 'A Z', ascending, drawn with replacement from softmax(logits) without its top K.
+    """Return token ids int64 'A Z', ascending, drawn with replacement from softmax(logits) without its top K.
 
     `log_probs` 'A V' and `top_ids` 'A K', K < V, hold the answer positions of all samples in order, `num_answers` of
-    each; `keys` name the samples. A sample's draws depend on its key and its own rows alone. Rounding may move one to
-    the next id, as it moves last bits: with a probability of the order of the rounding.
+    each. A sample's draws depend only on its key and its own rows. Rounding can move a draw to the next id, with a
+    probability of the order of the rounding error.
     """
     drawn = [
         _draw(rows, ids, torch.from_numpy(uniforms(key, len(rows), num_draws)).to(rows.device))
@@ -31,15 +31,22 @@ def draw_tail(
 
 
 def uniforms(key: str, num_rows: int, num_draws: int) -> np.ndarray:
-    """float64 '(num_rows, num_draws)' in (0, 1): the blake3 stream of the key, 32 bits each, on every platform."""
+    """Return float64 '(num_rows, num_draws)' in (0, 1), 32 bits of the key's blake3 stream each.
+
+    A hash, not a generator: torch's and numpy's streams may change with their versions.
+    """
     stream = blake3(key.encode(), derive_key_context=PURPOSE).digest(length=4 * num_rows * num_draws)
     return (np.frombuffer(stream, dtype="<u4").reshape(num_rows, num_draws) + 0.5) / 2.0**32
 
 
 def _draw(log_probs: Tensor, top_ids: Tensor, uniform: Tensor) -> Tensor:
-    """By the inverse of the cumulative distribution, in float64: of one sample at a time, because it is wide."""
+    """Draw by the inverse of the cumulative distribution.
+
+    float64, because float32 sums over a vocabulary lose small tokens; one sample at a time, because that is wide.
+    """
     tail = log_probs.double().scatter(1, top_ids, float("-inf")).softmax(dim=-1)
     cumulative = tail.cumsum(dim=-1)
-    # `right`: a token of no mass has its predecessor's sum, and the first sum above the uniform is never its own.
+    # `right=True` never draws a token without mass: its sum equals its predecessor's, so it is not the first above.
+    # Scaled by the last sum, which rounding leaves a little off 1.
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return drawn.sort(dim=-1).values

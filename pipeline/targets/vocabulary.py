@@ -1,8 +1,8 @@
 """Log probabilities of a few tokens from logits over a wide vocabulary, without a second copy of the logits.
 
-Autograd's log-softmax keeps its result for the backward pass, float32 over the whole vocabulary, and so does the sum
-over a tail. Here only what was asked for is kept, and the rest is computed again, some rows at a time (the idea of
-Liger Kernel's and Cut Cross-Entropy's losses, in plain torch).
+Autograd's log-softmax keeps a float32 result over the whole vocabulary for the backward pass, and so does the sum
+over a tail. Here only the requested values are kept. The backward pass recomputes the rest, some rows at a time (the
+idea of Liger Kernel's and Cut Cross-Entropy's losses, in plain torch).
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PIECE_BYTES = 1 << 25  # of float32 logits that are at work at once
-SMALLEST_LOG_PROBABILITY = -30.0  # below it log probabilities are alike: differences there are noise
-_SMALLEST = 1e-38  # a tail's share of the largest weight: less is nothing in float32
-_LARGEST_EXPONENT = 80.0
+PIECE_BYTES = 1 << 25  # float32 logits in work at once
+SMALLEST_LOG_PROBABILITY = -30.0  # differences below it are noise
+_SMALLEST = 1e-38  # smallest normal float32: a tail without mass has a finite log
+_LARGEST_EXPONENT = 80.0  # exp(80) is still finite in float32
 
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """Log probabilities, float32, of a few tokens at every answer position: of the label 'A', of the teacher's top K
-    'A K', of all tokens but these 'A', and of the draws from there 'A Z'; empty where nothing was asked for."""
+    """Log probabilities at every answer position, float32; empty where nothing was asked for.
+
+    `label` 'A' of the label, `top` 'A K' of the teacher's top K, `tail` 'A' of all tokens but these, `draws` 'A Z' of
+    the tokens drawn from there.
+    """
 
     label: Tensor
     top: Tensor
@@ -40,7 +43,7 @@ def score_answers(
     *,
     piece_bytes: int = PIECE_BYTES,
 ) -> AnswerScores:
-    """All that losses read of `logits` 'A V', by one pass over the vocabulary, and one backward."""
+    """Return what the losses read of `logits` 'A V', with one pass over the vocabulary in each direction."""
     none = labels.new_empty(len(labels), 0)
     groups = [labels[:, None], *(none if ids is None else ids for ids in (draw_ids, top_ids))]
     num_labels, num_draws, num_top = (ids.shape[1] for ids in groups)
@@ -49,15 +52,15 @@ def score_answers(
         logits, torch.cat(groups, dim=1), num_top if needs_tail else 0, piece_bytes
     )
     label, draws, top = (picked - total[:, None]).split((num_labels, num_draws, num_top), dim=1)
-    # In one piece, so that sums over labels are the same bits whatever else was asked for.
+    # Contiguous, so that a sum over labels has the same bits whatever else was asked for.
     label = label.squeeze(1).contiguous()
     return AnswerScores(label, top, tail - total if needs_tail else tail[:0], draws)
 
 
 def with_tail(logits: Tensor, ids: Tensor, *, piece_bytes: int = PIECE_BYTES) -> tuple[Tensor, Tensor]:
-    """Log softmax of `logits` 'A V' at `ids` int64 'A K', and that of all other tokens 'A'.
+    """Return the log softmax of `logits` 'A V' at `ids` int64 'A K', and that of all other tokens together 'A'.
 
-    The ids of a row are distinct, and fewer than V.
+    The ids of a row must be distinct, and fewer than V.
     """
     picked, total, tail = _Picked.apply(logits, ids, ids.shape[1], piece_bytes)
     return picked - total[:, None], tail - total
@@ -91,7 +94,8 @@ class _Picked(torch.autograd.Function):
         logits, ids, picked, total, tail = ctx.saved_tensors
         of_picked, of_total, of_tail = gradients
         if num_top := ctx.num_top:
-            # Softmax over the tail is softmax over all, scaled, and none of it at the last of `ids`.
+            # d tail / d logits is softmax over the tail: softmax over all, scaled by exp(total - tail), and zero at
+            # the last `num_top` of `ids`. So the scaled softmax joins `of_total`, and is taken off at those ids.
             scale = of_tail * (total - tail).clamp(max=_LARGEST_EXPONENT).exp()
             of_picked = of_picked.clone()
             of_picked[:, -num_top:] -= scale[:, None] * (picked[:, -num_top:] - total[:, None]).exp()
@@ -105,7 +109,7 @@ class _Picked(torch.autograd.Function):
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """At least float32: half precision has no room for a sum over a vocabulary."""
+    """Return logits in at least float32: half precision cannot hold a sum over a vocabulary."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

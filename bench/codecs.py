@@ -38,14 +38,10 @@ from pipeline.targets.targets import TARGETS
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture
 from pipeline.upkeep.check import captured_again, loss_terms
 
-# Of a target: its loss, and the codecs and powers of two of their steps, the first of which loses nothing.
-FLOATS = [("float32", None), ("float16", None)]
+# Of a target: its loss, codecs, the first of which loses nothing, and the powers of two of `fixed_point`'s steps.
 CODED = {
-    "attention": (
-        "attention",
-        [*FLOATS, ("sqrt_uint8", None), *(("fixed_point", n) for n in range(-13, -9))],
-    ),
-    "vision": ("vision_all", [*FLOATS, *(("fixed_point", n) for n in range(-8, -3)), ("int8", None)]),
+    "attention": ("attention", ("float32", "float16", "sqrt_uint8"), range(-13, -9)),
+    "vision": ("vision_all", ("float32", "float16", "int8"), range(-8, -3)),
 }
 TOP_K = (8, 16, 32, 50, 128)
 DRAWS = ((8, 16), (8, 50), (16, 16), (16, 50))  # top K, and draws from the rest
@@ -67,11 +63,12 @@ class Choice(NamedTuple):
 def choices(config: Config, vocab_size: int) -> Iterator[Choice]:
     """The choices for the targets that the config stores; logits by forward and by reverse KL."""
     targets, losses = config.targets.cached(), config.losses.active()
-    for target, (loss, codecs) in CODED.items():
-        for codec, power in codecs if target in targets and loss in losses else ():
-            step, suffix = ({}, "") if power is None else ({"step": 2.0**power}, f" 2^{power}")
-            settings = targets[target].model_copy(update={"codec": codec, **step})
-            yield Choice(target, f"{codec}{suffix}", settings, loss, losses[loss], loss)
+    for target, (loss, codecs, powers) in CODED.items():
+        tried = {codec: {"codec": codec} for codec in codecs}
+        tried |= {f"fixed_point 2^{n}": {"codec": "fixed_point", "step": 2.0**n} for n in powers}
+        for name, changes in tried.items() if target in targets and loss in losses else ():
+            settings = targets[target].model_copy(update=changes)
+            yield Choice(target, name, settings, loss, losses[loss], loss)
     if "logits" in targets:
         whole = {"whole vocabulary": LogitsTarget(top_k=vocab_size)}
         tops = {f"top {k} + bucket": LogitsTarget(top_k=k) for k in TOP_K if k < vocab_size}
@@ -99,8 +96,8 @@ def measure(config: Config, *, num_samples: int, temperature: float = 1.0) -> It
         terms = loss_terms(distiller, JoinCollator({choice.target: choice.settings}), coded)
         value, gradient = terms[choice.loss][0], terms[choice.loss][1].double()
         values = np.concatenate([_values(choice, sample, specs, facts) for sample in coded])
-        of_exact = exact.setdefault(choice.loss_name, (value, gradient, values))
-        exact_value, exact_gradient, exact_values = of_exact
+        of_loss = exact.setdefault(choice.loss_name, (value, gradient, values))
+        exact_value, exact_gradient, exact_values = of_loss
         cosine = torch.cosine_similarity(gradient, exact_gradient, dim=0)
         yield {
             "target": choice.target,
@@ -187,14 +184,9 @@ def _bytes(store: Store, samples: Sequence[JoinedSample], specs: Sequence[ArrayS
 
 
 @app.command(help=__doc__.splitlines()[0])
-def main(
-    config: Path = Path("configs/demo.yaml"),
-    samples: int = 256,
-    student: str = "",
-    teacher_temperature: float = 1.0,
-) -> None:
-    asked = load_config(config, [f"student.model={student}"] if student else [])
-    rows = measure(asked, num_samples=samples, temperature=teacher_temperature)
+def main(samples: int = 256, student: str = "", teacher_temperature: float = 1.0) -> None:
+    config = load_config(Path("configs/demo.yaml"), [f"student.model={student}"] if student else [])
+    rows = measure(config, num_samples=samples, temperature=teacher_temperature)
     print_table(rows, FORMATS, num_text_columns=3)
 
 

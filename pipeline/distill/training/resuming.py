@@ -144,7 +144,8 @@ class ResumingTrainer(Trainer):
         unlogged = json.loads((folder / RUN_FILE).read_text())["unlogged"]
         self.last_logged_step = unlogged["last_logged_step"]
         if self.is_world_process_zero():  # the sums of all processes count once
-            self.term_log = TermLog.of(self.losses, [*unlogged["terms"], unlogged["loss"]])
+            terms = unlogged["terms"][: 2 * len(self.losses)]  # earlier versions added their coverage
+            self.term_log = TermLog.of(self.losses, [*terms, unlogged["loss"]])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.is_fsdp_enabled or self.keeps_sharded_state:

@@ -85,7 +85,7 @@ def write(folder: Path) -> None:
         train_student(config, Path("run"))
         expected = {
             "store": store_facts(Path("store")),
-            "losses": losses_of(Path("run")),
+            "losses": small_experiment.losses_of_steps(Path("run")),
             "generated": generate(Path("run/checkpoint-1")),
         }
         Path(EXPECTED).write_text(json.dumps(expected, indent=1) + "\n")
@@ -111,13 +111,6 @@ def stored_arrays(store: Path) -> dict[str, np.ndarray]:
     """Return the decoded arrays of every sample, named '<key>/<array>'."""
     samples = small_experiment.stored_arrays(store)
     return {f"{key}/{name}": array for key, arrays in samples.items() for name, array in arrays.items()}
-
-
-def losses_of(run: Path) -> list[dict[str, float]]:
-    """Return the logged loss terms of each step."""
-    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    steps = [{name: value for name, value in entry.items() if "loss/" in name} for entry in history]
-    return [step for step in steps if step]
 
 
 def generate(checkpoint: Path) -> list[int]:

@@ -247,6 +247,18 @@ def rewrite_store(
     return target
 
 
+def log_of(run: Path) -> list[dict[str, Any]]:
+    """Return all that a training logged, in order."""
+    return json.loads((run / "trainer_state.json").read_text())["log_history"]
+
+
+def losses_of_steps(run: Path) -> list[dict[str, float]]:
+    """Return the loss terms of every logged step, by name, and each one's share of the gradient if it was logged."""
+    of_losses = ("loss/", "gradient_share/")
+    steps = [{name: v for name, v in entry.items() if name.startswith(of_losses)} for entry in log_of(run)]
+    return [step for step in steps if step]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a saved model."""
     from safetensors.torch import load_file

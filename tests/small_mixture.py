@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from small_experiment import Experiment
+from small_experiment import Experiment, losses_of_steps
 
 from cache import Store, slice_store
 from pipeline.config.config import Config
@@ -39,14 +39,9 @@ def mixing(
 
 
 def losses_of(config: Config, folder: Path) -> list[dict[str, float]]:
-    """Train, and every logged step's terms."""
+    """Train; return the loss terms of every logged step."""
     train_student(config, folder)
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [
-        {name: value for name, value in entry.items() if name.startswith(("loss/", "kd/"))}
-        for entry in history
-        if "loss/supervised" in entry
-    ]
+    return losses_of_steps(folder)
 
 
 def another_teacher(

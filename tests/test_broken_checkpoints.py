@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from refusals import without_rights
 from safetensors.torch import load_file, save_file
 
 from pipeline.data.tokenizer import load_tokenizer
@@ -61,19 +59,6 @@ def weights(model):
     return tensors
 
 
-@contextmanager
-def unprivileged() -> Iterator[None]:
-    """Without root's right to read everything."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 def change_config(model: Path, **fields) -> None:
     file = model / "config.json"
     kept = {k: v for k, v in (json.loads(file.read_text()) | fields).items() if v is not None}
@@ -92,7 +77,7 @@ def change_config(model: Path, **fields) -> None:
 def test_a_file_that_this_user_may_not_read(name, reader, model):
     (model / name).chmod(0)
     with (
-        unprivileged(),
+        without_rights(),
         pytest.raises(PipelineError, match=rf"{name}: permission denied; give this user") as raised,
     ):
         reader(model)

@@ -9,6 +9,7 @@ import golden_experiment
 import numpy as np
 import pytest
 from golden_experiment import FOLDER
+from small_experiment import log_of, losses_of_steps
 
 from cache import verify
 from pipeline.config.config import load_config
@@ -49,7 +50,7 @@ def test_the_store_holds_the_same_values():
 def test_stage_2_trains_from_the_store(copy):
     config = load_config(copy / "config.yaml", ["output_dir=fresh"])
     train_student(config, copy / "fresh")
-    assert_close(golden_experiment.losses_of(copy / "fresh"), EXPECTED["losses"])
+    assert_close(losses_of_steps(copy / "fresh"), EXPECTED["losses"])
 
 
 @pytest.mark.slow
@@ -57,9 +58,9 @@ def test_stage_2_resumes_from_the_checkpoint(copy):
     config = load_config(copy / "config.yaml", ["train.resume_from_checkpoint=true"])
     assert not (copy / "run" / "model").exists()
     train_student(config, copy / "run")
-    history = json.loads((copy / "run" / "trainer_state.json").read_text())["log_history"]
+    history = log_of(copy / "run")
     assert "train_runtime" in history[-1] and history[-1]["step"] == 2
-    assert_close(golden_experiment.losses_of(copy / "run"), EXPECTED["losses"])
+    assert_close(losses_of_steps(copy / "run"), EXPECTED["losses"])
 
 
 def test_the_checkpoint_generates_the_same_ids():

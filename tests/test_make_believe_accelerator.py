@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from make_believe_accelerator import DEVICE, MixedDevicesError, Worker
-from small_experiment import rewrite_store, stored_arrays, weights
+from small_experiment import losses_of_steps, rewrite_store, stored_arrays, weights
 from torch import nn
 
 from pipeline.config.config import Config
@@ -161,15 +161,6 @@ def test_the_stub_computes_what_it_does_on_the_cpu(on_accelerator, experiment, m
 # Stage 2
 
 
-def losses_of(folder: Path) -> list[dict[str, float]]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    steps = [
-        {name: value for name, value in entry.items() if name.startswith(("loss/", "gradient_share/"))}
-        for entry in history
-    ]
-    return [step for step in steps if step]
-
-
 def train_there(config: Config, folder: Path) -> None:
     assert str(training_arguments(config, folder).device) == DEVICE
     train_student(config, folder)
@@ -194,7 +185,7 @@ def test_stage_2_trains_for_two_epochs_as_on_the_cpu(case, on_accelerator, exper
     on_accelerator(
         train_there, experiment.config(tmp_path, *overrides, "train.use_cpu=false"), tmp_path / "there"
     )
-    mine, expected = losses_of(tmp_path / "there"), losses_of(tmp_path / "cpu")
+    mine, expected = losses_of_steps(tmp_path / "there"), losses_of_steps(tmp_path / "cpu")
     assert len(mine) == len(expected) == 8  # 13 samples in steps of 4, twice
     for step, other in zip(mine, expected, strict=True):
         assert step == pytest.approx(other, rel=1e-4, abs=1e-6)

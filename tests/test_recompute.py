@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_experiment import copy_of_teacher, weights
+from small_experiment import copy_of_teacher, losses_of_steps, weights
 from watched import results_of
 
 from cache import FingerprintMismatch, Store
@@ -20,15 +19,6 @@ from pipeline.teacher_cache.teacher import cache_teacher
 
 BOTH = ["targets.attention.source=recompute", "targets.vision.source=recompute"]
 STEPS = ["train.max_steps=4", "train.dataloader_num_workers=0"]
-
-
-def logged(folder) -> list[dict[str, float]]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [
-        {k: v for k, v in entry.items() if k.startswith("loss/")}
-        for entry in history
-        if "loss/supervised" in entry
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +49,7 @@ def test_training_has_the_losses_of_the_cached_path(recomputed, experiment, tmp_
     config = experiment.config(tmp_path, *STEPS, *overrides)
     cache_teacher(config)
     train_student(config, tmp_path / "recomputed")
-    theirs, ours = logged(tmp_path / "cached"), logged(tmp_path / "recomputed")
+    theirs, ours = losses_of_steps(tmp_path / "cached"), losses_of_steps(tmp_path / "recomputed")
     assert len(ours) == 4 and {"loss/attention", "loss/vision_all", "loss/vision_focus"} < set(ours[0])
     for step, expected in zip(ours, theirs, strict=True):
         assert step == pytest.approx(expected, rel=2e-4, abs=1e-6)
@@ -141,7 +131,9 @@ def test_a_student_with_a_tower_of_its_own_has_the_losses_of_the_cached_path_too
     other = [*STEPS, with_another_tower(experiment, tmp_path / "student")]
     train_student(experiment.config(tmp_path, *other), tmp_path / "cached")
     train_student(experiment.config(tmp_path, *other, *logits_only), tmp_path / "recomputed")
-    for step, expected in zip(logged(tmp_path / "recomputed"), logged(tmp_path / "cached"), strict=True):
+    for step, expected in zip(
+        losses_of_steps(tmp_path / "recomputed"), losses_of_steps(tmp_path / "cached"), strict=True
+    ):
         assert step == pytest.approx(expected, rel=2e-4, abs=1e-6)
 
 

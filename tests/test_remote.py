@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 import time
@@ -14,7 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 from servers import Secretive, Static, StaticWithRanges, static_server
-from small_experiment import weights
+from small_experiment import log_of, weights
 from small_store import entry, flip_bit, sample_arrays, write_store
 
 import cli
@@ -64,8 +63,7 @@ def same(ours: Store, theirs: Store) -> bool:
 
 def losses(config, folder: Path) -> tuple[list[float], dict]:
     model = train_student(config, folder)
-    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [line["loss"] for line in log if "loss" in line], weights(model)
+    return [line["loss"] for line in log_of(folder) if "loss" in line], weights(model)
 
 
 def test_a_store_in_a_bucket_reads_as_on_the_disk(pushed, experiment):

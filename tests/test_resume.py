@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from launched import TORCHRUN, distill
-from small_experiment import weights
+from small_experiment import log_of, weights
 from watched import steps_of_training, train_until
 
 from pipeline.distill.student import train_student
@@ -25,8 +24,7 @@ TEN_STEPS = [*CUT, "train.max_steps=10", "train.logging_steps=3", "train.resume_
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
+    return [entry for entry in log_of(folder) if "loss" in entry]
 
 
 def assert_same_run(mine: Path, theirs: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,16 +13,18 @@ from small_sweep import SAMPLES_SEEN, STEPS, change, write_run, write_sweep, wri
 
 from cache import summarise
 from pipeline.config.config import load_config
+from pipeline.distill.training.processes import alone_in
 from pipeline.errors import PipelineError
 from pipeline.evaluation.compare import Answered, paired_gain
 from pipeline.evaluation.evaluate import accuracy_by_type, read_predictions
 from pipeline.evaluation.experiment import BASELINE, DISTILLED, run_experiment
 from pipeline.evaluation.scores import evaluate_checkpoint
-from pipeline.report.findings import Findings, StoreCost, gap_closed
+from pipeline.report.cost import StoreCost
+from pipeline.report.findings import Findings, gap_closed
 from pipeline.report.gather import gather
 from pipeline.report.page import render_page
 from pipeline.sweep.lines import keep_teacher
-from pipeline.sweep.run import alone_in, run_sweep
+from pipeline.sweep.run import run_sweep
 from pipeline.sweep.summary import summarise_sweep
 from pipeline.sweep.variations import parse_vary, plan_runs
 
@@ -101,9 +103,8 @@ def test_the_runs_are_the_sweeps_own_lines_with_their_logs(sweep: Path):
     second = runs[1]
     assert (second.steps, second.samples_seen, second.threads) == (STEPS, SAMPLES_SEEN, 1)
     assert (second.train_seconds, second.samples_per_second) == (49.0, 3.0)
-    assert runs[0].history is not None and [line.step for line in runs[0].history] == [10, 20, 30]
-    assert runs[0].history[0].values["loss/attention"] == 2.0
-    assert "loss" not in runs[0].history[0].values
+    assert runs[0].history is not None and [entry["step"] for entry in runs[0].history] == [10, 20, 30]
+    assert runs[0].history[0]["loss/attention"] == 2.0 and "loss" not in runs[0].history[0]
 
 
 def test_a_run_whose_folder_is_gone_keeps_its_numbers_and_loses_its_curve(sweep: Path):
@@ -160,25 +161,21 @@ def test_the_teacher_time_saved_is_what_every_run_would_have_forwarded_less_stag
 ):
     store = gather(sweep).store
     assert store is not None
-    assert (store.teacher_seconds, store.samples, store.num_runs) == (3.0, 6, 4)
+    assert (store.store.teacher_seconds, store.store.samples, store.num_runs) == (3.0, 6, 4)
     # Four runs read the teacher, 96 samples each, at half a second a sample; the two on labels alone do not.
     assert store.samples_seen == 384 and store.online_seconds == 192.0 and store.saved_seconds == 189.0
-    summary = summarise(tmp_path / "teacher.zarr")
-    assert (store.bytes, store.bytes_per_sample, store.dedupe_factor) == (
-        summary.bytes,
-        summary.bytes / 6,
-        1.5,
-    )
+    assert store.store == summarise(tmp_path / "teacher.zarr") and store.store.dedupe_factor == 1.5
 
 
-def test_a_store_that_does_not_say_how_long_it_took_saves_an_unknown_time():
-    store = StoreCost(10, 1.0, 10, 1.0, {}, teacher_seconds=None, num_runs=1, samples_seen=100)
-    assert store.online_seconds is None and store.saved_seconds is None
+def test_a_store_that_does_not_say_how_long_it_took_saves_an_unknown_time(tmp_path: Path):
+    store = replace(summarise(write_timed_store(tmp_path / "teacher.zarr")), teacher_seconds=None)
+    cost = StoreCost(store, num_runs=1, samples_seen=100)
+    assert cost.online_seconds is None and cost.saved_seconds is None
 
 
-def test_a_cache_that_one_short_run_used_has_not_paid_back():
-    store = StoreCost(10, 1.0, 10, 1.0, {}, teacher_seconds=20.0, num_runs=1, samples_seen=5)
-    assert store.saved_seconds == -10.0
+def test_a_cache_that_one_short_run_used_has_not_paid_back(tmp_path: Path):
+    store = summarise(write_timed_store(tmp_path / "teacher.zarr"))
+    assert StoreCost(store, num_runs=1, samples_seen=2).saved_seconds == -2.0
 
 
 def test_a_store_that_is_gone_is_named_with_the_stores_own_words(sweep: Path, tmp_path: Path):
@@ -227,8 +224,8 @@ def test_an_experiment_has_real_curves_and_throughput(trained: Path):
     distilled, labels_only = gather(trained).runs
     assert distilled.terms == ("supervised", "attention", "vision_all", "vision_focus", "logits")
     assert labels_only.terms == ("supervised",) and not labels_only.reads_teacher
-    assert distilled.history is not None and [line.step for line in distilled.history] == [1, 2]
-    shares = [v for key, v in distilled.history[-1].values.items() if key.startswith("gradient_share/")]
+    assert distilled.history is not None and [entry["step"] for entry in distilled.history] == [1, 2]
+    shares = [v for key, v in distilled.history[-1].items() if key.startswith("gradient_share/")]
     assert len(shares) == 5 and sum(shares) == pytest.approx(1)
     assert (distilled.steps, distilled.samples_seen, distilled.threads) == (2, 8, None)
     assert distilled.train_seconds and distilled.samples_per_second
@@ -238,7 +235,7 @@ def test_an_experiment_knows_its_config_origin_and_store(trained: Path, experime
     findings = gather(trained)
     assert findings.config["cache"]["path"] == str(experiment.store)
     assert findings.origin.created and findings.origin.versions["torch"]
-    assert findings.store is not None and findings.store.samples == summarise(experiment.store).samples
+    assert findings.store is not None and findings.store.store.samples == summarise(experiment.store).samples
     assert findings.store.num_runs == 1 and findings.store.samples_seen == 8
 
 

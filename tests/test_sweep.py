@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from small_experiment import snapshot
 
+import cli
 from cache import FingerprintMismatch
 from pipeline.config.config import load_config
+from pipeline.distill.training.processes import alone_in
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.sweep.lines import read_lines
-from pipeline.sweep.run import alone_in, run_sweep
+from pipeline.sweep.run import run_sweep
 from pipeline.sweep.variations import parse_vary, plan_runs
 
 VARY = ("losses=none,all", "train.seed=0,1")
@@ -155,18 +158,41 @@ def test_lines_made_with_other_settings_stay_until_they_are_replaced(sweep_of, t
     assert read_lines(tmp_path) == list(first.values())
 
 
-def test_how_a_run_is_logged_makes_no_other_run(sweep_of, tmp_path):
+def test_how_a_run_is_logged_or_cut_up_makes_no_other_run(sweep_of, tmp_path):
     vary = ["losses=none", "train.seed=0"]
     sweep_of(tmp_path, vary=vary)
-    _, _, said = sweep_of(tmp_path, "train.logging_steps=2", "train.save_strategy=epoch", vary=vary)
-    assert len(said) == 1
+    logged = ["train.logging_steps=2", "train.save_strategy=epoch"]
+    halves = ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
+    for settings in (logged, halves, ["train.dataloader_num_workers=1"]):
+        assert len(sweep_of(tmp_path, *settings, vary=vary)[2]) == 1
+    with pytest.raises(PipelineError, match="made with other settings"):
+        sweep_of(tmp_path, "train.per_device_train_batch_size=2", vary=vary)
 
 
-def test_two_sweeps_do_not_share_a_folder(sweep_of, tmp_path):
-    with open(tmp_path / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(PipelineError, match="another sweep is at work there; wait for it"):
-            sweep_of(tmp_path, vary=["losses=none"])
+def test_a_line_of_another_identity_is_written_anew_from_the_training_that_is_there(sweep_of, tmp_path):
+    """As after an update that counts other things into an identity: nothing is trained again."""
+    vary = ["losses=none", "train.seed=0"]
+    lines, _, _ = sweep_of(tmp_path, vary=vary)
+    file, models = tmp_path / "runs.jsonl", snapshot(tmp_path / "runs")
+    file.write_text(file.read_text().replace(next(iter(lines.values()))["identity"], "an earlier version's"))
+    again, failed, _ = sweep_of(tmp_path, vary=vary, overwrite=True)
+    assert again == lines and not failed and snapshot(tmp_path / "runs") == models
+
+
+def test_two_sweeps_do_not_share_a_folder(experiment, tmp_path, capsys):
+    lock = tmp_path / "lock"
+    holder = (
+        f"import fcntl; file = open({str(lock)!r}, 'w')\n"
+        "fcntl.lockf(file, fcntl.LOCK_EX); print('held'); input()"
+    )
+    command = [sys.executable, "-u", "-c", holder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit):
+            cli.main(["sweep", "--config", str(experiment.file), "--output", str(tmp_path)])
+        process.communicate("\n")
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: another sweep is running there; wait for it, or give another --output" in said
     assert [file.name for file in tmp_path.iterdir()] == ["lock"]
 
 

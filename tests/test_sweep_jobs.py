@@ -46,7 +46,7 @@ def test_a_job_that_is_killed_or_complains_stops_no_other(tmp_path):
     assert (results["0"], results["3"]) == (0, 6)
     killed, refused = results["1"], results["2"]
     assert isinstance(killed, Failed)
-    assert "ended with exit code -9 (-9: killed, perhaps for want of memory" in killed.reason
+    assert "ended with exit code -9 (-9: killed, perhaps out of memory" in killed.reason
     assert isinstance(refused, Failed) and refused.reason == "PipelineError: 2 is no good; take another"
     assert results["4"] == Failed("AttributeError: 4 has no such thing")
     assert "in stumble" in (tmp_path / "4" / "log.txt").read_text()

@@ -32,10 +32,11 @@ def sweep(
     """
     settings = load(config, overrides)
     from pipeline.config.config import load_config
+    from pipeline.distill.training.processes import alone_in
     from pipeline.errors import needing
     from pipeline.evaluation.scores import teacher_predictions
     from pipeline.sweep.lines import keep_teacher
-    from pipeline.sweep.run import alone_in, run_sweep
+    from pipeline.sweep.run import run_sweep
     from pipeline.sweep.summary import summarise_sweep, summary_tables
     from pipeline.sweep.variations import parse_vary, plan_runs
 
@@ -50,7 +51,7 @@ def sweep(
         print("\n".join(run.name for run in runs))
         return
     folder = output or Path(settings.output_dir) / "sweep"
-    with alone_in(folder):
+    with alone_in(folder, work="sweep is running", setting="--output"):
         lines, failed = run_sweep(
             settings, runs, folder, jobs=jobs, keep_models=keep_models, overwrite=overwrite, say=say
         )

@@ -42,13 +42,20 @@ def save_provenance(folder: Path, config: Config, **more: Any) -> None:
 def mark_finished(mark: Path, identity: str, config: Config, **more: Any) -> None:
     """Write the mark of finished work: the identity of its inputs, `more`, and its provenance.
 
-    Call it last. An interruption leaves a whole mark or none.
+    Call it last.
     """
     content = {"identity": identity} | more | {"provenance": provenance(config)}
-    unfinished = mark.with_name(f"{mark.name}.{os.getpid()}")
-    with writing(mark):
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        unfinished.replace(mark)
+    replace_text(mark, json.dumps(content, indent=1) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file. An interruption leaves the old file or the whole new one."""
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
+    with writing(file), open(unfinished, "w", encoding="utf-8") as whole:
+        whole.write(text)
+        whole.flush()
+        os.fsync(whole.fileno())
+    unfinished.replace(file)
 
 
 def read_mark(mark: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Models side by side: accuracy by question type, and a paired bootstrap interval of the difference."""
+"""Compare models: accuracy by question type, and a paired bootstrap interval of the difference."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from cache import digest_of
 from pipeline.errors import PipelineError
 from pipeline.evaluation.evaluate import Prediction, accuracy_by_type
+from pipeline.text_table import text_table
 
 NUM_RESAMPLES = 10_000
 MIN_GAP = 0.005  # half a point between teacher and labels only: a share of less than that is noise
@@ -36,7 +37,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Answered:
-    """Which questions of a test set a model answered well: `correct` bool 'questions'.
+    """Which questions of a test set a model answered correctly: `correct` bool 'questions'.
 
     `groups` int 'questions' is the number of a question's image; `questions` a digest of what was asked, in order.
     """
@@ -54,16 +55,16 @@ class Answered:
 
 
 def questions_of(sets: Mapping[str, Sequence[Prediction]]) -> dict[str, str]:
-    """Test set -> digest of what was asked in it: equal where two models answered the same questions."""
+    """Return test set -> digest of what was asked: equal where two models answered the same questions."""
     return {test_set: Answered.of(predictions).questions for test_set, predictions in sets.items()}
 
 
 def paired_gain(ours: Sequence[Answered], theirs: Sequence[Answered], *, seed: int = 0) -> Gain:
-    """Bootstrap of paired runs, one pair for each training seed, with Student's t for the seeds, if several.
+    """Return the gain over paired runs, one pair for each training seed, with its bootstrap interval.
 
-    Images are resampled, since questions of one image are not independent. Another seed gives another student, and of
-    a few seeds a bootstrap makes too little: their mean is drawn from Student's t instead, with n - 1 degrees of
-    freedom. Raises `PipelineError` if the questions differ.
+    Images are resampled, since questions of one image are not independent. Students of other seeds would differ, too,
+    and a bootstrap over a few seeds gives too narrow an interval. Therefore the mean over n seeds is drawn from
+    Student's t with n - 1 degrees of freedom. Raises `PipelineError` if the questions differ.
     """
     if len({run.questions for run in (*ours, *theirs)}) > 1:
         raise PipelineError("the two models answered different questions; evaluate both on the same shards")
@@ -76,17 +77,20 @@ def paired_gain(ours: Sequence[Answered], theirs: Sequence[Answered], *, seed: i
 
 
 def gap_closed(student: float, none: float, teacher: float) -> float | None:
-    """The share of the way from labels only to the teacher; None where the way is shorter than `MIN_GAP`."""
-    way = teacher - none
-    return (student - none) / way if round(way, 9) >= MIN_GAP else None
+    """Return (student - none) / (teacher - none); None where the teacher leads by less than `MIN_GAP`.
+
+    `none` is the accuracy of labels only; all three are shares.
+    """
+    gap = teacher - none
+    return (student - none) / gap if round(gap, 9) >= MIN_GAP else None
 
 
 def _resampled_means(sums: np.ndarray, sizes: np.ndarray, *, seed: int) -> np.ndarray:
-    """The mean gain for every resample of images ('seeds images'), one in memory at a time, plus the seeds' error."""
+    """Mean gain of every resample, from the images' summed gains 'seeds images' and their numbers of questions."""
     generator = np.random.default_rng(seed)
     num_seeds, num_images = sums.shape
 
-    def resampled() -> float:
+    def resampled() -> float:  # one at a time: all resamples together would take gigabytes
         images = generator.integers(num_images, size=num_images)
         of_seeds = sums[:, images].sum(axis=1) / sizes[images].sum()
         if num_seeds == 1:
@@ -98,20 +102,9 @@ def _resampled_means(sums: np.ndarray, sizes: np.ndarray, *, seed: int) -> np.nd
 
 
 def accuracy_table(models: Mapping[str, Sequence[Prediction]]) -> str:
-    """Accuracy in percent, a row a model, a column a question type, the number of questions below the names."""
+    """Return accuracies in percent: a row for each model, a column for each question type, counts below the names."""
     scores = {name: accuracy_by_type(predictions) for name, predictions in models.items()}
-    types = list(next(iter(scores.values())))
     first = next(iter(scores.values()))
-    rows = [["accuracy, %", *types], ["questions", *(str(first[t][1]) for t in types)]]
-    rows += [[name, *(f"{100 * score[t][0]:.2f}" for t in types)] for name, score in scores.items()]
+    rows = [["accuracy, %", *first], ["questions", *(str(number) for _, number in first.values())]]
+    rows += [[name, *(f"{100 * score[t][0]:.2f}" for t in first)] for name, score in scores.items()]
     return text_table(rows, num_heads=2)
-
-
-def text_table(rows: Sequence[Sequence[str]], *, num_heads: int = 1) -> str:
-    """Rows as aligned text, the first column to the left, a line below the first `num_heads` rows."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in [*lines[:num_heads], "-" * len(lines[0]), *lines[num_heads:]])

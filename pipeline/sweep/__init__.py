@@ -1,1 +1,1 @@
-"""Many student experiments from one store: what is varied, running it, writing it down, summing it up."""
+"""Many student experiments from one store: planning, running, recording and summarising them."""

@@ -1,4 +1,4 @@
-"""What a run of a sweep was made from: of equal identities only machine, threads and versions may differ."""
+"""The identity of a sweep's run: runs of equal identity differ in machine, threads and versions at most."""
 
 from __future__ import annotations
 
@@ -7,33 +7,36 @@ from typing import Any
 
 from cache import Store, digest_of
 from pipeline.config.config import Config, EvaluateConfig
-from pipeline.config.training_arguments import OF_THE_LOG
+from pipeline.config.training_arguments import samples_per_step
+from pipeline.distill.training.processes import num_processes
+from pipeline.distill.training.run_identity import settings_of_weights
 from pipeline.evaluation.scores import held_out_digests
 from pipeline.models.checkpoint import Checkpoint
 
 
 def run_identity(config: Config) -> str:
-    """Everything that a run's accuracy depends on."""
-    settings = config.model_dump(mode="json", include={"data", "student", "losses", "train", "targets"})
-    settings["train"] = {name: value for name, value in settings["train"].items() if name not in OF_THE_LOG}
+    """Return a digest of everything that a run's accuracy depends on."""
     assert config.evaluate is not None
-    answers = config.evaluate.model_dump(mode="json", exclude={"batch_size"})
-    ground = [_stores_identity(config), _weights_identity(config.student.model)]
-    questions = _questions_identity(config.evaluate.model_dump_json())
-    return digest_of([settings, answers, ground, questions])
+    return digest_of([
+        settings_of_weights(config),
+        samples_per_step(config.train, num_processes()),
+        config.evaluate.model_dump(mode="json", exclude={"batch_size"}),
+        _stores_identity(config),
+        _weights_identity(config.student.model),
+        _questions_identity(config.evaluate.model_dump_json()),
+    ])  # fmt: skip
 
 
 def _stores_identity(config: Config) -> list[Any]:
     if config.caches is None:
         return _store_identity(config.one_cache.path)
-    stub = config.teacher.model if config.targets.recomputed() else None  # of several teachers this one
-    return [
-        stub,
-        config.on_missing,
-        [[_store_identity(cache.path), cache.targets] for cache in config.caches],
-    ]
+    # With several teachers the stub is made of `teacher.model`.
+    stub = config.teacher.model if config.targets.recomputed() else None
+    stores = [[_store_identity(cache.path), cache.targets] for cache in config.caches]
+    return [stub, config.on_missing, stores]
 
 
+# A sweep has many runs of few stores, models and test sets: each is read once.
 @once
 def _store_identity(path: str) -> list[Any]:
     store = Store(path)

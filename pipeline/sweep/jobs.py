@@ -1,4 +1,4 @@
-"""Runs side by side: a process each, with its own log, its share of the cores, and one of the visible GPUs."""
+"""Run jobs in parallel: each in its own process, with its own log, its share of the cores and one visible GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job(Generic[T]):
-    """A function to call with its arguments in a process of its own, whose output goes to `folder`/log.txt."""
+    """A function and its arguments, to be called in a process of its own; output goes to `folder`/log.txt."""
 
     name: str
     work: Callable[..., T]
@@ -41,46 +41,54 @@ class Failed:
 
 
 def run_jobs(jobs: Sequence[Job[T]], *, at_once: int) -> Iterator[tuple[Job[T], T | Failed]]:
-    """Each job with its result as it finishes, or with why it has none; a job that is killed stops no other.
+    """Yield each job with its result, or with why it failed, as they finish. A killed job stops no other.
 
-    Left early, for whatever reason, it ends the processes that still run.
+    Closing the iterator early terminates the processes that still run.
     """
     context = get_context("spawn")
-    waiting, free = list(jobs), list(range(at_once))
-    running: dict[Any, tuple[Job[T], Any, int]] = {}
+    waiting, free_slots = list(jobs), list(range(at_once))
+    running: dict[Any, tuple[Job[T], Any, int]] = {}  # by the connection that a job's result comes through
     try:
         while waiting or running:
-            while waiting and free:
-                job, place = waiting.pop(0), free.pop(0)
+            while waiting and free_slots:
+                job, slot = waiting.pop(0), free_slots.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(job, theirs, device_of(place), at_once))
+                process = context.Process(target=_work, args=(job, theirs, device_of(slot), at_once))
                 process.start()
-                theirs.close()
-                running[process.sentinel] = (job, (process, ours), place)
-            for sentinel in wait([*running, *(ends[1] for _, ends, _ in running.values())]):
-                finished = next((s for s, (_, ends, _) in running.items() if sentinel in (s, ends[1])), None)
-                if finished is not None:
-                    job, (process, ours), place = running.pop(finished)
-                    free.append(place)
-                    yield job, _result(process, ours, job)
+                theirs.close()  # now only the job holds this end, so `ours` is ready when the job dies, too
+                running[ours] = (job, process, slot)
+            for ours in wait(list(running)):
+                job, process, slot = running.pop(ours)
+                free_slots.append(slot)
+                yield job, _result(process, ours, job)
     finally:
-        for _, (process, _), _ in running.values():
+        for _, process, _ in running.values():
             process.terminate()
 
 
-def device_of(place: int) -> str | None:
-    """The GPU of a place, one of those that this process may use; None where there is none."""
+def device_of(slot: int) -> str | None:
+    """Return the GPU of a slot, one of those visible to this process; None without a GPU."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     visible = named.split(",")[:count] if named else [str(number) for number in range(count)]
-    return visible[place % len(visible)] if visible else None
+    return visible[slot % len(visible)] if visible else None
 
 
 def threads_for(at_once: int) -> int | None:
-    """Threads of each of so many jobs; None if `OMP_NUM_THREADS` says it already."""
+    """Return the number of threads for each of `at_once` jobs; None if `OMP_NUM_THREADS` sets it."""
     if "OMP_NUM_THREADS" in os.environ:
         return None
     return max(1, len(os.sched_getaffinity(0)) // at_once)
+
+
+def attempt(job: Job[T]) -> T | Failed:
+    """Return the job's result, or why it failed; an unexpected error also leaves its traceback on stderr."""
+    try:
+        return job.work(*job.arguments)
+    except Exception as error:  # a library may raise any type: this run failed, the rest continue
+        if not isinstance(error, PipelineError | CacheError | OSError):
+            traceback.print_exc()
+        return Failed(f"{type(error).__name__}: {error}")
 
 
 def _result(process: Any, ours: Any, job: Job[T]) -> T | Failed:
@@ -89,15 +97,15 @@ def _result(process: Any, ours: Any, job: Job[T]) -> T | Failed:
     except EOFError:
         process.join()
         result = Failed(
-            f"its process ended with exit code {process.exitcode} (-9: killed, perhaps for want of memory: lower "
-            f"--jobs); its log is {job.folder / LOG}"
+            f"its process ended with exit code {process.exitcode} (-9: killed, perhaps out of memory: lower --jobs); "
+            f"its log is {job.folder / LOG}"
         )
     process.join()
     return result
 
 
 def _work(job: Job[Any], connection: Any, device: str | None, at_once: int) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     if (threads := threads_for(at_once)) is not None:
@@ -107,19 +115,8 @@ def _work(job: Job[Any], connection: Any, device: str | None, at_once: int) -> N
         connection.send(attempt(job))
 
 
-def attempt(job: Job[T]) -> T | Failed:
-    """The job's result, or why it has none; what the program cannot tell in a sentence leaves its traceback, too."""
-    try:
-        return job.work(*job.arguments)
-    except (PipelineError, CacheError, OSError) as error:
-        return Failed(f"{type(error).__name__}: {error}")
-    except Exception as error:  # a library's, of any type: this run failed, and the others are to go on
-        traceback.print_exc()
-        return Failed(f"{type(error).__name__}: {error}")
-
-
-def _end_with_parent() -> None:
-    """A sweep that was killed leaves no process behind that would write into its folder."""
+def _exit_with_parent() -> None:
+    """Exit when the sweep is killed, so that no job writes into its folder afterwards."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -1,14 +1,13 @@
-"""What a sweep writes down: `runs.jsonl`, a line of JSON a run, and `questions.json`, what they all were asked.
+"""The records of a sweep: `runs.jsonl`, a line of JSON for each run, and `questions.json`, what all were asked.
 
-With `teacher.json` the two are all that a summary needs, and all that a later sweep needs to know what is done: the
-runs' own folders may be deleted. Which questions a run answered well is kept as bits, zlib-compressed, in base64.
+With `teacher.json` they are all that a summary and a later sweep need: the runs' own folders may be deleted. Which
+questions a run answered correctly is stored as bits, zlib-compressed, in base64.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import PipelineError, writing
+from pipeline.config.provenance import replace_text
+from pipeline.errors import PipelineError
 from pipeline.evaluation.compare import Answered
 from pipeline.evaluation.evaluate import Prediction, accuracy_by_type, by_test_set
 
-SWEEP = "sweep.json"  # what is swept: config, and the identity of every run by its name
+SWEEP = "sweep.json"  # the config, and the identity of every run by its name
 SUMMARY = "summary.json"
 RUNS = "runs.jsonl"
 QUESTIONS = "questions.json"
@@ -30,7 +30,7 @@ Line = dict[str, Any]
 
 
 def read_lines(folder: Path) -> list[Line]:
-    """The lines of `runs.jsonl`, oldest first. Raises `PipelineError` naming one that is none."""
+    """Return the lines of `runs.jsonl`, oldest first. Raises `PipelineError` naming a damaged one."""
     file = folder / RUNS
     lines: list[Line] = []
     for number, text in enumerate(file.read_text().splitlines() if file.is_file() else [], start=1):
@@ -45,32 +45,28 @@ def read_lines(folder: Path) -> list[Line]:
 
 
 def write_line(folder: Path, line: Line, answered: Mapping[str, Answered]) -> Line:
-    """Add a run's line with its answers by test set, in place of an older one of its name; and return it."""
+    """Add a run's line with its answers by test set, in place of an older one of its name, and return it."""
     line = _with_answers(folder, line, answered)
     others = [known for known in read_lines(folder) if known["name"] != line["name"]]
-    _write(folder / RUNS, "".join(json.dumps(known) + "\n" for known in [*others, line]))
-    return json.loads(json.dumps(line))  # as a later sweep will read it
+    replace_text(folder / RUNS, "".join(json.dumps(known) + "\n" for known in [*others, line]))
+    return json.loads(json.dumps(line))  # as a later sweep reads it
 
 
 def keep_teacher(folder: Path, predictions: Sequence[Prediction]) -> None:
-    """Write `teacher.json`: a line as a run's, of what the teacher answered."""
+    """Write `teacher.json`: the teacher's accuracy and answers, as in a run's line."""
     sets = by_test_set(predictions)
     line = {"name": "teacher", "accuracy": {name: accuracy_by_type(of_set) for name, of_set in sets.items()}}
-    answered = {name: Answered.of(of_set) for name, of_set in sets.items()}
-    _write(folder / TEACHER, json.dumps(_with_answers(folder, line, answered)) + "\n")
+    line = _with_answers(folder, line, {name: Answered.of(of_set) for name, of_set in sets.items()})
+    replace_text(folder / TEACHER, json.dumps(line) + "\n")
 
 
 def read_teacher(folder: Path) -> Line | None:
-    """The teacher's line; None if it was not evaluated."""
-    file = folder / TEACHER
-    try:
-        return json.loads(file.read_text()) if file.is_file() else None
-    except ValueError as error:
-        raise PipelineError(f"{file} is no JSON; remove it and run the sweep again") from error
+    """Return the teacher's line; None if it was not evaluated."""
+    return _read_json(folder / TEACHER, "remove it and run the sweep again")
 
 
 def read_answers(folder: Path, line: Line) -> dict[str, Answered]:
-    """A line's answers by test set. Raises `PipelineError` if the questions are not there, or not as many."""
+    """Return a line's answers by test set. Raises `PipelineError` if their questions are missing or do not match."""
     questions = _read_questions(folder)
     answered = {}
     for test_set, (digest, packed) in line["answers"].items():
@@ -84,29 +80,23 @@ def read_answers(folder: Path, line: Line) -> dict[str, Answered]:
 
 
 def _with_answers(folder: Path, line: Line, answered: Mapping[str, Answered]) -> Line:
-    """The line with its answers as bits; what was asked goes to `questions.json`, once."""
+    """Add the answers to a line as bits, and the questions, if new, to `questions.json`."""
     known = _read_questions(folder)
     asked = {a.questions: {"test_set": name, "groups": a.groups.tolist()} for name, a in answered.items()}
     if asked.keys() - known.keys():
-        _write(folder / QUESTIONS, json.dumps(known | asked, separators=(",", ":")) + "\n")
+        replace_text(folder / QUESTIONS, json.dumps(known | asked, separators=(",", ":")) + "\n")
     return line | {"answers": {name: [a.questions, _packed(a.correct)] for name, a in answered.items()}}
 
 
 def _read_questions(folder: Path) -> dict[str, Any]:
-    file = folder / QUESTIONS
+    return _read_json(folder / QUESTIONS, f"remove it and {RUNS} to run the sweep again") or {}
+
+
+def _read_json(file: Path, remedy: str) -> Any:
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return json.loads(file.read_text()) if file.is_file() else None
     except ValueError as error:
-        raise PipelineError(f"{file} is no JSON; remove it and {RUNS} to run the sweep again") from error
-
-
-def _write(file: Path, text: str) -> None:
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    with writing(file), open(unfinished, "w") as whole:
-        whole.write(text)
-        whole.flush()
-        os.fsync(whole.fileno())
-    unfinished.replace(file)
+        raise PipelineError(f"{file} is no JSON; {remedy}") from error
 
 
 def _packed(correct: np.ndarray) -> str:
@@ -114,7 +104,7 @@ def _packed(correct: np.ndarray) -> str:
 
 
 def _unpacked(text: str, count: int, name: str) -> np.ndarray:
-    """`count` bits. The file may come from anywhere, so it is not decompressed beyond what it may hold."""
+    """Return `count` bits. The file may be foreign, so no more than they take is decompressed."""
     size = (count + 7) // 8
     try:
         data = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)

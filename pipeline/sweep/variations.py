@@ -1,4 +1,4 @@
-"""What a sweep varies: `--vary key=value,value` becomes named runs, each paired with one on labels alone."""
+"""Plan a sweep: `--vary key=value,value` becomes named runs, each with a labels-only run as its baseline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LoadConfig = Callable[[Sequence[str]], Config]
 
 @dataclass(frozen=True)
 class Variation:
-    """One run of a sweep: its values, its config, and the name of the run on labels alone that it is held against."""
+    """One run of a sweep: its values, its config, and the name of the labels-only run that it is compared with."""
 
     values: Mapping[str, Any]
     config: Config
@@ -36,7 +36,7 @@ class Variation:
 
 
 def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """`key=value,value` of each text, by key; values are YAML, so `[[0, 0]]` may be one."""
+    """Parse texts `key=value,value` into lists by key. Values are YAML, so `[[0, 0]]` may be one."""
     vary: dict[str, list[Any]] = {}
     for text in texts:
         key, equals, values = text.partition("=")
@@ -55,17 +55,24 @@ def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
 def plan_runs(
     load: LoadConfig, vary: Mapping[str, list[Any]], *, one_at_a_time: bool = False
 ) -> list[Variation]:
-    """Every combination once, seed by seed, each with its baseline before it.
+    """Return every combination of the values once, seed by seed, each after its baseline.
 
-    With `one_at_a_time` the config as it is, and then each value of each key alone: as many runs as values.
-
-    `load` makes the config from overrides. Of a value that a run does not use (a setting of a loss that it leaves
-    out) nothing is said in its name, so such runs are one. Raises `ConfigError` for what the config refuses.
+    With `one_at_a_time`: the config as it is, and then each value of each key alone. `load` makes a config from
+    overrides. A value that a run does not use (a setting of a loss that it leaves out) is left out of its name, so
+    runs that differ in it alone are one. Raises `ConfigError` for what the config refuses.
     """
-    labels_only(load([]))  # every run is held against it
-    available = [name for name in load([]).losses.active() if name != LABELS]
-    _check_losses(vary, available)
-    axes = {key: _expanded(key, values, available) for key, values in vary.items()}
+    config = load([])
+    labels_only(config)  # raises if no baseline can be made
+    available = [name for name in config.losses.active() if name != LABELS]
+    for (
+        key
+    ) in vary:  # a setting of a loss that the config lacks would be used by no run, and never be checked
+        section, *rest = key.split(".")
+        if section == LOSS_SET and rest and rest[0] not in (LABELS, *available):
+            raise ConfigError(
+                f"--vary {key}: the config has no losses.{rest[0]}; its losses are {', '.join((LABELS, *available))}"
+            )
+    axes = {key: _loss_sets(values, available) if key == LOSS_SET else values for key, values in vary.items()}
     runs: dict[str, Variation] = {}
     for combination in _combinations(axes, one_at_a_time=one_at_a_time):
         values = {LOSS_SET: "all"} | combination
@@ -76,6 +83,15 @@ def plan_runs(
                     f"--vary: two runs would share the name {run.name!r}; write the values otherwise"
                 )
     return list(runs.values())
+
+
+def name_of(values: Mapping[str, Any], *, between: str = ",") -> str:
+    """Return a run's name, which is also its folder's: `losses=all,data.fraction=0.1,train.seed=0`."""
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        for key, value in values.items()
+    }
+    return between.join(f"{key}={text}" for key, text in texts.items()).replace("/", "_")
 
 
 def _combinations(axes: Mapping[str, list[Any]], *, one_at_a_time: bool) -> Iterator[dict[str, Any]]:
@@ -89,29 +105,16 @@ def _combinations(axes: Mapping[str, list[Any]], *, one_at_a_time: bool) -> Iter
                 yield dict(zip((*seeds, *grid), (*of_seed, *values), strict=True))
 
 
-def name_of(values: Mapping[str, Any], *, between: str = ",") -> str:
-    """`losses=all,data.fraction=0.1,train.seed=0`: a run's name, and its folder's."""
-    return between.join(f"{key}={_text(value)}" for key, value in values.items()).replace("/", "_")
-
-
 def _variation(load: LoadConfig, values: Mapping[str, Any], available: Sequence[str]) -> Variation:
     kept = _losses_of(str(values[LOSS_SET]), available)
-    used = {key: value for key, value in values.items() if _is_used(key, kept)}
+    # The loss set first, the seed last, the others in the order given.
+    ordered = dict(sorted(values.items(), key=lambda item: (item[0] != LOSS_SET, item[0] == SEED)))
+    used = {key: value for key, value in ordered.items() if _is_used(key, kept)}
     config = load([f"{key}={json.dumps(value)}" for key, value in used.items() if key != LOSS_SET])
     losses = {name: getattr(config.losses, name) for name in (LABELS, *kept)}
-    baseline = {key: value for key, value in used.items() if _is_used(key, ())} | {LOSS_SET: "none"}
     config = config.model_copy(update={"losses": LossesConfig(**losses), "baseline": False})
-    return Variation(_ordered(used), config, name_of(_ordered(baseline)))
-
-
-def _check_losses(vary: Mapping[str, list[Any]], available: Sequence[str]) -> None:
-    """A setting of a loss that the config does not have would be used by no run, and so never be read."""
-    for key in vary:
-        section, *rest = key.split(".")
-        if section == LOSS_SET and rest and rest[0] not in (LABELS, *available):
-            raise ConfigError(
-                f"--vary {key}: the config has no losses.{rest[0]}; its losses are {', '.join((LABELS, *available))}"
-            )
+    baseline = {key: value for key, value in used.items() if _is_used(key, ())} | {LOSS_SET: "none"}
+    return Variation(used, config, name_of(baseline))
 
 
 def _is_used(key: str, kept: Sequence[str]) -> bool:
@@ -119,18 +122,11 @@ def _is_used(key: str, kept: Sequence[str]) -> bool:
     return section != LOSS_SET or not rest or rest[0] in (LABELS, *kept)
 
 
-def _ordered(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The loss set first, the seed last, the others as they were given."""
-    return dict(sorted(values.items(), key=lambda item: (item[0] != LOSS_SET, item[0] == SEED)))
-
-
-def _expanded(key: str, values: Sequence[Any], available: Sequence[str]) -> list[Any]:
-    if key != LOSS_SET:
-        return list(values)
+def _loss_sets(values: Sequence[Any], available: Sequence[str]) -> list[str]:
+    """Expand `leave-one-out`, and put joined names in the config's order, since any order is the same set."""
     expanded: list[str] = []
     for value in map(str, values):
         expanded += [f"all-{name}" for name in available] if value == LEAVE_ONE_OUT else [value]
-    # Names joined in another order are the same set.
     return ["+".join(_losses_of(value, available)) if "+" in value else value for value in expanded]
 
 
@@ -149,7 +145,3 @@ def _losses_of(loss_set: str, available: Sequence[str]) -> list[str]:
             f"{LEAVE_ONE_OUT}"
         )
     return [name for name in available if name in chosen]
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -38,12 +38,15 @@ def check_together(connected: int) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a training's folder, made if need be. Raises `PipelineError` if another process does.
+def alone_in(
+    folder: Path, *, work: str = "process is training", setting: str = "output_dir"
+) -> Iterator[None]:
+    """Hold a folder, created if needed. Raises `PipelineError` if another process holds it.
 
-    A record lock: workers that load data do not inherit it, and a crash lets go of it.
+    `work` and `setting` name, in the message, what the other one does and how to choose another folder. The lock is a
+    record lock: workers that load data do not inherit it, and a crash releases it.
     """
-    with writing(folder, then="give this user the right to write there, or give another output_dir"):
+    with writing(folder, then=f"give this user the right to write there, or give another {setting}"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a")  # noqa: SIM115
     with lock:
@@ -52,7 +55,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise PipelineError(
-                    f"{folder}: another process is training there; wait for it, or give another output_dir"
+                    f"{folder}: another {work} there; wait for it, or give another {setting}"
                 ) from error
-            # A file system without locks: nothing is known of others.
+            # A file system without locks: other processes go unnoticed.
         yield

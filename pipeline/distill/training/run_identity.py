@@ -66,13 +66,9 @@ class RunIdentity:
     @classmethod
     def of(cls, config: Config, dataset: JoinedDataset) -> RunIdentity:
         read = {"cache"} if config.caches is None else {"caches", "on_missing"}
-        settings = config.model_dump(
-            mode="json", include={"student", "data", "targets", "losses", "train"} | read
-        )
+        settings = settings_of_weights(config) | config.model_dump(mode="json", include=read)
         for cache in settings.get("caches") or [settings["cache"]]:
             del cache["mirror"], cache["mirror_bytes"]  # where bytes are kept changes none of them
-        left_out = OF_THE_LOG + HOW_IT_RUNS
-        settings["train"] = {name: value for name, value in settings["train"].items() if name not in left_out}
         fingerprints = [store.manifest.fingerprint.to_json() for store in dataset.stores.opened]
         stored: Any = fingerprints[0]
         made_of = settings | (
@@ -131,6 +127,17 @@ class RunIdentity:
 
     def schedule(self) -> str:
         return self.made_of["train"].get("lr_scheduler_type", "linear")
+
+
+def settings_of_weights(config: Config) -> dict[str, Any]:
+    """Return the settings that a student's weights depend on, JSON-ready; stores and caches are left out.
+
+    Of `train`, how a run is logged and how its work is cut up do not count.
+    """
+    settings = config.model_dump(mode="json", include={"student", "data", "targets", "losses", "train"})
+    left_out = OF_THE_LOG + HOW_IT_RUNS
+    settings["train"] = {name: value for name, value in settings["train"].items() if name not in left_out}
+    return settings
 
 
 def is_longer(changes: Sequence[Change]) -> bool:

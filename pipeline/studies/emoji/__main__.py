@@ -22,7 +22,6 @@ from transformers.utils import logging
 from pipeline.config.config import load_config
 from pipeline.data.preparation import Preparation
 from pipeline.errors import PipelineError
-from pipeline.evaluation.compare import text_table
 from pipeline.evaluation.scores import evaluate_checkpoint
 from pipeline.studies.emoji.card import write_card
 from pipeline.studies.emoji.concepts import all_concepts
@@ -35,6 +34,7 @@ from pipeline.studies.emoji.models import (
     read_learned,
     write_checkpoint,
 )
+from pipeline.text_table import text_table
 
 STUDY = Path("runs/emoji")
 MODELS = STUDY / "models"

@@ -21,8 +21,8 @@ from pipeline.evaluation.evaluate import (
     accuracy_by_type,
     by_test_set,
     evaluate_model,
-    questions_of,
     read_predictions,
+    read_questions,
 )
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
@@ -150,7 +150,7 @@ def test_a_test_sample_that_cannot_be_asked_stops_the_evaluation(answers, tmp_pa
 def test_questions_hold_no_image_and_read_it_again_when_it_is_asked_about(experiment, tmp_path):
     config = experiment.config(tmp_path)
     preparation = Preparation.of(config.student.model, config.data)
-    questions = list(questions_of(config.evaluate, preparation, config.data))
+    questions = list(read_questions(config.evaluate, preparation, config.data))
     assert [len(question.image_spans) for question in questions] == [1, 1, 1, 0, 2, 1]
     members = dict(shard_members(experiment.held_out / "shard-000000.tar"))
     assert not any(members["h0.png"] in pickle.dumps(question) for question in questions)
@@ -161,7 +161,7 @@ def test_an_image_that_changed_while_it_was_evaluated_is_told(experiment, tmp_pa
     write_shard(tmp_path / "s" / "a.tar", shard_members(experiment.held_out / "shard-000000.tar"))
     config = experiment.config(tmp_path, f"evaluate.shards={tmp_path}/s")
     preparation = Preparation.of(config.student.model, config.data)
-    question = next(questions_of(config.evaluate, preparation, config.data))
+    question = next(read_questions(config.evaluate, preparation, config.data))
     flip_bit(tmp_path / "s" / "a.tar", offset=question.image_spans[0].offset + 20)
     with pytest.raises(ShardError, match=r"a.tar: h0.png changed while it was evaluated; evaluate again"):
         question.read_image(0)

@@ -1,1 +1,1 @@
-"""What a checkpoint scores, and comparisons of checkpoints."""
+"""What a checkpoint scores on held-out questions, and comparisons of models."""

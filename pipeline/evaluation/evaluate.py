@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,12 @@ from transformers import GenerationConfig
 
 from cache import Span
 from pipeline.config.config import DataConfig, EvaluateConfig
+from pipeline.config.provenance import replace_text
 from pipeline.data.conversation import tokenize_prompt
 from pipeline.data.preparation import Preparation, pad_rows
 from pipeline.data.shards import Rejected, expand_shards, read_shard, read_span
 from pipeline.distill.join.memory import TensorCache
-from pipeline.errors import BadSample, PipelineError, ShardError, building, writing
+from pipeline.errors import BadSample, PipelineError, ShardError, building
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -30,7 +30,7 @@ FEATURE_CACHE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Prediction:
-    """One question of a test set answered. `group` is what questions of one image share, for the bootstrap."""
+    """The answer to one question of a test set; `group` is shared by the questions of one image (bootstrap)."""
 
     key: str
     group: str
@@ -46,24 +46,16 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A sample's last turn as a prompt. Where its images lie is held, and not their bytes: there may be very many."""
+    """A sample's last turn as a prompt: where its images lie, and not their bytes, since there may be many."""
 
-    test_set: str
-    shard: str
-    key: str
-    question_type: str
+    unanswered: Prediction
     prompt: NDArray[np.int32]
-    answer: str
+    shard: str
     image_digests: tuple[str, ...]
     image_spans: tuple[Span, ...]
 
-    @property
-    def group(self) -> str:
-        """What questions of one image share."""
-        return self.image_digests[0] if self.image_digests else self.key
-
     def read_image(self, number: int) -> bytes:
-        """The bytes of one of its images. Raises `ShardError` if the shard changed since the question was read."""
+        """Return the bytes of an image. Raises `ShardError` if the shard changed since the question was read."""
         data, span = read_span(self.shard, self.image_spans[number]), self.image_spans[number]
         if blake3(data).hexdigest() != self.image_digests[number]:
             raise ShardError(f"{self.shard}: {span.file} changed while it was evaluated; evaluate again.")
@@ -79,18 +71,25 @@ def evaluate_model(
     description: str = "evaluate",
     device: torch.device | None = None,
 ) -> list[Prediction]:
-    """Answer every held-out question with a checkpoint; predictions are kept in `output` (JSON lines).
+    """Answer every held-out question with a checkpoint and write the predictions to `output` (JSON lines).
 
-    `device` is by default a GPU if there is one.
-    The last human turn of each conversation is asked, given the turns before it. A sample that cannot be asked
-    raises: an accuracy over an unknown part of the test set is no accuracy.
+    The last human turn of each conversation is asked, given the turns before it. `device` is a GPU by default, if there
+    is one. Raises `BadSample` for a sample that cannot be asked: an accuracy over an unknown part of the test set would
+    mean nothing.
     """
     preparation = Preparation.of(model, data)
     network = MobileVLMForCausalLM.from_pretrained(model, dtype=settings.dtype).eval()
     with building(f"model {model} on a GPU", then="set evaluate.dtype to bfloat16"):
         network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network.generation_config = _greedy(preparation, settings.max_new_tokens)
-    questions = sorted(questions_of(settings, preparation, data), key=lambda q: len(q.prompt))
+    # Replaces the checkpoint's own, from which transformers takes whatever a call does not name.
+    network.generation_config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=preparation.tokenizer.pad_token_id,
+        eos_token_id=preparation.tokenizer.eos_token_id,
+    )
+    questions = sorted(read_questions(settings, preparation, data), key=lambda q: len(q.prompt))
     features = TensorCache(FEATURE_CACHE_BYTES)
     predictions: list[Prediction] = []
     for start in tqdm(range(0, len(questions), settings.batch_size), desc=description, unit="batch"):
@@ -98,19 +97,13 @@ def evaluate_model(
         predictions += _answer(network, preparation, batch, features)
     predictions.sort(key=lambda prediction: (prediction.test_set, prediction.key))
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f"{output.name}.{os.getpid()}")
-    with writing(output):
-        unfinished.write_text(
-            "".join(json.dumps(asdict(p) | {"correct": p.correct}) + "\n" for p in predictions)
-        )
-    unfinished.replace(
-        output
-    )  # all of them or none: who reads the file may not know how many there should be
+    # All of them or none: who reads the file may not know how many there should be.
+    replace_text(output, "".join(json.dumps(asdict(p) | {"correct": p.correct}) + "\n" for p in predictions))
     return predictions
 
 
 def read_predictions(file: Path) -> list[Prediction]:
-    """What `evaluate_model` wrote. Raises `PipelineError` naming the file if it is anything else."""
+    """Read what `evaluate_model` wrote. Raises `PipelineError` naming the file if it is anything else."""
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         return [Prediction(**{k: v for k, v in row.items() if k != "correct"}) for row in rows]
@@ -121,7 +114,7 @@ def read_predictions(file: Path) -> list[Prediction]:
 
 
 def by_test_set(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
-    """Predictions of each test set, in order of name."""
+    """Return the predictions of each test set, in their order."""
     sets: dict[str, list[Prediction]] = {}
     for prediction in predictions:
         sets.setdefault(prediction.test_set, []).append(prediction)
@@ -129,48 +122,33 @@ def by_test_set(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]
 
 
 def accuracy_by_type(predictions: Sequence[Prediction]) -> dict[str, tuple[float, int]]:
-    """Question type -> (share correct, questions), types by name; 'all' last."""
+    """Return question type -> (share correct, questions), types by name, 'all' last."""
     types = sorted({p.question_type for p in predictions})
     groups = {t: [p.correct for p in predictions if p.question_type == t] for t in types}
     groups["all"] = [p.correct for p in predictions]
     return {name: (sum(correct) / len(correct), len(correct)) for name, correct in groups.items()}
 
 
-def questions_of(settings: EvaluateConfig, preparation: Preparation, data: DataConfig) -> Iterator[Question]:
-    """Every question of every test set, shard by shard."""
-    for test_set, shards in settings.test_sets().items():
-        for shard in expand_shards(shards):
-            yield from _questions_of_shard(test_set, shard, preparation, data)
-
-
-def _questions_of_shard(
-    test_set: str, shard: str, preparation: Preparation, data: DataConfig
+def read_questions(
+    settings: EvaluateConfig, preparation: Preparation, data: DataConfig
 ) -> Iterator[Question]:
-    for item in read_shard(shard, max_pixels=data.max_image_pixels):
-        if isinstance(item, Rejected):
-            raise BadSample("a test sample cannot be asked", f"{item.key!r} of {shard}: {item.reason}")
-        prompt = tokenize_prompt(item.conversations, preparation.tokenizer, template=preparation.template)
-        yield Question(
-            test_set=test_set,
-            shard=shard,
-            key=item.key,
-            question_type=str(item.metadata.get("question_type", "all questions")),
-            prompt=np.array(prompt, dtype=np.int32),
-            answer=item.conversations[-1]["value"],
-            image_digests=item.image_digests,
-            image_spans=item.image_spans,
-        )
-
-
-def _greedy(preparation: Preparation, max_new_tokens: int) -> GenerationConfig:
-    """In place of the checkpoint's own: transformers would take from that whatever a call does not name."""
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=preparation.tokenizer.pad_token_id,
-        eos_token_id=preparation.tokenizer.eos_token_id,
-    )
+    """Yield every question of every test set, shard by shard."""
+    shards = [(name, shard) for name, given in settings.test_sets().items() for shard in expand_shards(given)]
+    for test_set, shard in shards:
+        for item in read_shard(shard, max_pixels=data.max_image_pixels):
+            if isinstance(item, Rejected):
+                raise BadSample("a test sample cannot be asked", f"{item.key!r} of {shard}: {item.reason}")
+            unanswered = Prediction(
+                key=item.key,
+                group=item.image_digests[0] if item.image_digests else item.key,
+                question_type=str(item.metadata.get("question_type", "all questions")),
+                answer=item.conversations[-1]["value"],
+                prediction="",
+                test_set=test_set,
+            )
+            prompt = tokenize_prompt(item.conversations, preparation.tokenizer, template=preparation.template)
+            ids = np.array(prompt, dtype=np.int32)
+            yield Question(unanswered, ids, shard, item.image_digests, item.image_spans)
 
 
 def _answer(
@@ -188,17 +166,7 @@ def _answer(
         generation_config=network.generation_config,
     )
     texts = preparation.tokenizer.batch_decode(generated, skip_special_tokens=True)
-    return [
-        Prediction(
-            key=question.key,
-            group=question.group,
-            question_type=question.question_type,
-            answer=question.answer,
-            prediction=text,
-            test_set=question.test_set,
-        )
-        for question, text in zip(questions, texts, strict=True)
-    ]
+    return [replace(q.unanswered, prediction=text) for q, text in zip(questions, texts, strict=True)]
 
 
 def _patch_features(

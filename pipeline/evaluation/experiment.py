@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.config import Config, labels_only
-from pipeline.config.provenance import provenance
+from pipeline.config.provenance import provenance, replace_text
 from pipeline.distill.student import train_student, training_arguments
 from pipeline.distill.training.processes import is_first_process
 from pipeline.distill.training.training_folder import MODEL_FOLDER, check_inputs
-from pipeline.errors import writing
-from pipeline.evaluation.compare import Answered, Gain, accuracy_table, paired_gain, questions_of
+from pipeline.evaluation.compare import Answered, accuracy_table, paired_gain, questions_of
 from pipeline.evaluation.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set
 from pipeline.evaluation.scores import (
     evaluate_checkpoint,
@@ -29,19 +28,19 @@ TEACHER = "teacher"
 
 
 def run_experiment(config: Config, *, say: Callable[[str], None], overwrite: bool = False) -> str:
-    """Do what is not done yet below `output_dir` and return the table of results (also in `results.json`).
+    """Do what is not finished below `output_dir` and return the table of results (also in `results.json`).
 
-    What was trained there with other settings is replaced only with `overwrite`.
-
-    Of several processes all train; the first alone evaluates, when all is trained, and has the table.
+    A training of other settings is replaced only with `overwrite`. Of several processes all train; only the first
+    evaluates and returns the table.
     """
     output = Path(config.output_dir)
     runs = {DISTILLED: (output / "align_kd", config)}
     if config.baseline:
         runs[BASELINE] = (output / "supervised", labels_only(config))
+    # Before the training: wrong paths, settings that transformers refuses, models that would be overwritten.
     if config.evaluate is not None:
-        held_out_shards(config.evaluate)  # a wrong path is told before the training, not after it
-    for folder, settings in runs.values():  # so is what transformers refuses, and what would be lost
+        held_out_shards(config.evaluate)
+    for folder, settings in runs.values():
         training_arguments(settings, folder)
         check_inputs(settings, folder)
     models: dict[str, list[Prediction]] = {}
@@ -59,10 +58,10 @@ def run_experiment(config: Config, *, say: Callable[[str], None], overwrite: boo
             models[name] = evaluate_checkpoint(settings, model, output=folder / PREDICTIONS_FILE)
     if not models:
         return f"student trained: {output / 'align_kd' / 'model'}; no `evaluate` section, so no accuracy was measured"
-    return _report(config, models, output)
+    return _compare(config, models, output)
 
 
-def _report(config: Config, models: dict[str, list[Prediction]], output: Path) -> str:
+def _compare(config: Config, models: dict[str, list[Prediction]], output: Path) -> str:
     blocks = []
     sets = {name: by_test_set(predictions) for name, predictions in models.items()}
     if TEACHER in sets and questions_of(sets[TEACHER]) != questions_of(sets[DISTILLED]):
@@ -80,17 +79,11 @@ def _report(config: Config, models: dict[str, list[Prediction]], output: Path) -
         if BASELINE in of_set:
             gain = paired_gain([Answered.of(of_set[DISTILLED])], [Answered.of(of_set[BASELINE])])
             results["gain"][test_set] = asdict(gain)
-            blocks.append(_sentence(gain))
-    with writing(output / "results.json"):
-        (output / "results.json").write_text(
-            json.dumps(results | {"provenance": provenance(config)}, indent=1) + "\n"
-        )
+            blocks.append(
+                f"Align-KD against labels only: {gain}\n"
+                f"paired bootstrap over {gain.num_images:,} test images with {gain.num_questions:,} questions; "
+                "same first weights, same data order, one training seed"
+            )
+    results["provenance"] = provenance(config)
+    replace_text(output / "results.json", json.dumps(results, indent=1) + "\n")
     return "\n\n".join(blocks)
-
-
-def _sentence(gain: Gain) -> str:
-    return (
-        f"Align-KD against labels only: {gain}\n"
-        f"paired bootstrap over {gain.num_images:,} test images with {gain.num_questions:,} questions; "
-        "same first weights, same data order, one training seed"
-    )

@@ -1,4 +1,4 @@
-"""Whose weights something was made with: digests, and signs of the files that spare computing them again."""
+"""Whose weights predictions were made with: digests, and file sizes and times that spare computing them again."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.bin", *WEIGHT_FILES)
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Digests of all tensors and of each group of them, as a store has them of its teacher; signs of the files."""
+    """Return the digest of all tensors, those of their groups (as a store has them), and the state of the files."""
     known = checkpoint.tensor_digests(checkpoint.names())
     return {
         "digest": digest_of_tensors(known),
         "groups": whole_model_digests(checkpoint.folder, known),
-        "files": _signs(checkpoint.folder),
+        "files": _file_states(checkpoint.folder),
     }
 
 
 def are_the_teachers(weights: Mapping[str, Any], config: Config) -> bool:
-    """Whether these, as `weights_of` has them, are the config's teacher's.
+    """Return whether weights, as from `weights_of`, are those of the config's teacher.
 
-    By its files, which are read only if they were touched; where it is not, by what the stores say of theirs.
+    Its files are read only if their sizes or times differ. Where the teacher is not on this machine, the stores'
+    digests decide.
     """
-    folder = _folder_here(config.teacher.model)
+    folder = _local_folder(config.teacher.model)
     if folder is None:
         return any(_are_of(weights, Store(cache.path)) for cache in config.all_caches())
-    if weights.get("files") == _signs(folder):
+    if weights.get("files") == _file_states(folder):
         return True
     return weights.get("digest") == Checkpoint(str(folder)).digest()
 
 
 def _are_of(weights: Mapping[str, Any], store: Store) -> bool:
-    """Whether a store's teacher, as far as it was read, has these weights."""
+    """Whether every group of weights that the store's teacher read is among these."""
     known, groups = store.manifest.teacher.get("digests") or {}, weights.get("groups") or {}
     return bool(known) and all(groups.get(group) == digest for group, digest in known.items())
 
 
-def _folder_here(model: str) -> Path | None:
-    """Where a checkpoint is on this machine; nothing is downloaded."""
+def _local_folder(model: str) -> Path | None:
+    """A checkpoint's folder on this machine; nothing is downloaded."""
     if (folder := Path(model)).is_dir():
         return folder
     from huggingface_hub import snapshot_download
@@ -56,8 +57,8 @@ def _folder_here(model: str) -> Path | None:
         return None
 
 
-def _signs(folder: Path) -> dict[str, list[int]]:
-    """Size and time of change of every file that may hold weights; of a link's target."""
+def _file_states(folder: Path) -> dict[str, list[int]]:
+    """File -> [size in bytes, time of change in ns] of all that may hold weights, links followed."""
     files = {file for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern)}
     states = {file.name: file.stat() for file in sorted(files)}
     return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}

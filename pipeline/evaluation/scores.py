@@ -1,4 +1,4 @@
-"""What a checkpoint scores: predictions on the held-out questions, not made again for the same weights."""
+"""Predictions of a checkpoint on the held-out questions, kept and reused for the same weights."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from pipeline.models.checkpoint import Checkpoint
 
 
 def evaluate_checkpoint(config: Config, model: str, *, output: Path | None = None) -> list[Prediction]:
-    """Predictions of a checkpoint on the held-out questions; kept, and not made again for the same weights."""
+    """Return a checkpoint's predictions on the held-out questions; they are computed once for the same weights."""
     if config.evaluate is None:
         raise ConfigError("the config has no `evaluate` section; name held-out shards as evaluate.shards")
     output = output or predictions_file(config, model)
     stamp, weights = _stamp(output), weights_of(Checkpoint(model))
-    identity = digest_of(_evaluation_identity(config, model, weights["digest"]))
+    settings = config.evaluate.model_dump(mode="json", exclude={"shards", "batch_size"})
+    preparation = Preparation.of(model, config.data).digests()
+    identity = digest_of([weights["digest"], preparation, held_out_digests(config.evaluate), settings])
     if not output.is_file() or finished_identity(stamp) != identity:
         stamp.unlink(missing_ok=True)
         evaluate_model(model, config.data, config.evaluate, output=output, description=f"evaluate {model}")
@@ -35,13 +37,16 @@ def evaluate_checkpoint(config: Config, model: str, *, output: Path | None = Non
 
 
 def predictions_file(config: Config, model: str) -> Path:
-    """The teacher's below `teacher/`, where stage 2 looks for them; another model's below its own name."""
+    """Return the file below `output_dir`: the teacher's in `teacher/`, where stage 2 looks; others by their name."""
     name = "teacher" if model == config.teacher.model else model.strip("/").replace("/", "_")
     return Path(config.output_dir) / name / PREDICTIONS_FILE
 
 
 def teacher_predictions(config: Config, *, say: Callable[[str], None]) -> list[Prediction] | None:
-    """Measured before, by `alignkd evaluate`: stage 2 itself opens no teacher. None, and why, if asked otherwise."""
+    """Return what `alignkd evaluate` measured of the teacher, which stage 2 never opens; None if nothing that fits.
+
+    If there are predictions of other weights or settings, says so.
+    """
     file = predictions_file(config, config.teacher.model)
     if not file.is_file():
         return None
@@ -56,30 +61,22 @@ def teacher_predictions(config: Config, *, say: Callable[[str], None]) -> list[P
     return read_predictions(file)
 
 
+def held_out_shards(settings: EvaluateConfig) -> list[tuple[str, str]]:
+    """Return (test set, shard) of everything held out. Raises `ShardError` if one is missing."""
+    return [(name, shard) for name, shards in settings.test_sets().items() for shard in expand_shards(shards)]
+
+
+def held_out_digests(settings: EvaluateConfig) -> list[tuple[str, str]]:
+    """Return (test set, digest of a shard's bytes) of everything held out."""
+    return [(name, blake3().update_mmap(shard).hexdigest()) for name, shard in held_out_shards(settings)]
+
+
 def _stamp(predictions: Path) -> Path:
     return predictions.with_suffix(".stamp.json")
 
 
 def _asked(config: Mapping[str, Any]) -> list[Any]:
-    """Of a config, how its teacher is asked; which questions it answers is compared by the questions."""
+    """The settings of how a teacher is asked; which questions it answers is compared elsewhere."""
     evaluate, data = (config.get(section) or {} for section in ("evaluate", "data"))
     how = [evaluate.get(name) for name in ("max_new_tokens", "dtype")]
     return [*how, *(data.get(name) for name in ("template", "image_aspect_ratio"))]
-
-
-def held_out_shards(settings: EvaluateConfig) -> list[tuple[str, str]]:
-    """(test set, shard) of everything held out. Raises `ShardError` if one is not there."""
-    return [(name, shard) for name, shards in settings.test_sets().items() for shard in expand_shards(shards)]
-
-
-def held_out_digests(settings: EvaluateConfig) -> list[tuple[str, str]]:
-    """(test set, digest of a shard's bytes) of everything held out."""
-    return [(name, blake3().update_mmap(shard).hexdigest()) for name, shard in held_out_shards(settings)]
-
-
-def _evaluation_identity(config: Config, model: str, weights: str) -> list[Any]:
-    """What predictions depend on: the weights, how they are asked, and the bytes of what they are asked."""
-    assert config.evaluate is not None
-    preparation = Preparation.of(model, config.data).digests()
-    settings = config.evaluate.model_dump(mode="json", exclude={"shards", "batch_size"})
-    return [weights, preparation, held_out_digests(config.evaluate), settings]

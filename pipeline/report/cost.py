@@ -1,18 +1,51 @@
-"""What the store of the teacher's targets cost, beside what an online teacher would have cost the same runs."""
+"""The cost of a store of the teacher's targets, compared with an online teacher for the same runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from cache import CacheError, summarise
-from pipeline.report.findings import StoreCost, TrainingRun
+from cache import CacheError, Summary, summarise
+from pipeline.report.findings import TrainingRun
+
+
+@dataclass(frozen=True)
+class StoreCost:
+    """A store and the runs that read its teacher: how many, and the samples that they saw, all together."""
+
+    store: Summary
+    num_runs: int
+    samples_seen: int | None
+
+    @property
+    def online_seconds(self) -> float | None:
+        """An estimate: the teacher's forward of every sample of every run, at stage 1's speed."""
+        if self.store.teacher_seconds is None or self.samples_seen is None or not self.store.samples:
+            return None
+        return self.samples_seen * self.store.teacher_seconds / self.store.samples
+
+    @property
+    def saved_seconds(self) -> float | None:
+        """The estimate minus the time of stage 1; negative while the cache has cost more than it saved."""
+        if self.online_seconds is None or self.store.teacher_seconds is None:
+            return None
+        return self.online_seconds - self.store.teacher_seconds
+
+    @property
+    def why_not_saved(self) -> str:
+        """The number that the estimate lacks."""
+        if self.num_runs == 0:
+            return "No run here reads the teacher."
+        if self.store.teacher_seconds is None:
+            return "Not known: the store does not say how long the teacher took."
+        return "Not known: not every run says how many samples it saw."
 
 
 def cost_of_store(
     config: Mapping[str, Any], runs: Sequence[TrainingRun], *, varied: Mapping[str, Any]
 ) -> tuple[StoreCost | None, str]:
-    """Its cost, or None and the reason why it is not known; labels-only runs count as needing no teacher."""
+    """Return the store's cost, or None and why it is not known. Labels-only runs need no teacher and do not count."""
     if "cache.path" in varied:
         return None, "The runs read different stores (cache.path was varied), so no one store is their cost."
     if config.get("caches"):
@@ -21,16 +54,6 @@ def cost_of_store(
         store = summarise(config["cache"]["path"])
     except CacheError as error:
         return None, f"The store cannot be read now: {error}"
-    readers = [run for run in runs if run.reads_teacher]
-    seen = [run.samples_seen for run in readers if run.samples_seen is not None]
-    cost = StoreCost(
-        bytes=store.bytes,
-        bytes_per_sample=store.bytes_per_sample,
-        samples=store.samples,
-        dedupe_factor=store.dedupe_factor,
-        array_bytes={array.name: array.bytes_per_sample for array in store.arrays},
-        teacher_seconds=store.teacher_seconds,
-        num_runs=len(readers),
-        samples_seen=sum(seen) if readers and len(seen) == len(readers) else None,
-    )
-    return cost, ""
+    seen = [run.samples_seen for run in runs if run.reads_teacher]
+    known = [samples for samples in seen if samples is not None]
+    return StoreCost(store, len(seen), sum(known) if known and len(known) == len(seen) else None), ""

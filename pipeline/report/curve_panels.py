@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.report.curves import MAX_POINTS, NUM_SERIES, Curve, Scale, draw_panel
 from pipeline.report.findings import Findings, TrainingRun
 
-KINDS = {
-    "raw": "loss/{}",
-    "weighted": "loss/{}_weighted",
-    "share of gradient norm": "gradient_share/{}",
-}
-SHARE = "share of gradient norm"
+WEIGHTED, SHARE = "weighted", "share of gradient norm"
+KINDS = {"raw": "loss/{}", WEIGHTED: "loss/{}_weighted", SHARE: "gradient_share/{}"}
 
 
 @dataclass(frozen=True)
@@ -34,30 +30,38 @@ class CurvePanels:
     series: tuple[Series, ...]
     not_drawn: tuple[str, ...]  # variations beyond the colours
     num_runs: int
-    num_gone: int  # runs whose folders are no longer there
+    num_gone: int  # runs whose folders are gone
     points_are_means: bool
 
 
 def draw_curves(findings: Findings) -> CurvePanels:
-    """All panels; those of the weighted terms share one scale, so that terms can be compared."""
+    """Draw all panels. Those of the weighted terms share one scale, so that terms can be compared."""
     baselines = {result.label for result in findings.results if result.is_baseline}
     labels = findings.labels()
-    series = [Series(label, n, label in baselines) for n, label in enumerate(labels[:NUM_SERIES], start=1)]
-    drawn = {s.label: s for s in series}
-    runs = [run for run in findings.runs if run.history and run.label in drawn]
-    terms = list(dict.fromkeys(term for run in runs for term in run.terms))
+    series = {
+        label: Series(label, number, label in baselines)
+        for number, label in enumerate(labels[:NUM_SERIES], start=1)
+    }
+    runs = [run for run in findings.runs if run.history and run.label in series]
+    terms = dict.fromkeys(term for run in runs for term in run.terms)
     curves = {
-        (term, kind): _curves(runs, drawn, KINDS[kind].format(term)) for term in terms for kind in KINDS
+        (term, kind): _curves(runs, series, key.format(term)) for term in terms for kind, key in KINDS.items()
     }
     kinds = tuple(kind for kind in KINDS if any(curves[term, kind] for term in terms))
-    scales = _scales(curves)
+    weighted = _covering(
+        [curve for (_, kind), panel in curves.items() if kind == WEIGHTED for curve in panel]
+    )
+
+    def panel(term: str, kind: str) -> str:
+        drawn = curves[term, kind]
+        fixed = {WEIGHTED: weighted, SHARE: Scale(0.0, 1.04, unit="percent")}
+        label = f"{term}: {kind}, over optimizer steps"
+        return draw_panel(drawn, fixed.get(kind) or _covering(drawn), label=label) if drawn else ""
+
     return CurvePanels(
         kinds=kinds,
-        rows={
-            term: tuple(_panel(curves[term, kind], scales[term, kind], term, kind) for kind in kinds)
-            for term in terms
-        },
-        series=tuple(s for s in series if any(run.label == s.label for run in runs)),
+        rows={term: tuple(panel(term, kind) for kind in kinds) for term in terms},
+        series=tuple(s for s in series.values() if any(run.label == s.label for run in runs)),
         not_drawn=tuple(labels[NUM_SERIES:]),
         num_runs=len(runs),
         num_gone=sum(run.history is None for run in findings.runs),
@@ -65,30 +69,15 @@ def draw_curves(findings: Findings) -> CurvePanels:
     )
 
 
-def _curves(runs: Sequence[TrainingRun], drawn: dict[str, Series], key: str) -> list[Curve]:
+def _curves(runs: Sequence[TrainingRun], series: Mapping[str, Series], key: str) -> list[Curve]:
     curves = []
     for run in runs:
-        lines = [line for line in run.history or () if key in line.values]
-        if lines:
-            series = drawn[run.label]
-            values = [line.values[key] for line in lines]
-            curves.append(Curve([line.step for line in lines], values, series.number, series.dashed))
+        if entries := [entry for entry in run.history or () if key in entry]:
+            own = series[run.label]
+            steps, values = ([entry[name] for entry in entries] for name in ("step", key))
+            curves.append(Curve(steps, values, own.number, own.dashed))
     return curves
 
 
-def _scales(curves: dict[tuple[str, str], list[Curve]]) -> dict[tuple[str, str], Scale]:
-    def covering(*panels: list[Curve]) -> Scale:
-        return Scale.covering([value for panel in panels for curve in panel for value in curve.values])
-
-    scales = {key: covering(panel) for key, panel in curves.items()}
-    weighted = covering(*(panel for (_, kind), panel in curves.items() if kind == "weighted"))
-    for key in scales:
-        if key[1] == "weighted":
-            scales[key] = weighted
-        elif key[1] == SHARE:
-            scales[key] = Scale(0.0, 1.04, unit="percent")
-    return scales
-
-
-def _panel(curves: list[Curve], scale: Scale, term: str, kind: str) -> str:
-    return draw_panel(curves, scale, label=f"{term}: {kind}, over optimizer steps") if curves else ""
+def _covering(curves: Sequence[Curve]) -> Scale:
+    return Scale.covering([value for curve in curves for value in curve.values])

@@ -1,4 +1,4 @@
-"""Pictures of numbers: a panel of curves as SVG in the page's own colours, and the plot of a sweep as files."""
+"""Draw numbers: a panel of curves as SVG in the page's colours, and the plot of a sweep as files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import matplotlib
@@ -18,24 +19,24 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from pipeline.errors import writing
 
-# Colours that no figure uses: in the page they become CSS, so that light, dark and print each have their own.
+# Placeholder colours: in the page they become CSS variables, so that light, dark and print each have their own.
 INK, RULE = "#000001", "#000002"
 CSS = {INK: "currentColor", RULE: "var(--rule)"}
 NUM_SERIES = 8
 CSS |= {f"#0001{number:02x}": f"var(--series-{number})" for number in range(1, NUM_SERIES + 1)}
 
-MAX_POINTS = 300  # a panel is 340 pixels wide: more would be bytes that nobody sees
-LOG_FROM = 20.0  # the largest value over the smallest from which a linear scale hides the end of a curve
+MAX_POINTS = 300  # a panel is 340 pixels wide: more points would not be visible
+LOG_FROM = 20.0  # largest over smallest value from which a linear scale would hide the end of a curve
 
-# In the files, which have a white page of their own: readable in grey, and by who sees few colours.
+# For the files, which have a white background: readable in grey and with colour blindness.
 BLUE, GREY, PALE = "#0072b2", "#6b6b6b", "#d9d9d9"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's values at its logged steps; `series` is the number of the page's colour, from 1."""
+    """One run's values at its logged steps; `series` is the number of a colour of the page, from 1."""
 
-    steps: Sequence[int]
+    steps: Sequence[float]
     values: Sequence[float]
     series: int
     dashed: bool = False
@@ -43,7 +44,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Scale:
-    """The upright axis of a panel; `unit` percent takes shares and shows percent."""
+    """The vertical axis of a panel; with the unit percent, shares are shown in percent."""
 
     low: float
     high: float
@@ -52,7 +53,7 @@ class Scale:
 
     @classmethod
     def covering(cls, values: Sequence[float]) -> Scale:
-        """A little more than all finite values; logarithmic if all are positive and far apart."""
+        """Return a scale a little wider than all finite values; logarithmic if all are positive and far apart."""
         finite = [value for value in values if math.isfinite(value)] or [0.0]
         low, high = min(finite), max(finite)
         if low > 0 and high / low >= LOG_FROM:
@@ -62,26 +63,24 @@ class Scale:
 
 
 def draw_panel(curves: Sequence[Curve], scale: Scale, *, label: str) -> str:
-    """Thin lines over optimizer steps as an `<svg>` for a page; `label` is what a screen reader says of it."""
+    """Return curves over optimizer steps as an `<svg>` for a page; `label` is for screen readers."""
     figure = Figure(figsize=(3.3, 1.9))
     axes = figure.add_axes((0.15, 0.13, 0.83, 0.83))
     for curve in curves:
         steps, values = thinned(curve.steps), thinned(curve.values)
         style = {"linestyle": (0, (4, 2)) if curve.dashed else "-", "marker": "." if len(steps) == 1 else ""}
         axes.plot(steps, values, color=f"#0001{curve.series:02x}", linewidth=0.9, **style)
-    _plain(axes, ink=INK, rule=RULE)
-    axes.grid(axis="y", color=RULE, linewidth=0.6)
+    _style(axes, ink=INK, rule=RULE, grid="y")
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    _scale_upright(axes, scale)
+    _scale_vertically(axes, scale)
     return _inline(figure, label)
 
 
 def thinned(numbers: Sequence[float]) -> list[float]:
-    """At most `MAX_POINTS` numbers: the means of neighbours."""
-    size = math.ceil(len(numbers) / MAX_POINTS)
-    blocks = [numbers[start : start + size] for start in range(0, len(numbers), max(size, 1))]
-    return [sum(block) / len(block) for block in blocks]
+    """Return at most `MAX_POINTS` numbers: the means of neighbours."""
+    size = max(1, math.ceil(len(numbers) / MAX_POINTS))
+    return [fmean(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
 
 def draw_sweep(
@@ -91,9 +90,9 @@ def draw_sweep(
     *,
     teacher: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
 ) -> None:
-    """A sweep's `rows` of summary.json: accuracy of each seed and gain with its interval, a pair of axes a test set.
+    """Draw the `rows` of a sweep's summary: for each test set the accuracy of each seed, and the gain's interval.
 
-    `teacher` is the summary's own: test set -> question type -> (share correct, questions); a dashed line.
+    `teacher`, from the summary, is test set -> question type -> (share correct, questions): a dashed line.
     """
     test_sets = list(dict.fromkeys(row["test_set"] for row in summary_rows))
     blocks = [[row for row in summary_rows if row["test_set"] == name] for name in test_sets]
@@ -129,8 +128,7 @@ def _draw_accuracy(axes: Axes, rows: Sequence[Mapping[str, Any]], teacher: float
                       ha="right", va="top", fontsize=8, color=GREY)  # fmt: skip
     axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -1.1)
-    _plain(axes, ink="#1a1a1a", rule=PALE)
-    axes.grid(axis="x", color=PALE, linewidth=0.6)
+    _style(axes, ink="#1a1a1a", rule=PALE, grid="x")
 
 
 def _draw_gain(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -140,20 +138,20 @@ def _draw_gain(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             low, middle, high = (100 * gain[name] for name in ("low", "difference", "high"))
             axes.plot([low, high], [place, place], color=BLUE, linewidth=1.6, solid_capstyle="butt")
             axes.plot([middle], [place], "o", color=BLUE, ms=5)
-    _plain(axes, ink="#1a1a1a", rule=PALE)
-    axes.grid(axis="x", color=PALE, linewidth=0.6)
+    _style(axes, ink="#1a1a1a", rule=PALE, grid="x")
 
 
-def _plain(axes: Axes, *, ink: str, rule: str) -> None:
-    """Numbers without a frame: the axes are lines, their ticks are the grid's."""
+def _style(axes: Axes, *, ink: str, rule: str, grid: Literal["x", "y"]) -> None:
+    """Draw no frame and no ticks, only a base line and a grid."""
     axes.set_facecolor("none")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(rule)
     axes.tick_params(length=0, labelsize=8, labelcolor=ink)
+    axes.grid(axis=grid, color=rule, linewidth=0.6)
 
 
-def _scale_upright(axes: Axes, scale: Scale) -> None:
+def _scale_vertically(axes: Axes, scale: Scale) -> None:
     axes.set_yscale(scale.kind)
     axes.set_ylim(scale.low, scale.high)
     if scale.kind == "log":
@@ -167,7 +165,7 @@ def _scale_upright(axes: Axes, scale: Scale) -> None:
 
 
 def _inline(figure: Figure, label: str) -> str:
-    """The figure as an element of a page: no prolog, no namespaces, no fonts, ids of its own, the page's colours."""
+    """The figure as an element of a page: no prolog, namespaces or fonts; ids of its own, the page's colours."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):

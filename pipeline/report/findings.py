@@ -1,17 +1,19 @@
-"""What a report is made of: results, training runs, the store's cost and where all of it comes from. Numbers only."""
+"""The contents of a report: results, training runs and their origin. Numbers only, from rows and lines of a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.evaluation.compare import Gain, gap_closed
+from pipeline.losses.losses import LOSSES
 
-Scores = Mapping[
-    str, tuple[float, int]
-]  # question type -> (share correct, questions); 'all' is every question
+if TYPE_CHECKING:
+    from pipeline.report.cost import StoreCost
+
+Scores = Mapping[str, tuple[float, int]]  # question type -> (share correct, questions), 'all' among them
 
 
 @dataclass(frozen=True)
@@ -21,73 +23,78 @@ class Result:
     label: str
     test_set: str
     accuracy: float
-    by_seed: tuple[float, ...]
-    by_type: dict[str, float]
+    by_seed: Sequence[float]
+    by_type: Mapping[str, float]
     num_questions: int
     is_baseline: bool
     gain: Gain | None
     gap_closed: float | None
-    gap_by_type: dict[str, float | None]
+    gap_by_type: Mapping[str, float | None]
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any], *, baselines: Sequence[str], teacher: Scores | None) -> Result:
+        """Read a summary's row; `baselines` are the labels of labels-only variations.
 
-@dataclass(frozen=True)
-class LogLine:
-    """What was logged at an optimizer step: `loss/x`, `loss/x_weighted` and, if asked for, `gradient_share/x`."""
-
-    step: int
-    values: Mapping[str, float]
+        No gap is closed where teacher and student were asked different questions.
+        """
+        by_type, none = dict(row["by_type"]), row["baseline_by_type"]
+        is_baseline = row["gain"] is None and row["label"] in baselines
+        gaps: dict[str, float | None] = {}
+        if none and not is_baseline and teacher and teacher["all"][1] == row["questions"]:
+            shares = by_type | {"all": row["accuracy"]}
+            types = [t for t in shares if t in none and t in teacher]
+            gaps = {t: gap_closed(shares[t], none[t], teacher[t][0]) for t in types}
+        is_wide = gaps.pop("all", None) is not None
+        by_type.pop("all", None)
+        return cls(
+            label=row["label"],
+            test_set=row["test_set"],
+            accuracy=row["accuracy"],
+            by_seed=tuple(row["accuracy_by_seed"]),
+            by_type=by_type,
+            num_questions=row["questions"],
+            is_baseline=is_baseline,
+            gain=Gain(**row["gain"]) if row["gain"] else None,
+            gap_closed=row["gap_closed"] if is_wide else None,
+            gap_by_type=gaps,
+        )
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One training of a variation. `history` has the log lines with loss terms; None if its folder is gone."""
+    """One training of a variation.
+
+    `history` holds, for each logged step, `step`, `loss/x`, `loss/x_weighted` and perhaps `gradient_share/x`; it is
+    None if the run's folder is gone.
+    """
 
     label: str
     name: str
     terms: tuple[str, ...]
-    reads_teacher: bool
-    history: tuple[LogLine, ...] | None
+    history: Sequence[Mapping[str, float]] | None
     steps: int | None
     samples_seen: int | None
     train_seconds: float | None
     samples_per_second: float | None
     threads: int | None
 
-
-@dataclass(frozen=True)
-class StoreCost:
-    """What the store of the teacher's targets takes, and what an online teacher would have taken instead.
-
-    `samples_seen` are those of the runs that read the teacher, all together.
-    """
-
-    bytes: int
-    bytes_per_sample: float
-    samples: int
-    dedupe_factor: float
-    array_bytes: dict[str, float]  # a sample, by array
-    teacher_seconds: float | None
-    num_runs: int
-    samples_seen: int | None
+    @classmethod
+    def of(cls, line: Mapping[str, Any], history: Sequence[Mapping[str, float]] | None) -> TrainingRun:
+        """Read a sweep's line, with its label; terms are put in the order of LOSSES, unknown ones last."""
+        order = {name: place for place, name in enumerate(LOSSES)}
+        terms = tuple(sorted(line["terms"], key=lambda name: (order.get(name, len(order)), name)))
+        costs = ("steps", "samples_seen", "train_seconds", "samples_per_second", "threads")
+        return cls(line["label"], line["name"], terms, history, *(line[name] for name in costs))
 
     @property
-    def online_seconds(self) -> float | None:
-        """An estimate: every sample of every run forwarded again, at stage 1's own speed."""
-        if self.teacher_seconds is None or self.samples_seen is None or not self.samples:
-            return None
-        return self.samples_seen * self.teacher_seconds / self.samples
-
-    @property
-    def saved_seconds(self) -> float | None:
-        """The estimate less what stage 1 took once; below zero while the cache has cost more than it saved."""
-        if self.online_seconds is None or self.teacher_seconds is None:
-            return None
-        return self.online_seconds - self.teacher_seconds
+    def reads_teacher(self) -> bool:
+        """Whether the run would need the teacher if there were no store: one of labels only does not."""
+        return any(LOSSES[name].targets for name in self.terms if name in LOSSES)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where numbers come from, as provenance says: time (ISO), commits, commands, versions; empty if none is left."""
+    """Where numbers come from: time (ISO), commits, commands, versions; empty where no provenance is left."""
 
     created: str = ""
     commits: tuple[str, ...] = ()
@@ -95,16 +102,19 @@ class Origin:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, provenance: Mapping[str, Any]) -> Origin:
-        """One provenance; outside a checkout it has no commit."""
-        commit = provenance["git_commit"]
-        time = datetime.fromisoformat(provenance["created"]).isoformat()
-        return cls(time, (commit,) if commit else (), (provenance["command"],), provenance["versions"])
+    def of(cls, provenances: Sequence[Mapping[str, Any]]) -> Origin:
+        """Return the latest time and its versions, and every commit and command once, oldest first."""
+        if not provenances:
+            return cls()
+        made = sorted(provenances, key=lambda provenance: datetime.fromisoformat(provenance["created"]))
+        commits, commands = (dict.fromkeys(p[name] for p in made) for name in ("git_commit", "command"))
+        found = tuple(commit for commit in commits if commit)  # '' outside a checkout
+        return cls(made[-1]["created"], found, tuple(commands), made[-1]["versions"])
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All that a page says. `store_absent` and `teacher_absent` say why there is none, where there is none."""
+    """All contents of a page. `store_absent` and `teacher_absent` give the reason where there is none."""
 
     kind: Literal["run", "experiment", "sweep"]
     name: str
@@ -120,16 +130,9 @@ class Findings:
     store_absent: str
 
     def test_sets(self) -> list[str]:
-        """Their names in the order of the results."""
+        """Return the test sets in the order of the results."""
         return list(dict.fromkeys(result.test_set for result in self.results))
 
     def labels(self) -> list[str]:
-        """The variations in the order of the results, then those that were only trained."""
+        """Return the variations in the order of the results, then those that were only trained."""
         return list(dict.fromkeys([r.label for r in self.results] + [run.label for run in self.runs]))
-
-
-def gaps_closed(
-    student: Mapping[str, float], none: Mapping[str, float], teacher: Scores
-) -> dict[str, float | None]:
-    """`gap_closed` by question type, for the types that all three were asked."""
-    return {t: gap_closed(student[t], none[t], teacher[t][0]) for t in student if t in none and t in teacher}

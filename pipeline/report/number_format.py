@@ -1,4 +1,4 @@
-"""Numbers as a page shows them: fixed decimals so that columns line up, a true minus, '-' for what is not there."""
+"""Numbers as a page shows them: fixed decimals, so that columns line up, a true minus, '-' for a missing one."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ NOT_THERE = "-"
 
 
 def percent(share: float | None, digits: int = 2) -> str:
-    """A share in percent, without the sign of it."""
+    """Return a share in percent, without the sign %."""
     return NOT_THERE if share is None else _minus(f"{100 * share:.{digits}f}")
 
 
 def points(share: float | None) -> str:
-    """A difference of shares in points, always with its sign."""
+    """Return a difference of shares in points, always with its sign."""
     return NOT_THERE if share is None else _minus(f"{100 * share:+.2f}")
 
 
 def count(number: float | None) -> str:
-    """A whole number, thousands apart."""
-    return NOT_THERE if number is None else _minus(f"{number:,.0f}")
+    """Return a whole number, thousands separated."""
+    return decimal(number, 0)
 
 
 def decimal(number: float | None, digits: int = 1) -> str:
-    """A number with so many digits after the point, thousands apart."""
+    """Return a number with `digits` decimals, thousands separated."""
     return NOT_THERE if number is None else _minus(f"{number:,.{digits}f}")
 
 
 def duration(seconds: float | None) -> str:
-    """Milliseconds, seconds, minutes or hours: three digits of the unit that suits."""
+    """Return milliseconds, seconds, minutes or hours, with three digits."""
     if seconds is None:
         return NOT_THERE
     size = abs(seconds)
@@ -37,7 +37,7 @@ def duration(seconds: float | None) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """Hours, minutes and seconds, of one width in a column."""
+    """Return h:mm:ss."""
     if seconds is None:
         return NOT_THERE
     minutes, rest = divmod(round(seconds), 60)

@@ -1,16 +1,17 @@
-"""How fast students trained: one line for each variation, over its runs."""
+"""Training speed of the students: one line for each variation, over its runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from pipeline.report.findings import TrainingRun
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Means over a variation's runs; None where a run does not say. Training alone, without the evaluation."""
+    """Means over a variation's runs, of training without the evaluation; None where a run lacks a number."""
 
     label: str
     num_runs: int
@@ -24,24 +25,13 @@ class Throughput:
 
 
 def throughput_of(label: str, runs: Sequence[TrainingRun]) -> Throughput:
-    """Of the runs of one variation."""
+    """Return the throughput of the runs of one variation."""
     own = [run for run in runs if run.label == label]
-    speeds = [run.samples_per_second for run in own if run.samples_per_second is not None]
-    threads = sorted({run.threads for run in own if run.threads is not None})
-    return Throughput(
-        label=label,
-        num_runs=len(own),
-        steps=_mean([run.steps for run in own]),
-        samples_seen=_mean([run.samples_seen for run in own]),
-        train_seconds=_mean([run.train_seconds for run in own]),
-        samples_per_second=_mean([run.samples_per_second for run in own]),
-        slowest=min(speeds, default=None),
-        fastest=max(speeds, default=None),
-        threads=", ".join(map(str, threads)) or "-",
-    )
-
-
-def _mean(numbers: Sequence[float | None]) -> float | None:
-    """None if any is not known: a mean over some of the runs would pass for one over all."""
-    known = [number for number in numbers if number is not None]
-    return sum(known) / len(known) if known and len(known) == len(numbers) else None
+    names = ("steps", "samples_seen", "train_seconds", "samples_per_second")
+    columns = {name: [getattr(run, name) for run in own] for name in names}
+    # No mean over some of the runs: it would be read as one over all.
+    means = {name: fmean(column) if None not in column else None for name, column in columns.items()}
+    speeds = [speed for speed in columns["samples_per_second"] if speed is not None]
+    threads = ", ".join(map(str, sorted({run.threads for run in own if run.threads is not None})))
+    slowest, fastest = min(speeds, default=None), max(speeds, default=None)
+    return Throughput(label, len(own), **means, slowest=slowest, fastest=fastest, threads=threads or "-")

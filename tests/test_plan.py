@@ -79,7 +79,7 @@ def test_reading_and_making_again_are_measured_not_assumed(many, experiment, tmp
     assert 0 < attention.reading_seconds < 1 and 0 < attention.forward_seconds < 5
     assert attention.advice.endswith(
         f"{1000 * attention.reading_seconds:.2f} ms to read a sample, {1000 * attention.forward_seconds:.2f} ms "
-        "to make it again (the tower, the projector and 1 of 3 layers)"
+        "to recompute it (the tower, the projector and 1 of 3 layers)"
     )
     assert vision.reading_seconds == 0 < vision.forward_seconds
     assert vision.advice.startswith("recompute: no bytes; ") and "0 of 3 layers" in vision.advice
@@ -89,8 +89,8 @@ def test_reading_and_making_again_are_measured_not_assumed(many, experiment, tmp
 @pytest.mark.parametrize(
     ("reading", "forward", "size", "choice"),
     [
-        (0.001, 0.002, 1_000, "store: 1.00 ms to read a sample, 2.00 ms to make it again (the tower"),
-        (0.002, 0.001, 1_000, "recompute: 2.00 ms to read a sample, 1.00 ms to make it again (the tower"),
+        (0.001, 0.002, 1_000, "store: 1.00 ms to read a sample, 2.00 ms to recompute it (the tower"),
+        (0.002, 0.001, 1_000, "recompute: 2.00 ms to read a sample, 1.00 ms to recompute it (the tower"),
         (0.001, 0.003, 1_000_000, "recompute: 1.00 ms to read"),  # a large one is worth some patience
         (0.001, 0.005, 1_000_000, "store: 1.00 ms to read"),
     ],

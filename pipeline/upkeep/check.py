@@ -1,7 +1,7 @@
-"""`alignkd check`: some stored samples captured again with the live teacher, and how far the two are apart.
+"""`alignkd check`: capture some stored samples again with the live teacher, and compare.
 
-Three questions: are the stored values what the teacher says, within the error that the store states; do its answers
-agree; and what does a student's loss, and the gradient of it, make of the difference?
+It compares the stored values (are they within the error that the store states?), the teacher's answers, and the loss
+of a student with its gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache import CODECS, ArraySpec, FingerprintMismatch, Store
+from cache import CODECS, FingerprintMismatch, Store
 from pipeline.config.config import Config
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.sample import JoinedSample
@@ -26,7 +26,8 @@ from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.capture import captured_arrays
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture
 
-# What one computation may differ by when its batches are cut otherwise, of the largest value of an array.
+BATCH_SIZE = 8
+# By how much one computation may differ between batch sizes, as a share of an array's largest value.
 ROUNDING = {"float32": 1e-4, "float16": 2.0**-8, "bfloat16": 2.0**-5}
 IDS, LOG_PROBS = "logits/ids", "logits/log_probs"
 DRAW_IDS, DRAW_LOG_PROBS = "logits/draw_ids", "logits/draw_log_probs"
@@ -36,7 +37,10 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class ArrayCheck:
-    """A stored array against the live one: errors absolute; `of_limit` the largest error over what it may be."""
+    """A stored array compared with the live one: absolute errors; `of_limit` the largest error over its limit.
+
+    `cosine` of token ids is the share of equal ids.
+    """
 
     name: str
     values: int
@@ -68,7 +72,7 @@ class LossCheck:
 
 @dataclass(frozen=True)
 class Check:
-    """What was compared. `losses` is empty, and `losses_absent` says why, where no student could be had."""
+    """The results of a check. Where `losses` is empty, `losses_absent` may say why."""
 
     samples: int
     teacher: str
@@ -81,7 +85,7 @@ class Check:
 
     @property
     def is_sound(self) -> bool:
-        """Every value within its limit, and no answer another one."""
+        """Whether every value is within its limit."""
         return all(array.of_limit <= 1 for array in self.arrays)
 
     def to_json(self) -> dict[str, Any]:
@@ -102,171 +106,128 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:num_samples]
     stored = [dataset[int(number)] for number in sorted(chosen)]
     teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
-    live = [sample for batch in _batches(stored, 8) for sample in captured_again(config, teacher, batch)]
-    absent = "" if with_losses else "not asked for"
+    live = [sample for batch in _batches(stored) for sample in captured_again(config, teacher, batch)]
+    arrays = [_concatenated(samples) for samples in (stored, live)]
     return Check(
         samples=len(stored),
         teacher=config.teacher.model,
         is_stub=plan.teacher.is_stub,
         dtype=plan.manifest.capture["dtype"],
-        arrays=tuple(_compare_arrays(plan, stored, live)),
-        logits=_compare_logits(stored, live),
+        arrays=tuple(_compare_arrays(plan, *arrays)),
+        logits=_compare_logits(*arrays),
         losses=tuple(_compare_losses(config, store, stored, live)) if with_losses else (),
-        losses_absent=absent,
+        losses_absent="" if with_losses else "not asked for",
     )
 
 
 def captured_again(config: Config, teacher: Teacher, samples: Sequence[JoinedSample]) -> list[JoinedSample]:
-    """The samples with the arrays that the live teacher gives, unencoded."""
+    """Return the samples with the arrays that the live teacher gives, not encoded."""
     pixels = {digest: image for sample in samples for digest, image in sample.pixels.items()}
     vision: dict[str, torch.Tensor] = {}
     if pixels:
         vision = dict(zip(pixels, teacher.encode_images(torch.stack(list(pixels.values()))), strict=True))
     in_order = [vision[digest] for sample in samples for digest in sample.image_digests]
     targets, facts = config.targets.cached(), teacher.plan.facts
-    tokens, keys = [sample.tokens for sample in samples], [sample.key for sample in samples]
     captured, images = captured_arrays(
         teacher,
         targets,
-        tokens,
+        [sample.tokens for sample in samples],
         torch.stack(in_order) if in_order else None,
-        keys=keys,
+        keys=[sample.key for sample in samples],
         keep=list(vision.values()),
     )
     by_digest = dict(zip(vision, images, strict=True))
-    of_images = [
+    specs = [
         spec.name for target in targets.values() if target.owner == "image" for spec in target.arrays(facts)
     ]
     again = []
     for sample, arrays in zip(samples, captured, strict=True):
-        for name in of_images:
+        for name in specs:
             own = [by_digest[digest][name] for digest in sample.image_digests]
             arrays[name] = np.concatenate([sample.arrays[name][:0], *own])
         again.append(replace(sample, arrays=arrays | {"num_images": sample.arrays["num_images"]}))
     return again
 
 
-def _compare_arrays(
-    plan: CapturePlan, stored: Sequence[JoinedSample], live: Sequence[JoinedSample]
-) -> Iterator[ArrayCheck]:
+def _concatenated(samples: Sequence[JoinedSample]) -> dict[str, np.ndarray]:
+    """Array -> its rows of all samples."""
+    names = [name for name in samples[0].arrays if name != "num_images"]
+    return {name: np.concatenate([sample.arrays[name] for sample in samples]) for name in names}
+
+
+def _compare_arrays(plan: CapturePlan, stored: Arrays, live: Arrays) -> Iterator[ArrayCheck]:
     rounding = ROUNDING[plan.manifest.capture["dtype"]]
+    likeliest = rounding * np.abs(live[LOG_PROBS]).max(initial=0) if LOG_PROBS in live else 0.0
     for spec in plan.manifest.arrays:
-        if spec.name not in stored[0].arrays:
-            continue  # tokens: the join compared them
-        theirs = np.concatenate([sample.arrays[spec.name] for sample in stored])
-        ours = np.concatenate([sample.arrays[spec.name] for sample in live])
+        if spec.name not in stored:
+            continue  # tokens, which the join compares
+        theirs, ours, codec = stored[spec.name], live[spec.name], CODECS[spec.codec]
         if spec.name == IDS:
-            yield _compare_ids(spec, stored, live, rounding)
+            error, stated = _rank_errors(stored, live), "how much less likely than the live one at its rank"
         elif spec.name == DRAW_IDS:
-            yield _compare_draws(spec, stored, live, rounding)
-        elif spec.name == DRAW_LOG_PROBS:
-            same = [
-                ours.arrays[DRAW_IDS] == theirs.arrays[DRAW_IDS]
-                for ours, theirs in zip(live, stored, strict=True)
-            ]
-            yield _compare(
-                spec, theirs[np.concatenate(same)].astype(np.float64), ours[np.concatenate(same)], rounding
-            )
+            error, stated = _draw_errors(stored, live), "how far inside the live top K"
         else:
-            yield _compare(spec, theirs.astype(np.float64), ours, rounding)
+            if spec.name == DRAW_LOG_PROBS:  # only of the draws that both drew
+                same = stored[DRAW_IDS] == live[DRAW_IDS]
+                theirs, ours = theirs[same], ours[same]
+            error, stated = np.abs(theirs.astype(np.float64) - ours), codec.stated_error(spec.options)
+        is_of_ids = spec.name in (IDS, DRAW_IDS)
+        limit = likeliest
+        if not is_of_ids:
+            limit = codec.max_error(ours, spec.options) + rounding * np.abs(ours).max(initial=0)
+        yield ArrayCheck(
+            name=spec.name,
+            values=error.size,
+            max_error=float(error.max(initial=0)),
+            mean_error=float(error.mean()) if error.size else 0.0,
+            cosine=_share_equal(theirs, ours) if is_of_ids else _cosine(theirs, ours),
+            of_limit=float((error / np.maximum(limit, 1e-30)).max(initial=0)),
+            stated_error=stated,
+        )
 
 
-def _compare(spec: ArraySpec, stored: np.ndarray, live: np.ndarray, rounding: float) -> ArrayCheck:
-    codec, error = CODECS[spec.codec], np.abs(stored - live)
-    limit = codec.max_error(live, spec.options) + rounding * np.abs(live).max(initial=0)
-    norms = np.linalg.norm(stored) * np.linalg.norm(live.astype(np.float64))
-    return ArrayCheck(
-        name=spec.name,
-        values=live.size,
-        max_error=float(error.max(initial=0)),
-        mean_error=float(error.mean()) if live.size else 0.0,
-        cosine=float((stored * live).sum() / norms) if norms else 1.0,
-        of_limit=float((error / np.maximum(limit, 1e-30)).max(initial=0)),
-        stated_error=codec.stated_error(spec.options),
-    )
+def _rank_errors(stored: Arrays, live: Arrays) -> np.ndarray:
+    """'P K': how much less likely each stored id is than the live one at its rank; of equally likely ones either
+    may come first."""
+    log_probs = live[LOG_PROBS]
+    is_id = stored[IDS][:, :, None] == live[IDS][:, None, :]
+    found = np.where(is_id.any(-1), (is_id * log_probs[:, None, :]).sum(-1), log_probs.min(-1, keepdims=True))
+    return np.abs(log_probs - found)
 
 
-def _compare_ids(
-    spec: ArraySpec, stored: Sequence[JoinedSample], live: Sequence[JoinedSample], rounding: float
-) -> ArrayCheck:
-    """Of tokens as likely as each other either may come first: an id is wrong by how much less likely it is."""
-    errors = [np.zeros(0)]
-    for theirs, ours in zip(stored, live, strict=True):
-        ids, log_probs = ours.arrays[IDS], ours.arrays[LOG_PROBS]
-        for at, row in enumerate(theirs.arrays[IDS]):
-            known = dict(zip(ids[at].tolist(), log_probs[at].tolist(), strict=True))
-            found = np.array([known.get(number, log_probs[at].min()) for number in row.tolist()])
-            errors.append(np.abs(log_probs[at] - found))
-    error = np.concatenate(errors)
-    limit = rounding * max((float(np.abs(s.arrays[LOG_PROBS]).max(initial=0)) for s in live), default=0.0)
-    same = np.mean(
-        [
-            np.mean(a.arrays[IDS] == b.arrays[IDS])
-            for a, b in zip(stored, live, strict=True)
-            if len(a.arrays[IDS])
-        ]
-    )
-    return ArrayCheck(
-        spec.name, error.size, float(error.max(initial=0)), float(error.mean()) if error.size else 0.0, float(same),
-        float(error.max(initial=0) / max(limit, 1e-30)), "how much less likely than the live one at its rank",
-    )  # fmt: skip
+def _draw_errors(stored: Arrays, live: Arrays) -> np.ndarray:
+    """'P Z': how far each stored draw is inside the live top K; rounding may move it, but only to a next id."""
+    inside = live[LOG_PROBS] - live[LOG_PROBS].min(axis=-1, keepdims=True)
+    is_top = stored[DRAW_IDS][:, :, None] == live[IDS][:, None, :]
+    return (is_top * inside[:, None, :]).sum(axis=-1)
 
 
-def _compare_draws(
-    spec: ArraySpec, stored: Sequence[JoinedSample], live: Sequence[JoinedSample], rounding: float
-) -> ArrayCheck:
-    """Rounding may move a draw to the next id; it is wrong if the live top K holds it, by how far it is inside.
-
-    `cosine` is the share of draws that are the live teacher's, too.
-    """
-    errors, same, largest = [np.zeros(0)], [np.zeros(0)], 0.0
-    for theirs, ours in zip(stored, live, strict=True):
-        ids, log_probs = ours.arrays[IDS], ours.arrays[LOG_PROBS]
-        is_top = theirs.arrays[DRAW_IDS][:, :, None] == ids[:, None, :]
-        inside = log_probs - log_probs.min(axis=-1, keepdims=True)
-        errors.append((is_top * inside[:, None, :]).sum(axis=-1).ravel())
-        same.append((theirs.arrays[DRAW_IDS] == ours.arrays[DRAW_IDS]).ravel())
-        largest = max(largest, float(np.abs(log_probs).max(initial=0)))
-    error, agreed = np.concatenate(errors), np.concatenate(same)
-    mean, share = (float(values.mean()) if values.size else 0.0 for values in (error, agreed))
-    worst = float(error.max(initial=0))
-    of_limit = worst / max(rounding * largest, 1e-30)
-    return ArrayCheck(spec.name, error.size, worst, mean, share, of_limit, "how far inside the live top K")
+def _share_equal(stored: np.ndarray, live: np.ndarray) -> float:
+    return float((stored == live).mean()) if live.size else 0.0
 
 
-def _compare_logits(stored: Sequence[JoinedSample], live: Sequence[JoinedSample]) -> LogitsCheck | None:
-    if IDS not in stored[0].arrays:
+def _cosine(one: Any, other: Any) -> float:
+    """Cosine of two arrays as vectors, 1 where one is zero."""
+    one, other = (np.asarray(values, dtype=np.float64).ravel() for values in (one, other))
+    norms = np.linalg.norm(one) * np.linalg.norm(other)
+    return float(one @ other / norms) if norms else 1.0
+
+
+def _compare_logits(stored: Arrays, live: Arrays) -> LogitsCheck | None:
+    if IDS not in stored or not len(stored[IDS]):
         return None
-    agree, divergence = [np.zeros(0)], [np.zeros(0)]
-    for theirs, ours in zip(stored, live, strict=True):
-        agree.append(theirs.arrays[IDS][:, 0] == ours.arrays[IDS][:, 0])
-        divergence.append(_kl(ours.arrays, theirs.arrays))
-    agreed, kl = np.concatenate(agree), np.concatenate(divergence)
-    if not agreed.size:
-        return None
-    return LogitsCheck(agreed.size, float(agreed.mean()), float(kl.mean()))
+    agreement = float((stored[IDS][:, 0] == live[IDS][:, 0]).mean())
+    return LogitsCheck(len(stored[IDS]), agreement, float(_kl(live, stored).mean()))
 
 
 def _kl(live: Arrays, stored: Arrays) -> np.ndarray:
-    """KL(live || stored) of a sample's answer positions, over the live top K and a bucket for the rest."""
-    per_position = []
-    for ids, ours, other_ids, theirs in zip(
-        live[IDS], live[LOG_PROBS], stored[IDS], stored[LOG_PROBS], strict=True
-    ):
-        known = dict(zip(other_ids.tolist(), theirs.tolist(), strict=True))
-        shared = [
-            (p, known[number])
-            for number, p in zip(ids.tolist(), ours.tolist(), strict=True)
-            if number in known
-        ]
-        p, q = (
-            (np.exp(np.array(column)) for column in zip(*shared, strict=True))
-            if shared
-            else (np.zeros(0),) * 2
-        )
-        p, q = (np.append(values, max(1 - values.sum(), 1e-8)) for values in (p, q))
-        per_position.append(float((p * np.log(p / q)).sum()))
-    return np.array(per_position)
+    """'P': KL(live || stored) over the ids that both keep, and a bucket for the rest."""
+    is_id = live[IDS][:, :, None] == stored[IDS][:, None, :]
+    is_shared = is_id.any(-1)
+    p = np.where(is_shared, np.exp(live[LOG_PROBS].astype(np.float64)), 0)
+    q = (is_id * np.exp(stored[LOG_PROBS].astype(np.float64))[:, None, :]).sum(-1)
+    p, q = (np.column_stack([x, np.maximum(1 - x.sum(-1), 1e-8)]) for x in (p, q))
+    return (p * np.log(np.where(p > 0, p, 1) / np.where(p > 0, q, 1))).sum(-1)
 
 
 def _compare_losses(
@@ -281,31 +242,26 @@ def _compare_losses(
     theirs, ours = (loss_terms(distiller, collate, samples) for samples in (stored, live))
     for name in losses:
         (value, gradient), (live_value, live_gradient) = theirs[name], ours[name]
-        norms = gradient.norm() * live_gradient.norm()
-        cosine = float(gradient @ live_gradient / norms) if norms else 1.0
-        yield LossCheck(name, value, live_value, cosine)
+        yield LossCheck(name, value, live_value, _cosine(gradient, live_gradient))
 
 
 def loss_terms(
     distiller: Distiller, collate: JoinCollator, samples: Sequence[JoinedSample]
 ) -> dict[str, tuple[float, torch.Tensor]]:
-    """Loss -> its mean over the samples, and the gradient of that in all trained parameters as one vector."""
+    """Return loss -> its mean over the samples, and the gradient of its sum in all trained parameters, one vector."""
     parameters = [p for p in distiller.parameters() if p.requires_grad]
     totals: dict[str, list[Any]] = {}
-    for batch in _batches(samples, 8):
+    for batch in _batches(samples):
         for name, (total, count) in distiller(collate(batch)).items():
-            gradients = torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True)
-            flat = torch.cat(
-                [
-                    (torch.zeros_like(p) if g is None else g).flatten()
-                    for g, p in zip(gradients, parameters, strict=True)
-                ]
+            gradients = torch.autograd.grad(
+                total, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            known = totals.setdefault(name, [0.0, 0.0, torch.zeros_like(flat)])
-            totals[name] = [known[0] + float(total.detach()), known[1] + float(count), known[2] + flat]
+            found = (float(total.detach()), float(count), torch.cat([g.flatten() for g in gradients]))
+            known = totals.get(name, (0.0, 0.0, 0.0))
+            totals[name] = [one + other for one, other in zip(known, found, strict=True)]
     return {name: (total / max(count, 1), gradient) for name, (total, count, gradient) in totals.items()}
 
 
-def _batches(samples: Sequence[JoinedSample], size: int) -> Iterator[Sequence[JoinedSample]]:
-    for start in range(0, len(samples), size):
-        yield samples[start : start + size]
+def _batches(samples: Sequence[JoinedSample]) -> Iterator[Sequence[JoinedSample]]:
+    for start in range(0, len(samples), BATCH_SIZE):
+        yield samples[start : start + BATCH_SIZE]

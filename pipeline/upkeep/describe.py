@@ -1,15 +1,17 @@
-"""A store in words: what `alignkd info` prints."""
+"""Describe a store in words: what `alignkd info` prints."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from textwrap import indent
 
 from cache import Summary
+from pipeline.text_table import text_table
 
 
 def readable_bytes(count: float) -> str:
-    """A size in decimal units, three digits."""
+    """Return a size in decimal units, with three digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -18,21 +20,15 @@ def readable_bytes(count: float) -> str:
 
 
 def reasons_by_kind(reasons: Mapping[str, int]) -> dict[str, int]:
-    """Rejects counted by what stands before the first colon; after it comes what was found in one sample."""
+    """Count rejects by the text before the first colon; the text after it is of one sample."""
     kinds: Counter[str] = Counter()
     for reason, count in reasons.items():
         kinds[reason.partition(": ")[0]] += count
     return dict(kinds.most_common())
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "not recorded"
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds:.0f} seconds"
-
-
 def describe_store(store: Summary) -> str:
-    """A page: teacher, samples, targets, rejects, provenance, fingerprint."""
+    """Return a page: teacher, samples, targets, rejects, provenance, fingerprint."""
     teacher, made, rejects = store.teacher, store.provenance, reasons_by_kind(store.rejects_by_reason)
     lines = [
         store.path,
@@ -46,7 +42,7 @@ def describe_store(store: Summary) -> str:
         f"  bytes       {readable_bytes(store.bytes)} in all, {readable_bytes(store.bytes_per_sample)} a sample",
         f"  time        {_duration(store.teacher_seconds)} of stage 1",
         "",
-        *_target_table(store),
+        indent(_target_table(store), "  "),
         "",
         *(f"  {count:,} rejected: {reason}" for reason, count in rejects.items()),
         f"  made        {made.get('created', '?')} by `{made.get('command', '?')}`",
@@ -58,21 +54,16 @@ def describe_store(store: Summary) -> str:
     return "\n".join(lines)
 
 
-def _target_table(store: Summary) -> list[str]:
-    rows = [("array", "rows", "axes", "codec", "bytes", "a sample", "stated error")]
-    rows += [
-        (
-            array.name,
-            f"{array.rows:,}",
-            f"{array.axes} = {'x'.join(['*', *map(str, array.row_shape)])}",
-            array.codec,
-            readable_bytes(array.bytes),
-            readable_bytes(array.bytes_per_sample),
-            array.stated_error,
-        )
-        for array in store.arrays
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "not recorded"
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds:.0f} seconds"
+
+
+def _target_table(store: Summary) -> str:
+    rows = [["array", "rows", "axes", "codec", "bytes", "a sample", "stated error"]]
+    for array in store.arrays:
+        shape = f"{array.axes} = {'x'.join(['*', *map(str, array.row_shape)])}"
+        sizes = [readable_bytes(array.bytes), readable_bytes(array.bytes_per_sample)]
+        rows.append([array.name, f"{array.rows:,}", shape, array.codec, *sizes, array.stated_error])
+    return text_table(rows, num_heads=0, justify="left")

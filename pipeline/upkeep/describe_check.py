@@ -1,13 +1,13 @@
-"""What `alignkd check` found, as text: a table of arrays, one of losses, and a verdict."""
+"""The result of `alignkd check` as text: a table of arrays, one of losses, and a verdict."""
 
 from __future__ import annotations
 
-from pipeline.evaluation.compare import text_table
+from pipeline.text_table import text_table
 from pipeline.upkeep.check import Check
 
 
 def describe_check(found: Check) -> str:
-    """The page that the command prints."""
+    """Return the page that the command prints."""
     stub = "a stub of " if found.is_stub else ""
     blocks = [f"{found.samples} samples captured again with {stub}{found.teacher} in {found.dtype}"]
     rows = [["array", "values", "max error", "mean error", "cosine", "of its limit, %"]]
@@ -22,14 +22,11 @@ def describe_check(found: Check) -> str:
         )
     if found.losses:
         rows = [["loss of the student", "stored", "live", "gradients' cosine"]]
-        rows += [
-            [x.name, f"{x.stored:.6g}", f"{x.live:.6g}", f"{x.gradient_cosine:.6f}"] for x in found.losses
-        ]
+        for loss in found.losses:
+            rows.append([loss.name, f"{loss.stored:.6g}", f"{loss.live:.6g}", f"{loss.gradient_cosine:.6f}"])
         blocks.append(text_table(rows))
     else:
         blocks.append(f"losses: {found.losses_absent or 'the config has none that reads the store'}")
-    beyond = [array.name for array in found.arrays if array.of_limit > 1]
-    verdict = (
-        f"NOT what the teacher says: {', '.join(beyond)}" if beyond else "every value within its stated error"
-    )
-    return "\n\n".join([*blocks, verdict])
+    beyond = ", ".join(array.name for array in found.arrays if array.of_limit > 1)
+    blocks.append(f"NOT what the teacher says: {beyond}" if beyond else "every value within its stated error")
+    return "\n\n".join(blocks)

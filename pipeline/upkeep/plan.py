@@ -1,7 +1,7 @@
-"""`alignkd plan`: what a store will take, from a probe of real samples, before anything is written.
+"""`alignkd plan`: estimate a store's size and stage 1's time from a probe of real samples.
 
-The probe goes through stage 1 itself, into a temporary store: so its bytes are those of the codecs, its speed that of
-this machine. What a part's files take whatever it holds, and what they take for each sample, are told apart.
+The probe runs stage 1 itself into a temporary store, so that bytes are those of the codecs and speed is that of this
+machine. Bytes that a part takes whatever it holds are separated from those that grow with its samples.
 """
 
 from __future__ import annotations
@@ -19,41 +19,44 @@ from pathlib import Path
 from typing import Any
 
 from cache import CODECS, PartSizes, part_sizes
-from pipeline.config.config import Config
+from pipeline.config.config import Config, overridden
 from pipeline.data.pairing import check_student
 from pipeline.data.shards import Sample, part_name, read_shard
 from pipeline.errors import ConfigError, writing
 from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture, write_parts
 from pipeline.upkeep.plan_costs import Costs, measure_costs
+from pipeline.upkeep.slices import evenly
 
 PROBED_SHARDS = 8
 TAR_BLOCK = 512
-# A target of a sample from LARGE_BYTES on is made again even if that takes a few times as long as to read it: a
-# student is longer at work on the sample, and the disk is not free.
+# A target of LARGE_BYTES for a sample or more is recomputed even if that takes PATIENCE times as long as reading: a
+# student takes longer for a sample, and disks cost money.
 LARGE_BYTES = 100_000
 PATIENCE = 4
 
 
 @dataclass(frozen=True)
 class TargetPlan:
-    """A target: bytes for a sample and in all, its stated errors, and whether to store it or make it again."""
+    """A target's bytes, stated errors, and the advice to store or recompute it.
+
+    Seconds are of one sample: `reading_seconds` by one process, from the disk that will hold the store (0 if it is
+    not stored); `forward_seconds` of the stub that recomputes it (0 if none can).
+    """
 
     name: str
     source: str
     bytes_per_sample: float
     total_bytes: float
     stated_errors: dict[str, str]
-    reading_seconds: (
-        float  # of a sample, by one process, from the disk that will hold the store; 0 if none is stored
-    )
-    forward_seconds: float  # of the stub that makes it again, a sample; 0 if none can
+    reading_seconds: float
+    forward_seconds: float
     advice: str
 
 
 @dataclass(frozen=True)
 class StorePlan:
-    """What stage 1 will write. `num_samples_known`: counted when packed; else estimated from the shards' bytes."""
+    """What stage 1 will write. Samples are counted if `num_samples_known`, else estimated from the shards' bytes."""
 
     path: str
     num_shards: int
@@ -65,7 +68,7 @@ class StorePlan:
     free_bytes: int
     seconds: float
     targets: tuple[TargetPlan, ...]
-    settings: dict[str, Any]  # overrides of the config that make it so; {} for the config as it is
+    settings: dict[str, Any]  # the overrides of the config that it is for
 
     @property
     def fits(self) -> bool:
@@ -76,42 +79,31 @@ class StorePlan:
 
 
 def plan_store(config: Config, *, num_samples: int = 256) -> StorePlan:
-    """Probe and extrapolate. Raises what stage 1 would raise of the config, the shards and the models."""
+    """Probe `num_samples` and extrapolate. Raises what stage 1 would raise of config, shards and models."""
     check_student(config)
-    return _plan(config, num_samples=num_samples, stubs={})
-
-
-def _plan(config: Config, *, num_samples: int, stubs: dict[str, float]) -> StorePlan:
-    """`stubs` as `known` in `measure_costs`."""
-    plan = plan_capture(config)
-    with tempfile.TemporaryDirectory(prefix=".alignkd-plan-", dir=_disk_of(config.one_cache.path)) as folder:
-        probe = _probe(plan, Path(folder), num_samples=num_samples, stubs=stubs)
-        return _extrapolate(plan, probe)
+    return _plan(config, {}, num_samples=num_samples, stubs={})
 
 
 def plan_within(config: Config, *, max_bytes: float, num_samples: int = 256) -> StorePlan:
-    """The first that fits of ever cheaper settings, those of the config first. Raises `ConfigError` if none does."""
+    """Return the plan of the first of `cheaper_settings` that fits. Raises `ConfigError` if none does."""
     check_student(config)
-    smallest, stubs = None, dict[str, float]()
+    plans, stubs = [], dict[str, float]()
     for settings in cheaper_settings(config):
-        plan = _plan(_with(config, settings), num_samples=num_samples, stubs=stubs)
-        plan = replace(plan, settings=settings)
-        if plan.total_bytes <= max_bytes:
-            return plan
-        smallest = plan if smallest is None or plan.total_bytes < smallest.total_bytes else smallest
-    assert smallest is not None
+        plans.append(_plan(config, settings, num_samples=num_samples, stubs=stubs))
+        if plans[-1].total_bytes <= max_bytes:
+            return plans[-1]
+    smallest = min(plans, key=lambda plan: plan.total_bytes)
+    settings = " ".join(f"{key}={value}" for key, value in smallest.settings.items())
     raise ConfigError(
-        f"--max-bytes: even with {_spelled(smallest.settings)} the store takes {smallest.total_bytes:,.0f} bytes, "
-        f"not {max_bytes:,.0f}; cache fewer shards, or give it more room"
+        f"--max-bytes: even with {settings or 'the config as it is'} the store takes {smallest.total_bytes:,.0f} "
+        f"bytes, not {max_bytes:,.0f}; cache fewer shards, or give it more room"
     )
 
 
 def cheaper_settings(config: Config) -> Iterator[dict[str, Any]]:
-    """Overrides of the config, each set smaller on the disk than the one before; {} first."""
+    """Yield overrides of the config, each for a smaller store than the one before; {} first."""
     active = config.targets.active()
-    settings: dict[str, Any] = {}
-    yield {}
-    steps: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = [{}]
     if "attention" in active:
         steps.append({"targets.attention.source": "recompute"})
     if "vision" in active:
@@ -120,8 +112,9 @@ def cheaper_settings(config: Config) -> Iterator[dict[str, Any]]:
         if active["logits"].tail_samples:
             steps.append({"targets.logits.tail_samples": 0})
         steps += [{"targets.logits.top_k": k} for k in (16, 8) if k < active["logits"].top_k]
+    settings: dict[str, Any] = {}
     for step in steps:
-        settings = {**settings, **step}
+        settings = settings | step
         yield settings
 
 
@@ -132,22 +125,35 @@ class Probe:
     parts: list[PartSizes]
     shard_bytes: int
     store_bytes: int  # of the manifest and the groups' metadata
-    costs: Mapping[str, Costs]  # of the targets that can be made again
+    costs: Mapping[str, Costs]  # of the targets that can be recomputed
 
-    def each(self, of_part: Callable[[PartSizes], float]) -> float:
-        """Mean over samples."""
+    def mean(self, of_part: Callable[[PartSizes], float]) -> float:
+        """Return a part's number for each sample, over all parts."""
         return sum(map(of_part, self.parts)) / max(1, sum(part.samples for part in self.parts))
 
 
+def _plan(
+    config: Config, settings: dict[str, Any], *, num_samples: int, stubs: dict[str, float]
+) -> StorePlan:
+    """The plan with overrides; `stubs` as `known` in `measure_costs`."""
+    plan = plan_capture(_with(config, settings))
+    # Below the store's own folder, if that can be written: reading is then measured on the disk that will hold it.
+    place = _existing(Path(config.one_cache.path).absolute().parent)
+    place = place if place.is_dir() and os.access(place, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".alignkd-plan-", dir=place) as folder:
+        probe = _probe(plan, Path(folder), num_samples=num_samples, stubs=stubs)
+        return _extrapolate(plan, probe, settings)
+
+
 def _probe(plan: CapturePlan, folder: Path, *, num_samples: int, stubs: dict[str, float]) -> Probe:
-    """Stage 1 of the first samples of a few shards, into a store that is thrown away."""
-    shards = _evenly(plan.shards, PROBED_SHARDS)
+    """Run stage 1 on the first samples of a few shards, into a store in `folder`."""
+    shards = evenly(plan.shards, PROBED_SHARDS)
     heads = [_head(shard, folder, max(1, num_samples // len(shards))) for shard in shards]
     manifest = replace(plan.manifest, planned_parts=tuple(part_name(head) for head in heads))
-    config = _with(plan.config, {"cache.path": str(folder / "probe.zarr"), "data.shards": heads})
-    with redirect_stderr(io.StringIO()):  # the probe's own progress would be taken for stage 1's
-        write_parts(replace(plan, config=config, shards=tuple(heads), manifest=manifest))
     store = folder / "probe.zarr"
+    config = _with(plan.config, {"cache.path": str(store), "data.shards": heads})
+    with redirect_stderr(io.StringIO()):  # the probe's own progress bar would look like stage 1's
+        write_parts(replace(plan, config=config, shards=tuple(heads), manifest=manifest))
     documents = [*store.glob("*.json"), *store.glob("parts/*.json")]
     return Probe(
         parts=part_sizes(store),
@@ -158,7 +164,7 @@ def _probe(plan: CapturePlan, folder: Path, *, num_samples: int, stubs: dict[str
 
 
 def _head(shard: str, folder: Path, num_samples: int) -> str:
-    """A tar of a shard's first samples, as they stand there."""
+    """Copy a shard's first samples, byte for byte, into a tar in `folder`."""
     end = 0
     for item in islice(read_shard(shard), num_samples):
         if isinstance(item, Sample):
@@ -169,62 +175,57 @@ def _head(shard: str, folder: Path, num_samples: int) -> str:
     return str(target)
 
 
-def _extrapolate(plan: CapturePlan, probe: Probe) -> StorePlan:
+def _extrapolate(plan: CapturePlan, probe: Probe, settings: dict[str, Any]) -> StorePlan:
+    rejected = sum(part.rejected for part in probe.parts)
+    seen = sum(part.samples for part in probe.parts) + rejected
     counted = _counted_samples(plan.shards)
     shard_bytes = sum(Path(shard).stat().st_size for shard in plan.shards)
-    seen = sum(part.samples + part.rejected for part in probe.parts)
     num_samples = counted if counted is not None else round(shard_bytes * seen / probe.shard_bytes)
-    cached = num_samples * (seen - sum(part.rejected for part in probe.parts)) / max(1, seen)
+    cached = num_samples * (seen - rejected) / max(1, seen)
     fixed = len(plan.shards) * sum(part.fixed_bytes for part in probe.parts) / len(probe.parts)
-    total = (
-        probe.store_bytes
-        + fixed
-        + cached * probe.each(lambda part: part.other_bytes + sum(part.array_bytes.values()))
-    )
-    seconds_each = probe.each(lambda part: part.seconds or 0.0)
+    each = probe.mean(lambda part: part.other_bytes + sum(part.array_bytes.values()))
+    total = probe.store_bytes + fixed + cached * each
+    path = plan.config.one_cache.path
     return StorePlan(
-        path=plan.config.one_cache.path,
+        path=path,
         num_shards=len(plan.shards),
         num_samples=num_samples,
         num_samples_known=counted is not None,
         probed_samples=seen,
         bytes_per_sample=total / max(1.0, cached),
         total_bytes=total,
-        free_bytes=shutil.disk_usage(_existing(Path(plan.config.one_cache.path))).free,
-        seconds=num_samples * seconds_each,
+        free_bytes=shutil.disk_usage(_existing(Path(path))).free,
+        seconds=num_samples * probe.mean(lambda part: part.seconds or 0.0),
         targets=tuple(_targets(plan, probe, cached)),
-        settings={},
+        settings=settings,
     )
 
 
 def _targets(plan: CapturePlan, probe: Probe, num_samples: float) -> Iterator[TargetPlan]:
+    facts = plan.teacher.facts
     for name, target in plan.config.targets.active().items():
-        specs = target.arrays(plan.teacher.facts)
         is_cached = name in plan.config.targets.cached()
-        each = (
-            probe.each(lambda part, s=specs: sum(part.array_bytes[x.name] for x in s)) if is_cached else 0.0
-        )
+        stored = target.arrays(facts) if is_cached else []
+        each = probe.mean(lambda part, specs=stored: sum(part.array_bytes[spec.name] for spec in specs))
         costs = probe.costs.get(name, Costs(0, 0))
         yield TargetPlan(
             name=name,
             source="cache" if is_cached else "recompute",
             bytes_per_sample=each,
             total_bytes=each * num_samples,
-            stated_errors={s.name: CODECS[s.codec].stated_error(s.options) for s in specs}
-            if is_cached
-            else {},
+            stated_errors={spec.name: CODECS[spec.codec].stated_error(spec.options) for spec in stored},
             reading_seconds=costs.reading_seconds,
             forward_seconds=costs.forward_seconds,
-            advice=advice(costs, bytes_each=each, depth=target.deepest, facts=plan.teacher.facts),
+            advice=advice(costs, bytes_each=each, depth=target.deepest, facts=facts),
         )
 
 
 def advice(costs: Costs, *, bytes_each: float, depth: int | None, facts: TeacherFacts) -> str:
-    """Store or recompute, by what was measured of a sample either way; `depth` as in `Target.deepest`."""
+    """Return the advice to store or recompute, from what both cost a sample; `depth` as `Target.deepest` returns."""
     if depth is None:
         return "store: it needs the whole teacher"
     runs = f"the tower, the projector and {max(depth, 0)} of {facts.num_layers} layers"
-    again = f"{1000 * costs.forward_seconds:.2f} ms to make it again ({runs})"
+    again = f"{1000 * costs.forward_seconds:.2f} ms to recompute it ({runs})"
     if not bytes_each:
         return f"recompute: no bytes; {again}"
     patience = PATIENCE if bytes_each > LARGE_BYTES else 1
@@ -233,47 +234,22 @@ def advice(costs: Costs, *, bytes_each: float, depth: int | None, facts: Teacher
 
 
 def _counted_samples(shards: Sequence[str]) -> int | None:
-    """By the pack.json beside the shards; None if one of them is not in one."""
+    """The shards' samples by the `pack.json` beside each; None if one of them is not listed."""
     counts: dict[str, int] = {}
-    for folder in {Path(shard).parent for shard in shards}:
-        try:
+    try:
+        for folder in {Path(shard).parent for shard in shards}:
             packed = json.loads((folder / "pack.json").read_text())["shards"]
             counts |= {str(folder / shard["name"]): int(shard["num_samples"]) for shard in packed}
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-    return (
-        sum(counts[str(Path(shard))] for shard in shards)
-        if all(str(Path(s)) in counts for s in shards)
-        else None
-    )
+        return sum(counts[str(Path(shard))] for shard in shards)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _with(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """The config with `section.key` set; checked as a whole again."""
-    values = config.model_dump()
-    for key, value in overrides.items():
-        *sections, last = key.split(".")
-        place = values
-        for section in sections:
-            place = place[section]
-        place[last] = value
-    return Config.model_validate(values)
-
-
-def _evenly(shards: Sequence[str], count: int) -> list[str]:
-    count = min(count, len(shards))
-    return [shards[number * len(shards) // count] for number in range(count)]
-
-
-def _disk_of(store: str) -> str | None:
-    """A folder on the disk that will hold the store, so that reading is measured there; None if it cannot be."""
-    folder = _existing(Path(store).absolute().parent)
-    return str(folder) if folder.is_dir() and os.access(folder, os.W_OK) else None
+def _with(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The config with `section.key` set, checked as a whole."""
+    return overridden(config, [f"{key}={json.dumps(value)}" for key, value in settings.items()], where="plan")
 
 
 def _existing(path: Path) -> Path:
+    """The path, or its nearest parent that exists."""
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-
-
-def _spelled(settings: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in settings.items()) or "the config as it is"

@@ -1,4 +1,4 @@
-"""What a target costs a student either way, measured on the probe: reading its bytes, or the stub's forward again."""
+"""Measure on the probe what a target costs a student: reading its stored bytes, or the stub's forward pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ Ready = tuple[TokenizedSample, list[torch.Tensor]]  # a sample's tokens, and the
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a sample, in seconds: its stored bytes read and decoded (0: none are stored), and the stub's forward."""
+    """Seconds of a sample: reading and decoding its stored bytes (0 if not stored), and the stub's forward pass."""
 
     reading_seconds: float
     forward_seconds: float
@@ -37,24 +36,22 @@ class Costs:
 def measure_costs(
     plan: CapturePlan, store: Path, shards: Sequence[str], *, known: dict[str, float]
 ) -> dict[str, Costs]:
-    """Of every active target that a stub can make again; `store` and `shards` are the probe's.
+    """Return the costs of every active target that a stub can recompute; `store` and `shards` are the probe's.
 
-    Samples are read as in random order, each with the chunks that it lies in, by one process; a chunk comes from the
-    disk the first time, where the system lets go of what it holds of files, and is decoded every time. The stub runs
-    on the device, in the dtype and with the pixels of stage 1, in batches of 8, for samples of which each brings its
-    own images. `known` holds the seconds of stubs by target, and takes those of the others: how a target is stored is
-    nothing to its stub.
+    Reading is as in random order, by one process: a sample brings the chunks that it lies in, which come from the
+    disk the first time (where the system can drop cached files) and are decoded every time. The stub runs as stage 1
+    does: same device, dtype and pixels, in batches of 8, each sample with its own images. `known`, stub seconds by
+    target, is used and extended: how a target is stored does not matter to its stub.
     """
-    stored = plan.config.targets.cached()
-    again = {
-        name: target for name, target in plan.config.targets.active().items() if target.deepest is not None
-    }
-    if again.keys() - known.keys():
+    active = plan.config.targets.active()
+    targets = {name: target for name, target in active.items() if target.deepest is not None}
+    if targets.keys() - known.keys():
         samples = list(islice(_prepared(plan, shards), FORWARDED_SAMPLES))
-        known |= {name: _forward(plan, name, s, samples) for name, s in again.items() if name not in known}
+        known |= {name: _forward(plan, name, t, samples) for name, t in targets.items() if name not in known}
+    stored = plan.config.targets.cached()
     return {
         name: Costs(_reading(plan, store, target) if name in stored else 0.0, known[name])
-        for name, target in again.items()
+        for name, target in targets.items()
     }
 
 
@@ -62,16 +59,16 @@ def _reading(plan: CapturePlan, folder: Path, target: Target) -> float:
     """Seconds a sample, once every part of the probe is open."""
     store = Store(folder, cache_bytes=0)
     arrays = [spec.name for spec in target.arrays(plan.teacher.facts)]
-    keys = [[entry.key for entry in store.entries(part)] for part in store.parts]
-    for of_part in keys:
-        for key in of_part[:1]:
+    parts = [[entry.key for entry in store.entries(part)] for part in store.parts]
+    for keys in parts:
+        for key in keys[:1]:
             store.read(key, arrays)
     drop_from_memory(folder)
+    keys = [key for keys in parts for key in keys]
     started = time.perf_counter()
-    for of_part in keys:
-        for key in of_part:
-            store.read(key, arrays)
-    return (time.perf_counter() - started) / max(1, sum(map(len, keys)))
+    for key in keys:
+        store.read(key, arrays)
+    return (time.perf_counter() - started) / max(1, len(keys))
 
 
 def _prepared(plan: CapturePlan, shards: Sequence[str]) -> Iterator[Ready]:
@@ -81,15 +78,15 @@ def _prepared(plan: CapturePlan, shards: Sequence[str]) -> Iterator[Ready]:
                 if isinstance(item, Sample):
                     tokens = plan.preparation.tokenize(item.conversations)
                     yield tokens, [plan.preparation.preprocess(image) for image in item.images]
-            except BadSample:  # the probe's rejects; stage 1 tells them
+            except BadSample:  # stage 1 reports it
                 continue
 
 
-def _forward(plan: CapturePlan, name: str, settings: Any, samples: Sequence[Ready]) -> float:
-    """Seconds a sample, after one batch that is not counted; 0 where the probe holds no usable sample."""
+def _forward(plan: CapturePlan, name: str, target: Target, samples: Sequence[Ready]) -> float:
+    """Seconds a sample, after one batch of warm-up; 0 if the probe holds no usable sample."""
     if not samples:
         return 0.0
-    stub = plan_teacher(plan.config.teacher.model, targets={name: settings})
+    stub = plan_teacher(plan.config.teacher.model, targets={name: target})
     teacher = load_teacher(stub, dtype=plan.dtype, device=plan.device)
     batches = [samples[start : start + BATCH_SIZE] for start in range(0, len(samples), BATCH_SIZE)]
     _run(teacher, batches[0])

@@ -1,4 +1,4 @@
-"""Which parts and arrays of a store a smaller one keeps, and what its manifest then says."""
+"""Copy a part of a store: some of its parts and targets, with the manifest that fits them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -14,6 +14,8 @@ from cache import Manifest, Store, digest_of, slice_store
 from pipeline.errors import ConfigError
 from pipeline.targets.target import TeacherFacts
 from pipeline.targets.targets import TARGETS
+
+T = TypeVar("T")
 
 
 def copy_store(
@@ -24,35 +26,34 @@ def copy_store(
     parts: str | None = None,
     fraction: float = 1.0,
 ) -> Store:
-    """A new store with the targets and parts named, comma between them, of one that may be behind a URL."""
-    names = chosen_parts(source, parts.split(",") if parts else None, fraction)
-    kept = targets.split(",") if targets else None
+    """Copy a store, which may be behind a URL: the targets and parts named (comma-separated) or all.
+
+    Of the parts a fraction is taken, evenly chosen, at least one.
+    """
+    names = parts.split(",") if parts else source.parts
+    names = evenly(names, max(1, round(fraction * len(names))))
+    manifest = manifest_with(source, targets.split(",") if targets else None)
     with tqdm(total=len(names), unit="part", desc=f"copy {source.path}", file=sys.stderr) as progress:
         return slice_store(
-            source,
-            output,
-            manifest=manifest_with(source, kept),
-            parts=names,
-            each=lambda part: progress.update(),
+            source, output, manifest=manifest, parts=names, each=lambda part: progress.update()
         )
 
 
 def described(store: Store) -> str:
-    """A store in one line."""
+    """Return a store in one line."""
     return (
         f"{store.path}: {len(store.parts)} parts, {len(store):,} samples, {', '.join(store.manifest.specs)}"
     )
 
 
-def chosen_parts(store: Store, names: Sequence[str] | None, fraction: float) -> list[str]:
-    """The parts named, or all; of these a share, evenly chosen, at least one."""
-    parts = list(store.parts if names is None else names)
-    count = max(1, round(fraction * len(parts)))
-    return [parts[number * len(parts) // count] for number in range(min(count, len(parts)))]
+def evenly(things: Sequence[T], count: int) -> list[T]:
+    """Return `count` of the things (at most all), evenly spread."""
+    count = min(count, len(things))
+    return [things[number * len(things) // count] for number in range(count)]
 
 
 def manifest_with(store: Store, targets: Sequence[str] | None) -> Manifest:
-    """The manifest of the store with these targets alone: its fingerprint is that of a config which asks for them.
+    """Return the store's manifest with these targets alone: its fingerprint is that of a config with only these.
 
     Raises `ConfigError` for a target that the store does not hold.
     """
@@ -74,7 +75,7 @@ def manifest_with(store: Store, targets: Sequence[str] | None) -> Manifest:
 
 
 def _arrays(store: Store, captured: Mapping[str, Any]) -> set[str]:
-    """Names of the arrays that captured targets fill."""
+    """Names of the arrays of captured targets."""
     facts = TeacherFacts.of(store.manifest)
     targets = [TARGETS[name].model_validate(settings) for name, settings in captured.items()]
     return {spec.name for target in targets for spec in target.arrays(facts)}

@@ -23,8 +23,7 @@ ROOMS: dict[str, str] = {
     "pipeline/commands": "report sweep upkeep inspection evaluation teacher_cache distill/training data config",
     "pipeline/report": "sweep upkeep evaluation distill/training losses",
     "pipeline/sweep": "evaluation distill distill/training distill/join data config models",
-    "pipeline/upkeep": "teacher_cache distill distill/model distill/join data config losses models "
-    "targets",
+    "pipeline/upkeep": "teacher_cache distill distill/model distill/join data config losses models targets",
     "pipeline/studies/emoji": "studies evaluation data config models",
     "pipeline/studies": "evaluation data config models",
     "pipeline/inspection": "distill/join data config losses models targets",

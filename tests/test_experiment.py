@@ -96,7 +96,7 @@ def test_answers_of_another_teacher_or_to_other_settings_are_not_the_teachers(as
     other = experiment.config(tmp_path, asked.format(student=experiment.student))
     assert teacher_predictions(other, say=said.append) is None
     assert (
-        "is of another teacher's weights, or was asked otherwise, than this config says: the teacher"
+        "was made with other teacher weights, or asked in another way, than this config says: the teacher"
         in said[0]
     )
 
@@ -131,7 +131,7 @@ def test_answers_of_a_teacher_whose_weights_changed_in_their_place_are_not_the_t
     assert again()[0] and not again()[1]
     change_weights(teacher)
     answers, said = again()
-    assert answers is None and "is of another teacher's weights" in said[0]
+    assert answers is None and "was made with other teacher weights" in said[0]
 
 
 def test_answers_of_the_same_weights_elsewhere_or_touched_are_the_teachers(taught, tmp_path):

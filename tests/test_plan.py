@@ -14,7 +14,7 @@ from pipeline.data.packing import pack
 from pipeline.errors import ConfigError
 from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.teacher import cache_teacher
-from pipeline.upkeep.describe_plan import parse_bytes
+from pipeline.upkeep.describe import parse_bytes
 from pipeline.upkeep.plan import advice, cheaper_settings, plan_store, plan_within
 from pipeline.upkeep.plan_costs import Costs
 

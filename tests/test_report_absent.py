@@ -40,9 +40,12 @@ def test_curves_of_runs_that_are_gone_are_named_as_left_out(sweep: Path):
     assert "1 of 6 runs are left out: their folders are gone." in page_of(sweep).text
     shutil.rmtree(sweep / "runs")
     text = page_of(sweep).text
-    assert "No curves: the folders of all runs are gone, and their logs with them." in text
+    assert "No curves: the folders of all runs, which held the logs, are gone." in text
     assert "date not recorded" in text and "commit not recorded" in text
-    assert "Date, commit, command and versions stand in the runs' folders, and none of these is left." in text
+    assert (
+        "Date, commit, command and versions are recorded in the runs' folders, and none of these is left."
+        in text
+    )
 
 
 def test_gradient_shares_that_nobody_asked_for_are_named(tmp_path: Path):
@@ -55,7 +58,7 @@ def test_gradient_shares_that_nobody_asked_for_are_named(tmp_path: Path):
 def test_variations_beyond_the_colours_are_named_and_not_drawn(tmp_path: Path):
     names = ("none", *(f"v{number}" for number in range(8)))
     text = page_of(write_sweep(tmp_path / "s", store=tmp_path, variations=names)).text
-    assert "Not drawn, being beyond the eight that colours can tell apart: losses=v7." in text
+    assert "Not drawn, since only eight colours can be told apart: losses=v7." in text
     assert "one thin line for each of 16 runs" in text
 
 
@@ -71,10 +74,8 @@ def test_a_store_that_is_gone_or_does_not_know_its_time_is_named(sweep: Path, tm
 
 def test_a_store_without_times_has_a_cost_and_no_saving(tmp_path: Path):
     text = page_of(write_sweep(tmp_path / "s", store=write_store(tmp_path / "old.zarr"))).text
-    assert "not recorded: the store was made by a version that did not time its parts" in text
-    assert (
-        "Teacher time saved by reruns: Not known: the store does not say how long the teacher took." in text
-    )
+    assert "not recorded: the version that made the store did not time its parts" in text
+    assert "Teacher time saved: Not known: the store does not say how long the teacher took." in text
 
 
 def test_a_run_alone_says_what_it_lacks(tmp_path: Path):
@@ -82,9 +83,9 @@ def test_a_run_alone_says_what_it_lacks(tmp_path: Path):
     write_run(tmp_path / "run", ["supervised"], config={"cache": {"path": str(store)}})
     text = page_of(tmp_path / "run").text
     assert "Accuracy - Not measured: no held-out questions were answered." in text
-    assert "Nothing was evaluated: there are no answers to held-out questions in this folder." in text
+    assert "Nothing was evaluated: this folder holds no answers to held-out questions." in text
     assert "Teacher time saved - No run here reads the teacher." in text
-    assert 'Threads: "-", since only a sweep records them.' in text
+    assert 'Threads are "-" because only a sweep records them.' in text
 
 
 def test_a_run_that_does_not_say_how_fast_it_was_is_named(tmp_path: Path):

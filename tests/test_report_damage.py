@@ -28,7 +28,7 @@ def test_a_folder_that_is_nothing_of_ours_is_one_sentence(tmp_path: Path):
 def test_a_sweep_that_did_not_finish_is_told_to(sweep: Path):
     (sweep / "summary.json").unlink()
     with pytest.raises(
-        PipelineError, match=r"summary.json is not there; run the command that writes it to its end"
+        PipelineError, match=r"summary.json is missing; run the command that writes it, to its end"
     ):
         gather(sweep)
 
@@ -48,9 +48,7 @@ def test_a_summary_of_runs_that_are_not_in_the_file_is_not_believed(sweep: Path)
 def test_a_line_of_runs_that_is_none_is_named(sweep: Path):
     with open(sweep / "runs.jsonl", "a") as file:
         file.write('{"name": "losses=cu')
-    with pytest.raises(
-        PipelineError, match=r"runs.jsonl: line 7 is none of a run; remove it to run it again"
-    ):
+    with pytest.raises(PipelineError, match=r"runs.jsonl: line 7 is not a run; remove it to run it again"):
         gather(sweep)
 
 
@@ -78,5 +76,5 @@ def test_a_damaged_file_is_named_with_the_remedy(sweep: Path, file: str, text: s
 def test_a_run_without_its_provenance_is_told_apart_from_a_damaged_one(tmp_path: Path):
     write_run(tmp_path / "run", ["supervised"], config={"cache": {"path": "nowhere"}})
     (tmp_path / "run" / "provenance.json").unlink()
-    with pytest.raises(PipelineError, match=r"provenance.json is not there"):
+    with pytest.raises(PipelineError, match=r"provenance.json is missing"):
         gather(tmp_path / "run")

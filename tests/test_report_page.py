@@ -99,7 +99,7 @@ def test_the_headlines_say_what_was_measured_on_what(sweep: Path):
     assert "Throughput 2 samples/s" in text or "Throughput 3 samples/s" in text
     assert "losses=all, mean of 2 runs, threads: 1. Training alone." in text
     assert (
-        "Teacher time saved 3.15 min An estimate: an online teacher for 4 runs, less stage 1 once (3 s)."
+        "Teacher time saved 3.15 min An estimate: an online teacher for 4 runs, minus stage 1 once (3 s)."
         in text
     )
 
@@ -158,7 +158,7 @@ def test_every_term_has_its_three_panels(sweep: Path):
         for kind in ("raw", "weighted", "share of gradient norm"):
             assert f"{term}: {kind}, over optimizer steps" in labels
     assert (
-        "one thin line for each of 6 runs; seeds of a variation look alike, labels only is dashed."
+        "one thin line for each of 6 runs; all seeds of a variation have one colour, labels only is dashed."
         in page.text
     )
 
@@ -167,14 +167,14 @@ def test_the_estimate_of_the_time_saved_shows_its_numbers(sweep: Path):
     text = page_of(sweep).text
     assert "The 4 runs that read the teacher saw 384 samples together." in text
     assert (
-        "at stage 1's speed 3.2 min in all. The cache took 3 s once. Saved: 3.15 min of the teacher's time."
+        "3.2 min in all at stage 1's speed. The cache took 3 s once. Saved: 3.15 min of the teacher's time."
         in text
     )
     assert (
         "An estimate, not a measurement: samples seen × (stage 1's time / samples cached) − stage 1's time."
         in text
     )
-    assert "3 s for stage 1, 500 ms a sample" in text and "each stored once for 1.50 uses" in text
+    assert "3 s for stage 1, 500 ms per sample" in text and "each stored once for 1.50 uses" in text
 
 
 def test_a_cache_that_has_not_paid_back_says_so(tmp_path: Path):
@@ -186,7 +186,7 @@ def test_a_cache_that_has_not_paid_back_says_so(tmp_path: Path):
     change(state, log_history=log)
     text = page_of(tmp_path / "run").text
     assert "The run that reads the teacher saw 4 samples." in text
-    assert "Not paid back yet: 1 s more than these runs would have used." in text
+    assert "Not paid back yet: the cache took 1 s more than an online teacher for these runs." in text
     assert "Teacher time saved −1 s" in text and "Stage 1 has not paid back yet." in text
 
 

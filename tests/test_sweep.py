@@ -142,9 +142,7 @@ def test_a_damaged_line_is_named(sweep_of, tmp_path):
     sweep_of(tmp_path, vary=["losses=none", "train.seed=0"])
     file = tmp_path / "runs.jsonl"
     file.write_text(file.read_text() + '{"name": "losses=none"}\n')
-    with pytest.raises(
-        PipelineError, match=r"runs\.jsonl: line 2 is none of a run; remove it to run it again"
-    ):
+    with pytest.raises(PipelineError, match=r"runs\.jsonl: line 2 is not a run; remove it to run it again"):
         sweep_of(tmp_path, vary=["losses=none", "train.seed=0"])
 
 

@@ -51,7 +51,7 @@ def test_questions_that_are_gone_are_told(tmp_path):
 def test_questions_that_are_no_json_are_told(tmp_path):
     line = write_line(tmp_path, LINE, {"test": answered([True])})
     (tmp_path / QUESTIONS).write_text("{")
-    with pytest.raises(PipelineError, match=r"questions\.json is no JSON; remove it and runs\.jsonl"):
+    with pytest.raises(PipelineError, match=r"questions\.json is not JSON; remove it and runs\.jsonl"):
         read_answers(tmp_path, line)
 
 

@@ -80,7 +80,7 @@ def test_each_test_set_has_rows_and_a_table_of_its_own(sweep):
     assert seen.splitlines() == [
         "test set test: 10 questions of 10 images",
         "gain over labels alone, paired by question and seed; interval: bootstrap over images, one training seed, "
-        "so no word on the next",
+        "other seeds not covered",
         "variation    seeds  accuracy, %  gain, points      95% interval  gap closed, %",
         "-" * 78,
         "losses=none      1        40.00",

@@ -107,7 +107,7 @@ def check(
     For a store without logits, a stub of the teacher is enough: a few percent of its weights.
     """
     from pipeline.upkeep.check import check_store
-    from pipeline.upkeep.describe_check import describe_check
+    from pipeline.upkeep.describe import describe_check
 
     settings = load_or_stored(store, config, overrides)
     # The store may have moved since it was made.
@@ -134,7 +134,7 @@ def plan(
     """
     settings = load(config, overrides)
     from cache import local
-    from pipeline.upkeep.describe_plan import describe_plan, parse_bytes
+    from pipeline.upkeep.describe import describe_plan, parse_bytes
     from pipeline.upkeep.plan import plan_store, plan_within
 
     local(settings.one_cache.path, doing="written by stage 1")

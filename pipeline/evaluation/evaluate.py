@@ -73,9 +73,9 @@ def evaluate_model(
 ) -> list[Prediction]:
     """Answer every held-out question with a checkpoint and write the predictions to `output` (JSON lines).
 
-    The last human turn of each conversation is asked, given the turns before it. `device` is a GPU by default, if there
-    is one. Raises `BadSample` for a sample that cannot be asked: an accuracy over an unknown part of the test set would
-    mean nothing.
+    The last human turn of each conversation is asked, given the turns before it. `device` is a GPU by default, if
+    there is one. Raises `BadSample` for a sample that cannot be asked: an accuracy over an unknown part of the test
+    set would mean nothing.
     """
     preparation = Preparation.of(model, data)
     network = MobileVLMForCausalLM.from_pretrained(model, dtype=settings.dtype).eval()

@@ -8,15 +8,17 @@ from typing import Any
 
 from blake3 import blake3
 
-from cache import digest_of
+from cache import Store, digest_of
 from pipeline.config.config import Config, EvaluateConfig
 from pipeline.config.provenance import finished_identity, made_with, mark_finished, read_mark
 from pipeline.data.preparation import Preparation
 from pipeline.data.shards import expand_shards
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import PREDICTIONS_FILE, Prediction, evaluate_model, read_predictions
-from pipeline.evaluation.model_weights import are_the_teachers, weights_of
-from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.checkpoint import WEIGHT_FILES, Checkpoint, digest_of_tensors
+from pipeline.models.teacher_plan import whole_model_digests
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", *WEIGHT_FILES)
 
 
 def evaluate_checkpoint(config: Config, model: str, *, output: Path | None = None) -> list[Prediction]:
@@ -24,7 +26,7 @@ def evaluate_checkpoint(config: Config, model: str, *, output: Path | None = Non
     if config.evaluate is None:
         raise ConfigError("the config has no `evaluate` section; name held-out shards as evaluate.shards")
     output = output or predictions_file(config, model)
-    stamp, weights = _stamp(output), weights_of(Checkpoint(model))
+    stamp, weights = _stamp(output), _weights_of(Checkpoint(model))
     settings = config.evaluate.model_dump(mode="json", exclude={"shards", "batch_size"})
     preparation = Preparation.of(model, config.data).digests()
     identity = digest_of([weights["digest"], preparation, held_out_digests(config.evaluate), settings])
@@ -52,10 +54,10 @@ def teacher_predictions(config: Config, *, say: Callable[[str], None]) -> list[P
         return None
     stamp = _stamp(file)
     is_asked_alike = _asked(made_with(stamp)) == _asked(config.model_dump(mode="json"))
-    if not (is_asked_alike and are_the_teachers(read_mark(stamp).get("weights") or {}, config)):
+    if not (is_asked_alike and _are_the_teachers(read_mark(stamp).get("weights") or {}, config)):
         say(
-            f"{file} is of another teacher's weights, or was asked otherwise, than this config says: the teacher is "
-            "left out; run `alignkd evaluate` with this config"
+            f"{file} was made with other teacher weights, or asked in another way, than this config says: the "
+            "teacher is left out; run `alignkd evaluate` with this config"
         )
         return None
     return read_predictions(file)
@@ -80,3 +82,53 @@ def _asked(config: Mapping[str, Any]) -> list[Any]:
     evaluate, data = (config.get(section) or {} for section in ("evaluate", "data"))
     how = [evaluate.get(name) for name in ("max_new_tokens", "dtype")]
     return [*how, *(data.get(name) for name in ("template", "image_aspect_ratio"))]
+
+
+def _weights_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the digest of all tensors, those of their groups (as a store has them), and the state of the files."""
+    known = checkpoint.tensor_digests(checkpoint.names())
+    return {
+        "digest": digest_of_tensors(known),
+        "groups": whole_model_digests(checkpoint.folder, known),
+        "files": _file_states(checkpoint.folder),
+    }
+
+
+def _are_the_teachers(weights: Mapping[str, Any], config: Config) -> bool:
+    """Return whether weights, as from `_weights_of`, are those of the config's teacher.
+
+    Its files are read only if their sizes or times differ. Where the teacher is not on this machine, the stores'
+    digests decide.
+    """
+    folder = _local_folder(config.teacher.model)
+    if folder is None:
+        return any(_are_of(weights, Store(cache.path)) for cache in config.all_caches())
+    if weights.get("files") == _file_states(folder):
+        return True
+    return weights.get("digest") == Checkpoint(str(folder)).digest()
+
+
+def _are_of(weights: Mapping[str, Any], store: Store) -> bool:
+    """Whether every group of weights that the store's teacher read is among these."""
+    known, groups = store.manifest.teacher.get("digests") or {}, weights.get("groups") or {}
+    return bool(known) and all(groups.get(group) == digest for group, digest in known.items())
+
+
+def _local_folder(model: str) -> Path | None:
+    """A checkpoint's folder on this machine; nothing is downloaded."""
+    if (folder := Path(model)).is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+
+
+def _file_states(folder: Path) -> dict[str, list[int]]:
+    """File -> [size in bytes, time of change in ns] of all that may hold weights, links followed."""
+    files = {file for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern)}
+    states = {file.name: file.stat() for file in sorted(files)}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}

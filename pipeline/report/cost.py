@@ -1,9 +1,10 @@
-"""The cost of a store of the teacher's targets, compared with an online teacher for the same runs."""
+"""The cost of training: speed of the students, and the store compared with an online teacher for the same runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from cache import CacheError, Summary, summarise
@@ -57,3 +58,31 @@ def cost_of_store(
     seen = [run.samples_seen for run in runs if run.reads_teacher]
     known = [samples for samples in seen if samples is not None]
     return StoreCost(store, len(seen), sum(known) if known and len(known) == len(seen) else None), ""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Means over a variation's runs, of training without the evaluation; None where a run lacks a number."""
+
+    label: str
+    num_runs: int
+    steps: float | None
+    samples_seen: float | None
+    train_seconds: float | None
+    samples_per_second: float | None
+    slowest: float | None
+    fastest: float | None
+    threads: str
+
+
+def throughput_of(label: str, runs: Sequence[TrainingRun]) -> Throughput:
+    """Return the throughput of the runs of one variation."""
+    own = [run for run in runs if run.label == label]
+    names = ("steps", "samples_seen", "train_seconds", "samples_per_second")
+    columns = {name: [getattr(run, name) for run in own] for name in names}
+    # No mean over some of the runs: it would be read as one over all.
+    means = {name: fmean(column) if None not in column else None for name, column in columns.items()}
+    speeds = [speed for speed in columns["samples_per_second"] if speed is not None]
+    threads = ", ".join(map(str, sorted({run.threads for run in own if run.threads is not None})))
+    slowest, fastest = min(speeds, default=None), max(speeds, default=None)
+    return Throughput(label, len(own), **means, slowest=slowest, fastest=fastest, threads=threads or "-")

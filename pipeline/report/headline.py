@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.report.cost import throughput_of
 from pipeline.report.findings import Findings, Result
 from pipeline.report.number_format import NOT_THERE, count, decimal, duration, percent, points
-from pipeline.report.throughput import throughput_of
 
 VALIDATION = "validation"  # by convention, the name of a test set on which variations are chosen
 
@@ -80,7 +80,7 @@ def _gap(findings: Findings, best: Result | None) -> Headline:
     if best is None or not findings.teacher:
         return Headline(name, findings.teacher_absent or "Not measured: nothing was evaluated.")
     if best.gain is None:
-        return Headline(name, "No labels-only run to count from.")
+        return Headline(name, "There is no labels-only run to start from.")
     if best.gap_closed is None:
         return Headline(name, "The teacher is not ahead of labels only by half a point.")
     none, teacher = best.accuracy - best.gain.difference, findings.teacher[best.test_set]["all"][0]
@@ -110,5 +110,5 @@ def _saved(findings: Findings) -> Headline:
     paid = "" if cost.saved_seconds >= 0 else " Stage 1 has not paid back yet."
     once = duration(cost.store.teacher_seconds)
     return Headline(
-        name, f"An estimate: an online teacher for {runs}, less stage 1 once ({once}).{paid}", value, unit
+        name, f"An estimate: an online teacher for {runs}, minus stage 1 once ({once}).{paid}", value, unit
     )

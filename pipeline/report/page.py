@@ -11,13 +11,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.errors import writing
 from pipeline.evaluation.compare import MIN_GAP
 from pipeline.report import number_format
+from pipeline.report.cost import throughput_of
 from pipeline.report.curve_panels import draw_curves
 from pipeline.report.curves import MAX_POINTS
 from pipeline.report.findings import Findings
 from pipeline.report.forest import ForestAxis
 from pipeline.report.gather import gather
 from pipeline.report.headline import headlines
-from pipeline.report.throughput import throughput_of
 from pipeline.upkeep.describe import readable_bytes
 
 PAGE = "report.html"

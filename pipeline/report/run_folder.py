@@ -45,7 +45,7 @@ def origin_of(folders: Iterable[Path]) -> Origin:
 def read_json(file: Path) -> Any:
     """Return a JSON file's value. Raises `PipelineError` if the file is missing or no JSON."""
     if not file.is_file():
-        raise PipelineError(f"{file} is not there; run the command that writes it to its end")
+        raise PipelineError(f"{file} is missing; run the command that writes it, to its end")
     with named_if_damaged(file):
         return json.loads(file.read_text())
 

@@ -38,9 +38,7 @@ def read_lines(folder: Path) -> list[Line]:
             line = json.loads(text)
             lines.append(line | {"name": line["name"], "identity": line["identity"]})
         except (ValueError, TypeError, KeyError) as error:
-            raise PipelineError(
-                f"{file}: line {number} is none of a run; remove it to run it again"
-            ) from error
+            raise PipelineError(f"{file}: line {number} is not a run; remove it to run it again") from error
     return lines
 
 
@@ -96,7 +94,7 @@ def _read_json(file: Path, remedy: str) -> Any:
     try:
         return json.loads(file.read_text()) if file.is_file() else None
     except ValueError as error:
-        raise PipelineError(f"{file} is no JSON; {remedy}") from error
+        raise PipelineError(f"{file} is not JSON; {remedy}") from error
 
 
 def _packed(correct: np.ndarray) -> str:

@@ -88,9 +88,9 @@ def _caption(rows: Sequence[Row]) -> str:
         return f"{rows[0]['questions']:,} questions"
     counts = sorted({gain["num_seeds"] for gain in gains})
     if counts == [1]:
-        seeds = "one training seed, so no word on the next"
+        seeds = "one training seed, other seeds not covered"
     elif counts[0] == 1:
-        seeds = f"Student's t over up to {counts[-1]} seeds (of one seed: images alone)"
+        seeds = f"Student's t over up to {counts[-1]} seeds (with one seed: over images only)"
     else:
         seeds = f"Student's t over {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
     return (

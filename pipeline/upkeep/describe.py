@@ -1,13 +1,23 @@
-"""Describe a store in words: what `alignkd info` prints."""
+"""Describe in words a store (`alignkd info`), a plan (`alignkd plan`) and a check (`alignkd check`)."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from textwrap import indent
+from typing import TYPE_CHECKING
 
 from cache import Summary
+from pipeline.errors import ConfigError
 from pipeline.text_table import text_table
+
+if TYPE_CHECKING:  # they import torch, which a look at a store does not need
+    from pipeline.upkeep.check import Check
+    from pipeline.upkeep.plan import StorePlan
+
+UNITS = {"": 1, "B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def readable_bytes(count: float) -> str:
@@ -27,8 +37,16 @@ def reasons_by_kind(reasons: Mapping[str, int]) -> dict[str, int]:
     return dict(kinds.most_common())
 
 
+def parse_bytes(text: str) -> float:
+    """Return 500GB, 1.5 TiB or 1000000 in bytes. Raises `ConfigError` for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2] not in UNITS:
+        raise ConfigError(f"{text!r}: expected a size such as 500GB or 1.5TiB")
+    return float(found[1]) * UNITS[found[2]]
+
+
 def describe_store(store: Summary) -> str:
-    """Return a page: teacher, samples, targets, rejects, provenance, fingerprint."""
+    """Return the page that `alignkd info` prints: teacher, samples, targets, rejects, provenance, fingerprint."""
     teacher, made, rejects = store.teacher, store.provenance, reasons_by_kind(store.rejects_by_reason)
     lines = [
         store.path,
@@ -52,6 +70,58 @@ def describe_store(store: Summary) -> str:
         *(f"  {name.replace('_', ' '):<19} {digest[:16]}" for name, digest in store.fingerprint.items()),
     ]
     return "\n".join(lines)
+
+
+def describe_plan(plan: StorePlan) -> str:
+    """Return the page that `alignkd plan` prints."""
+    how = "counted when packed" if plan.num_samples_known else "estimated from the shards' bytes"
+    sizes = [(t.name, t.source, t.bytes_per_sample, t.total_bytes) for t in plan.targets]
+    sizes.append(("store", "", plan.bytes_per_sample, plan.total_bytes))
+    rows = [
+        [name, source, readable_bytes(each), readable_bytes(total)] for name, source, each, total in sizes
+    ]
+    advice = [f"{target.name}: {target.advice}" for target in plan.targets]
+    advice.append("(measured here, on the probe: reading by one process, and the stub on stage 1's device)")
+    errors = [f"{name}: {error}" for target in plan.targets for name, error in target.stated_errors.items()]
+    too_large = f"; the store does NOT fit: it takes {readable_bytes(plan.total_bytes)}"
+    blocks = [
+        f"{plan.path}: {plan.num_shards:,} shards, {plan.num_samples:,} samples ({how}); "
+        f"{plan.probed_samples:,} probed",
+        text_table([["target", "source", "bytes a sample", "in all"], *rows]),
+        "\n".join(advice),
+        "\n".join(errors),
+        f"stage 1: {plan.seconds / 3600:.2g} hours on this machine, at the probe's speed",
+        f"disk: {readable_bytes(plan.free_bytes)} free{'' if plan.fits else too_large}",
+    ]
+    if plan.settings:
+        blocks.append("chosen to fit: " + " ".join(f"{key}={value}" for key, value in plan.settings.items()))
+    return "\n\n".join(block for block in blocks if block)
+
+
+def describe_check(found: Check) -> str:
+    """Return the page that `alignkd check` prints."""
+    stub = "a stub of " if found.is_stub else ""
+    blocks = [f"{found.samples} samples captured again with {stub}{found.teacher} in {found.dtype}"]
+    rows = [["array", "values", "max error", "mean error", "cosine", "of its limit, %"]]
+    for array in found.arrays:
+        errors = [f"{array.max_error:.2e}", f"{array.mean_error:.2e}", f"{array.cosine:.6f}"]
+        rows.append([array.name, f"{array.values:,}", *errors, f"{100 * array.of_limit:.0f}"])
+    blocks.append(text_table(rows))
+    if found.logits:
+        blocks.append(
+            f"answers: {found.logits.positions:,} positions, the same likeliest token at "
+            f"{100 * found.logits.top1_agreement:.2f}%, KL(live || stored) {found.logits.kl:.2e} nats"
+        )
+    if found.losses:
+        rows = [["loss of the student", "stored", "live", "gradients' cosine"]]
+        for loss in found.losses:
+            rows.append([loss.name, f"{loss.stored:.6g}", f"{loss.live:.6g}", f"{loss.gradient_cosine:.6f}"])
+        blocks.append(text_table(rows))
+    else:
+        blocks.append(f"losses: {found.losses_absent or 'the config has none that reads the store'}")
+    beyond = ", ".join(array.name for array in found.arrays if array.of_limit > 1)
+    blocks.append(f"NOT what the teacher says: {beyond}" if beyond else "every value within its stated error")
+    return "\n\n".join(blocks)
 
 
 def _duration(seconds: float | None) -> str:

@@ -190,7 +190,7 @@ def test_two_sweeps_do_not_share_a_folder(experiment, tmp_path, capsys):
             cli.main(["sweep", "--config", str(experiment.file), "--output", str(tmp_path)])
         process.communicate("\n")
     said = capsys.readouterr().err
-    assert f"{tmp_path}: another sweep is running there; wait for it, or give another --output" in said
+    assert f"{tmp_path}: another process is training there; wait for it, or give another --output" in said
     assert [file.name for file in tmp_path.iterdir()] == ["lock"]
 
 

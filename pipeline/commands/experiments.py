@@ -51,7 +51,7 @@ def sweep(
         print("\n".join(run.name for run in runs))
         return
     folder = output or Path(settings.output_dir) / "sweep"
-    with alone_in(folder, work="sweep is running", setting="--output"):
+    with alone_in(folder, setting="--output"):
         lines, failed = run_sweep(
             settings, runs, folder, jobs=jobs, keep_models=keep_models, overwrite=overwrite, say=say
         )

@@ -38,13 +38,11 @@ def check_together(connected: int) -> None:
 
 
 @contextmanager
-def alone_in(
-    folder: Path, *, work: str = "process is training", setting: str = "output_dir"
-) -> Iterator[None]:
-    """Hold a folder, created if needed. Raises `PipelineError` if another process holds it.
+def alone_in(folder: Path, *, setting: str = "output_dir") -> Iterator[None]:
+    """Hold the folder of a training or a sweep, created if needed. Raises `PipelineError` if another process does.
 
-    `work` and `setting` name, in the message, what the other one does and how to choose another folder. The lock is a
-    record lock: workers that load data do not inherit it, and a crash releases it.
+    `setting` is the one that names the folder. The lock is a record lock: workers that load data do not inherit it,
+    and a crash releases it.
     """
     with writing(folder, then=f"give this user the right to write there, or give another {setting}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +53,7 @@ def alone_in(
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise PipelineError(
-                    f"{folder}: another {work} there; wait for it, or give another {setting}"
+                    f"{folder}: another process is training there; wait for it, or give another {setting}"
                 ) from error
             # A file system without locks: other processes go unnoticed.
         yield

@@ -21,7 +21,6 @@ from itertools import chain, repeat
 from typing import Any
 
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
 
 from bench.models import Case, config_of, write_inputs
 from bench.turns import Work, stage_app
@@ -58,13 +57,9 @@ def _trainer(case: Case, losses: Mapping[str, Any]) -> Any:
     return trainer
 
 
-def _loader(trainer: Any, case: Case, **options: Any) -> DataLoader[Any]:
-    return DataLoader(trainer.train_dataset, case.batch_size, collate_fn=trainer.data_collator, **options)
-
-
-def _over(trainer: Any, case: Case, loss_of: Callable[[Any], Any]) -> Work:
+def _over(trainer: Any, loss_of: Callable[[Any], Any]) -> Work:
     """A step with each batch of the data set; the batches are in memory, on the device."""
-    batches = [trainer._prepare_inputs(batch) for batch in _loader(trainer, case)]
+    batches = list(trainer.get_train_dataloader())
 
     def turn() -> Mapping[str, float]:
         for batch in batches:
@@ -83,7 +78,7 @@ def _step(trainer: Any, loss: Any) -> None:
 def cached(case: Case, *, losses: Mapping[str, Any] = ALL) -> Work:
     """Steps of our own loss."""
     trainer = _trainer(case, losses)
-    return _over(trainer, case, lambda batch: trainer.compute_loss(trainer.model, batch))
+    return _over(trainer, lambda batch: trainer.compute_loss(trainer.model, batch))
 
 
 def plain(case: Case) -> Work:
@@ -101,22 +96,22 @@ def plain(case: Case) -> Work:
         logits = student.lm_head(hidden.last_hidden_state)[:, :-1].float()
         return cross_entropy(logits.flatten(0, 1), merged.labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
-    return _over(trainer, case, loss_of)
+    return _over(trainer, loss_of)
 
 
 def loading(case: Case) -> Work:
     """Steps whose batches come from the loader's workers; counts the share of the time spent waiting for them."""
     trainer = _trainer(case, ALL)
-    several = {"num_workers": case.workers, "persistent_workers": case.workers > 0}
-    loader = _loader(trainer, case, shuffle=True, **several)
-    batches = chain.from_iterable(repeat(loader))
+    trainer.args.dataloader_num_workers = case.workers
+    trainer.args.dataloader_persistent_workers = case.workers > 0
+    batches = chain.from_iterable(repeat(trainer.get_train_dataloader()))
     next(batches)  # the workers have started
 
     def turn() -> Mapping[str, float]:
         started, waited = time.perf_counter(), 0.0
         for _ in range(case.samples // case.batch_size):
             asked = time.perf_counter()
-            batch = trainer._prepare_inputs(next(batches))
+            batch = next(batches)
             waited += time.perf_counter() - asked
             _step(trainer, trainer.compute_loss(trainer.model, batch))
         return {"waiting": waited / (time.perf_counter() - started)}
@@ -134,7 +129,7 @@ def online(case: Case) -> Work:
         teacher.forward(batch["input_ids"], batch["attention_mask"], batch["labels"], vision)
         return trainer.compute_loss(trainer.model, batch)
 
-    return _over(trainer, case, loss_of)
+    return _over(trainer, loss_of)
 
 
 CONTESTANTS = {

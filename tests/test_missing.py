@@ -307,10 +307,10 @@ def test_a_batch_that_lacks_rows_does_not_pass_as_whole(mixed, tmp_path):
         distiller(batch)
 
 
-def test_logits_cannot_be_made_again(mixed):
+def test_logits_cannot_be_recomputed(mixed):
     with pytest.raises(
         ConfigError,
-        match=r"on_missing: recompute cannot make 'logits' again, which needs the whole teacher; sample '\w+' is not "
+        match=r"on_missing: recompute cannot give 'logits', which needs the whole teacher; sample '\w+' is not "
         r"in .*logits_without \(rejected there: .*\), nor are 3 others: cache them .*, or set on_missing: skip",
     ):
         opened(mixed("attention", "vision", "logits without", more=RECOMPUTE))
@@ -355,7 +355,7 @@ def test_stores_of_two_dtypes_are_not_completed_by_one_stub(mixed, experiment, s
     half = part_of_store(tmp_path / "half", tmp_path / "vision", ["vision"])
     lacks = rewrite_store(half, tmp_path / "lacks", without=LACKED)
     with pytest.raises(
-        ConfigError, match=r"made again as in .* \(\w+\) and in .* \(\w+\), and a stub computes in one dtype"
+        ConfigError, match=r"recomputed as in .* \(\w+\) and in .* \(\w+\), but a stub computes in one dtype"
     ):
         train_student(mixed("attention without", lacks, "logits", more=RECOMPUTE), tmp_path / "run")
 

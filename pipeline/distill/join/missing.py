@@ -138,7 +138,7 @@ def _counted(stores: Stores, source: Source, first: Row, counts: tuple[int, int]
         )
     if stores.on_missing == "recompute" and whole:
         raise ConfigError(
-            f"on_missing: recompute cannot recompute {whole[0]!r}, which needs the whole teacher; sample "
+            f"on_missing: recompute cannot give {whole[0]!r}, which needs the whole teacher; sample "
             f"{entry.key!r} is not in {source.store.path} ({_why(source, part, entry.key)}), nor are "
             f"{num_lacked - 1:,} others: cache them with `alignkd teacher-cache`, or set on_missing: skip"
         )

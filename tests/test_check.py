@@ -102,6 +102,7 @@ def test_the_command_says_what_it_found_with_an_exit_code(experiment, tmp_path, 
         cli.main(["check", str(store), "--json", "--no-losses"])
     assert stopped.value.code == 1
     found = json.loads(capsys.readouterr().out)
+    assert all("cosine" in array for array in found["arrays"])
     assert not found["is_sound"]
     assert [array["name"] for array in found["arrays"] if array["of_limit"] > 1] == ["logits/tail"]
 
@@ -118,7 +119,7 @@ def drawn(experiment, tmp_path_factory):
 def test_draws_of_the_tail_are_compared_where_both_drew_the_same(drawn):
     found = check_store(drawn, num_samples=100, seed=0)
     arrays = {array.name: array for array in found.arrays}
-    assert found.is_sound and arrays["logits/draw_ids"].cosine == 1.0
+    assert found.is_sound and arrays["logits/draw_ids"].agreement == 1.0
     assert 0 < arrays["logits/draw_log_probs"].of_limit <= 1
 
 

@@ -39,14 +39,14 @@ Arrays = Mapping[str, np.ndarray]
 class ArrayCheck:
     """A stored array compared with the live one: absolute errors; `of_limit` the largest error over its limit.
 
-    `cosine` of token ids is the share of equal ids.
+    `agreement` is the share of equal ids for arrays of token ids, and the cosine of the two for all others.
     """
 
     name: str
     values: int
     max_error: float
     mean_error: float
-    cosine: float
+    agreement: float
     of_limit: float
     stated_error: str
 
@@ -89,7 +89,10 @@ class Check:
         return all(array.of_limit <= 1 for array in self.arrays)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"is_sound": self.is_sound}
+        arrays = [asdict(array) for array in self.arrays]
+        for array in arrays:
+            array["cosine"] = array.pop("agreement")  # the key that readers of the JSON know
+        return asdict(self) | {"arrays": arrays, "is_sound": self.is_sound}
 
 
 def check_store(config: Config, *, num_samples: int, seed: int, with_losses: bool = True) -> Check:
@@ -180,7 +183,7 @@ def _compare_arrays(plan: CapturePlan, stored: Arrays, live: Arrays) -> Iterator
             values=error.size,
             max_error=float(error.max(initial=0)),
             mean_error=float(error.mean()) if error.size else 0.0,
-            cosine=_share_equal(theirs, ours) if is_of_ids else _cosine(theirs, ours),
+            agreement=_share_equal(theirs, ours) if is_of_ids else _cosine(theirs, ours),
             of_limit=float((error / np.maximum(limit, 1e-30)).max(initial=0)),
             stated_error=stated,
         )

@@ -102,9 +102,9 @@ def describe_check(found: Check) -> str:
     """Return the page that `alignkd check` prints."""
     stub = "a stub of " if found.is_stub else ""
     blocks = [f"{found.samples} samples captured again with {stub}{found.teacher} in {found.dtype}"]
-    rows = [["array", "values", "max error", "mean error", "cosine", "of its limit, %"]]
+    rows = [["array", "values", "max error", "mean error", "agreement", "of its limit, %"]]
     for array in found.arrays:
-        errors = [f"{array.max_error:.2e}", f"{array.mean_error:.2e}", f"{array.cosine:.6f}"]
+        errors = [f"{array.max_error:.2e}", f"{array.mean_error:.2e}", f"{array.agreement:.6f}"]
         rows.append([array.name, f"{array.values:,}", *errors, f"{100 * array.of_limit:.0f}"])
     blocks.append(text_table(rows))
     if found.logits:

@@ -29,7 +29,7 @@ ROOMS: dict[str, str] = {
     "pipeline/inspection": "distill/join data config losses models targets",
     "pipeline/evaluation": "distill distill/training distill/join data config models",
     "pipeline/teacher_cache": "data config models targets",
-    "pipeline/distill": "distill/training distill/model distill/join data config losses models",
+    "pipeline/distill": "distill/training distill/model distill/join data config models targets",
     "pipeline/distill/training": "distill/model distill/join config losses models",
     "pipeline/distill/model": "distill/join config losses models targets",
     "pipeline/distill/join": "data config losses models targets",

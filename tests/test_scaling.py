@@ -234,7 +234,7 @@ def texts_of(experiment) -> set[int]:
 
 
 def steps_of_two(seed: int) -> list[set[int]]:
-    return [set(batch) for batch in RankBatches(13, 2, seed=seed)]
+    return [{index for index, _ in batch} for batch in RankBatches(13, 2, seed=seed)]
 
 
 # How an epoch is cut

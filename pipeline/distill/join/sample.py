@@ -56,6 +56,7 @@ def join_sample(
 
 
 def pop_tokens(arrays: dict[str, np.ndarray]) -> TokenizedSample:
+    """Take the token ids and labels out of a sample's stored arrays."""
     return TokenizedSample(tuple(arrays.pop("input_ids").tolist()), tuple(arrays.pop("labels").tolist()))
 
 

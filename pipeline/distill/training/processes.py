@@ -15,19 +15,19 @@ LOCK = "lock"
 
 
 def num_processes() -> int:
-    """How many processes there are, over all machines; 1 if none of the launchers is at work."""
+    """Return the number of processes over all machines; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_first_process() -> bool:
-    """Whether this is the one process that prints results and writes files."""
+    """Whether this process is the one that prints results and writes files."""
     return int(os.environ.get("RANK") or 0) == 0
 
 
 def check_together(connected: int) -> None:
     """Raise `PipelineError` unless as many processes are connected as the launcher started.
 
-    Each would be the first, and write its own training into the folder of all.
+    Processes without a connection would each train by itself and write into the same folder.
     """
     if connected != num_processes():
         raise PipelineError(

@@ -130,20 +130,19 @@ class ResumingTrainer(Trainer):
         with named_if_broken(folder):
             student = MobileVLMForCausalLM.from_pretrained(folder, dtype=self.settings.student.dtype)
             tensors = student.state_dict()
-            if (
-                has_adapters
-            ):  # the adapters are merged in the rest, whose own weights training leaves as they are
+            if has_adapters:
+                # The other weights hold the adapters merged. Training does not change them: they stay as loaded.
                 projector = {name: value for name, value in tensors.items() if ".mm_projector." in name}
                 tensors = projector | load_file(str(folder / ADAPTERS_FILE))
             heads = load_file(str(folder / HEADS_FILE))
             whole = StateDictOptions(full_state_dict=True, strict=not has_adapters)
             set_model_state_dict(self.distiller.student, cast(Any, tensors), options=whole)
-            if heads:  # labels alone have none, and torch takes no empty state
+            if heads:  # labels alone need none, and torch refuses an empty state
                 whole = StateDictOptions(full_state_dict=True)
                 set_model_state_dict(self.distiller.heads, cast(Any, heads), options=whole)
         unlogged = json.loads((folder / RUN_FILE).read_text())["unlogged"]
         self.last_logged_step = unlogged["last_logged_step"]
-        if self.is_world_process_zero():  # the sums of all processes count once
+        if self.is_world_process_zero():  # the sums are those of all processes
             terms = unlogged["terms"][: 2 * len(self.losses)]  # earlier versions added their coverage
             self.term_log = TermLog.of(self.losses, [*terms, unlogged["loss"]])
 

@@ -1,4 +1,4 @@
-"""What a student's weights depend on: kept with a training, and compared, key by key, with what is asked now."""
+"""What a student's weights depend on: saved with a training, and compared key by key with the current config."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SHOWN = 100  # characters of a value in a message
 GLOBAL_BATCH = "samples per step (batch size x accumulation x processes)"
 STUDENT_SETTINGS = "student's config.json"
 PLACE_IN_A_LIST = re.compile(r"\[\d+\]")
-# Keys that name a place, by what is compared of what lies there: a moved copy is the same.
-SAYS_WHAT_IS_THERE: dict[str, tuple[str, ...]] = {
+# Keys of paths -> the entries of `made_of` that compare what lies there, so that a moved copy is no change.
+CONTENTS_OF_PATHS: dict[str, tuple[str, ...]] = {
     "cache.path": ("store", "samples"),
     "caches.path": ("stores", "samples"),
     "data.shards": ("samples",),
@@ -41,7 +41,7 @@ OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 @dataclass(frozen=True)
 class Change:
-    """A key whose value was another one."""
+    """A key whose value differs."""
 
     key: str
     old: Any
@@ -68,13 +68,13 @@ class RunIdentity:
         read = {"cache"} if config.caches is None else {"caches", "on_missing"}
         settings = settings_of_weights(config) | config.model_dump(mode="json", include=read)
         for cache in settings.get("caches") or [settings["cache"]]:
-            del cache["mirror"], cache["mirror_bytes"]  # where bytes are kept changes none of them
+            del cache["mirror"], cache["mirror_bytes"]  # a mirror does not change what is read
         fingerprints = [store.manifest.fingerprint.to_json() for store in dataset.stores.opened]
         stored: Any = fingerprints[0]
         made_of = settings | (
             {"store": fingerprints[0]} if config.caches is None else {"stores": fingerprints}
         )
-        if config.caches is not None:  # of several teachers the config's is the stub's
+        if config.caches is not None:  # each store has its own teacher, so the config's is only the stub's
             stub = config.teacher.model if config.targets.recomputed() else None
             missing = [missing.count for missing in dataset.missing]
             stored = [fingerprints, missing, stub]
@@ -106,23 +106,23 @@ class RunIdentity:
         return changes
 
     def _is_none(self, change: Change, before: Mapping[str, Any]) -> bool:
-        """Whether a key says the same in other words: transformers' default, or another place of equal contents."""
+        """Whether two values mean the same: transformers' default written out, or another path of equal content."""
         if change.key == STUDENT_SETTINGS and change.old is NOT_SET:  # a mark of an earlier version
             return True
-        names = SAYS_WHAT_IS_THERE.get(PLACE_IN_A_LIST.sub("", change.key), ())
-        if names:
-            return all(name in before and before[name] == self.made_of.get(name) for name in names)
+        contents = CONTENTS_OF_PATHS.get(PLACE_IN_A_LIST.sub("", change.key), ())
+        if contents:
+            return all(name in before and before[name] == self.made_of.get(name) for name in contents)
         old, new = (_or_default(change.key, value) for value in (change.old, change.new))
         return old is not NOT_SET and old == new
 
     def may_lengthen(self, mark: Mapping[str, Any]) -> bool:
-        """Whether this is the same run with more steps, and none of those made would have been another one."""
+        """Whether a checkpoint belongs to this run, or to a shorter one whose steps are the first of this run."""
         changes = self.changes(mark)
         return not changes or (is_longer(changes) and self.has_open_schedule())
 
     def has_open_schedule(self) -> bool:
-        train = self.made_of["train"]
-        warm_up_is_a_share = 0 < (train.get("warmup_steps") or 0) < 1
+        """Whether the learning rate of a step does not depend on the number of all steps."""
+        warm_up_is_a_share = 0 < (self.made_of["train"].get("warmup_steps") or 0) < 1
         return self.schedule() in OPEN_SCHEDULES and not warm_up_is_a_share
 
     def schedule(self) -> str:
@@ -141,12 +141,12 @@ def settings_of_weights(config: Config) -> dict[str, Any]:
 
 
 def is_longer(changes: Sequence[Change]) -> bool:
-    """Whether all that changed is that `max_steps`, or else the number of epochs, was raised."""
+    """Whether the only change is a larger `max_steps` or number of epochs."""
     if len(changes) != 1 or changes[0].key not in ("train.max_steps", "train.num_train_epochs"):
         return False
     default = -1 if changes[0].key == "train.max_steps" else 3.0  # transformers' own
     old, new = (default if value is NOT_SET else value for value in (changes[0].old, changes[0].new))
-    return 0 < old < new  # -1 steps: the epochs say how many
+    return 0 < old < new  # `max_steps` of -1 leaves the length to the epochs
 
 
 def _samples_per_step(mark: Mapping[str, Any]) -> Any:
@@ -158,12 +158,10 @@ def _samples_per_step(mark: Mapping[str, Any]) -> Any:
 
 
 def _or_default(key: str, value: Any) -> Any:
-    """A value, or transformers' default of a key of `train` that is not set."""
+    """Return a value; transformers' default, if it has one, for a key of `train` that is not set."""
     section, _, name = key.partition(".")
-    if value is not NOT_SET or section != "train":
-        return value
     field = TrainingArguments.__dataclass_fields__.get(name)
-    if field is None:
+    if value is not NOT_SET or section != "train" or field is None:
         return value
     return field.default if field.default_factory is MISSING else field.default_factory()
 
@@ -171,18 +169,17 @@ def _or_default(key: str, value: Any) -> Any:
 def _changes(old: Any, new: Any, key: str = "") -> Iterator[Change]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
-            yield from _changes(
-                old.get(name, NOT_SET), new.get(name, NOT_SET), f"{key}.{name}" if key else name
-            )
-    elif isinstance(old, list) and isinstance(new, list) and _are_records(old, new):
+            inner = f"{key}.{name}" if key else name
+            yield from _changes(old.get(name, NOT_SET), new.get(name, NOT_SET), inner)
+    elif _are_records(old) and _are_records(new) and len(old) == len(new):
         for number, (one, other) in enumerate(zip(old, new, strict=True)):
             yield from _changes(one, other, f"{key}[{number}]")
     elif old != new:
         yield Change(key, old, new)
 
 
-def _are_records(old: list[Any], new: list[Any]) -> bool:
-    return len(old) == len(new) and all(isinstance(entry, dict) for entry in [*old, *new])
+def _are_records(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def _shown(value: Any) -> str:
@@ -194,16 +191,14 @@ def _shown(value: Any) -> str:
 
 
 def _config_digest(folder: Path) -> str:
-    """Of a checkpoint's config.json, but for who wrote it."""
-    read_config(folder)  # says what is wrong with it
+    read_config(folder)  # raises an error that names what is wrong with the file
     settings = json.loads((folder / "config.json").read_text())
-    return digest_of(
-        {name: settings[name] for name in settings.keys() - {"_name_or_path", "transformers_version"}}
-    )
+    its_writer = {"_name_or_path", "transformers_version"}
+    return digest_of({name: value for name, value in settings.items() if name not in its_writer})
 
 
 def _contents(dataset: JoinedDataset) -> str:
-    """Of the samples that the stores hold of the shards; not of teachers' numbers, which a repair may round anew."""
+    """Return a digest of the samples in the stores, without the teacher's numbers: a repair may round these anew."""
     return digest_of([
         {part: store.contents(part, TOKENS) for part in store.parts if part in dataset.shards}
         for store in dataset.stores.opened

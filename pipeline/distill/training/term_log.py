@@ -1,4 +1,4 @@
-"""What is logged of the loss terms: their means since the last line, and each one's share of the gradient."""
+"""The loss terms in the log: their means since the last line, and each one's share of the gradient."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TermLog:
             self.counts[name] = self.counts.get(name, 0.0) + float(count)
 
     def sums(self, losses: Mapping[str, Any]) -> list[float]:
-        """Return all of it as numbers that can be added up over processes; `of` reads them back."""
+        """Return everything as numbers that can be summed over processes. `of` reads them back."""
         of_terms = [sums.get(name, 0.0) for name in losses for sums in (self.totals, self.counts)]
         return [*of_terms, float(self.loss)]
 
@@ -56,10 +56,10 @@ def gradient_shares(
     *,
     of_all: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, float]:
-    """`gradient_share/x`: the norm of a weighted term's gradient in the student, over the sum of all terms' norms.
+    """Return `gradient_share/x`: the norm of a weighted term's gradient, divided by the sum of all terms' norms.
 
-    Of a step's last micro-batch, one extra backward pass a term; heads are left out, for labels have none. `of_all`
-    makes a process's gradient the sum over all processes: norms of parts would not add up to that of the whole.
+    Each term costs one more backward pass, over the step's last micro-batch. Heads are left out, because the labels
+    have none. `of_all` sums a gradient over all processes, because norms of parts do not add up to that of the whole.
     """
     parameters = [p for p in student.parameters() if p.requires_grad]
     norms = {}

@@ -1,8 +1,7 @@
-"""The folder of a training: finished (of what), under way or empty; where in it a training begins."""
+"""The folder of a training: what it holds, and whether a training may begin, resume or replace something there."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ FINISHED = "finished.json"
 STATE_FILE = "trainer_state.json"  # transformers' own name for it
 OF_A_MODEL = ("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
               *TOKENIZER_FILES)  # fmt: skip
-ANSWERS = "predictions.*"  # of the student, and what they were made from
+ANSWERS = "predictions.*"  # of the student, and their stamp
 RESUME = "train.resume_from_checkpoint=true"
 ELSEWHERE = "give another output_dir"
 INSTEAD = f"{ELSEWHERE}, or --overwrite to train anew in its place"
@@ -74,7 +73,7 @@ def start_of(config: Config, folder: Path, identity: RunIdentity, *, overwrite: 
 
 
 def _finished_work(folder: Path, mark: dict[str, Any], identity: RunIdentity, *, has_checkpoint: bool) -> str:
-    """The beginning of a refusal: what a folder holds that may be finished, and how to use it."""
+    """Return the beginning of a refusal: what the folder holds that may be finished, and how to use it."""
     if not mark and (folder / FINISHED).exists():
         return f"{folder / FINISHED} cannot be read: what is trained there may be finished; restore it, "
     if not mark:
@@ -99,60 +98,58 @@ def _finished_work(folder: Path, mark: dict[str, Any], identity: RunIdentity, *,
 
 
 def is_finished(folder: Path, identity: RunIdentity) -> bool:
-    """Whether the folder holds this very training, done, with its model."""
+    """Whether the folder holds this training, finished, with its model."""
     mark = read_mark(folder / FINISHED)
     return bool(mark) and not identity.changes(mark) and model_fault(folder) is None
 
 
 def holds_finished(folder: Path) -> bool:
-    """Whether a training came to its end here, of whatever settings, also if its mark is gone."""
+    """Whether a training of any settings has finished here, even if its mark is gone."""
     return (folder / FINISHED).exists() or ((folder / STATE_FILE).exists() and has_weights(folder))
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether weights lie where a training writes its student."""
-    patterns = ("*.safetensors", "pytorch_model*.bin")  # the second not of ours
+    """Whether weights, ours or foreign, lie where a training writes its student."""
+    patterns = ("*.safetensors", "pytorch_model*.bin")
     return any(file for pattern in patterns for file in (folder / MODEL_FOLDER).glob(pattern))
 
 
 def model_fault(folder: Path) -> str | None:
-    """What keeps the student that was trained here from being read: a file that is missing, cut or foreign."""
+    """Return why the student that was trained here cannot be read (a file is missing, cut or foreign), or None."""
     model = folder / MODEL_FOLDER
     try:
         read_config(model)
         Checkpoint(str(model)).check_files()
     except ConfigError as error:
-        return str(error).split("; ")[0]  # what to do is another thing here
+        return str(error).split("; ")[0]  # without its advice: here the caller gives another
     return None
 
 
 def check_inputs(config: Config, folder: Path) -> None:
-    """Raise `PipelineError` if what a training reads lies among what it writes, and may have to remove."""
+    """Raise `PipelineError` if an input of the training lies in a folder that the training may have to remove."""
     places = [place.resolve() for place in (folder / MODEL_FOLDER, *_checkpoints(folder))]
-    for key, path in _inputs(config):
-        if any(file.is_relative_to(place) for file in _files_of(Path(path)) for place in places):
+    for key, name in _inputs(config):
+        path = Path(name)
+        files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
+        followed = [file.resolve() for file in (path, *files)]
+        if any(file.is_relative_to(place) for file in followed for place in places):
             raise PipelineError(
-                f"{key} {path} lies among the model and checkpoints of {folder}, which a training there replaces; "
+                f"{key} {name} lies among the model and checkpoints of {folder}, which a training there replaces; "
                 f"{ELSEWHERE}"
             )
 
 
 def _inputs(config: Config) -> Iterator[tuple[str, str]]:
-    """Key and place of all that is read; of hub ids and URLs a place where nothing is."""
+    """Yield key and path of each input. A hub id or URL is a path where nothing lies."""
     yield from (("student.model", config.student.model), ("teacher.model", config.teacher.model))
     yield from (("cache.path", cache.path) for cache in config.all_caches())
     held_out = {} if config.evaluate is None else config.evaluate.test_sets()
-    for key, shards in (
+    every = [
         ("data.shards", config.data.shards),
-        *(("evaluate.shards", s) for s in held_out.values()),
-    ):
+        *(("evaluate.shards", shards) for shards in held_out.values()),
+    ]
+    for key, shards in every:
         yield from ((key, shard) for shard in ([shards] if isinstance(shards, str) else shards))
-
-
-def _files_of(path: Path) -> list[Path]:
-    """A place and the files right in it, links followed."""
-    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
-    return [file.resolve() for file in (path, *files)]
 
 
 def _origin(checkpoint: Path, identity: RunIdentity) -> str:
@@ -164,7 +161,7 @@ def _made_with(changes: Sequence[Change], identity: RunIdentity) -> str:
 
 
 def _no_other_length(changes: Sequence[Change], identity: RunIdentity) -> str:
-    """If the length of the run is all that differs, why that is not to be had."""
+    """Return why the length of the run cannot change, if nothing else differs."""
     if [change.key for change in changes] not in (["train.max_steps"], ["train.num_train_epochs"]):
         return ""
     if not is_longer(changes):
@@ -180,10 +177,10 @@ def _listed(changes: Sequence[Change]) -> str:
 
 
 def _asked_checkpoints(config: Config, folder: Path) -> list[Path]:
-    """The whole checkpoints of the folder, the newest first; if one is asked for by its path, that one."""
+    """Return the whole checkpoints of the folder, the newest first, or the one that the config names by its path."""
     asked = config.train.get("resume_from_checkpoint")
     if asked in (None, False, True):
-        return whole_checkpoints(folder)
+        return [file for file in _checkpoints(folder) if _is_whole(file)]
     if Path(asked).resolve().parent != folder.resolve() or not _is_whole(Path(asked)):
         raise ConfigError(
             f"train.resume_from_checkpoint: {asked} is no checkpoint of the run in {folder}; give `true` to resume "
@@ -192,32 +189,23 @@ def _asked_checkpoints(config: Config, folder: Path) -> list[Path]:
     return [Path(asked)]
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder that were written to their end, the newest first."""
-    return [file for file in _checkpoints(folder) if _is_whole(file)]
-
-
 def _checkpoints(folder: Path) -> list[Path]:
     found = {file.name.removeprefix("checkpoint-"): file for file in folder.glob("checkpoint-*")}
     return [found[str(step)] for step in sorted((int(s) for s in found if s.isdigit()), reverse=True)]
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether the file is there, and whole, that transformers writes last; and the heads, which it does not know."""
-    try:
-        json.loads((checkpoint / STATE_FILE).read_text())
-    except (OSError, ValueError):
-        return False
-    return (checkpoint / HEADS_FILE).is_file()
+    # transformers writes the state last; the heads are ours.
+    return bool(read_mark(checkpoint / STATE_FILE)) and (checkpoint / HEADS_FILE).is_file()
 
 
 def remove_training(folder: Path) -> list[str]:
-    """Remove what a training left, and nothing else: mark, checkpoints, model, its answers. Returns their names."""
+    """Remove what a training left, and nothing else: mark, checkpoints, model, answers. Return their names."""
     model = folder / MODEL_FOLDER
     left = [folder / FINISHED, folder / STATE_FILE, *_checkpoints(folder), *folder.glob(ANSWERS)]
     left += [file for pattern in OF_A_MODEL for file in model.glob(pattern)]
     left = [file for file in left if file.exists()]
-    for file in left:  # the mark first: what is half removed is not finished
+    for file in left:  # the mark first: a half removed training is not finished
         shutil.rmtree(file) if file.is_dir() else file.unlink()
     if model.is_dir() and not any(model.iterdir()):
         model.rmdir()

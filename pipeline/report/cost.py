@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from cache import CacheError, Summary, summarise
-from pipeline.report.findings import TrainingRun
+from pipeline.report.training_run import TrainingRun
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from pipeline.report.curves import MAX_POINTS, NUM_SERIES, Curve, Scale, draw_panel
-from pipeline.report.findings import Findings, TrainingRun
+from pipeline.report.findings import Findings
+from pipeline.report.training_run import TrainingRun
 
 WEIGHTED, SHARE = "weighted", "share of gradient norm"
 KINDS = {"raw": "loss/{}", WEIGHTED: "loss/{}_weighted", SHARE: "gradient_share/{}"}

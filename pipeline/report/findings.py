@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pipeline.evaluation.compare import Gain, gap_closed
-from pipeline.losses.losses import LOSSES
-
-if TYPE_CHECKING:
-    from pipeline.report.cost import StoreCost
+from pipeline.report.cost import StoreCost
+from pipeline.report.training_run import TrainingRun
 
 Scores = Mapping[str, tuple[float, int]]  # question type -> (share correct, questions), 'all' among them
 
@@ -58,38 +56,6 @@ class Result:
             gap_closed=row["gap_closed"] if is_wide else None,
             gap_by_type=gaps,
         )
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """One training of a variation.
-
-    `history` holds, for each logged step, `step`, `loss/x`, `loss/x_weighted` and perhaps `gradient_share/x`; it is
-    None if the run's folder is gone.
-    """
-
-    label: str
-    name: str
-    terms: tuple[str, ...]
-    history: Sequence[Mapping[str, float]] | None
-    steps: int | None
-    samples_seen: int | None
-    train_seconds: float | None
-    samples_per_second: float | None
-    threads: int | None
-
-    @classmethod
-    def of(cls, line: Mapping[str, Any], history: Sequence[Mapping[str, float]] | None) -> TrainingRun:
-        """Read a sweep's line, with its label; terms are put in the order of LOSSES, unknown ones last."""
-        order = {name: place for place, name in enumerate(LOSSES)}
-        terms = tuple(sorted(line["terms"], key=lambda name: (order.get(name, len(order)), name)))
-        costs = ("steps", "samples_seen", "train_seconds", "samples_per_second", "threads")
-        return cls(line["label"], line["name"], terms, history, *(line[name] for name in costs))
-
-    @property
-    def reads_teacher(self) -> bool:
-        """Whether the run would need the teacher if there were no store: one of labels only does not."""
-        return any(LOSSES[name].targets for name in self.terms if name in LOSSES)
 
 
 @dataclass(frozen=True)

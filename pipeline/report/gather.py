@@ -18,9 +18,10 @@ from pipeline.evaluation.evaluate import (
 )
 from pipeline.evaluation.experiment import BASELINE, DISTILLED
 from pipeline.report.cost import cost_of_store
-from pipeline.report.findings import Findings, Result, TrainingRun
+from pipeline.report.findings import Findings, Result
 from pipeline.report.run_folder import PROVENANCE, named_if_damaged, origin_of, read_json, read_run
 from pipeline.report.sweep_folder import NOT_MEASURED, gather_sweep, question_counts
+from pipeline.report.training_run import TrainingRun
 from pipeline.sweep.lines import SWEEP
 from pipeline.sweep.summary import rows_of
 

@@ -9,8 +9,9 @@ from typing import Any
 from pipeline.distill.training.training_folder import STATE_FILE
 from pipeline.errors import PipelineError
 from pipeline.report.cost import cost_of_store
-from pipeline.report.findings import Findings, Origin, Result, Scores, TrainingRun
+from pipeline.report.findings import Findings, Origin, Result, Scores
 from pipeline.report.run_folder import named_if_damaged, origin_of, read_json, read_run
+from pipeline.report.training_run import TrainingRun
 from pipeline.sweep.lines import RUNS, SUMMARY, SWEEP, Line, read_lines
 from pipeline.sweep.run import run_folder
 from pipeline.sweep.variations import SEED

@@ -15,7 +15,8 @@ from torch import nn
 from pipeline.config.config import Config
 from pipeline.distill.student import train_student, training_arguments
 from pipeline.evaluation.evaluate import evaluate_model
-from pipeline.models.stub import load_teacher, plan_teacher
+from pipeline.models.stub import load_teacher
+from pipeline.models.teacher_plan import plan_teacher
 from pipeline.teacher_cache.teacher import cache_teacher
 
 TWO_EPOCHS = ["train.max_steps=-1", "train.num_train_epochs=2"]

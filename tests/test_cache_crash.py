@@ -14,6 +14,8 @@ from small_store import fill_part, manifest, snapshot
 from cache import StoreWriter, verify
 from cache.write.scratch import new_scratch
 
+pytestmark = pytest.mark.slow
+
 PART = "shard-000000"
 
 

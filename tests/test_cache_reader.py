@@ -107,6 +107,7 @@ def test_any_order_and_any_cache_size_read_the_same(tmp_path: Path, cache_bytes:
         assert store._chunks._held_bytes == sum(chunk.nbytes for chunk in store._chunks._chunks.values())
 
 
+@pytest.mark.slow
 @given(
     keys=st.lists(st.sampled_from(["a0", "a1", "b0", "b1"]), max_size=6),
     cache_bytes=st.sampled_from([0, 1 << 20]),
@@ -151,6 +152,7 @@ def _sum(store: Store, key: str) -> float:
     return float(store.read(key, ["hidden"])["hidden"].sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_store_used_before_workers_start_is_read_by_them(store: Store, method: str) -> None:

@@ -267,6 +267,7 @@ def test_stray_and_unreadable_files_are_named_and_are_no_damage_of_a_part(store:
     assert verify(store, deep=True).damaged_parts == ("shard-000000",)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_file_is_found_and_the_file_named(store: Path) -> None:
     random = np.random.default_rng(0)
     elsewhere = store / "parts/shard-000001"

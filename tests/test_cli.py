@@ -73,6 +73,7 @@ def flip_a_byte(store: Path, part: str, array: str) -> Path:
 # What each command prints
 
 
+@pytest.mark.slow
 def test_help_and_a_bare_call_import_no_torch():
     script = (
         "import sys, cli\n"
@@ -369,6 +370,7 @@ def test_a_sweep_with_a_failed_run_prints_the_others_and_exits_with_1(alignkd, s
     assert ran.code == 1 and "FAILED" in ran.err and "losses=none" in ran.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "package"),
     [

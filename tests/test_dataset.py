@@ -224,6 +224,7 @@ def test_a_fraction_takes_whole_images_and_is_part_of_every_larger_one(join):
     assert 0 < len(join(fraction=0.4)) < len(everything)
 
 
+@pytest.mark.slow
 def test_a_fraction_takes_about_that_share():
     span = Span("file", 0, 1)
     digests = [blake3(str(number).encode()).hexdigest() for number in range(20_000)]

@@ -205,6 +205,7 @@ def test_tokens_at_the_words_of_their_cells_cost_less_than_at_others():
     )
 
 
+@pytest.mark.slow
 def test_the_projector_learns_to_name_its_cells(model):
     generator = torch.Generator().manual_seed(6)
     cells = torch.randint(0, 3, (48, 4), generator=generator)

@@ -19,11 +19,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bench.processes import counters
 from bench.synthetic import SIZES, add_sample, manifest, samples
 from bench.turns import own_process
 from cache import Store, StoreWriter
 from pipeline.distill.join.dataset import JoinedDataset
+
+pytestmark = pytest.mark.slow
 
 SAMPLES_A_SHARD = 10_000
 NUM_SAMPLES = int(os.environ.get("ALIGNKD_JOIN_SAMPLES", 30_000))

@@ -60,6 +60,7 @@ def _odd(entry: SampleEntry) -> bool:
     return ord(entry.key) % 2 == 1
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     st.lists(contents(), min_size=1, max_size=3),

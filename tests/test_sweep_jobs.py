@@ -15,6 +15,8 @@ import torch
 from pipeline.errors import PipelineError
 from pipeline.sweep.jobs import Failed, Job, device_of, run_jobs, threads_for
 
+pytestmark = pytest.mark.slow
+
 
 def double(number: int) -> int:
     print("doubling")

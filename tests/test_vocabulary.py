@@ -45,6 +45,7 @@ def test_values_and_gradients_are_those_of_log_softmax_in_float64(piece_bytes):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_gradcheck_agrees(piece_bytes):
     logits, ids = drawn(seed=3)
     assert torch.autograd.gradcheck(lambda x: with_tail(x, ids, piece_bytes=piece_bytes), logits)

@@ -1,4 +1,4 @@
-"""What differs between a store and what was asked for: fields, and of settings the values alone."""
+"""What differs between a store and what was asked for, field by field, of settings value by value."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class _Nothing:
 
 
 NOTHING = _Nothing()
-"""What a SchemaError found where a field is absent."""
+"""Stands for an absent field, whose value could also be None."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One field in which a store is not what was asked for; of a field with settings inside, one `key` of it."""
+    """One field in which a store is not what was asked for; `key` is one of the settings inside the field."""
 
     field: str
     stored: str
@@ -31,17 +31,15 @@ class Difference:
         return f"{where}: {self.stored or 'none'} -> {self.mine or 'none'}"
 
 
-def leaf_differences(stored: Any, mine: Any, *, at: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted key, stored, mine) of the values alone in which two JSON values differ, as JSON, or `absent`."""
+def leaf_differences(field: str, stored: Any, mine: Any, key: str = "") -> Iterator[Difference]:
+    """Yield the innermost values in which two JSON values of a field differ, by their dotted key."""
     if isinstance(stored, Mapping) and isinstance(mine, Mapping):
         one, other = cast(Mapping[str, Any], stored), cast(Mapping[str, Any], mine)
         for name in sorted(one.keys() | other.keys()):
-            inside = f"{at}.{name}" if at else name
-            yield from leaf_differences(one.get(name, NOTHING), other.get(name, NOTHING), at=inside)
-        return
-    theirs, ours = _spelled(stored), _spelled(mine)
-    if theirs != ours:
-        yield at, theirs, ours
+            inside = f"{key}.{name}" if key else name
+            yield from leaf_differences(field, one.get(name, NOTHING), other.get(name, NOTHING), inside)
+    elif _spelled(stored) != _spelled(mine):
+        yield Difference(field, _spelled(stored), _spelled(mine), key)
 
 
 def _spelled(value: Any) -> str:

@@ -1,31 +1,25 @@
-"""What can go wrong with a store; every message says what was asked, what was found and what to do.
+"""Everything that can go wrong with a store. Messages say what was asked, what was found and what to do.
 
 CacheError
 ├── StoreNotFound           there is no store where one was asked for
 ├── StoreUnreachable        a server does not answer, or refuses
 ├── NotThere                a folder where a URL was asked for, or a URL where a folder was
 ├── UnsupportedFormat       the store was written in a format version this code does not read
-├── FingerprintMismatch     the store holds something else than what is asked of it
-├── SchemaError             a record does not say what it must
+├── FingerprintMismatch     the store holds something else than what was asked for
+├── SchemaError             a field of a record has a wrong value
 ├── UnsafeName              a part or array name that could leave the store's directory
-├── UnplannedPart           a part that the manifest does not plan
-├── PartClosed              a part writer used after it was committed or left
+├── MisusedWriter           calls of a writer that do not fit each other: a mistake in the calling code
 ├── ArrayMismatch           arrays handed to a writer that do not fit their specs
-├── CountMismatch           samples that were seen but neither cached nor rejected
 ├── PartConflict            two stores to be merged that hold different parts of one name
 ├── PartLost                an unfinished part whose files another process removed
-├── HoldsFewer              a part that would replace one that holds more samples, or nobody knows how many
+├── HoldsFewer              a part that would replace one that holds more samples, or an unknown number
 ├── ForeignPart             a part of another fingerprint or other arrays than its store's
 ├── DuplicateKey            one sample key twice
-├── DuplicateImage          one image twice in a part
-├── UnknownImage            a sample that points at an image its part does not hold
 ├── UnknownArray            an array name the store does not have
 ├── UnknownPart             a part name the store does not have
 ├── KeyNotInStore           a sample key the store does not have
-├── RefusedValue            a value that its codec cannot keep; the sample can be rejected and the part go on
-│   ├── NonFiniteValue
-│   └── ValueOutOfRange
-├── UnreadableFile          the system refuses to read a file: nothing is said of what it holds
+├── RefusedValue            a value that its codec cannot keep; the sample can be rejected and the part continued
+├── UnreadableFile          the system refuses to read a file, which may be sound
 └── CorruptFile             a file of the store is damaged
     └── CorruptPart         ... and it belongs to a part, which can be captured again
 """
@@ -35,21 +29,19 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from cache.differences import Difference
 
-Place = Any
-"""A `Path`, or a `RemotePath`: errors lie below the files that define it, and only print it."""
+AnyPath = Any  # a Path or a RemotePath, which raise errors: here they are only printed
 
 
 class CacheError(Exception):
-    """The root of the tree: catches everything this package raises on purpose."""
+    """The base of all errors that this package raises on purpose."""
 
 
 class StoreNotFound(CacheError):
-    def __init__(self, path: Place, found: str) -> None:
+    def __init__(self, path: AnyPath, found: str) -> None:
         super().__init__(
             f"No teacher store at {path}: asked for a directory with a manifest.json, found {found}; "
             "write one with `alignkd teacher-cache`, or correct the path."
@@ -64,12 +56,12 @@ class StoreUnreachable(CacheError):
 
 
 class NotThere(CacheError):
-    def __init__(self, path: object, *, asked: str) -> None:
+    def __init__(self, path: AnyPath, *, asked: str) -> None:
         super().__init__(f"{path}: {asked}.")
 
 
 class UnsupportedFormat(CacheError):
-    def __init__(self, file: str | Place, *, found: object, readable: int) -> None:
+    def __init__(self, file: str | AnyPath, *, found: object, readable: int) -> None:
         self.file, self.found = file, found
         super().__init__(
             f"{file} is of store format {found!r}, this version reads format {readable}; "
@@ -80,9 +72,9 @@ class UnsupportedFormat(CacheError):
 class FingerprintMismatch(CacheError):
     """Carries `differences`, so that a caller can print them its own way."""
 
-    def __init__(self, path: Place, differences: Iterable[Difference], *, remedy: str) -> None:
+    def __init__(self, path: AnyPath, differences: Iterable[Difference], *, remedy: str) -> None:
         self.differences = tuple(differences)
-        listed = "; ".join(str(difference) for difference in self.differences)
+        listed = "; ".join(map(str, self.differences))
         super().__init__(
             f"The store at {path} holds something else than what was asked (stored -> mine): {listed}. {remedy}"
         )
@@ -90,7 +82,6 @@ class FingerprintMismatch(CacheError):
 
 class SchemaError(CacheError):
     def __init__(self, field: str, *, expected: str, found: object) -> None:
-        self.field = field
         super().__init__(f"{field}: expected {expected}, found {_short(found)}; correct this value.")
 
 
@@ -102,19 +93,8 @@ class UnsafeName(CacheError):
         )
 
 
-class UnplannedPart(CacheError):
-    def __init__(self, part: str, *, num_planned: int) -> None:
-        super().__init__(
-            f"Part {part!r} is not among the {num_planned} planned parts of the store; "
-            "open the writer with a manifest whose planned_parts lists it."
-        )
-
-
-class PartClosed(CacheError):
-    def __init__(self, part: str) -> None:
-        super().__init__(
-            f"Part {part!r} is committed or left and takes nothing more; open a new part writer."
-        )
+class MisusedWriter(CacheError):
+    pass
 
 
 class ArrayMismatch(CacheError):
@@ -124,16 +104,8 @@ class ArrayMismatch(CacheError):
         )
 
 
-class CountMismatch(CacheError):
-    def __init__(self, part: str, *, seen: int, cached: int, rejected: int) -> None:
-        super().__init__(
-            f"Part {part!r}: {seen} samples were seen, but {cached} cached + {rejected} rejected = "
-            f"{cached + rejected}; add or reject every sample before commit."
-        )
-
-
 class PartConflict(CacheError):
-    def __init__(self, part: str, *, stores: tuple[Place, Place]) -> None:
+    def __init__(self, part: str, *, stores: tuple[AnyPath, AnyPath]) -> None:
         super().__init__(
             f"Part {part!r} is in {stores[0]} and in {stores[1]}, with different content; "
             "leave one of them out with `alignkd slice`."
@@ -141,7 +113,7 @@ class PartConflict(CacheError):
 
 
 class PartLost(CacheError):
-    def __init__(self, part: str, *, folder: Path, missing: Iterable[str]) -> None:
+    def __init__(self, part: str, *, folder: AnyPath, missing: Iterable[str]) -> None:
         names = sorted(missing)
         super().__init__(
             f"Part {part!r} is not published: {len(names)} of its files, such as {names[0]}, vanished from {folder} "
@@ -162,7 +134,7 @@ class HoldsFewer(CacheError):
 
 
 class ForeignPart(CacheError):
-    def __init__(self, file: Place, part: str) -> None:
+    def __init__(self, file: AnyPath, part: str) -> None:
         self.file = file
         self.detail = "the part was written for a store of another fingerprint or other arrays"
         super().__init__(
@@ -173,36 +145,18 @@ class ForeignPart(CacheError):
 
 class DuplicateKey(CacheError):
     def __init__(self, key: str, *, parts: tuple[str, str]) -> None:
-        where = (
-            f"twice in part {parts[0]!r}"
-            if parts[0] == parts[1]
-            else f"in parts {parts[0]!r} and {parts[1]!r}"
-        )
+        one, other = parts
+        where = f"twice in part {one!r}" if one == other else f"in parts {one!r} and {other!r}"
         super().__init__(f"Sample key {key!r} appears {where}; give every sample of all shards its own key.")
 
 
-class DuplicateImage(CacheError):
-    def __init__(self, digest: str, *, part: str) -> None:
-        super().__init__(
-            f"Image {digest} was already added to part {part!r}; ask has_image first: one is stored once."
-        )
-
-
-class UnknownImage(CacheError):
-    def __init__(self, digest: str, *, key: str, part: str) -> None:
-        super().__init__(
-            f"Sample {key!r} points at image {digest}, which part {part!r} does not hold; "
-            "call add_image before add."
-        )
-
-
 class UnknownArray(CacheError):
-    def __init__(self, name: str, *, known: Iterable[str], path: Place) -> None:
+    def __init__(self, name: str, *, known: Iterable[str], path: AnyPath) -> None:
         super().__init__(f"The store at {path} has no array {name!r}; it has {', '.join(sorted(known))}.")
 
 
 class UnknownPart(CacheError):
-    def __init__(self, part: str, *, path: Place, num_parts: int) -> None:
+    def __init__(self, part: str, *, path: AnyPath, num_parts: int) -> None:
         super().__init__(
             f"The store at {path} has no finished part {part!r} among its {num_parts}; "
             "see `alignkd info`, or finish it with `alignkd teacher-cache`."
@@ -210,7 +164,7 @@ class UnknownPart(CacheError):
 
 
 class KeyNotInStore(CacheError):
-    def __init__(self, key: str, *, path: Place, num_samples: int, num_missing_parts: int) -> None:
+    def __init__(self, key: str, *, path: AnyPath, num_samples: int, num_missing_parts: int) -> None:
         super().__init__(
             f"Sample key {key!r} is not among the {num_samples} samples of the store at {path} "
             f"({num_missing_parts} planned parts are not finished); see the parts' rejects.jsonl, "
@@ -219,28 +173,17 @@ class KeyNotInStore(CacheError):
 
 
 class RefusedValue(CacheError):
-    """A codec raises it without knowing the array; `named` gives the same error with the array's name."""
+    """A codec raises it without the array's name, which it does not know."""
 
     def __init__(self, problem: str, *, array: str = "") -> None:
-        self.problem, self.array = problem, array
+        self.problem = problem
         super().__init__(f"Array {array!r}: {problem}" if array else problem)
-
-    def named(self, array: str) -> RefusedValue:
-        return type(self)(self.problem, array=array)
-
-
-class NonFiniteValue(RefusedValue):
-    pass
-
-
-class ValueOutOfRange(RefusedValue):
-    pass
 
 
 class UnreadableFile(CacheError):
-    """Carries the system's `error`: permissions, open files and disks that fail are no damage of the data."""
+    """Carries the system's `error`: missing permission, too many open files or a failing disk are no damage."""
 
-    def __init__(self, file: Place, error: OSError) -> None:
+    def __init__(self, file: AnyPath, error: OSError) -> None:
         self.file, self.error = file, error
         reason = f"cannot be read ({error.strerror or str(error) or type(error).__name__})"
         self.reason = f"it {reason}"
@@ -266,8 +209,8 @@ class CorruptFile(CacheError):
         "`alignkd verify --fix --config CONFIG` writes a manifest again."
     )
 
-    def __init__(self, file: Place, detail: str, *, key: str = "") -> None:
-        self.file, self.detail, self.key = file, detail, key
+    def __init__(self, file: AnyPath, detail: str, *, key: str = "") -> None:
+        self.file, self.detail = file, detail
         asked = f" (reading sample {key!r})" if key else ""
         super().__init__(f"{file} is damaged{asked}: {detail}; {self.remedy}")
 

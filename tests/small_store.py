@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import FORMAT_VERSION, ArraySpec, Fingerprint, Manifest, PartWriter, SampleEntry, Span, StoreWriter
-from cache.files.durable import files_below, hash_file
+from cache.files.durable import hash_file
+from cache.files.local_files import sizes_below
 from cache.format.arrays import array_files
 from cache.format.codec import StoredArray
 from cache.format.documents import document_bytes
@@ -97,7 +98,7 @@ def write_clashing_store(path: Path) -> Path:
 
 def describe_files(directory: Path) -> dict[str, FileRecord]:
     """Size and hash of every file as it now is, by relative path."""
-    sizes = files_below(directory)
+    sizes = sizes_below(directory)
     return {name: FileRecord(size, hash_file(directory / name)) for name, size in sizes.items()}
 
 

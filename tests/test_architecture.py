@@ -49,8 +49,10 @@ ROOMS: dict[str, str] = {
 
 STORE_LIBRARIES = {
     "blake3",
+    "cachetools",
     "numcodecs",
     "numpy",
+    "pydantic",
     "zarr",
     "fsspec",
     "google_crc32c",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from cache import ArrayMismatch, ArraySpec, NonFiniteValue, SchemaError, ValueOutOfRange
+from cache import ArrayMismatch, ArraySpec, RefusedValue, SchemaError
 from cache.format.codecs import CODECS, check_specs, decode_rows, encode_rows, stored_arrays
 
 FLOATS = st.floats(-(2.0**120), 2.0**120, width=32)
@@ -102,7 +102,7 @@ def test_a_fixed_step_loses_small_probabilities_that_a_root_keeps() -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_is_refused_by_name(codec: str, value: float) -> None:
     options = {"step": 1.0} if codec == "fixed_point" else {}
-    text = refusal(NonFiniteValue, spec_of(codec, options, row_shape=(2,)), np.float32([[1, value]]))
+    text = refusal(RefusedValue, spec_of(codec, options, row_shape=(2,)), np.float32([[1, value]]))
     assert text == "Array 'it': 1 of 2 values are not finite; reject the sample"
 
 
@@ -136,7 +136,7 @@ def test_a_value_that_is_not_finite_is_refused_by_name(codec: str, value: float)
 def test_a_value_out_of_range_is_refused_not_clipped(
     codec: str, options: Any, rows: Any, expected: str
 ) -> None:
-    text = refusal(ValueOutOfRange, spec_of(codec, options, row_shape=(1,)), rows)
+    text = refusal(RefusedValue, spec_of(codec, options, row_shape=(1,)), rows)
     assert text.startswith("Array 'it': ") and expected in text
 
 

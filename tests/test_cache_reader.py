@@ -80,14 +80,6 @@ def test_nothing_to_read_has_the_right_shape(store: Store) -> None:
     assert [array.dtype for array in read.values()] == [np.float32, np.uint16, np.float32]
 
 
-def test_lengths_come_from_the_index(store: Store) -> None:
-    fresh = Store(store.path)
-    for key in list(store.keys()):
-        for name in store.manifest.specs:
-            assert fresh.rows(key, name) == len(store.read(key, [name])[name])
-    assert fresh._part(PART)._arrays == {}
-
-
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 16, 1 << 28])
 def test_any_order_and_any_cache_size_read_the_same(tmp_path: Path, cache_bytes: int) -> None:
     """Rows of 64 KB, eight to a chunk, so that samples span chunks."""
@@ -103,8 +95,8 @@ def test_any_order_and_any_cache_size_read_the_same(tmp_path: Path, cache_bytes:
     store = Store(tmp_path / "s", cache_bytes=cache_bytes)
     for number in random.integers(0, len(rows), size=30):
         assert (store.read(str(number), ["hidden"])["hidden"] == rows[number]).all()
-        assert store._chunks._held_bytes <= cache_bytes
-        assert store._chunks._held_bytes == sum(chunk.nbytes for chunk in store._chunks._chunks.values())
+        assert store._chunks._chunks.currsize <= cache_bytes
+        assert store._chunks._chunks.currsize == sum(chunk.nbytes for chunk in store._chunks._chunks.values())
 
 
 @pytest.mark.slow
@@ -215,7 +207,7 @@ def test_a_key_in_two_parts_is_refused_naming_both(tmp_path: Path) -> None:
     with pytest.raises(
         DuplicateKey, match="Sample key 'k' appears in parts 'one' and 'two'; give every sample"
     ):
-        len(Store(write_clashing_store(tmp_path)))
+        Store(write_clashing_store(tmp_path)).check_keys()
 
 
 def test_a_part_without_its_done_mark_is_not_there(tmp_path: Path) -> None:
@@ -269,7 +261,7 @@ def test_a_flipped_bit_in_a_parts_records_raises_with_the_file(tmp_path: Path, n
     with pytest.raises(CorruptPart, match=f"{name} is damaged"):
         store = Store(path)
         store.rejects(PART)
-        len(store)
+        store.check_keys()
 
 
 def test_an_index_with_a_number_beyond_64_bits_is_told(tmp_path: Path) -> None:
@@ -278,9 +270,9 @@ def test_an_index_with_a_number_beyond_64_bits_is_told(tmp_path: Path) -> None:
     content = read_document(file)
     content["rows"]["hidden"][1] = 2**63
     file.write_bytes(document_bytes(content))
-    assert "index.json is damaged" in damaged(path) and "rows.hidden: expected numbers below 2^63" in damaged(
+    assert "index.json is damaged" in damaged(
         path
-    )
+    ) and "rows.hidden[1]: expected less than 9223372036854775808" in damaged(path)
 
 
 def test_a_part_of_another_store_or_name_is_refused(tmp_path: Path) -> None:

@@ -31,14 +31,11 @@ from cache import (
     ArrayMismatch,
     CacheError,
     CorruptPart,
-    CountMismatch,
-    DuplicateImage,
     DuplicateKey,
     FingerprintMismatch,
     ForeignPart,
     HoldsFewer,
-    NonFiniteValue,
-    PartClosed,
+    MisusedWriter,
     PartLost,
     PartSummary,
     RefusedValue,
@@ -46,11 +43,8 @@ from cache import (
     Store,
     StoreNotFound,
     StoreWriter,
-    UnknownImage,
-    UnplannedPart,
     UnreadableFile,
     UnsafeName,
-    ValueOutOfRange,
     verify,
 )
 from cache.files import durable
@@ -158,7 +152,7 @@ def test_a_manifest_that_is_no_json_makes_no_directory(tmp_path: Path) -> None:
 def test_a_part_that_is_not_planned_is_refused(tmp_path: Path) -> None:
     writer = StoreWriter.open(tmp_path / "s", manifest())
     with pytest.raises(
-        UnplannedPart, match="Part 'other' is not among the 2 planned parts of the store; open"
+        MisusedWriter, match="Part 'other' is not among the 2 planned parts of the store; open"
     ):
         writer.part("other", source={})
     with pytest.raises(UnsafeName, match=r"'\.\./other' cannot name a part"):
@@ -168,9 +162,9 @@ def test_a_part_that_is_not_planned_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
-        ("hidden", np.nan, NonFiniteValue),
-        ("logits/values", np.inf, NonFiniteValue),
-        ("vision", 300, ValueOutOfRange),
+        ("hidden", np.nan, RefusedValue),
+        ("logits/values", np.inf, RefusedValue),
+        ("vision", 300, RefusedValue),
     ],
 )
 def test_a_refused_value_changes_nothing_and_the_part_goes_on(
@@ -203,11 +197,11 @@ def test_what_does_not_belong_into_a_part_is_told(tmp_path: Path) -> None:
         part.add_image(DIGEST_A, image_arrays(1))
         assert part.has_image(DIGEST_A) and not part.has_image("c" * 64)
         with pytest.raises(
-            DuplicateImage, match=f"Image {DIGEST_A} was already added to part '{PART}'; ask has_"
+            MisusedWriter, match=f"Image {DIGEST_A} was already added to part '{PART}'; ask has_"
         ):
             part.add_image(DIGEST_A, image_arrays(1))
         with pytest.raises(
-            UnknownImage, match=f"Sample 'k' points at image cc.* which part '{PART}' does not hold"
+            MisusedWriter, match=f"Sample 'k' points at image cc.* which part '{PART}' does not hold"
         ):
             part.add(entry("k", "c" * 64), sample_arrays(1))
         part.add(entry("k"), sample_arrays(1))
@@ -228,12 +222,12 @@ def test_what_does_not_belong_into_a_part_is_told(tmp_path: Path) -> None:
         ):
             part.add_image("c" * 64, {"vision": np.zeros((2, 4, 6), np.float32)})
         with pytest.raises(
-            CountMismatch, match=r"5 samples were seen, but 1 cached \+ 0 rejected = 1; add or reject"
+            MisusedWriter, match=r"5 samples were seen, but 1 cached \+ 0 rejected = 1; add or reject"
         ):
             part.commit(seen=5)
         part.commit(seen=1)
         with pytest.raises(
-            PartClosed, match=f"Part '{PART}' is committed or left and takes nothing more; open a new"
+            MisusedWriter, match=f"Part '{PART}' is committed or left and takes nothing more; open a new"
         ):
             part.reject("z", "late")
     assert list(Store(tmp_path / "s").keys()) == ["k"]

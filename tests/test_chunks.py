@@ -16,10 +16,10 @@ from servers import static_server
 from small_store import describe_files, write_array
 
 from cache import CorruptPart
-from cache.files.place import Range, find_ranges, place
+from cache.files.any_path import Range, any_path, find_ranges
 from cache.format.codec import StoredArray
 from cache.read.chunk_cache import ChunkCache
-from cache.read.chunks import OpenArray, Wanted, open_arrays, read_chunk
+from cache.read.chunks import OpenArray, Wanted, open_arrays, read_chunks
 
 DTYPES = ("uint8", "int16", "float16", "float32", "int32", "int64")
 
@@ -38,7 +38,7 @@ def write(folder: Path, dtype: str, *, rows: int, row_shape: tuple[int, ...]) ->
 def test_every_chunk_is_what_zarr_reads(tmp_path, dtype, rows, row_shape):
     ours, theirs = write(tmp_path, dtype, rows=rows, row_shape=row_shape)
     assert ours.num_chunks > 1 and ours.chunk_rows == theirs.chunks[0]
-    chunks = np.concatenate([read_chunk(ours, number) for number in range(ours.num_chunks)])
+    chunks = np.concatenate(list(read_chunks([(ours, number) for number in range(ours.num_chunks)])))
     assert chunks.dtype == theirs.dtype and np.array_equal(chunks, theirs[...])
 
 
@@ -78,7 +78,7 @@ def test_a_chunk_that_claims_another_size_is_refused_before_memory_is_taken(tmp_
     with pytest.raises(
         CorruptPart, match=r"chunk 0 cannot be decoded .*does not hold the 30000 bytes of a chunk"
     ):
-        read_chunk(ours, 0)
+        next(read_chunks([(ours, 0)]))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_an_array_is_compressed_fast_unless_the_small_way_saves_a_tenth_of_its_f
     codecs = json.loads((tmp_path / "a" / "zarr.json").read_text())["codecs"][0]["configuration"]["codecs"]
     assert [codec["configuration"]["cname"] for codec in codecs if codec["name"] == "blosc"] == [name]
     [opened] = open_arrays(tmp_path, [Wanted("a", stored, 1)], files=describe_files(tmp_path))
-    assert np.array_equal(read_chunk(opened, 0), rows.astype(np.int16))
+    assert np.array_equal(next(read_chunks([(opened, 0)])), rows.astype(np.int16))
 
 
 def test_rows_of_one_chunk_are_not_copied_and_cannot_be_written_to(spread):
@@ -128,13 +128,13 @@ def test_readings_that_overlap_count_what_they_keep_once(spread):
     for rows in (next(first), next(second)):
         assert np.array_equal(rows, theirs[1:3])
     assert len(list(first)) == len(list(second)) == 1
-    assert cache._held_bytes == sum(chunk.nbytes for chunk in cache._chunks.values()) > 0
+    assert cache._chunks.currsize == sum(chunk.nbytes for chunk in cache._chunks.values()) > 0
 
 
 def test_neighbouring_ranges_are_one_request_and_come_back_apart(tmp_path):
     (tmp_path / "f").write_bytes(bytes(range(100)))
     with static_server(tmp_path) as (url, requests):
-        for folder in (tmp_path, place(url)):
+        for folder in (tmp_path, any_path(url)):
             f, absent = folder / "f", folder / "g"
             ranges = [
                 Range(f, 0, 9),

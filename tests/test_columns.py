@@ -95,8 +95,10 @@ def test_two_samples_of_one_key_are_refused_as_they_are_met(keys, hash_key):
                 expected = str(DuplicateKey(key, parts=(first[key], part)))
             first.setdefault(key, part)
     if expected is None:
-        assert len(KeyTable(_parts(keys), hash_key=hash_key)) == len(first)
+        table = KeyTable(_parts(keys), hash_key=hash_key)
+        table.check_duplicates()
+        assert len(table) == len(first)
     else:
         with pytest.raises(DuplicateKey) as caught:
-            KeyTable(_parts(keys), hash_key=hash_key)
+            KeyTable(_parts(keys), hash_key=hash_key).check_duplicates()
         assert str(caught.value) == expected

@@ -10,7 +10,6 @@ import pytest
 from small_store import manifest
 
 from cache import StoreWriter, verify
-from cache.format.layout import lease_file
 from cache.write.leases import lease, lease_holder
 from cache.write.scratch import new_scratch
 
@@ -28,7 +27,7 @@ def leave_lease(store: Path, *, process: int, host: str | None = None, age: floa
     if host:
         mine = name.split(".")[1]
         name = name.replace(f".{mine}.", f".{host}.")
-    file = lease_file(store, PART)
+    file = store / "leases" / PART
     file.write_text(name)
     os.utime(file, (time.time() - age,) * 2)
     return file
@@ -51,7 +50,7 @@ def test_an_exception_frees_the_part(store: Path) -> None:
 def test_the_lease_of_a_dead_process_of_this_host_is_taken_at_once(store: Path) -> None:
     leave_lease(store, process=4194305)  # above the largest process id
     with lease(store, PART, patience=1000) as ours:
-        assert ours and f".{os.getpid()}." in lease_holder(lease_file(store, PART))
+        assert ours and f".{os.getpid()}." in lease_holder(store / "leases" / PART)
 
 
 def test_another_hosts_lease_is_taken_when_it_was_not_touched_for_long(store: Path) -> None:

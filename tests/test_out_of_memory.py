@@ -42,7 +42,7 @@ def longest(experiment) -> int:
     """Positions of the longest sample, of whose images each is N = 4 of them."""
     store = Store(experiment.store)
     return max(
-        store.rows(key, "input_ids") + 3 * len(store.locate(key)[1].images)
+        len(store.read(key, ["input_ids"])["input_ids"]) + 3 * len(store.locate(key)[1].images)
         for key in store.keys()  # noqa: SIM118
     )
 

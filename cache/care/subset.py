@@ -1,21 +1,14 @@
-"""Stores made of stores: some parts, some arrays, or the parts of several; file by file, each hash compared."""
+"""Stores made of other stores: some parts, some arrays, or the parts of several; each file's hash is compared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
-from cache.errors import (
-    CorruptPart,
-    FingerprintMismatch,
-    PartConflict,
-    UnknownArray,
-    UnknownPart,
-)
+from cache.errors import CorruptPart, FingerprintMismatch, PartConflict, UnknownArray, UnknownPart
+from cache.files.any_path import AnyPath, any_path, copy_files
 from cache.files.durable import hash_file, sync_file
-from cache.files.place import Place, copy_files, place
 from cache.format.codecs import stored_arrays
 from cache.format.documents import document_bytes
 from cache.format.layout import INDEX, REJECTS, part_path
@@ -36,10 +29,9 @@ def slice_store(
     parts: Sequence[str] | None = None,
     each: Callable[[str], object] = lambda part: None,
 ) -> Store:
-    """Copy parts of a store, with the arrays that `manifest` lists, into a new store; go on where a copy stopped.
+    """Copy parts of a store, with the arrays that `manifest` lists, into a new store; an interrupted copy resumes.
 
-    The source may be behind a URL: nothing else is fetched. `each` is called with every part that is there.
-
+    The source may be behind a URL: nothing else is fetched. `each` is called with every part when it is there.
     Raises `UnknownArray` or `UnknownPart` for what the source has not, `CorruptPart` for what is damaged there.
     """
     specs = source.manifest.specs
@@ -51,22 +43,19 @@ def slice_store(
         raise UnknownPart(unknown[0], path=source.path, num_parts=len(source.parts))
     writer = StoreWriter.open(target, replace(manifest, planned_parts=names))
     for name in names:
-        if (state := _state(writer, name)) != "done":
+        try:
+            is_done, is_damaged = writer.is_done(name), False
+        except CorruptPart:
+            is_done, is_damaged = False, True
+        if not is_done:
             part = FinishedPart(source.path, name, manifest=source.manifest)
-            _copy(part, writer, replace_damaged=state == "damaged")
+            _copy(part, writer, replace_damaged=is_damaged)
         each(name)
     return Store(target)
 
 
-def _state(writer: StoreWriter, name: str) -> Literal["done", "absent", "damaged"]:
-    try:
-        return "done" if writer.is_done(name) else "absent"
-    except CorruptPart:
-        return "damaged"
-
-
 def merge_stores(sources: Sequence[Store], target: str | Path) -> Store:
-    """All parts of stores of one fingerprint in a new store.
+    """Copy all parts of stores of one fingerprint into a new store.
 
     Raises `FingerprintMismatch` if they hold different things, `PartConflict` if two have a part that differs,
     `DuplicateKey` if two parts hold one key; nothing is written then.
@@ -74,9 +63,8 @@ def merge_stores(sources: Sequence[Store], target: str | Path) -> Store:
     first = sources[0]
     for other in sources[1:]:
         if differences := first.manifest.differences(other.manifest):
-            raise FingerprintMismatch(
-                other.path, differences, remedy=f"Merge stores made as {first.path} was."
-            )
+            remedy = f"Merge stores made as {first.path} was."
+            raise FingerprintMismatch(other.path, differences, remedy=remedy)
     _check_shared(sources)
     names = tuple(sorted({name for source in sources for name in source.parts}))
     StoreWriter.open(target, replace(first.manifest, planned_parts=names))
@@ -86,7 +74,7 @@ def merge_stores(sources: Sequence[Store], target: str | Path) -> Store:
 
 
 def _check_shared(sources: Sequence[Store]) -> None:
-    seen: dict[str, tuple[Place, PartRecord]] = {}
+    seen: dict[str, tuple[AnyPath, PartRecord]] = {}
     for source in sources:
         for name in source.parts:
             record = read_part_record(part_path(source.path, name))
@@ -94,24 +82,21 @@ def _check_shared(sources: Sequence[Store]) -> None:
             if known.files != record.files:
                 raise PartConflict(name, stores=(path, source.path))
     holders = {name: source for source in sources for name in source.parts}
-    # The table raises if two parts share a key.
-    KeyTable((name, holder.keys_of(name)) for name, holder in holders.items())
+    KeyTable((name, holder.keys_of(name)) for name, holder in holders.items()).check_duplicates()
 
 
 def _copy(part: FinishedPart, writer: StoreWriter, *, replace_damaged: bool) -> None:
-    """One part with the arrays of the writer's store: under a temporary name, then by one rename."""
+    """Copy one part with the arrays of the writer's store, under a temporary name, and publish it by one rename."""
     folder = PartFolder(writer.path, part.path.name)
-    arrays = [(spec, stored) for spec in writer.manifest.arrays for stored in stored_arrays(spec)]
+    manifest = writer.manifest
+    arrays = [stored.name(spec) for spec in manifest.arrays for stored in stored_arrays(spec)]
+    kept = tuple(f"{name}/" for name in arrays)
     try:
-        folder.write_groups([stored.name(spec) for spec, stored in arrays])
-        prefixes = tuple(f"{stored.name(spec)}/" for spec, stored in arrays)
-        _copy_files(part, [n for n in part.record.files if n.startswith(prefixes) or n == REJECTS], folder)
-        rows = {
-            name: offsets for name, offsets in part.index.row_offsets.items() if name in writer.manifest.specs
-        }
-        folder.write(INDEX, document_bytes(replace(part.index, row_offsets=rows).to_json()))
-        contents = writer.manifest.contents_digest()
-        record = replace(part.record, contents=contents, files=folder.files)
+        folder.write_groups(arrays)
+        _copy_files(part, [n for n in part.record.files if n.startswith(kept) or n == REJECTS], folder)
+        rows = {name: rows for name, rows in part.index.rows.items() if name in manifest.specs}
+        folder.write(INDEX, document_bytes(replace(part.index, rows=rows).to_json()))
+        record = replace(part.record, contents=manifest.contents_digest(), files=folder.files)
         folder.publish(record, replace=replace_damaged)
     finally:
         folder.remove()
@@ -123,7 +108,7 @@ def _copy_files(part: FinishedPart, names: Sequence[str], folder: PartFolder) ->
     try:
         copy_files({part.path / name: folder.path / name for name in names})
     except FileNotFoundError as error:
-        raise CorruptPart(place(error.filename or part.path), "the file is gone") from error
+        raise CorruptPart(any_path(error.filename or part.path), "the file is gone") from error
     for name in names:
         folder.files[name] = part.record.files[name]
         if hash_file(folder.path / name) != part.record.files[name].blake3:

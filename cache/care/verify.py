@@ -1,4 +1,4 @@
-"""Looks at a store for damage and names every file it finds; a damaged store never makes it raise."""
+"""Checks a whole store and names every damaged file; a damaged store never makes it raise."""
 
 from __future__ import annotations
 
@@ -9,30 +9,22 @@ from typing import Any
 
 from cache.care.verify_part import PartAudit, Problem, audit_part, kind_of_extra
 from cache.errors import CacheError, CorruptFile, StoreNotFound, UnreadableFile
-from cache.files.place import Place, place, sizes_below
+from cache.files.any_path import AnyPath, any_path, sizes_below
+from cache.format import layout
 from cache.format.codecs import check_specs
 from cache.format.documents import canonical_json, read_document
-from cache.format.layout import (
-    CARD,
-    GROUP_METADATA,
-    INDEX,
-    LEASES,
-    LOCK,
-    MANIFEST,
-    PARTS,
-    SCRATCH,
-    ZARR_METADATA,
-)
+from cache.format.layout import INDEX, LEASES, MANIFEST, PARTS, SCRATCH, ZARR_METADATA
 from cache.format.schema import Manifest
 from cache.write.leases import lease_holder
 from cache.write.scratch import scratch_owner
 
 _NO_DAMAGE = ("missing part", "unexpected file", "stray file", "foreign part", "unreadable")
+_KNOWN = {MANIFEST, layout.CARD, ZARR_METADATA, PARTS, SCRATCH, LEASES, layout.LOCK}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` looked at, and every problem that it found."""
+    """What `verify` checked, and every problem that it found."""
 
     path: str
     deep: bool
@@ -54,37 +46,34 @@ class Report:
 
     @property
     def damaged_parts(self) -> tuple[str, ...]:
-        """Parts with damaged files, or without a done-mark, which can be captured again from their shards.
+        """Parts with damaged files or without a done-mark, which can be captured again from their shards.
 
         Files that do not belong to a part, and files that the system refuses to read, are no damage of it.
         """
-        parts = [problem.part for problem in self.problems if problem.kind not in _NO_DAMAGE]
-        return tuple(sorted({part for part in parts if part}))
+        parts = {problem.part for problem in self.problems if problem.kind not in _NO_DAMAGE}
+        return tuple(sorted(parts - {""}))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def verify(path: str | Path, *, deep: bool) -> Report:
-    """Look at names, sizes, counts and the checksums of metadata; `deep` also hashes and decodes every array.
+    """Check names, sizes, counts and the hashes of metadata; `deep` also hashes every file and decodes every array.
 
-    StoreNotFound if there is neither a manifest nor a directory of parts; all else is a Problem.
+    Raises `StoreNotFound` if there is neither a manifest nor a directory of parts; all else is a Problem.
     """
-    store = place(path)
+    store = any_path(path)
     if not (store / MANIFEST).exists() and not (store / PARTS).is_dir():
         raise StoreNotFound(store, "neither one nor a directory of parts" if store.is_dir() else "nothing")
     manifest, problems = _manifest(store)
-    problems += [*_folder_problems(store), *_plan_problems(store, manifest)]
     names = [entry.name for entry in _entries(store / PARTS) if entry.is_dir()]
-    if manifest:  # other folders are named above, and are no parts
-        names = [name for name in names if name in manifest.planned_parts]
+    problems += _folder_problems(store)
+    if manifest:
+        problems += _plan_problems(names, manifest)
+        names = [name for name in names if name in manifest.planned_parts]  # others are problems already
     audits = [audit_part(store, name, manifest=manifest, deep=deep) for name in names]
     problems += [problem for audit in audits for problem in audit.problems]
     problems += _shared_keys(audits)
-    return _report(store, audits, problems=problems, deep=deep)
-
-
-def _report(store: Place, audits: list[PartAudit], *, problems: list[Problem], deep: bool) -> Report:
     records = [audit.record for audit in audits if audit.record]
     sizes = sizes_below(store, leave_out_unreadable=True)
     return Report(
@@ -98,7 +87,7 @@ def _report(store: Place, audits: list[PartAudit], *, problems: list[Problem], d
     )
 
 
-def _manifest(store: Place) -> tuple[Manifest | None, list[Problem]]:
+def _manifest(store: AnyPath) -> tuple[Manifest | None, list[Problem]]:
     file = store / MANIFEST
     if not file.exists():
         return None, [Problem("missing file", MANIFEST, "the store's manifest is gone")]
@@ -114,15 +103,19 @@ def _manifest(store: Place) -> tuple[Manifest | None, list[Problem]]:
     return manifest, []
 
 
-def _folder_problems(store: Place) -> Iterator[Problem]:
-    """What lies beside the parts: two group files, the manifest, and nothing in tmp/."""
+def _folder_problems(store: AnyPath) -> Iterator[Problem]:
+    """Yield what is wrong outside the parts: files that are missing, unknown, or left by a writer."""
     for name in (ZARR_METADATA, f"{PARTS}/{ZARR_METADATA}"):
+        try:
+            is_right = (store / name).read_bytes() == canonical_json(layout.GROUP_METADATA)
+        except OSError:
+            is_right = False
         if not (store / name).is_file():
             yield Problem("missing file", name, "the metadata of a Zarr group is gone")
-        elif not _is_group_metadata(store / name):
+        elif not is_right:
             yield Problem("metadata", name, "it is not the metadata of a Zarr group as this format writes it")
     for entry in _entries(store):
-        if entry.name not in {MANIFEST, CARD, ZARR_METADATA, PARTS, SCRATCH, LEASES, LOCK}:
+        if entry.name not in _KNOWN:
             yield Problem(kind_of_extra(entry.name), entry.name, "the format has no such file")
     for entry in _entries(store / PARTS):
         if not entry.is_dir() and entry.name != ZARR_METADATA:
@@ -131,23 +124,14 @@ def _folder_problems(store: Place) -> Iterator[Problem]:
     for entry in _entries(store / SCRATCH):
         yield Problem("unfinished part", f"{SCRATCH}/{entry.name}", _origin(entry.name))
     for entry in _entries(store / LEASES):
-        yield Problem("unfinished part", f"{LEASES}/{entry.name}", _origin(_holder(entry)))
+        holder = lease_holder(entry) if isinstance(entry, Path) else ""
+        yield Problem("unfinished part", f"{LEASES}/{entry.name}", _origin(holder))
 
 
-def _is_group_metadata(file: Place) -> bool:
-    try:
-        return file.read_bytes() == canonical_json(GROUP_METADATA)
-    except OSError:
-        return False
-
-
-def _plan_problems(store: Place, manifest: Manifest | None) -> Iterator[Problem]:
-    if manifest is None:
-        return
-    present = {entry.name for entry in _entries(store / PARTS) if entry.is_dir()}
-    for name in sorted(set(manifest.planned_parts) - present):
+def _plan_problems(present: list[str], manifest: Manifest) -> Iterator[Problem]:
+    for name in sorted(set(manifest.planned_parts) - set(present)):
         yield Problem("missing part", f"{PARTS}/{name}", "planned, but not written")
-    for name in sorted(present - set(manifest.planned_parts)):
+    for name in sorted(set(present) - set(manifest.planned_parts)):
         yield Problem(kind_of_extra(name), f"{PARTS}/{name}", "the manifest does not plan this part")
 
 
@@ -160,17 +144,13 @@ def _shared_keys(audits: list[PartAudit]) -> Iterator[Problem]:
                 yield Problem("metadata", f"{PARTS}/{audit.name}/{INDEX}", f"key {key!r} is also in {other}")
 
 
-def _holder(lease: Place) -> str:
-    return lease_holder(lease) if isinstance(lease, Path) else ""
-
-
 def _origin(name: str) -> str:
-    owner = scratch_owner(name)
-    if owner is None:
+    """Say which process left an entry of tmp/ or a lease, by its name."""
+    if (owner := scratch_owner(name)) is None:
         return "not of a name that a writer gives"
     state = "which no longer runs" if owner.is_dead else "which may still be at work"
     return f"left by process {owner.process} on host {owner.host}, {state}"
 
 
-def _entries(directory: Place) -> list[Place]:
+def _entries(directory: AnyPath) -> list[AnyPath]:
     return sorted(directory.iterdir(), key=str) if directory.is_dir() else []

@@ -1,22 +1,24 @@
-"""Looks at one part for damage: its files against part.json, its counts, and every stored value."""
+"""Checks one part for damage: its files against part.json, its counts, and every stored value."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Literal, TypeVar
 
 import numpy as np
 
 from cache.errors import CorruptFile, CorruptPart, ForeignPart, UnreadableFile, UnsafeName, UnsupportedFormat
-from cache.files.place import Place, below, hash_of, place, sizes_below
-from cache.format.codecs import StoredArray, holds_fill, stored_arrays
+from cache.files.any_path import AnyPath, any_path, hash_of, sizes_below
+from cache.format.codec import StoredArray
+from cache.format.codecs import holds_fill, stored_arrays
 from cache.format.index import PartIndex
 from cache.format.layout import INDEX, PART_RECORD, PARTS, REJECTS, ZARR_METADATA
 from cache.format.records import FileRecord, PartRecord, read_part_record, read_rejects
 from cache.format.schema import ArraySpec, Manifest
-from cache.read.chunks import OpenArray, read_chunk
+from cache.read.chunks import read_chunks
 from cache.read.part_reader import FinishedPart
 
 T = TypeVar("T")
@@ -53,59 +55,59 @@ class Problem:
         """The part that the file belongs to; "" if it lies elsewhere, such as beside the parts."""
         folder, _, rest = self.file.partition("/")
         name, _, inside = rest.partition("/")
-        return (
-            name if folder == PARTS and (inside or self.kind in ("missing part", "unfinished part")) else ""
-        )
+        is_whole_part = self.kind in ("missing part", "unfinished part")
+        return name if folder == PARTS and (inside or is_whole_part) else ""
 
 
 def kind_of_extra(name: str) -> Kind:
-    """What a file that the format does not know is: one that systems leave in folders, or none of these."""
-    return "stray file" if _STRAY.fullmatch(name.rsplit("/", 1)[-1]) else "unexpected file"
+    """Return the kind of a file that the format does not know: left by a system in any folder, or unexpected."""
+    return "stray file" if _STRAY.fullmatch(PurePosixPath(name).name) else "unexpected file"
 
 
 @dataclass
 class PartAudit:
-    """What was found of one part; `record` and `index` are None where they could not be read."""
+    """What was found of one part; `record` and `index` are None if they could not be read."""
 
-    store: Place
+    store: AnyPath
     name: str
     deep: bool
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list[Problem])
     record: PartRecord | None = None
     index: PartIndex | None = None
 
     @property
-    def path(self) -> Place:
+    def path(self) -> AnyPath:
         return self.store / PARTS / self.name
 
-    def found(self, kind: Kind, file: Place, detail: str) -> None:
-        self.problems.append(Problem(kind, below(file, self.store), detail))
+    def found(self, kind: Kind, file: AnyPath, detail: str) -> None:
+        self.problems.append(Problem(kind, str(file).removeprefix(f"{self.store}/"), detail))
 
     def attempt(self, read: Callable[[], T], *, kind: Kind) -> T | None:
-        """What `read` gives; None after its error became a problem of `kind`, or of the file's bytes."""
+        """Return what `read` returns; if it raises, note a problem and return None.
+
+        A corrupt file is a problem of `kind`, unless it is gone or its bytes are not those that were written.
+        """
         try:
             return read()
         except CorruptPart as error:
-            self.found(_kind_of(error, otherwise=kind), error.file, error.detail)
+            if not error.file.exists():
+                kind = "missing file"
+            elif isinstance(error.__cause__, CorruptFile):
+                kind = "checksum"
+            self.found(kind, error.file, error.detail)
         except UnreadableFile as error:
             self.found("unreadable", error.file, error.reason)
         except ForeignPart as error:
             self.found("foreign part", error.file, error.detail)
         except UnsupportedFormat as error:
-            self.found("metadata", place(error.file), str(error))
+            self.found("metadata", any_path(error.file), str(error))
         except UnsafeName as error:
             self.found("metadata", self.path, str(error))
         return None
 
 
-def _kind_of(error: CorruptPart, *, otherwise: Kind) -> Kind:
-    if not error.file.exists():
-        return "missing file"
-    return "checksum" if isinstance(error.__cause__, CorruptFile) else otherwise
-
-
-def audit_part(store: Place, name: str, *, manifest: Manifest | None, deep: bool) -> PartAudit:
-    """Everything wrong with the part; without a manifest, what can be told without knowing its arrays."""
+def audit_part(store: AnyPath, name: str, *, manifest: Manifest | None, deep: bool) -> PartAudit:
+    """Find everything wrong with a part; without a manifest, what can be found without knowing its arrays."""
     audit = PartAudit(store, name, deep)
     if (is_marked := audit.attempt(lambda: _is_marked(audit.path), kind="metadata")) is False:
         audit.found("unfinished part", audit.path, f"it has no {PART_RECORD}")
@@ -117,15 +119,19 @@ def audit_part(store: Place, name: str, *, manifest: Manifest | None, deep: bool
         return audit
     audit.record = record
     damaged = set(_check_files(audit, record))
-    _check_rejects(audit, record, damaged)
-    _check_sum(audit, record)
+    if REJECTS not in damaged:
+        _check_rejects(audit, record)
+    counts = record.counts
+    if counts.cached + counts.rejected != counts.seen:
+        detail = f"{counts.cached} cached + {counts.rejected} rejected are not the {counts.seen} samples seen"
+        audit.found("count", audit.path / PART_RECORD, detail)
     part = manifest and audit.attempt(lambda: FinishedPart(store, name, manifest=manifest), kind="metadata")
     if manifest and part and INDEX not in damaged:
         _check_contents(audit, part, manifest=manifest, damaged=damaged)
     return audit
 
 
-def _is_marked(part: Place) -> bool:
+def _is_marked(part: AnyPath) -> bool:
     try:
         return (part / PART_RECORD).exists()
     except OSError as error:
@@ -133,26 +139,26 @@ def _is_marked(part: Place) -> bool:
 
 
 def _check_files(audit: PartAudit, record: PartRecord) -> Iterator[str]:
-    """Relative names of the files that are not what part.json says; each becomes a problem."""
+    """Yield the relative names of the files that are not what part.json says; each becomes a problem."""
     found = audit.attempt(lambda: sizes_below(audit.path), kind="metadata")
     if found is None:
         return
     for name in sorted(found.keys() - record.files.keys() - {PART_RECORD}):
         audit.found(kind_of_extra(name), audit.path / name, "part.json does not list it")
     for name, recorded in sorted(record.files.items()):
-        if problem := _file_problem(audit, name, recorded=recorded, found_bytes=found.get(name)):
+        if problem := _file_problem(audit, name, recorded, found.get(name)):
             audit.found(problem[0], audit.path / name, problem[1])
             yield name
 
 
 def _file_problem(
-    audit: PartAudit, name: str, *, recorded: FileRecord, found_bytes: int | None
+    audit: PartAudit, name: str, recorded: FileRecord, found_bytes: int | None
 ) -> tuple[Kind, str] | None:
     if found_bytes is None:
         return "missing file", "part.json lists it"
     if found_bytes != recorded.bytes:
         return "size", f"it has {found_bytes} bytes, part.json says {recorded.bytes}"
-    if audit.deep or name.rsplit("/", 1)[-1] in _SMALL_FILES:
+    if audit.deep or PurePosixPath(name).name in _SMALL_FILES:
         try:
             digest = hash_of(audit.path / name)
         except OSError as error:
@@ -162,71 +168,57 @@ def _file_problem(
     return None
 
 
-def _check_rejects(audit: PartAudit, record: PartRecord, damaged: set[str]) -> None:
-    if REJECTS in damaged:
-        return
+def _check_rejects(audit: PartAudit, record: PartRecord) -> None:
     rejects = audit.attempt(lambda: read_rejects(audit.path, record), kind="metadata")
     if rejects is not None and len(rejects) != record.counts.rejected:
         detail = f"it has {len(rejects)} lines, part.json counts {record.counts.rejected} rejected samples"
         audit.found("count", audit.path / REJECTS, detail)
 
 
-def _check_sum(audit: PartAudit, record: PartRecord) -> None:
-    counts = record.counts
-    if counts.cached + counts.rejected != counts.seen:
-        detail = f"{counts.cached} cached + {counts.rejected} rejected are not the {counts.seen} samples seen"
-        audit.found("count", audit.path / PART_RECORD, detail)
-
-
 def _check_contents(audit: PartAudit, part: FinishedPart, *, manifest: Manifest, damaged: set[str]) -> None:
-    """Index and arrays; an array with a damaged file is not opened: that file is a problem already."""
+    """Check index and arrays. An array with a damaged file is not opened: that file is a problem already."""
     index = audit.attempt(lambda: part.index, kind="count")
     if index is None:
         return
     audit.index = index
-    _check_index(audit, part.record, index)
+    counts = part.record.counts
+    columns = {
+        "samples": (len(index.keys), counts.cached),
+        "distinct samples": (len(set(index.keys)), counts.cached),
+        "images": (len(index.digests), counts.images),
+        "image references": (len(index.images.number), counts.image_references),
+    }
+    for name, (found, counted) in columns.items():
+        if found != counted:
+            audit.found("count", audit.path / INDEX, f"it lists {found} {name}, part.json counts {counted}")
     for spec in manifest.arrays:
         for stored in stored_arrays(spec):
             if not any(name.startswith(stored.name(spec) + "/") for name in damaged):
                 _check_array(audit, part, spec=spec, stored=stored)
 
 
-def _check_index(audit: PartAudit, record: PartRecord, index: PartIndex) -> None:
-    counts = record.counts
-    columns = {
-        "samples": (len(index.keys), counts.cached),
-        "distinct samples": (len(set(index.keys)), counts.cached),
-        "images": (len(index.digests), counts.images),
-        "image references": (len(index.image_numbers), counts.image_references),
-    }
-    for name, (found, counted) in columns.items():
-        if found != counted:
-            audit.found("count", audit.path / INDEX, f"it lists {found} {name}, part.json counts {counted}")
-
-
 def _check_array(audit: PartAudit, part: FinishedPart, *, spec: ArraySpec, stored: StoredArray) -> None:
+    """Open an array; if `deep`, also decode it chunk by chunk and look for a fill value, up to the first problem."""
     array = audit.attempt(lambda: part.arrays([(spec, stored)])[0], kind="count")
     if array is None or not audit.deep:
         return
     for number in range(array.num_chunks):
-        rows = audit.attempt(lambda number=number: read_chunk(array, number), kind="checksum")
+        rows = audit.attempt(lambda n=number: next(read_chunks([(array, n)])), kind="checksum")
         if rows is None:
             return
         if holds_fill(stored, rows):
-            per_row = rows.reshape(len(rows), -1)
-            row = next(i for i, values in enumerate(per_row) if holds_fill(stored, values))
-            detail = (
-                f"row {number * array.chunk_rows + row}, of {_owner_of(part, spec, array, number, row)}, "
+            inside = next(
+                i for i, values in enumerate(rows.reshape(len(rows), -1)) if holds_fill(stored, values)
             )
-            detail += f"holds {stored.fill_value} or another value that is not finite"
-            audit.found("non-finite", array.shard, detail)
+            row = number * array.chunk_rows + inside
+            detail = f"row {row}, of {_owner_of(part.index, spec, row)}, holds {stored.fill_value} "
+            audit.found("non-finite", array.shard, detail + "or another value that is not finite")
             return
 
 
-def _owner_of(part: FinishedPart, spec: ArraySpec, array: OpenArray, number: int, row: int) -> str:
-    """The image or sample that a row of a chunk belongs to."""
-    row += number * array.chunk_rows
+def _owner_of(index: PartIndex, spec: ArraySpec, row: int) -> str:
+    """Return the image or sample that a row of an array belongs to."""
     if spec.owner == "image":
-        return f"image {part.index.digests[row]}"
-    sample = int(np.searchsorted(part.index.row_offsets[spec.name], row, side="right")) - 1
-    return f"sample {part.index.keys[sample]!r}"
+        return f"image {index.digests[row]}"
+    sample = int(np.searchsorted(index.rows[spec.name], row, side="right")) - 1
+    return f"sample {index.keys[sample]!r}"

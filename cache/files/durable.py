@@ -1,19 +1,21 @@
-"""Files that survive a crash: fsync, atomic replacement, publication by rename, content hashes."""
+"""Files that survive a crash: fsync, atomic replacement, publishing by rename; and hashes of content."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from blake3 import blake3
 
-_BLOCK_BYTES = 1 << 20
 _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
-_noted: set[int] = set()  # errors of directory syncs that were logged; one line each is enough
+_NO_SYNC = "%s: this file system cannot sync a directory (%s); a power cut may undo the last renames"
+_noted: set[int] = set()  # errno values of directory syncs already logged: one line each is enough
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
@@ -31,23 +33,23 @@ def sync_file(path: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes, *, scratch: Path) -> None:
-    """Give `path` the content `data`: after a crash it holds the old bytes or the new, never a mixture."""
+    """Replace the content of `path`: after a crash it holds the old bytes or the new, never a mixture."""
     write_file(scratch, data)
     os.replace(scratch, path)
     sync_directory(path.parent)
 
 
 def sync_folders(directory: Path) -> None:
-    """Bring the names in every directory below `directory`, and in itself, to the disk."""
+    """Force the names in `directory` and in every folder below it to the disk, the deepest folders first."""
     for folder, _, _ in os.walk(directory, topdown=False):
         sync_directory(Path(folder))
 
 
 def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory to the disk.
+    """Force the names in a directory to the disk.
 
-    Some network and FUSE file systems refuse to sync a directory. That is logged once and is no failure: the files
-    themselves are on the disk, and a name that a power cut loses is a part still to do.
+    Some network and FUSE file systems cannot sync a directory. That is logged once and is no failure: the files
+    themselves are on the disk, and a part whose name is lost in a power cut is captured again.
     """
     with named(directory):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -56,25 +58,16 @@ def sync_directory(directory: Path) -> None:
         except OSError as error:
             if error.errno not in _NO_DIRECTORY_SYNC:
                 raise
-            _note(directory, error)
+            if error.errno not in _noted:
+                _noted.add(error.errno)
+                logging.getLogger(__name__).warning(_NO_SYNC, directory, error.strerror)
         finally:
             os.close(descriptor)
 
 
-def _note(directory: Path, error: OSError) -> None:
-    number = error.errno or 0
-    if number not in _noted:
-        _noted.add(number)
-        logging.getLogger(__name__).warning(
-            "%s: this file system cannot sync a directory (%s); a power cut may undo the last renames",
-            directory,
-            error.strerror,
-        )
-
-
 @contextmanager
 def named(path: Path) -> Generator[None]:
-    """Add the path to an error of the system that lacks one: write and fsync know a descriptor only."""
+    """Add the path to an OSError that lacks one: write and fsync know only a descriptor."""
     try:
         yield
     except OSError as error:
@@ -84,8 +77,9 @@ def named(path: Path) -> Generator[None]:
 
 
 def publish(directory: Path, target: Path) -> bool:
-    """Rename a finished directory to its place; False, and nothing changed, if `target` is already taken."""
+    """Rename a finished directory to its final name; False, and nothing changed, if `target` already exists."""
     try:
+        # rename(2) replaces an empty directory, but refuses one that holds anything: so exactly one writer wins.
         os.rename(directory, target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -96,25 +90,16 @@ def publish(directory: Path, target: Path) -> bool:
 
 
 def hash_file(path: Path) -> str:
-    """blake3 of the file's bytes, in hex."""
+    """Return the blake3 of a file's bytes, in hex. Not by `mmap`: a failing disk would kill the process."""
     with open(path, "rb") as file:
-        return hash_blocks(iter(lambda: file.read(_BLOCK_BYTES), b""))
+        return hash_opened(file)
 
 
-def hash_blocks(blocks: Iterable[bytes]) -> str:
-    """blake3 of bytes that come in blocks, in hex."""
-    digest = blake3()
-    for block in blocks:
-        digest.update(block)
-    return digest.hexdigest()
+def hash_opened(file: Any) -> str:
+    """Return the blake3 of what an open file holds, in hex, read block by block."""
+    return hashlib.file_digest(file, cast(Any, blake3)).hexdigest()
 
 
 def hash_bytes(data: bytes | memoryview) -> str:
-    """blake3, in hex."""
+    """Return the blake3 of the bytes, in hex."""
     return blake3(data).hexdigest()
-
-
-def files_below(directory: Path) -> dict[str, int]:
-    """Size in bytes of every file below `directory`, by its relative path with '/'."""
-    found = (path for path in sorted(directory.rglob("*")) if not path.is_dir() or path.is_symlink())
-    return {path.relative_to(directory).as_posix(): path.lstat().st_size for path in found}

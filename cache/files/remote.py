@@ -1,9 +1,9 @@
-"""Files behind URLs, through fsspec: fetched in batches, tried again where a network stumbles, listed, sent."""
+"""Files behind URLs, through fsspec: fetched in batches, retried when a server fails, listed, uploaded."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,22 @@ import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from cache.errors import StoreUnreachable
+from cache.files.durable import hash_opened
 
 _BLOCK_BYTES = 1 << 22
+_EXTRAS = {
+    "s3": "s3",
+    "gs": "gs",
+    "gcs": "gs",
+    "http": "http",
+    "https": "http",
+}  # protocol -> extra of this package
 _FORBIDDEN = (
     "this may also mean that it is not there, for a server that may not list answers 403 for what is absent: check "
     "the URL, then ask for the right to list (on S3 s3:ListBucket) and to read"
 )
 
-_patiently = retry(
+_retried = retry(
     retry=retry_if_exception_type(StoreUnreachable),
     stop=stop_after_attempt(4),
     wait=wait_random_exponential(multiplier=0.5, max=10),
@@ -27,18 +35,19 @@ _patiently = retry(
 )
 
 
-@_patiently
+@_retried
 def fetch(ranges: Sequence[tuple[str, int, int | None]]) -> list[bytes | None]:
-    """The bytes start..stop of files of one server, all asked for at once; None where there is no such file.
+    """Return the bytes start..stop of files of one server, all requested at once; None where there is no file.
 
-    A server that knows no ranges sends the whole file; the range is then cut from it.
+    A server without range requests sends the whole file; the range is then cut from it.
     """
     if not ranges:
         return []
     fs, _ = _filesystem(ranges[0][0])
     paths = [fs._strip_protocol(url) for url, _, _ in ranges]
+    # fsspec: a start of None with a stop of None is a plain GET, which servers without range requests answer too.
     starts = [start if start or stop is not None else None for _, start, stop in ranges]
-    with _told(ranges[0][0]):
+    with _driver_errors(ranges[0][0]):
         answers = fs.cat_ranges(paths, starts, [stop for _, _, stop in ranges], on_error="return")
     return [_bytes_of(answer, *asked) for answer, asked in zip(answers, ranges, strict=True)]
 
@@ -50,21 +59,21 @@ def _bytes_of(answer: Any, url: str, start: int, stop: int | None) -> bytes | No
         return b""
     if isinstance(answer, BaseException):
         raise _unreachable(url, answer) from answer
-    whole = stop is not None and len(answer) > stop - start
-    return answer[start:stop] if whole else answer
+    is_whole_file = stop is not None and len(answer) > stop - start
+    return answer[start:stop] if is_whole_file else answer
 
 
 def _is_past_the_end(answer: Any) -> bool:
-    """HTTP's 416, as the servers' drivers spell it."""
+    """Return whether a driver's answer means HTTP 416, range not satisfiable."""
     refused = isinstance(answer, OSError) and answer.errno == errno.EINVAL and "range" in str(answer)
     return refused or getattr(answer, "status", None) == 416
 
 
 def list_folder(url: str) -> list[str]:
-    """Names of files and folders directly in a folder, sorted; none if it is absent."""
+    """Return the sorted names of files and folders directly in a folder; none if it is absent."""
     fs, path = _filesystem(url)
     fs.invalidate_cache()
-    with _told(url):
+    with _driver_errors(url):
         try:
             found = fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
@@ -73,63 +82,59 @@ def list_folder(url: str) -> list[str]:
 
 
 def list_files(url: str) -> dict[str, int]:
-    """Size in bytes of every file below a folder, by its relative path with '/'."""
+    """Return the size in bytes of every file below a folder, by its relative path with '/'."""
     fs, path = _filesystem(url)
     fs.invalidate_cache()
-    with _told(url):
+    with _driver_errors(url):
         found: dict[str, Any] = fs.find(path, detail=True)
     return {name[len(path) :].strip("/"): int(about["size"] or 0) for name, about in sorted(found.items())}
 
 
-def blocks(url: str) -> Iterator[bytes]:
-    """A file's bytes, one block at a time."""
+def hash_file(url: str) -> str:
+    """Return the blake3 of a file's bytes, in hex, fetched block by block."""
     fs, path = _filesystem(url)
-    with _told(url), fs.open(path, "rb", block_size=_BLOCK_BYTES) as file:
-        while block := file.read(_BLOCK_BYTES):
-            yield block
+    with _driver_errors(url), fs.open(path, "rb", block_size=_BLOCK_BYTES) as file:
+        return hash_opened(file)
 
 
-@_patiently
+@_retried
 def download(files: Mapping[str, Path]) -> None:
     """Copy files of one server to local paths, several at a time; FileNotFoundError if one is absent."""
     first = next(iter(files))
     fs, _ = _filesystem(first)
-    with _told(first):
+    with _driver_errors(first):
         fs.get([fs._strip_protocol(url) for url in files], [str(target) for target in files.values()])
 
 
-@_patiently
+@_retried
 def upload(files: Mapping[str, Path | bytes], *, last: Mapping[str, Path | bytes]) -> None:
-    """Put local files and bytes at URLs of one server, several at a time; `last` when all others are there."""
+    """Put local files and bytes at URLs of one server, several at a time; those of `last` after all others."""
     first = next(iter(last))
     fs, _ = _filesystem(first)
-    with _told(first):
+    with _driver_errors(first):
         if "hf" in fs.protocol:
             _commit(fs, {**files, **last})
             return
         for some in (files, last):
-            _put(fs, {fs._strip_protocol(url): content for url, content in some.items()})
-
-
-def _put(fs: Any, contents: Mapping[str, Path | bytes]) -> None:
-    local = {path: str(content) for path, content in contents.items() if isinstance(content, Path)}
-    if local:
-        fs.put(list(local.values()), list(local))
-    small = {path: content for path, content in contents.items() if isinstance(content, bytes)}
-    if small:
-        fs.pipe(small)
+            paths = {fs._strip_protocol(url): content for url, content in some.items()}
+            if local := {path: str(file) for path, file in paths.items() if isinstance(file, Path)}:
+                fs.put(list(local.values()), list(local))
+            if small := {path: content for path, content in paths.items() if isinstance(content, bytes)}:
+                fs.pipe(small)
 
 
 def _commit(fs: Any, contents: Mapping[str, Path | bytes]) -> None:
-    """The Hugging Face Hub takes files by commits, and few in an hour: one for all, so that they appear together."""
+    """Upload to the Hugging Face Hub: all files in one commit, as the Hub limits commits per hour."""
     from huggingface_hub import CommitOperationAdd
 
-    places = {url: fs.resolve_path(url) for url in contents}
+    resolved = {url: fs.resolve_path(url) for url in contents}
     operations = [
-        CommitOperationAdd(places[url].path_in_repo, content if isinstance(content, bytes) else str(content))
+        CommitOperationAdd(
+            resolved[url].path_in_repo, content if isinstance(content, bytes) else str(content)
+        )
         for url, content in contents.items()
     ]
-    repository = next(iter(places.values()))
+    repository = next(iter(resolved.values()))
     fs._api.create_commit(
         repository.repo_id,
         operations,
@@ -141,28 +146,24 @@ def _commit(fs: Any, contents: Mapping[str, Path | bytes]) -> None:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's driver, which fsspec keeps for the process, and the URL as that driver spells it."""
+    """Return fsspec's driver, one per process, and the URL as that driver spells it."""
     try:
         fs: Any
         fs, path = fsspec.core.url_to_fs(url)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         return fs, str(path)  # pyright: ignore[reportUnknownArgumentType]
     except (ImportError, ValueError) as error:
-        raise StoreUnreachable(url, str(error), remedy=_install(url)) from error
-
-
-def _install(url: str) -> str:
-    protocol = url.split("://")[0]
-    extra = {"s3": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}.get(protocol)
-    if extra:
-        return f"install what reads {protocol}:// with `pip install 'alignkd[{extra}]'`"
-    return "give a local path or an s3://, gs://, hf:// or https:// URL"
+        protocol = url.split("://")[0]
+        remedy = "give a local path or an s3://, gs://, hf:// or https:// URL"
+        if extra := _EXTRAS.get(protocol):
+            remedy = f"install what reads {protocol}:// with `pip install 'alignkd[{extra}]'`"
+        raise StoreUnreachable(url, str(error), remedy=remedy) from error
 
 
 @contextmanager
-def _told(url: str) -> Generator[None]:
-    """Whatever a driver raises as one error of ours; only that a file is absent is an answer.
+def _driver_errors(url: str) -> Generator[None]:
+    """Raise whatever a driver raises as `StoreUnreachable`; only that a file is absent passes.
 
-    Every driver has exceptions of its own (botocore's, aiohttp's, ...), which share no root but `Exception`.
+    Every driver has exceptions of its own (botocore's, aiohttp's, ...), whose only common base is `Exception`.
     """
     try:
         yield
@@ -174,15 +175,8 @@ def _told(url: str) -> Generator[None]:
 
 def _unreachable(url: str, error: BaseException) -> StoreUnreachable:
     reason = f"{type(error).__name__}: {' '.join(str(error).split()) or type(error).__name__}"
-    return (
-        StoreUnreachable(url, reason, remedy=_FORBIDDEN)
-        if _is_forbidden(error)
-        else StoreUnreachable(url, reason)
-    )
-
-
-def _is_forbidden(error: BaseException) -> bool:
-    """HTTP's 403, as the servers' drivers spell it."""
-    return isinstance(error, PermissionError) or 403 in (
-        getattr(error, name, None) for name in ("status", "code", "status_code")
-    )
+    # Drivers keep HTTP's 403 under different names.
+    codes = (getattr(error, name, None) for name in ("status", "code", "status_code"))
+    if isinstance(error, PermissionError) or 403 in codes:
+        return StoreUnreachable(url, reason, remedy=_FORBIDDEN)
+    return StoreUnreachable(url, reason)

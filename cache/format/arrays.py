@@ -1,7 +1,8 @@
-"""The files of a stored array: one Zarr v3 array, its metadata and one shard, as bytes that are written once."""
+"""Makes the files of a stored array, a Zarr v3 array: its metadata and one shard, as bytes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, cast
 
@@ -12,34 +13,34 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from cache.format.codecs import Array, StoredArray
+from cache.format.codec import Array, StoredArray
 
 CHUNK_BYTES = 1 << 15
-"""Decompressed. A sample is read by whole chunks, which hold mostly rows of others where rows are small: in larger
-chunks these would be more bytes than its vision features. Neighbouring chunks are read as one range, so that small
-ones cost little where a sample has many."""
+"""Decompressed. A sample is read by whole chunks: larger ones would hold mostly rows of other samples, more bytes
+than the sample's vision features. Neighbouring chunks are read as one range, so small ones cost little."""
 
 Compression = tuple[Literal["lz4", "zstd"], int]
 
 FAST: Compression = ("lz4", 5)
 SMALL: Compression = ("zstd", 2)
 WORTH_IT = 0.9
-"""Names and levels that blosc is tried with; SMALL is taken where its bytes are at most this share of FAST's, for it
-takes twice as long to read. Vision features, whose lower bits are noise, often take less under lz4."""
+"""Names and levels that blosc is tried with. SMALL is taken if its bytes are at most this share of FAST's, because it
+takes twice as long to read. Vision features, whose lower bits are noise, are often smaller under lz4."""
 
 _SHUFFLES = {"shuffle": 1, "bitshuffle": 2}
-# The library tells no types.
+# The library has no types.
 _compress = cast(Callable[[Array, bytes, int, int], bytes], blosc.compress)  # pyright: ignore[reportUnknownMemberType]
 
 
 def array_files(stored: StoredArray, *, rows: Array, axes: list[str]) -> dict[str, memoryview]:
-    """All `rows` as the files of a Zarr array, by relative path: a chunk is as many rows as CHUNK_BYTES hold.
+    """Return the files of a Zarr array of `rows`, 'rows *row_shape', by relative path. A chunk holds CHUNK_BYTES.
 
-    They are made in memory, where zarr holds a shard while it is written anyway: whoever writes them then knows
-    their hashes without reading them back.
+    zarr holds a whole shard in memory while it makes it, so this costs nothing; and the caller can hash the files
+    without reading them back.
     """
     num_rows = rows.shape[0]
-    chunk_rows = _chunk_rows(stored, num_rows)
+    row_bytes = np.dtype(stored.dtype).itemsize * math.prod(stored.row_shape)
+    chunk_rows = max(1, min(CHUNK_BYTES // row_bytes, num_rows))
     shard_rows = chunk_rows * max(1, -(-num_rows // chunk_rows))
     files: dict[str, Buffer] = {}
     array = zarr.create_array(  # pyright: ignore[reportUnknownMemberType]
@@ -57,17 +58,12 @@ def array_files(stored: StoredArray, *, rows: Array, axes: list[str]) -> dict[st
     )
     if num_rows:
         array[...] = rows
-    # Views, for a shard may be gigabytes. numpy's arrays are buffers, though their types do not say so before 3.12.
+    # Views, because a shard may be gigabytes. Arrays are buffers; their types say so only from Python 3.12 on.
     return {name: memoryview(cast(bytes, data.as_numpy_array())) for name, data in files.items()}
 
 
-def _chunk_rows(stored: StoredArray, num_rows: int) -> int:
-    row_bytes = np.dtype(stored.dtype).itemsize * int(np.prod(stored.row_shape, dtype=np.int64))
-    return max(1, min(CHUNK_BYTES // row_bytes, num_rows))
-
-
 def _compressor(stored: StoredArray, chunk: Array) -> BloscCodec:
-    """FAST or SMALL, by the bytes that this chunk takes under each."""
+    """Return FAST or SMALL, by the bytes that this chunk takes under each."""
     itemsize = np.dtype(stored.dtype).itemsize
     fast, small = (
         BloscCodec(typesize=itemsize, cname=name, clevel=level, shuffle=stored.shuffle)

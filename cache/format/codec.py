@@ -1,14 +1,15 @@
-"""What a codec is: which arrays it stores, what it refuses, and the error that it states."""
+"""What a codec is: which arrays it stores, what it refuses, and the error bound that it states."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import SchemaError
+from cache.errors import RefusedValue, SchemaError
 from cache.format.schema import ArraySpec, Options
 
 Array = NDArray[Any]
@@ -30,32 +31,42 @@ class StoredArray:
         return f"{spec.name}_{self.suffix}" if self.suffix else spec.name
 
 
-class Codec(Protocol):
-    """Pure functions of rows and options; `encode` refuses a value rather than clip it."""
+class Codec(ABC):
+    """How rows of numbers, 'rows *row_shape', become stored arrays by suffix, and come back.
 
-    @property
-    def takes(self) -> Literal["float", "integer"]: ...
-    def check(self, spec: ArraySpec) -> None: ...
-    def stored(self, spec: ArraySpec) -> tuple[StoredArray, ...]: ...
-    def encode(self, rows: Array, options: Options) -> dict[str, Array]: ...
-    def decode(self, stored: dict[str, Array], options: Options) -> Array: ...
-    def stated_error(self, options: Options) -> str: ...
-    def max_error(self, rows: Array, options: Options) -> Array: ...
+    Codecs have no state. `encode` raises `RefusedValue` for a value that it cannot keep; it never clips.
+    """
+
+    takes: ClassVar[Literal["float", "integer"]] = "float"
+    options: ClassVar[tuple[str, ...]] = ()  # names, all required
+
+    def check(self, spec: ArraySpec) -> None:
+        """Raise `SchemaError` unless the spec has the options of this codec, and values that it knows."""
+        if set(spec.options) != set(self.options):
+            expected = f"{', '.join(self.options) or 'no options'} for codec {spec.codec}"
+            raise SchemaError(f"arrays[{spec.name}].options", expected=expected, found=dict(spec.options))
+
+    @abstractmethod
+    def stored(self, spec: ArraySpec) -> tuple[StoredArray, ...]:
+        """Return the arrays that rows of this spec are kept in."""
+
+    @abstractmethod
+    def encode(self, rows: Array, options: Options) -> dict[str, Array]:
+        """Return the stored arrays by suffix, of finite rows whose shape fits the spec."""
+
+    @abstractmethod
+    def decode(self, stored: dict[str, Array], options: Options) -> Array:
+        """Return the rows as float32, or as integers. The result may be written to: the codes may not."""
+
+    @abstractmethod
+    def stated_error(self, options: Options) -> str:
+        """Return the formula of the largest error, for people."""
+
+    @abstractmethod
+    def max_error(self, rows: Array, options: Options) -> Array:
+        """Return the largest error that each value may have, float64 of the shape of `rows`."""
 
 
-def check_options(spec: ArraySpec, *, known: tuple[str, ...]) -> None:
-    """SchemaError unless the spec has exactly these options."""
-    if set(spec.options) != set(known):
-        wanted = ", ".join(known) or "no options"
-        field = f"arrays[{spec.name}].options"
-        raise SchemaError(field, expected=f"{wanted} for codec {spec.codec}", found=dict(spec.options))
-
-
-def refuse_option(spec: ArraySpec, name: str, *, expected: str) -> None:
-    """SchemaError naming the option of a spec, and what it may be."""
-    raise SchemaError(f"arrays[{spec.name}].options.{name}", expected=expected, found=spec.options[name])
-
-
-def too_large(rows: Array, limit: float, remedy: str) -> str:
-    """The sentence for a value that a codec has no room for."""
-    return f"value {np.abs(rows).max():g} is beyond {limit:g}; {remedy}"
+def too_large(rows: Array, limit: float, remedy: str) -> RefusedValue:
+    """Return the error for a value that a codec has no room for."""
+    return RefusedValue(f"value {np.abs(rows).max():g} is beyond {limit:g}; {remedy}")

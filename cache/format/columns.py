@@ -1,17 +1,19 @@
-"""Strings, numbers and spans as columns: a few bytes each, in a few objects however many there are.
+"""Columns: sequences of strings, spans and numbers in a few bytes an element and a few objects in all.
 
-A Python object takes 50 bytes and more, and reading it writes to it (its count of references), so that every forked
-process soon has a copy. What is in an array is read without being written to, and stays shared.
+A Python object takes 50 bytes or more. Reading it also writes to it (its reference count), so every forked process
+soon has a copy of its own. The contents of an array are read without a write, and stay shared.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator, FailFast, Field, InstanceOf, PlainSerializer, Strict
 
 from cache.format.schema import Span
 
@@ -21,29 +23,28 @@ _DIGEST_BYTES = 32
 
 
 class Column(Sequence[T]):
-    """A sequence whose elements are made when they are asked for; a slice is a tuple of them."""
+    """A sequence that makes an element when it is asked for; a slice is a tuple of elements."""
 
     @abstractmethod
     def element(self, number: int) -> T:
-        """The element at 0 <= number < len."""
+        """Return the element at 0 <= number < len."""
 
     @overload
     def __getitem__(self, index: int) -> T: ...
     @overload
     def __getitem__(self, index: slice) -> tuple[T, ...]: ...
     def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
-        if isinstance(index, slice):
-            return tuple(map(self.element, range(*index.indices(len(self)))))
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"element {index} of {len(self)}")
-        return self.element(index % len(self))
+        numbers = range(len(self))[index]  # raises IndexError, and resolves what is negative
+        return self.element(numbers) if isinstance(numbers, int) else tuple(map(self.element, numbers))
 
 
 class Texts(Column[str]):
     """Strings, as UTF-8."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]  # JSON may hold half a character
+        encoded = [
+            text.encode("utf-8", "surrogatepass") for text in texts
+        ]  # JSON may hold half a surrogate pair
         self._data = b"".join(encoded)
         self._starts = offsets([len(text) for text in encoded])
 
@@ -56,7 +57,7 @@ class Texts(Column[str]):
 
 
 class _Digests(Column[str]):
-    """Digests of 32 bytes, which are 64 letters as hex."""
+    """Hex digests of 64 letters, as 32 bytes each."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -69,46 +70,63 @@ class _Digests(Column[str]):
 
 
 def digests(texts: Sequence[str]) -> Sequence[str]:
-    """Digests in hex as a column, in half of their letters where they are of blake3's length."""
+    """Return hex digests as a column: in 32 bytes each where all are of blake3's length and in lower case."""
     try:
-        data = [bytes.fromhex(text) for text in texts]
+        packed = _Digests(b"".join(map(bytes.fromhex, texts)))
     except ValueError:
         return Texts(texts)
-    is_packed = all(
-        len(of_one) == _DIGEST_BYTES and of_one.hex() == text
-        for of_one, text in zip(data, texts, strict=True)
-    )
-    return _Digests(b"".join(data)) if is_packed else Texts(texts)
-
-
-class Spans(Column[Span]):
-    """Places in tars, each column by itself."""
-
-    def __init__(self, files: Iterable[str], starts: Integers, sizes: Integers) -> None:
-        self.files, self.offsets, self.sizes = Texts(files), compact(starts), compact(sizes)
-
-    @classmethod
-    def of(cls, spans: Sequence[Span]) -> Spans:
-        """Spans as columns."""
-        starts, sizes = (
-            np.array([getattr(span, name) for span in spans], dtype=np.int64) for name in ("offset", "size")
-        )
-        return cls((span.file for span in spans), starts, sizes)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def element(self, number: int) -> Span:
-        return Span(self.files[number], int(self.offsets[number]), int(self.sizes[number]))
+    # `fromhex` also takes upper case and spaces, which must come back as they were.
+    return packed if list(packed) == list(texts) else Texts(texts)
 
 
 def compact(values: Integers) -> Integers:
-    """The numbers in 4 bytes each, where they fit."""
+    """Return the numbers in 4 bytes each, if they fit."""
     small = np.iinfo(np.uint32)
     fits = not values.size or (int(values.min()) >= small.min and int(values.max()) <= small.max)
     return values.astype(np.uint32) if fits else values
 
 
+def integers(values: Sequence[int]) -> Integers:
+    """Return a column of numbers below 2^63."""
+    return compact(np.array(values, dtype=np.int64))
+
+
 def offsets(counts: Sequence[int]) -> Integers:
-    """Where each of some runs of so many elements starts, and at last where the last one ends."""
+    """Return where each of consecutive runs of these lengths starts, and at last where the last one ends."""
     return compact(np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64))
+
+
+if TYPE_CHECKING:
+    Strings = Digests = Sequence[str]
+    Numbers = Integers
+else:
+    # How columns are read from JSON and written to it. `InstanceOf`: a key may hold half a surrogate pair, which a
+    # plain `str` field may refuse. `FailFast`: there may be millions of wrong elements.
+    _Strings = list[InstanceOf[str]]
+    _Int64 = Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63)]
+    Strings = Annotated[_Strings, FailFast(), AfterValidator(Texts), PlainSerializer(list)]
+    Digests = Annotated[_Strings, FailFast(), AfterValidator(digests), PlainSerializer(list)]
+    Numbers = Annotated[
+        list[_Int64], FailFast(), AfterValidator(integers), PlainSerializer(lambda column: column.tolist())
+    ]
+
+
+@dataclass(eq=False)
+class Spans(Column[Span]):
+    """Spans in tars, a column for each field."""
+
+    file: Strings
+    offset: Numbers
+    size: Numbers
+
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> Spans:
+        """Return spans as columns."""
+        starts, sizes = [span.offset for span in spans], [span.size for span in spans]
+        return cls(Texts(span.file for span in spans), integers(starts), integers(sizes))
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def element(self, number: int) -> Span:
+        return Span(self.file[number], int(self.offset[number]), int(self.size[number]))

@@ -1,57 +1,76 @@
-"""The store's JSON files: canonical bytes that carry their checksum, so that any changed byte is found."""
+"""The store's JSON files: canonical bytes with a checksum, so that any changed byte is found; and their fields."""
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
-from typing import Any, cast
+import os
+from typing import Any, TypeVar, cast
 
-from cache.errors import CorruptFile, UnreadableFile
+from pydantic import TypeAdapter, ValidationError
+
+from cache.differences import NOTHING
+from cache.errors import CorruptFile, SchemaError
+from cache.files.any_path import AnyPath, read_file
 from cache.files.durable import hash_bytes
-from cache.files.place import Place
 
 CHECKSUM = "checksum"
+T = TypeVar("T")
 
 
 def canonical_json(value: object) -> bytes:
-    """The one spelling of `value`: sorted keys, no spaces, ASCII, a newline at the end."""
+    """Return the one spelling of a JSON value: sorted keys, no spaces, ASCII, a newline at the end."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return text.encode("ascii") + b"\n"
 
 
 def digest_of(value: object) -> str:
-    """blake3 of a JSON value, whatever the order of its keys."""
+    """Return the blake3 of a JSON value, in hex, which does not depend on the order of keys."""
     return hash_bytes(canonical_json(value))
 
 
 def document_bytes(content: dict[str, Any]) -> bytes:
-    """`content` as the bytes of a file, with the checksum of all of it added."""
+    """Return the bytes of a JSON file: `content`, and the checksum of all of it."""
     return canonical_json({**content, CHECKSUM: digest_of(content)})
 
 
-def read_document(path: Place, data: bytes | None = None) -> dict[str, Any]:
-    """The content that `document_bytes` was given; CorruptFile if one byte of the file differs, or it is gone.
+def read_document(path: AnyPath, data: bytes | None = None) -> dict[str, Any]:
+    """Return the content of a file that `document_bytes` made; `data` are its bytes, if they are known already.
 
-    `data` are the file's bytes, where they were read before. UnreadableFile if the system refuses to read it.
+    Raises `CorruptFile` if one byte of the file differs or it is gone, `UnreadableFile` if the system refuses.
     """
+    if data is None and (data := read_file(path)) is None:
+        raise CorruptFile(path, f"it cannot be read ({os.strerror(errno.ENOENT)})")
     try:
-        data = path.read_bytes() if data is None else data
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CorruptFile(path, f"it cannot be read ({error.strerror})") from error
-    except OSError as error:
-        raise UnreadableFile(path, error) from error
-    try:
-        document = json.loads(data)
-        canonical = canonical_json(document)
+        document: Any = json.loads(data)
+        is_canonical = canonical_json(document) == data and type(document) is dict
     except (ValueError, RecursionError) as error:
         raise CorruptFile(path, f"it is not JSON ({error})") from error
-    return _checked_content(path, document, same_bytes=data == canonical)
-
-
-def _checked_content(path: Place, document: object, *, same_bytes: bool) -> dict[str, Any]:
-    if not isinstance(document, dict) or not same_bytes:
+    if not is_canonical:
         raise CorruptFile(path, "its bytes are not the canonical JSON object this format writes")
     content = cast(dict[str, Any], document)
     stored = content.pop(CHECKSUM, None)
-    if stored != digest_of(content):
-        raise CorruptFile(path, f"its checksum is {digest_of(content)}, but it says {stored!r}")
+    if stored != (found := digest_of(content)):
+        raise CorruptFile(path, f"its checksum is {found}, but it says {stored!r}")
     return content
+
+
+def validated(kind: type[T], value: object) -> T:
+    """Return a dataclass made from a JSON value. Raises `SchemaError` naming the first field that is wrong."""
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        # Where a field may be of several types, pydantic also names the type that it tried.
+        keys = [key for key in first["loc"] if key not in ("int", "float", "str")]
+        field = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
+        if first["type"] == "missing":
+            raise SchemaError(field, expected="a value", found=NOTHING) from None
+        expected = first["msg"].removeprefix("Input should be ")
+        raise SchemaError(field, expected=expected, found=first["input"]) from None
+
+
+@functools.cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

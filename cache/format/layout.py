@@ -1,102 +1,64 @@
-"""Where everything of a store lies: every file name, every path and the format version, once."""
+"""The names of all files of a store, which names are safe, and the format version."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 from cache.errors import UnsafeName
-from cache.files.place import Place
+from cache.files.any_path import AnyPath
 
 FORMAT_VERSION = 1
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
 PARTS = "parts"
-SCRATCH = "tmp"
-LEASES = "leases"
-LOCK = ".lock"
+SCRATCH = "tmp"  # unfinished work
+LEASES = "leases"  # which writer is at work on which part
+LOCK = ".lock"  # held by a writer that plans or publishes
 ZARR_METADATA = "zarr.json"
 PART_RECORD = "part.json"
 INDEX = "index.json"
 REJECTS = "rejects.jsonl"
 
 GROUP_METADATA: dict[str, object] = {"attributes": {}, "node_type": "group", "zarr_format": 3}
-"""The content of every group's zarr.json; nothing of ours is kept in attributes."""
+"""The content of every group's zarr.json; the store keeps nothing in attributes."""
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,149}")
 _RESERVED = frozenset({ZARR_METADATA, PART_RECORD, INDEX, REJECTS})
-
-
-def parts_path(store: Path) -> Path:
-    """The directory of all parts."""
-    return store / PARTS
+_Name = TypeVar("_Name")
 
 
 @overload
 def part_path(store: Path, part: str) -> Path: ...
 @overload
-def part_path(store: Place, part: str) -> Place: ...
-def part_path(store: Place, part: str) -> Place:
-    """A part's directory; UnsafeName if the name could leave the store."""
+def part_path(store: AnyPath, part: str) -> AnyPath: ...
+def part_path(store: AnyPath, part: str) -> AnyPath:
+    """Return a part's directory. Raises `UnsafeName` if the name could leave the store."""
     return store / PARTS / check_part_name(part)
 
 
-def scratch_path(store: Path) -> Path:
-    """The directory of unfinished work."""
-    return store / SCRATCH
-
-
-def leases_path(store: Path) -> Path:
-    """The directory that says which writer is at work on which part."""
-    return store / LEASES
-
-
-def lease_file(store: Path, part: str) -> Path:
-    """A part's lease; UnsafeName if the name could leave the store."""
-    return store / LEASES / check_part_name(part)
-
-
-def lock_file(store: Path) -> Path:
-    """The file that writers lock while they plan or publish."""
-    return store / LOCK
-
-
-def shard_file(array: Path, num_axes: int) -> Path:
-    """The one shard file of a Zarr array: chunk (0, 0, ...) under zarr's default key encoding."""
-    return array.joinpath("c", *["0"] * num_axes)
-
-
 def check_part_name(name: str) -> str:
-    """`name`, if it is one harmless path segment."""
-    if not _is_safe(name):
-        raise UnsafeName("a part", name)
-    return name
+    """Return `name` if it is one safe path segment, else raise `UnsafeName`."""
+    return _checked("a part", name, [name])
 
 
-def check_array_name(name: object) -> str:
-    """`name`, if it is harmless path segments joined by '/'."""
-    if not isinstance(name, str) or not all(_is_safe(segment) for segment in name.split("/")):
-        raise UnsafeName("an array", name)
-    return name
+def check_array_name(name: str) -> str:
+    """Return `name` if it is safe path segments joined by '/', else raise `UnsafeName`."""
+    return _checked("an array", name, str(name).split("/"))
 
 
 def check_file_name(name: str) -> str:
-    """`name`, if it is a relative path that stays inside a part."""
-    if not all(_SEGMENT.fullmatch(segment) for segment in name.split("/")):
-        raise UnsafeName("a file", name)
+    """Return `name` if it is a relative path that stays inside a part, else raise `UnsafeName`."""
+    return _checked("a file", name, name.split("/"), reserved=frozenset())
+
+
+def _checked(
+    kind: str, name: _Name, segments: Iterable[object], *, reserved: frozenset[str] = _RESERVED
+) -> _Name:
+    for segment in segments:
+        if not isinstance(segment, str) or not _SEGMENT.fullmatch(segment) or segment in reserved:
+            raise UnsafeName(kind, name)
     return name
-
-
-def parent_groups(names: list[str]) -> list[str]:
-    """The groups above arrays of these names, '' (the part itself) first."""
-    groups = {""}
-    for name in names:
-        segments = name.split("/")[:-1]
-        groups.update("/".join(segments[: i + 1]) for i in range(len(segments)))
-    return sorted(groups)
-
-
-def _is_safe(segment: object) -> bool:
-    return isinstance(segment, str) and bool(_SEGMENT.fullmatch(segment)) and segment not in _RESERVED

@@ -1,42 +1,38 @@
-"""Codecs that keep fewer bits than a float, each within an error that it states."""
+"""Codecs that keep fewer bits than a float, each within an error bound that it states."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from cache.errors import SchemaError, ValueOutOfRange
-from cache.format.codec import Array, StoredArray, check_options, refuse_option, too_large
+from cache.errors import RefusedValue, SchemaError
+from cache.format.codec import Array, Codec, StoredArray, too_large
 from cache.format.schema import ArraySpec, Options
 
 
-@dataclass(frozen=True)
-class FixedPointCodec:
-    """int16 multiples of the option `step`, a power of two, so that decoding is exact; -32768 is reserved."""
+class FixedPointCodec(Codec):
+    """int16 multiples of the option `step`, a power of two, so that decoding is exact; -32768 is never written."""
 
-    takes: Literal["float", "integer"] = "float"
-    reserved: int = -32768
-    largest: int = 32767
+    options = ("step",)
 
     def check(self, spec: ArraySpec) -> None:
-        check_options(spec, known=("step",))
+        super().check(spec)
         step = spec.options["step"]
-        # 2^-100 .. 2^100 keeps every code * step a normal float32.
+        # frexp gives 0.5 for powers of two only; 2^-100 .. 2^100 keeps every code * step a normal float32.
         if isinstance(step, str) or not 2.0**-100 <= step <= 2.0**100 or math.frexp(step)[0] != 0.5:
-            refuse_option(spec, "step", expected="a power of two, such as 0.0078125")
+            field = f"arrays[{spec.name}].options.step"
+            raise SchemaError(field, expected="a power of two, such as 0.0078125", found=step)
 
     def stored(self, spec: ArraySpec) -> tuple[StoredArray, ...]:
-        return (StoredArray("", "int16", spec.row_shape, "bitshuffle", self.reserved, True),)
+        return (StoredArray("", "int16", spec.row_shape, "bitshuffle", -32768, True),)
 
     def encode(self, rows: Array, options: Options) -> dict[str, Array]:
         step = float(options["step"])
         with np.errstate(over="ignore"):
             codes = np.rint(rows.astype(np.float32) / np.float32(step))
-        if (np.abs(codes) > self.largest).any():
-            raise ValueOutOfRange(too_large(rows, self.largest * step, "use a larger step or float16"))
+        if (np.abs(codes) > 32767).any():
+            raise too_large(rows, 32767 * step, "use a larger step or float16")
         return {"": codes.astype(np.int16)}
 
     def decode(self, stored: dict[str, Array], options: Options) -> Array:
@@ -51,28 +47,33 @@ class FixedPointCodec:
         return np.full(rows.shape, float(options["step"]) / 2)
 
 
-@dataclass(frozen=True)
-class SqrtUint8Codec:
-    """uint8 codes of sqrt(v / scale), scale the row's largest value over the last axis: for probabilities."""
-
-    takes: Literal["float", "integer"] = "float"
+class _ScaledCodec(Codec):
+    """Codes of 8 bits of v / scale, where scale is the largest |value| over the last axis, rounded up to float16."""
 
     def check(self, spec: ArraySpec) -> None:
-        check_options(spec, known=())
-        _check_scaled(spec)
+        super().check(spec)
+        if not spec.row_shape:
+            expected = f"at least one axis for codec {spec.codec} to scale over"
+            raise SchemaError(f"arrays[{spec.name}].row_shape", expected=expected, found=spec.row_shape)
 
-    def stored(self, spec: ArraySpec) -> tuple[StoredArray, ...]:
+    def _stored(self, spec: ArraySpec, dtype: str, fill: int, is_reserved: bool) -> tuple[StoredArray, ...]:
         return (
-            StoredArray("", "uint8", spec.row_shape, "bitshuffle", 0, False),
+            StoredArray("", dtype, spec.row_shape, "bitshuffle", fill, is_reserved),
             StoredArray("scale", "float16", spec.row_shape[:-1], "bitshuffle", math.nan, True),
         )
 
+
+class SqrtUint8Codec(_ScaledCodec):
+    """uint8 codes of sqrt(v / scale), for probabilities: a plain step would round small ones to 0."""
+
+    def stored(self, spec: ArraySpec) -> tuple[StoredArray, ...]:
+        return self._stored(spec, "uint8", 0, False)
+
     def encode(self, rows: Array, options: Options) -> dict[str, Array]:
         if rows.size and rows.min() < 0:
-            raise ValueOutOfRange(f"value {rows.min():g} is negative; sqrt_uint8 keeps values >= 0 only")
+            raise RefusedValue(f"value {rows.min():g} is negative; sqrt_uint8 keeps values >= 0 only")
         scale = _scale(rows)
-        divisor = np.where(scale > 0, scale, 1).astype(np.float32)[..., None]
-        codes = np.rint(255 * np.sqrt(rows.astype(np.float32) / divisor))
+        codes = np.rint(255 * np.sqrt(rows.astype(np.float32) / _divisor(scale)))
         return {"": codes.astype(np.uint8), "scale": scale}
 
     def decode(self, stored: dict[str, Array], options: Options) -> Array:
@@ -92,32 +93,19 @@ class SqrtUint8Codec:
         return np.sqrt(rows.astype(np.float64) * scale) / 255 + scale / 510**2 + 1e-6 * scale
 
 
-@dataclass(frozen=True)
-class Int8Codec:
-    """int8 codes of v / scale, scale the largest |value| over the last axis: for features; -128 is reserved."""
-
-    takes: Literal["float", "integer"] = "float"
-    reserved: int = -128
-    largest: int = 127
-
-    def check(self, spec: ArraySpec) -> None:
-        check_options(spec, known=())
-        _check_scaled(spec)
+class Int8Codec(_ScaledCodec):
+    """int8 codes of v / scale, for features; -128 is never written."""
 
     def stored(self, spec: ArraySpec) -> tuple[StoredArray, ...]:
-        return (
-            StoredArray("", "int8", spec.row_shape, "bitshuffle", self.reserved, True),
-            StoredArray("scale", "float16", spec.row_shape[:-1], "bitshuffle", math.nan, True),
-        )
+        return self._stored(spec, "int8", -128, True)
 
     def encode(self, rows: Array, options: Options) -> dict[str, Array]:
         scale = _scale(np.abs(rows))
-        divisor = np.where(scale > 0, scale, 1).astype(np.float32)[..., None]
-        codes = np.rint(rows.astype(np.float32) / divisor * self.largest)
+        codes = np.rint(rows.astype(np.float32) / _divisor(scale) * 127)
         return {"": codes.astype(np.int8), "scale": scale}
 
     def decode(self, stored: dict[str, Array], options: Options) -> Array:
-        fraction = stored[""].astype(np.float32) / np.float32(self.largest)
+        fraction = stored[""].astype(np.float32) / np.float32(127)
         return stored["scale"].astype(np.float32)[..., None] * fraction
 
     def stated_error(self, options: Options) -> str:
@@ -128,20 +116,18 @@ class Int8Codec:
         return np.broadcast_to(scale / 254 + 1e-6 * scale, rows.shape)
 
 
-def _check_scaled(spec: ArraySpec) -> None:
-    if not spec.row_shape:
-        expected = f"at least one axis for codec {spec.codec} to scale over"
-        raise SchemaError(f"arrays[{spec.name}].row_shape", expected=expected, found=spec.row_shape)
-
-
 def _scale(magnitudes: Array) -> Array:
-    """float16 over the last axis, never below the largest value: rounded to nearest, codes could pass their range."""
+    """Return the largest value over the last axis as float16, rounded up, so that no code passes its range."""
     largest = magnitudes.max(axis=-1).astype(np.float32)
     with np.errstate(over="ignore"):
         scale = largest.astype(np.float16)
         above: Array = np.nextafter(scale, np.float16(np.inf))
         scale = np.where(scale.astype(np.float32) < largest, above, scale)
     if not np.isfinite(scale).all():
-        limit = float(np.finfo(np.float16).max)
-        raise ValueOutOfRange(too_large(magnitudes, limit, "use float32 or scale it down"))
+        raise too_large(magnitudes, float(np.finfo(np.float16).max), "use float32 or scale it down")
     return scale
+
+
+def _divisor(scale: Array) -> Array:
+    """Return the scale as float32 with a last axis of one, and 1 for a row of zeros, whose codes are 0 either way."""
+    return np.where(scale > 0, scale, 1).astype(np.float32)[..., None]

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+from pydantic import InstanceOf, StrictFloat, StrictInt
+
 from cache.errors import CorruptFile, CorruptPart, ForeignPart, SchemaError, UnsafeName, UnsupportedFormat
+from cache.files.any_path import AnyPath, read_file
 from cache.files.durable import hash_bytes
-from cache.files.place import Place, Range, find_ranges
 from cache.format.codecs import stored_arrays
-from cache.format.documents import canonical_json, digest_of, read_document
+from cache.format.documents import canonical_json, digest_of, read_document, validated
 from cache.format.layout import FORMAT_VERSION, PART_RECORD, REJECTS, check_file_name
-from cache.format.schema import ArraySpec, check_format, expect, take
+from cache.format.schema import ArraySpec, check_format
 
 T = TypeVar("T")
 
@@ -22,43 +24,39 @@ T = TypeVar("T")
 class Counts:
     """What became of the samples of a part, and how many images they share."""
 
-    seen: int
-    cached: int
-    rejected: int
-    images: int  # distinct ones, each stored once
-    image_references: int  # by samples
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Counts:
-        return cls(**{name: take(record, name, int, where="counts") for name in cls.__dataclass_fields__})
+    seen: StrictInt
+    cached: StrictInt
+    rejected: StrictInt
+    images: StrictInt  # distinct ones, each stored once
+    image_references: StrictInt  # by samples
 
 
 @dataclass(frozen=True)
 class FileRecord:
     """What part.json says of one file."""
 
-    bytes: int
+    bytes: StrictInt
     blake3: str
 
 
 @dataclass(frozen=True)
 class PartRecord:
-    """part.json: written last, so that its presence says that all it lists was written before."""
+    """The content of part.json. It is written last: where it exists, all that it lists was written before."""
 
     part: str
     contents: str  # Manifest.contents_digest() of the store that the part was written for
     source: dict[str, Any]
     counts: Counts
-    seconds: float | None  # that it took to make; None if nobody measured
+    seconds: StrictFloat | None  # that it took to make; None if nobody measured
     files: dict[str, FileRecord]  # every file of the part but part.json, by path relative to the part
 
     def array_bytes(self, spec: ArraySpec) -> int:
-        """Bytes on the disk of everything stored for this array."""
+        """Return the bytes on the disk of everything stored for this array."""
         folders = tuple(f"{stored.name(spec)}/" for stored in stored_arrays(spec))
         return sum(file.bytes for path, file in self.files.items() if path.startswith(folders))
 
     def version(self) -> str:
-        """A digest of all that the record says: a part that is written again, otherwise, has another."""
+        """Return a digest of the whole record: a part that is replaced by another has another version."""
         return digest_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
@@ -67,24 +65,23 @@ class PartRecord:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> PartRecord:
         check_format(record, PART_RECORD)
-        files = take(record, "files", dict)
-        return cls(
-            part=take(record, "part", str),
-            contents=take(record, "contents", str),
-            source=take(record, "source", dict),
-            counts=Counts.from_json(take(record, "counts", dict)),
-            seconds=None if record.get("seconds") is None else take(record, "seconds", float),
-            files={check_file_name(name): _file_record(name, files) for name in files},
-        )
+        made = validated(cls, {"seconds": None, **record})
+        for name in made.files:
+            check_file_name(name)
+        return made
 
 
-def _file_record(name: str, files: Mapping[str, Any]) -> FileRecord:
-    file = take(files, name, dict, where="files")
-    return FileRecord(take(file, "bytes", int, where=name), take(file, "blake3", str, where=name))
+@dataclass(frozen=True)
+class _Reject:
+    key: InstanceOf[str]  # may hold half a surrogate pair, which a plain `str` field may refuse
+    reason: InstanceOf[str]
 
 
-def read_part_record(part: Place, *, contents: str | None = None, data: bytes | None = None) -> PartRecord:
-    """part.json, checked; `contents` is what the manifest's digest must be, `data` the file's bytes, if known."""
+def read_part_record(part: AnyPath, *, contents: str | None = None, data: bytes | None = None) -> PartRecord:
+    """Return a part's part.json; `data` are the file's bytes, if they are known already.
+
+    Raises `CorruptPart` if it is damaged, `ForeignPart` if it does not match `contents`, the manifest's digest.
+    """
     file = part / PART_RECORD
     record = read_part_file(file, PartRecord.from_json, data=data)
     if record.part != part.name:
@@ -94,8 +91,10 @@ def read_part_record(part: Place, *, contents: str | None = None, data: bytes | 
     return record
 
 
-def read_part_file(file: Place, from_json: Callable[[dict[str, Any]], T], *, data: bytes | None = None) -> T:
-    """A document of a part as a record; CorruptPart naming the file if it cannot be one."""
+def read_part_file(
+    file: AnyPath, from_json: Callable[[dict[str, Any]], T], *, data: bytes | None = None
+) -> T:
+    """Return a JSON file of a part as a record. Raises `CorruptPart` if its bytes or its fields are wrong."""
     try:
         return from_json(read_document(file, data))
     except CorruptFile as error:
@@ -106,21 +105,26 @@ def read_part_file(file: Place, from_json: Callable[[dict[str, Any]], T], *, dat
         raise CorruptPart(file, str(error)) from error
 
 
-def rejects_bytes(rejects: Sequence[tuple[str, str]]) -> bytes:
-    """The content of rejects.jsonl."""
-    return b"".join(canonical_json({"key": key, "reason": reason}) for key, reason in rejects)
-
-
-def read_rejects(part: Place, record: PartRecord) -> list[tuple[str, str]]:
-    """(key, reason) of every rejected sample, from a file whose hash is the one in part.json."""
-    file, recorded = part / REJECTS, record.files.get(REJECTS)
-    data = find_ranges([Range(file)])[0]
+def checked_bytes(file: AnyPath, data: bytes | None, recorded: FileRecord | None) -> bytes:
+    """Return the bytes of a file of a part. Raises `CorruptPart` if it is absent or its hash is not the recorded."""
     if recorded is None or data is None:
         raise CorruptPart(file, "the file is gone")
     if hash_bytes(data) != recorded.blake3:
         raise CorruptPart(file, "its blake3 is not the one in part.json")
+    return data
+
+
+def rejects_bytes(rejects: Sequence[tuple[str, str]]) -> bytes:
+    """Return the content of rejects.jsonl, a line for each (key, reason)."""
+    return b"".join(canonical_json({"key": key, "reason": reason}) for key, reason in rejects)
+
+
+def read_rejects(part: AnyPath, record: PartRecord) -> list[tuple[str, str]]:
+    """Return (key, reason) of every rejected sample. Raises `CorruptPart` if the file's hash is not the recorded."""
+    file = part / REJECTS
+    data = checked_bytes(file, read_file(file), record.files.get(REJECTS))
     try:
-        lines = [expect(json.loads(line), dict, field=REJECTS) for line in data.splitlines()]
-        return [(take(line, "key", str), take(line, "reason", str)) for line in lines]
-    except (ValueError, SchemaError) as error:
+        rejects = [validated(_Reject, json.loads(line)) for line in data.splitlines()]
+    except (ValueError, RecursionError, SchemaError) as error:
         raise CorruptPart(file, str(error)) from error
+    return [(reject.key, reject.reason) for reject in rejects]

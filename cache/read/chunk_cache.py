@@ -1,100 +1,85 @@
-"""Decompressed chunks that neighbours share, kept while there is room."""
+"""Decompressed chunks that samples share, kept while there is room."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
+from cachetools import LRUCache
 
-from cache.files.place import Place
-from cache.format.codecs import Array
+from cache.files.any_path import AnyPath
+from cache.format.codec import Array
 from cache.read.chunks import OpenArray, read_chunks
 
-ChunkName = tuple[Place, int]  # a shard, and the chunk's number in it
+ChunkName = tuple[AnyPath, int]  # a shard, and the chunk's number in it
 
 
 class ChunkCache:
-    """Decompressed chunks, the least recently used dropped first; one process, one thread."""
+    """Decompressed chunks, the least recently used dropped first; for one process and one thread."""
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._held_bytes = 0
-        self._chunks: OrderedDict[ChunkName, Array] = OrderedDict()
+        self._chunks: LRUCache[ChunkName, Array] = LRUCache(limit_bytes, getsizeof=lambda rows: rows.nbytes)
 
     def rows(self, wanted: Sequence[tuple[OpenArray, Sequence[tuple[int, int]]]]) -> Iterator[Array]:
-        """Of every array in turn the rows of its spans start..stop, in their order.
+        """Yield of every array in turn the rows of its spans start..stop, 'rows *row_shape', not to be written to.
 
-        What is not held is asked for at once, all of it, before the first rows are given.
+        All chunks that are not held are requested at once, before the first rows are given.
         """
         needed = [_pieces(array, spans) for array, spans in wanted]
-        named = _named(piece for some in needed for piece in some)
-        chunks = self._held(named)
-        missing = [piece for name, piece in named.items() if name not in chunks]
-        fresh = zip(missing, read_chunks([(piece.array, piece.number) for piece in missing]), strict=True)
+        pieces = [piece for some in needed for piece in some]
+        uses = Counter(piece.name for piece in pieces)
+        # A chunk of which one sample takes all rows is of no use to any other, and is not kept.
+        shared = {piece.name for piece in pieces if not piece.is_whole or uses[piece.name] > 1}
+        # Held here too: what this call keeps may push others out of the cache before they were used.
+        chunks = {name: self._chunks[name] for name in uses if name in self._chunks}
+        missing = {piece.name: piece for piece in pieces if piece.name not in chunks}
+        read = zip(missing, read_chunks([(one.array, one.number) for one in missing.values()]), strict=True)
         for (array, _), some in zip(wanted, needed, strict=True):
             while any(piece.name not in chunks for piece in some):
-                piece, rows = next(fresh)
-                chunks[piece.name] = rows
-                if piece.is_shared:
-                    self._keep(piece.name, rows)
+                name, chunk = next(read)
+                chunks[name] = chunk
+                if name in shared:
+                    with suppress(ValueError):  # larger than the whole cache
+                        self._chunks[name] = chunk
             yield _joined(array, [chunks[piece.name][piece.rows] for piece in some])
             for piece in some:
-                if not named[piece.name].is_shared:
+                if piece.name not in shared:
                     del chunks[piece.name]
-
-    def _held(self, names: Iterable[ChunkName]) -> dict[ChunkName, Array]:
-        """Those of the chunks that are here; the cache may drop some of them again, this answer keeps them."""
-        found = {name: self._chunks[name] for name in names if name in self._chunks}
-        for name in found:
-            self._chunks.move_to_end(name)
-        return found
-
-    def _keep(self, name: ChunkName, rows: Array) -> None:
-        if name not in self._chunks:  # another reading, begun before this one ended, may have brought it
-            self._chunks[name] = rows
-            self._held_bytes += rows.nbytes
-        while self._held_bytes > self._limit_bytes:
-            self._held_bytes -= self._chunks.popitem(last=False)[1].nbytes
 
 
 class _Piece(NamedTuple):
-    """Rows that a span has in one chunk. The chunk is shared if it has others, such as a neighbour's."""
+    """The rows of a span that lie in one chunk."""
 
-    name: ChunkName
     array: OpenArray
-    number: int
+    number: int  # of the chunk
     rows: slice
-    is_shared: bool
+    is_whole: bool  # the span has all rows of the chunk
+
+    @property
+    def name(self) -> ChunkName:
+        return self.array.shard, self.number
 
 
 def _pieces(array: OpenArray, spans: Sequence[tuple[int, int]]) -> list[_Piece]:
-    """The spans cut at the borders of chunks."""
-    size, shard = array.chunk_rows, array.shard
+    """Cut the spans at the borders of chunks."""
+    size = array.chunk_rows
     return [
         _Piece(
-            (shard, n),
             array,
             n,
             slice(max(start - n * size, 0), stop - n * size),
-            n * size < start or (n + 1) * size > stop,
+            is_whole=start <= n * size and (n + 1) * size <= stop,
         )
         for start, stop in spans
         for n in range(start // size, (stop - 1) // size + 1)
     ]
 
 
-def _named(pieces: Iterable[_Piece]) -> dict[ChunkName, _Piece]:
-    """One piece of each chunk, by the chunk's name; a chunk that comes twice is shared."""
-    named: dict[ChunkName, _Piece] = {}
-    for piece in pieces:
-        named[piece.name] = piece._replace(is_shared=piece.is_shared or piece.name in named)
-    return named
-
-
 def _joined(array: OpenArray, pieces: Sequence[Array]) -> Array:
-    """A copy only where the rows are of several chunks; else a view of the one that they are in."""
+    """Return the rows as one array: a view of the chunk if they are of one chunk, else a copy."""
     if len(pieces) == 1:
         return pieces[0]
     return np.concatenate(pieces or [np.empty((0, *array.stored.row_shape), dtype=array.stored.dtype)])

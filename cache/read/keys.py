@@ -1,4 +1,4 @@
-"""Where a sample lies in a store, by its key: exact, for 12 bytes a sample beside the keys themselves."""
+"""Finds a sample in a store by its key: exactly, with 12 bytes a sample beside the keys themselves."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Found = tuple[str, int]  # a part, and the number of a sample in it
 
 
 class KeyTable:
-    """Part and place of every key: hashes in order, searched by halves, and compared with the key that lies there.
+    """Sorted hashes of all keys (8 bytes each) and the samples that they are of (4 bytes each), without collisions.
 
-    Raises `DuplicateKey` if two samples share a key. `hash_key` is Python's, which is of this process and its forks.
+    `hash_key` is Python's own, which differs between processes but not between a process and its forks.
     """
 
     def __init__(
@@ -30,7 +30,6 @@ class KeyTable:
         hashes = self._hashed(self, len(self))
         order = hashes.argsort(kind="stable")
         self._hashes, self._numbers = hashes[order], compact(order)
-        self._check_duplicates()
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -40,32 +39,36 @@ class KeyTable:
         return chain.from_iterable(keys for _, keys in self._parts)
 
     def find(self, keys: Sequence[str]) -> list[Found | None]:
-        """Of each key its part and place; None if no sample has it."""
+        """Return of each key its part and sample number; None if no sample has it."""
         hashes = self._hashed(keys, len(keys))
         found = zip(keys, hashes.tolist(), self._hashes.searchsorted(hashes).tolist(), strict=True)
         return list(starmap(self._find, found))
 
     def _find(self, key: str, hashed: int, at: int) -> Found | None:
+        # Different keys may share a hash: look at all of them.
         while at < len(self._hashes) and self._hashes[at] == hashed:
-            part, sample = self._place(int(self._numbers[at]))
-            if self._parts[part][1][sample] == key:
-                return self._parts[part][0], sample
+            part, sample, found = self._sample(int(self._numbers[at]))
+            if found == key:
+                return part, sample
             at += 1
         return None
 
     def _hashed(self, keys: Iterable[str], count: int) -> NDArray[np.int64]:
         return np.fromiter(map(self._hash_key, keys), dtype=np.int64, count=count)
 
-    def _place(self, number: int) -> tuple[int, int]:
-        part = bisect_right(self._starts, number) - 1
-        return part, number - self._starts[part]
+    def _sample(self, number: int) -> tuple[str, int, str]:
+        """Return part, number in the part, and key of a sample by its number in the store."""
+        at = bisect_right(self._starts, number) - 1
+        part, keys = self._parts[at]
+        sample = number - self._starts[at]
+        return part, sample, keys[sample]
 
-    def _check_duplicates(self) -> None:
+    def check_duplicates(self) -> None:
+        """Raise `DuplicateKey` if two samples share a key."""
         same = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
         first: dict[str, str] = {}
         for number in np.unique(self._numbers[np.concatenate([same, same + 1])]).tolist():
-            part, sample = self._place(number)
-            name, keys = self._parts[part]
-            if keys[sample] in first:
-                raise DuplicateKey(keys[sample], parts=(first[keys[sample]], name))
-            first[keys[sample]] = name
+            part, _, key = self._sample(number)
+            if key in first:
+                raise DuplicateKey(key, parts=(first[key], part))
+            first[key] = part

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import CacheError, CorruptFile, KeyNotInStore, StoreNotFound, UnknownArray, UnknownPart
+from cache.files.any_path import AnyPath, Range, any_path, find_ranges, read_file
 from cache.files.local_files import names_in, size_of
 from cache.files.mirror import Mirror
-from cache.files.place import Place, Range, find_ranges, place
-from cache.format.codecs import Array, check_specs, decode_rows, stored_arrays
+from cache.format.codec import Array
+from cache.format.codecs import check_specs, decode_rows, stored_arrays
 from cache.format.documents import digest_of, read_document
-from cache.format.layout import INDEX, MANIFEST, PART_RECORD, part_path, parts_path
+from cache.format.layout import INDEX, MANIFEST, PART_RECORD, PARTS, part_path
 from cache.format.records import read_rejects
 from cache.format.schema import ArraySpec, Manifest, SampleEntry
 from cache.read.chunk_cache import ChunkCache
@@ -23,24 +24,23 @@ from cache.read.keys import Found, KeyTable
 from cache.read.part_reader import FinishedPart
 
 DEFAULT_CACHE_BYTES = 64 * 1024**2
-"""Only chunks that samples share are kept, at most one or two an array and sample: room for those of a thousand
+"""Only chunks that samples share are kept, one or two an array and sample: this is room for those of a thousand
 samples, which is what a shuffled window of blocks needs."""
 
-
-_INDEXES_AT_ONCE = 64  # as bytes, which take more room than what is read from them
+_INDEXES_AT_ONCE = 64  # as bytes, which take more room than the columns made of them
 
 
 class Store:
     """A store, read-only: a folder, or a URL that fsspec reads. Its parts are those finished when it was opened.
 
     Picklable and safe under fork and spawn: nothing open crosses into another process. One thread at a time.
-    Nothing but the manifest is read before it is asked for; the first look-up of a key reads every index.
+    Opening reads the manifest and which parts are finished; the first look-up of a key reads every index.
     """
 
     def __init__(
         self, path: str | Path, *, cache_bytes: int = DEFAULT_CACHE_BYTES, mirror: Mirror | None = None
     ) -> None:
-        self.path = place(path)
+        self.path = any_path(path)
         self.cache_bytes = cache_bytes
         self.mirror = mirror
         self.manifest = read_manifest(self.path)
@@ -57,101 +57,6 @@ class Store:
         vars(self).update(state)
         self._start()
 
-    @property
-    def missing_parts(self) -> tuple[str, ...]:
-        """Planned parts that were not finished when the store was opened."""
-        return tuple(sorted(set(self.manifest.planned_parts) - set(self.parts)))
-
-    def __len__(self) -> int:
-        return len(self._keys())
-
-    def load_keys(self) -> None:
-        """Read every part's index now. Raises `CacheError` if a key occurs twice."""
-        self._keys()
-
-    def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self.find([key]) != [None]
-
-    def keys(self) -> Iterator[str]:
-        """Every sample's key, part by part, in stored order."""
-        return iter(self._keys())
-
-    def find(self, keys: Sequence[str]) -> list[Found | None]:
-        """Of each key its part, and its sample's number there; None where the store does not have it."""
-        return self._keys().find(keys)
-
-    def entries(self, part: str) -> Sequence[SampleEntry]:
-        """What the index says of the part's samples, in stored order."""
-        self._read_indexes()
-        index = self._part(part).index
-        return [index.entry(sample) for sample in range(len(index.keys))]
-
-    def keys_of(self, part: str) -> Sequence[str]:
-        """The keys of the part's samples, in stored order."""
-        self._read_indexes()
-        return self._part(part).index.keys
-
-    def num_samples(self, part: str) -> int:
-        """How many samples the part holds."""
-        return len(self._part(part).index.keys)
-
-    def entry(self, part: str, sample: int) -> SampleEntry:
-        """What the index says of one sample of the part, by its number."""
-        return self._part(part).index.entry(sample)
-
-    def source(self, part: str) -> dict[str, Any]:
-        """What the part's record says of the shard that it was captured from."""
-        return self._part(part).record.source
-
-    def rejects(self, part: str) -> list[tuple[str, str]]:
-        """(key, reason) of every sample of the part that could not be cached."""
-        finished = self._part(part)
-        return read_rejects(finished.path, finished.record)
-
-    def contents(self, part: str, names: Sequence[str]) -> str:
-        """Digest of the part's samples and of what is stored of these arrays, by its record: nothing else is read."""
-        folders = tuple(f"{name}/" for name in names)
-        files = self._part(part).record.files
-        return digest_of({
-            file: said.blake3 for file, said in files.items() if file == INDEX or file.startswith(folders)
-        })  # fmt: skip
-
-    def locate(self, key: str) -> tuple[str, SampleEntry]:
-        part, sample = self._place(key)
-        return part, self.entry(part, sample)
-
-    def rows(self, key: str, name: str) -> int:
-        """How many rows `read` gives for this array, from the index alone."""
-        part, sample = self._place(key)
-        spans = self._part(part).index.row_spans(sample, self._spec(name))
-        return sum(stop - start for start, stop in spans)
-
-    def read(self, key: str, names: Sequence[str]) -> dict[str, Array]:
-        """Decoded arrays of one sample, float32 or integers, within each codec's stated error.
-
-        Sample-owned: 'rows *row_shape'. Image-owned: '<the sample's images, in order> *row_shape'.
-        """
-        [arrays] = self.read_many([key], names)
-        return arrays
-
-    def read_many(self, keys: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Array]]:
-        """What `read` gives, of each key in turn; all that they need is asked for at once."""
-        cache, specs = self._chunk_cache(), [self._spec(name) for name in names]
-        rows = cache.rows([wanted for key in keys for wanted in self._rows(key, specs)])
-        for key in keys:
-            with _named(key):
-                arrays = _decoded(specs, rows)
-            yield arrays
-
-    def _rows(self, key: str, specs: Sequence[ArraySpec]) -> list[tuple[OpenArray, list[tuple[int, int]]]]:
-        """A sample's stored arrays, and where its rows lie in each."""
-        part, sample = self._place(key)
-        stored = [(spec, one) for spec in specs for one in stored_arrays(spec)]
-        with _named(key):
-            finished = self._part(part)
-            spans = [finished.index.row_spans(sample, spec) for spec, _ in stored]
-            return list(zip(finished.arrays(stored), spans, strict=True))
-
     def _start(self) -> None:
         self._process = -1
         self._chunks = ChunkCache(self.cache_bytes)
@@ -161,8 +66,122 @@ class Store:
             for name in self.parts
         }
 
+    @property
+    def missing_parts(self) -> tuple[str, ...]:
+        """Planned parts that were not finished when the store was opened."""
+        return tuple(sorted(set(self.manifest.planned_parts) - set(self.parts)))
+
+    def check_keys(self) -> None:
+        """Read every index now, and raise `DuplicateKey` if two samples share a key.
+
+        Every look-up needs this once. Before a fork it spares the children the work and the memory.
+        """
+        if self._key_table is None:
+            self._read_indexes()
+            table = KeyTable((name, self._part(name).index.keys) for name in self.parts)
+            table.check_duplicates()
+            self._key_table = table
+
+    def _keys(self) -> KeyTable:
+        self.check_keys()
+        assert self._key_table is not None
+        return self._key_table
+
+    def __len__(self) -> int:
+        return len(self._keys())
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.find([key]) != [None]
+
+    def keys(self) -> Iterator[str]:
+        """Iterate over every sample's key, part by part, in stored order."""
+        return iter(self._keys())
+
+    def find(self, keys: Sequence[str]) -> list[Found | None]:
+        """Return of each key its part, and its sample's number there; None where the store does not have it."""
+        return self._keys().find(keys)
+
+    def locate(self, key: str) -> tuple[str, SampleEntry]:
+        """Return the part and the entry of a sample. Raises `KeyNotInStore`."""
+        part, sample = self._find_one(key)
+        return part, self.entry(part, sample)
+
+    def _find_one(self, key: str) -> Found:
+        [found] = self.find([key])
+        if found is None:
+            missing = len(self.missing_parts)
+            raise KeyNotInStore(key, path=self.path, num_samples=len(self), num_missing_parts=missing)
+        return found
+
+    def entries(self, part: str) -> Sequence[SampleEntry]:
+        """Return what the index says of the part's samples, in stored order."""
+        self._read_indexes()
+        return [self.entry(part, sample) for sample in range(self.num_samples(part))]
+
+    def keys_of(self, part: str) -> Sequence[str]:
+        """Return the keys of the part's samples, in stored order."""
+        self._read_indexes()
+        return self._part(part).index.keys
+
+    def num_samples(self, part: str) -> int:
+        """Return how many samples the part holds."""
+        return len(self._part(part).index.keys)
+
+    def entry(self, part: str, sample: int) -> SampleEntry:
+        """Return what the index says of one sample of the part, by its number."""
+        return self._part(part).index.entry(sample)
+
+    def source(self, part: str) -> dict[str, Any]:
+        """Return what the part's record says of the shard that it was captured from."""
+        return self._part(part).record.source
+
+    def rejects(self, part: str) -> list[tuple[str, str]]:
+        """Return (key, reason) of every sample of the part that could not be cached."""
+        finished = self._part(part)
+        return read_rejects(finished.path, finished.record)
+
+    def contents(self, part: str, names: Sequence[str]) -> str:
+        """Return a digest of the part's samples and of these stored arrays, from its record alone."""
+        folders = tuple(f"{name}/" for name in names)
+        files = self._part(part).record.files
+        kept = [file for file in files if file == INDEX or file.startswith(folders)]
+        return digest_of({file: files[file].blake3 for file in kept})
+
+    def read(self, key: str, names: Sequence[str]) -> dict[str, Array]:
+        """Return decoded arrays of one sample, float32 or integers, within each codec's stated error.
+
+        Sample-owned: 'rows *row_shape'. Image-owned: '<the sample's images, in order> *row_shape'.
+
+        Raises `KeyNotInStore`, `UnknownArray`, and `CorruptPart` or `UnreadableFile` naming the file.
+        """
+        [arrays] = self.read_many([key], names)
+        return arrays
+
+    def read_many(self, keys: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Array]]:
+        """Yield what `read` returns, of each key in turn; all that they need is requested at once."""
+        cache, specs = self._chunk_cache(), [self._spec(name) for name in names]
+        rows = cache.rows([wanted for key in keys for wanted in self._rows(key, specs)])
+        for key in keys:
+            with _naming(key):
+                arrays = {
+                    spec.name: decode_rows(
+                        spec, {stored.suffix: next(rows) for stored in stored_arrays(spec)}
+                    )
+                    for spec in specs
+                }
+            yield arrays
+
+    def _rows(self, key: str, specs: Sequence[ArraySpec]) -> list[tuple[OpenArray, list[tuple[int, int]]]]:
+        """Return a sample's stored arrays, and where its rows lie in each."""
+        part, sample = self._find_one(key)
+        stored = [(spec, one) for spec in specs for one in stored_arrays(spec)]
+        with _naming(key):
+            finished = self._part(part)
+            spans = [finished.index.row_spans(sample, spec) for spec, _ in stored]
+            return list(zip(finished.arrays(stored), spans, strict=True))
+
     def _chunk_cache(self) -> ChunkCache:
-        """This process's own: arrays opened before a fork are opened again after it."""
+        """Return this process's own cache. After a fork the arrays are opened again: files may have changed."""
         if self._process != os.getpid():
             self._process = os.getpid()
             self._chunks = ChunkCache(self.cache_bytes)
@@ -181,77 +200,57 @@ class Store:
             raise UnknownArray(name, known=specs, path=self.path)
         return specs[name]
 
-    def _place(self, key: str) -> Found:
-        [place] = self.find([key])
-        if place is None:
-            missing = len(self.missing_parts)
-            raise KeyNotInStore(key, path=self.path, num_samples=len(self), num_missing_parts=missing)
-        return place
-
-    def _keys(self) -> KeyTable:
-        if self._key_table is None:
-            self._read_indexes()
-            self._key_table = KeyTable((name, self._part(name).index.keys) for name in self.parts)
-        return self._key_table
-
     def _read_indexes(self) -> None:
-        """Every index that was not read yet; from a server many come together, not one by one."""
+        """Read every index that was not read yet; from a server many at once. Local ones are read one by one."""
         if isinstance(self.path, Path):
             return
-        todo = [(part, file) for part in self._finished.values() if (file := part.index_file)]
+        todo = [
+            part for part in self._finished.values() if "index" not in vars(part)
+        ]  # it is a cached_property
         for start in range(0, len(todo), _INDEXES_AT_ONCE):
             some = todo[start : start + _INDEXES_AT_ONCE]
-            for (part, _), data in zip(some, find_ranges([Range(file) for _, file in some]), strict=True):
-                part.index_data = data
-                with suppress(CacheError):  # it is raised where the part is asked for
-                    _ = part.index
+            for part, data in zip(
+                some, find_ranges([Range(part.path / INDEX) for part in some]), strict=True
+            ):
+                with suppress(CacheError):  # raised again where this part is asked for
+                    part.read_index(data)
 
 
 @contextmanager
-def _named(key: str) -> Generator[None]:
-    """What is found to be corrupt tells for which sample it was read."""
+def _naming(key: str) -> Generator[None]:
+    """Add to an error of a corrupt file the sample for which it was read."""
     try:
         yield
     except CorruptFile as error:
         raise error.for_key(key) from error
 
 
-def _decoded(specs: Sequence[ArraySpec], rows: Iterator[Array]) -> dict[str, Array]:
-    """A sample's arrays from the rows that come next, those of each stored array."""
-    return {
-        spec.name: decode_rows(spec, {stored.suffix: next(rows) for stored in stored_arrays(spec)})
-        for spec in specs
-    }
-
-
-def read_manifest(path: Place) -> Manifest:
-    """The manifest of the store at `path`; StoreNotFound if there is none."""
+def read_manifest(path: AnyPath) -> Manifest:
+    """Return the manifest of the store at `path`. Raises `StoreNotFound`, or an error that says what is wrong."""
     file = path / MANIFEST
-    data = find_ranges([Range(file)])[0]
-    if data is None:
-        raise StoreNotFound(path, _found_at(path))
+    if (data := read_file(file)) is None:
+        found = "no such file there"
+        if isinstance(path, Path):
+            found = "a directory without one" if path.is_dir() else "a file" if path.exists() else "nothing"
+        raise StoreNotFound(path, found)
     manifest = Manifest.from_json(read_document(file, data))
     check_specs(manifest.arrays)
     return manifest
 
 
-def _found_at(path: Place) -> str:
-    if not isinstance(path, Path):
-        return "no such file there"
-    return "a directory without one" if path.is_dir() else "a file" if path.exists() else "nothing"
+def finished_parts(path: AnyPath, manifest: Manifest) -> dict[str, bytes | None]:
+    """Return the parts that have their done-mark; from a server also the bytes of the mark.
 
-
-def finished_parts(path: Place, manifest: Manifest) -> dict[str, bytes | None]:
-    """Names of the parts that carry their done-mark; from a server also what the mark says.
-
-    A server is asked for every planned part, all at once: not all of them can list what they have. Raises
+    A server is asked for the marks of all planned parts at once, because not every server can list files. Raises
     `UnreadableFile` for a folder that this user may not enter: what is in it may well be finished.
     """
+    planned = manifest.planned_parts
     if isinstance(path, Path):
-        parts = parts_path(path)
-        planned = set(names_in(parts)) & set(manifest.planned_parts)  # what else lies there is no part
-        names = [name for name in sorted(planned) if size_of(parts / name / PART_RECORD) is not None]
-        return dict.fromkeys(names)
-    names = manifest.planned_parts
-    marks = find_ranges([Range(part_path(path, name) / PART_RECORD) for name in names])
-    return {name: data for name, data in zip(names, marks, strict=True) if data is not None}
+        present = set(names_in(path / PARTS))  # may hold other things, which are no parts
+        return {
+            name: None
+            for name in planned
+            if name in present and size_of(path / PARTS / name / PART_RECORD) is not None
+        }
+    marks = find_ranges([Range(part_path(path, name) / PART_RECORD) for name in planned])
+    return {name: data for name, data in zip(planned, marks, strict=True) if data is not None}

@@ -1,29 +1,27 @@
-"""A part's folder while it is written: sealed with the hash of each file as written, published by one rename."""
+"""A part's folder while it is written: its record has the hash of each file as written; one rename publishes it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cache.errors import CacheError, HoldsFewer, PartLost
-from cache.files.durable import files_below, hash_bytes, publish, sync_directory, sync_folders, write_file
-from cache.files.local_files import is_there
-from cache.format.arrays import array_files
-from cache.format.codecs import Array, StoredArray
+from cache.files.durable import hash_bytes, publish, sync_directory, sync_folders, write_file
+from cache.files.local_files import is_there, sizes_below
 from cache.format.documents import canonical_json, document_bytes
 from cache.format.index import PartIndex
-from cache.format.layout import GROUP_METADATA, INDEX, PART_RECORD, ZARR_METADATA, parent_groups, part_path
+from cache.format.layout import GROUP_METADATA, INDEX, PART_RECORD, ZARR_METADATA, part_path
 from cache.format.records import FileRecord, PartRecord, read_part_file, read_part_record
-from cache.write.locks import store_lock
+from cache.write.leases import store_lock
 from cache.write.scratch import REPLACED, new_scratch, remove
 
 
 class PartFolder:
     """A folder in tmp/, and `files`, the record of every file that was written into it.
 
-    The record is what was written, never what is found in the folder: should another process clean there, the part
-    is not published.
+    The record is of what was written, never of what is found in the folder: if another process removes or changes
+    files there, the part is not published.
     """
 
     def __init__(self, store: Path, name: str) -> None:
@@ -41,12 +39,9 @@ class PartFolder:
 
     def write_groups(self, arrays: list[str]) -> None:
         """Make every folder above the arrays a Zarr group."""
-        for group in parent_groups(arrays):
-            self.write(f"{group}/{ZARR_METADATA}".lstrip("/"), canonical_json(GROUP_METADATA))
-
-    def write_array(self, name: str, stored: StoredArray, *, rows: Array, axes: list[str]) -> None:
-        for file, data in array_files(stored, rows=rows, axes=axes).items():
-            self.write(f"{name}/{file}", data)
+        groups = {PurePosixPath(), *(group for name in arrays for group in PurePosixPath(name).parents)}
+        for group in sorted(groups):
+            self.write(str(group / ZARR_METADATA), canonical_json(GROUP_METADATA))
 
     def publish(
         self,
@@ -56,11 +51,11 @@ class PartFolder:
         may_hold_fewer: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> PartRecord | None:
-        """Seal the folder with its record and rename it to its place; None, or the record of the part found there.
+        """Write the record and rename the folder to its place; None, or the record of the part found there.
 
-        With `replace` the part that is there makes room. Without, a finished part stays, and so does one that is
-        damaged or cannot be read: its error is raised. What makes room holds no more samples than this part, unless
-        `may_hold_fewer`, and none makes room for an empty part: else `HoldsFewer`. `check` runs while no other
+        Without `replace` a finished part stays, and so does one that is damaged or cannot be read: its error is
+        raised. With it the part that is there makes room; it must hold no more samples than this one, unless
+        `may_hold_fewer`, and never makes room for an empty part: else `HoldsFewer`. `check` runs while no other
         writer can publish. Raises `PartLost` if a file of the folder is gone.
         """
         self._seal(record)
@@ -80,18 +75,19 @@ class PartFolder:
         remove(self.path)
 
     def _seal(self, record: PartRecord) -> None:
-        """Force all to the disk, and then the done-mark: it must not be there before what it lists."""
-        found = files_below(self.path)
-        written = {name: file.bytes for name, file in self.files.items()}
-        if lost := {name for name, size in written.items() if found.get(name) != size}:
+        """Force everything to the disk, and then the done-mark, so that it never exists before what it lists."""
+        found = sizes_below(self.path)
+        if lost := {name for name, file in self.files.items() if found.get(name) != file.bytes}:
             raise PartLost(self._name, folder=self.path, missing=lost)
         sync_folders(self.path)
         write_file(self.path / PART_RECORD, document_bytes(record.to_json()))
         sync_directory(self.path)
 
     def _swap(self, target: Path) -> bool:
-        """Put this folder where another one is; False if a third came first. A failure puts the other one back, and
-        after a crash between the two renames `sweep_dead` does."""
+        """Put this folder in the place of another one; False if a third writer came first.
+
+        A failure puts the other one back; after a crash between the two renames `sweep_dead` does.
+        """
         aside = new_scratch(self._store, f"{target.name}{REPLACED}")
         with suppress(FileNotFoundError):  # another writer is doing the same
             publish(target, aside)
@@ -106,7 +102,7 @@ class PartFolder:
 
 def _check_not_fewer(target: Path, record: PartRecord, *, may_hold_fewer: bool) -> None:
     held, now = _num_samples(target), record.counts.cached
-    if held is None:  # a part, unless it has no done-mark either
+    if held is None:  # unknown; a folder without a done-mark is no part and loses nothing
         loses = not may_hold_fewer and is_there(target / PART_RECORD)
     else:
         loses = now < held and (now == 0 or not may_hold_fewer)
@@ -115,7 +111,7 @@ def _check_not_fewer(target: Path, record: PartRecord, *, may_hold_fewer: bool) 
 
 
 def _num_samples(part: Path) -> int | None:
-    """How many samples a part holds by its record or, where that is damaged, its index; None if neither says."""
+    """Return how many samples a part holds by its record or, if that is damaged, its index; None if neither says."""
     with suppress(CacheError):
         return read_part_record(part).counts.cached
     with suppress(CacheError):

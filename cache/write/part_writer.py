@@ -1,4 +1,4 @@
-"""Writes one part: takes encoded samples, then publishes all of them by one rename, or nothing."""
+"""Writes one part: takes samples and encodes them, then publishes all of them by one rename, or nothing."""
 
 from __future__ import annotations
 
@@ -6,49 +6,50 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cache.errors import ArrayMismatch, CountMismatch, DuplicateImage, DuplicateKey, PartClosed, UnknownImage
-from cache.format.codecs import Array, StoredArray, encode_rows, stored_arrays
+from cache.errors import ArrayMismatch, DuplicateKey, MisusedWriter
+from cache.format.arrays import array_files
+from cache.format.codec import Array
+from cache.format.codecs import encode_rows, stored_arrays
 from cache.format.documents import document_bytes
 from cache.format.index import PartIndex
 from cache.format.layout import INDEX, REJECTS
 from cache.format.records import Counts, PartRecord, rejects_bytes
-from cache.format.schema import Manifest, Owner, SampleEntry
+from cache.format.schema import ArraySpec, Manifest, Owner, SampleEntry
 from cache.write.part_folder import PartFolder
 from cache.write.taken_keys import TakenKeys
 
 
 @dataclass(frozen=True)
-class PartSummary:
+class PartSummary(Counts):
     """What the store now holds of a part; `already_done`: another writer was first, and this is its part."""
 
     part: str
-    seen: int
-    cached: int
-    rejected: int
-    images: int
     array_bytes: dict[str, int]  # on the disk, by array name
     already_done: bool
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """A sample to be written: its place in the part, codes by stored name, rows by array."""
-
-    place: int
+class _Sample(NamedTuple):
+    order: int
     entry: SampleEntry
-    codes: dict[str, Array]
-    rows: dict[str, int]
+    codes: dict[str, Array]  # by stored name
+    rows: dict[str, int]  # by array
+
+
+class _Reject(NamedTuple):
+    order: int
+    key: str
+    reason: str
 
 
 class PartWriter:
     """A context manager; left without `commit`, it leaves nothing behind.
 
-    Samples are encoded as they come and kept as codes, so a part needs its codes in memory; nothing is on the disk
-    before `commit`. They may come in any order: they are written by `place`, and images as samples first need them.
+    Samples are encoded as they come, so a part needs memory for its codes; nothing is on the disk before `commit`.
+    They may come in any order: they are written by `order`, and images as samples first need them.
     """
 
     def __init__(
@@ -57,10 +58,9 @@ class PartWriter:
         self._store, self._manifest, self._name, self._source = store, manifest, name, dict(source)
         self._taken = taken
         self._is_open = False
-        self._samples: list[_Sample] = []
-        self._keys: set[str] = set()
+        self._samples: dict[str, _Sample] = {}  # by key
         self._images: dict[str, dict[str, Array]] = {}  # codes by stored name, by digest
-        self._rejects: list[tuple[int, str, str]] = []
+        self._rejects: list[_Reject] = []
 
     def __enter__(self) -> PartWriter:
         self._is_open = True
@@ -78,42 +78,43 @@ class PartWriter:
         """Add the image-owned arrays of one image, each '1 *row_shape'; all or none are kept."""
         self._check_open()
         if digest in self._images:
-            raise DuplicateImage(digest, part=self._name)
+            raise MisusedWriter(
+                f"Image {digest} was already added to part {self._name!r}; ask has_image first: one is stored once."
+            )
         self._images[digest] = self._encode(arrays, owner="image")
 
-    def add(self, entry: SampleEntry, arrays: Mapping[str, Array], *, place: int | None = None) -> None:
+    def add(self, entry: SampleEntry, arrays: Mapping[str, Array], *, order: int | None = None) -> None:
         """Add the sample-owned arrays of one sample, each 'rows *row_shape'; all or none are kept.
 
-        `place` orders the samples of the part; by default they are in the order in which they come.
+        `order` sorts the samples of the part; by default they stay in the order in which they come.
         """
         self._check_open()
-        if entry.key in self._keys:
+        if entry.key in self._samples:
             raise DuplicateKey(entry.key, parts=(self._name, self._name))
         for digest in entry.images:
             if digest not in self._images:
-                raise UnknownImage(digest, key=entry.key, part=self._name)
+                raise MisusedWriter(
+                    f"Sample {entry.key!r} points at image {digest}, which part {self._name!r} does not hold; "
+                    "call add_image before add."
+                )
         codes = self._encode(arrays, owner="sample")
-        rows = {name: len(arrays[name]) for name in self._sample_owned()}
-        self._samples.append(_Sample(self._place(place), entry, codes, rows))
-        self._keys.add(entry.key)
+        rows = {name: len(array) for name, array in arrays.items()}
+        self._samples[entry.key] = _Sample(self._next(order), entry, codes, rows)
 
-    def reject(self, key: str, reason: str, *, place: int | None = None) -> None:
+    def reject(self, key: str, reason: str, *, order: int | None = None) -> None:
         self._check_open()
-        self._rejects.append((self._place(place), key, reason))
+        self._rejects.append(_Reject(self._next(order), key, reason))
 
     def taken_elsewhere(self) -> list[tuple[str, str]]:
-        """(key, part) of every sample added here whose key another part holds by now."""
+        """Return (key, part) of every sample added here whose key another part holds by now."""
         self._taken.refresh()
-        found = [(s.entry.key, self._taken.other_part(s.entry.key, than=self._name)) for s in self._samples]
+        found = [(key, self._taken.other_part(key, than=self._name)) for key in self._samples]
         return [(key, part) for key, part in found if part is not None]
 
     def withdraw(self, key: str, reason: str) -> None:
         """Turn a sample that was added into a rejected one."""
         self._check_open()
-        [sample] = [sample for sample in self._samples if sample.entry.key == key]
-        self._samples.remove(sample)
-        self._keys.remove(key)
-        self._rejects.append((sample.place, key, reason))
+        self._rejects.append(_Reject(self._samples.pop(key).order, key, reason))
 
     def commit(
         self,
@@ -123,61 +124,78 @@ class PartWriter:
         replace: bool = False,
         may_hold_fewer: bool = False,
     ) -> PartSummary:
-        """Publish the part. `seen`, if given, is the caller's own count of samples and must add up; `seconds` is
-        what it cost to make, kept in the record. With `replace` the part that is there makes room for this one; it
-        stays if it holds more samples, unless `may_hold_fewer`.
+        """Publish the part. After a crash at any moment it is either wholly there or still to do.
 
-        After a crash at any moment the part is either wholly there or still to do. Raises `DuplicateKey` if a part
-        published meanwhile holds one of the keys, `HoldsFewer`, and `CorruptPart` or `UnreadableFile` if there is a
-        part in the way of which it cannot be told whether it is finished.
+        `seen`, if given, is the caller's own count of samples and must add up; `seconds`, the cost of making the
+        part, goes into its record. With `replace` the part that is there makes room for this one; it stays if it
+        holds more samples, unless `may_hold_fewer`.
+
+        Raises `DuplicateKey` if a part published meanwhile holds one of the keys, `HoldsFewer`, and `CorruptPart` or
+        `UnreadableFile` if there is a part in the way that may be finished, but cannot be read.
         """
         self._check_open()
-        self._check_count(seen)
+        cached, rejected = len(self._samples), len(self._rejects)
+        if seen not in (None, cached + rejected):
+            raise MisusedWriter(
+                f"Part {self._name!r}: {seen} samples were seen, but {cached} cached + {rejected} rejected = "
+                f"{cached + rejected}; add or reject every sample before commit."
+            )
         folder = PartFolder(self._store, self._name)
         try:
             record = self._write(folder, seconds=seconds)
-            winner = folder.publish(
+            found = folder.publish(
                 record, replace=replace, may_hold_fewer=may_hold_fewer, check=self._check_keys
             )
         finally:
             folder.remove()
             self._close()
-        return _summary(winner or record, self._manifest, already_done=winner is not None)
+        record = found or record
+        return PartSummary(
+            **vars(record.counts),
+            part=record.part,
+            array_bytes={spec.name: record.array_bytes(spec) for spec in self._manifest.arrays},
+            already_done=found is not None,
+        )
 
     def _write(self, folder: PartFolder, *, seconds: float | None) -> PartRecord:
-        """All files of the part but its done-mark, which is returned."""
-        samples = sorted(self._samples, key=lambda sample: sample.place)
-        digests = list(dict.fromkeys(digest for sample in samples for digest in sample.entry.images))
+        """Write all files of the part but its done-mark, and return the content of that."""
+        samples = sorted(self._samples.values(), key=lambda sample: sample.order)
+        entries = [sample.entry for sample in samples]
+        references = [digest for entry in entries for digest in entry.images]
+        digests = list(dict.fromkeys(references))
         self._write_arrays(folder, samples, digests)
-        row_counts = {name: [s.rows[name] for s in samples] for name in self._sample_owned()}
-        index = PartIndex.of([sample.entry for sample in samples], digests, row_counts=row_counts)
+        row_counts = {name: [sample.rows[name] for sample in samples] for name in self._owned("sample")}
+        index = PartIndex.of(entries, digests, row_counts=row_counts)
         folder.write(INDEX, document_bytes(index.to_json()))
-        folder.write(REJECTS, rejects_bytes([(key, reason) for _, key, reason in sorted(self._rejects)]))
+        folder.write(REJECTS, rejects_bytes([(one.key, one.reason) for one in sorted(self._rejects)]))
+        cached, rejected = len(samples), len(self._rejects)
         return PartRecord(
             part=self._name,
             contents=self._manifest.contents_digest(),
             source=self._source,
-            counts=self._counts(images=len(digests)),
+            counts=Counts(cached + rejected, cached, rejected, len(digests), len(references)),
             seconds=seconds,
             files=folder.files,
         )
 
-    def _check_keys(self) -> None:
-        for key, part in self.taken_elsewhere():
-            raise DuplicateKey(key, parts=(part, self._name))
-
-    def _check_open(self) -> None:
-        if not self._is_open:
-            raise PartClosed(self._name)
-
-    def _close(self) -> None:
-        self._is_open = False
-        self._samples.clear()
-        self._images.clear()
+    def _write_arrays(self, folder: PartFolder, samples: Sequence[_Sample], digests: Sequence[str]) -> None:
+        arrays = [(spec, stored) for spec in self._manifest.arrays for stored in stored_arrays(spec)]
+        folder.write_groups([stored.name(spec) for spec, stored in arrays])
+        by_owner = {
+            "image": [self._images[digest] for digest in digests],
+            "sample": [sample.codes for sample in samples],
+        }
+        for spec, stored in arrays:
+            name, empty = stored.name(spec), np.empty((0, *stored.row_shape), dtype=stored.dtype)
+            # Taken out as they are written, so that the memory in use falls from here on.
+            rows = np.concatenate([empty, *(codes.pop(name) for codes in by_owner[spec.owner])])
+            axes = spec.axes.split()[: rows.ndim]
+            for file, data in array_files(stored, rows=rows, axes=axes).items():
+                folder.write(f"{name}/{file}", data)
 
     def _encode(self, arrays: Mapping[str, Array], *, owner: Owner) -> dict[str, Array]:
-        """The codes of all arrays by stored name, before any state changes."""
-        specs = {spec.name: spec for spec in self._manifest.arrays if spec.owner == owner}
+        """Return the codes of all arrays by stored name; nothing is kept if one of them is refused."""
+        specs = self._owned(owner)
         for name in sorted(specs.keys() ^ arrays.keys()):
             expected = f"the arrays of one {owner}: {', '.join(specs) or 'none'}"
             raise ArrayMismatch(name, expected=expected, found=", ".join(arrays) or "none")
@@ -189,49 +207,23 @@ class PartWriter:
             encoded |= {stored.name(spec): codes[stored.suffix] for stored in stored_arrays(spec)}
         return encoded
 
-    def _place(self, place: int | None) -> int:
-        return len(self._samples) + len(self._rejects) if place is None else place
+    def _owned(self, owner: Owner) -> dict[str, ArraySpec]:
+        return {spec.name: spec for spec in self._manifest.arrays if spec.owner == owner}
 
-    def _sample_owned(self) -> list[str]:
-        return [spec.name for spec in self._manifest.arrays if spec.owner == "sample"]
+    def _next(self, order: int | None) -> int:
+        return len(self._samples) + len(self._rejects) if order is None else order
 
-    def _check_count(self, seen: int | None) -> None:
-        cached, rejected = len(self._samples), len(self._rejects)
-        if seen is not None and seen != cached + rejected:
-            raise CountMismatch(self._name, seen=seen, cached=cached, rejected=rejected)
+    def _check_keys(self) -> None:
+        for key, part in self.taken_elsewhere():
+            raise DuplicateKey(key, parts=(part, self._name))
 
-    def _counts(self, *, images: int) -> Counts:
-        cached, rejected = len(self._samples), len(self._rejects)
-        references = sum(len(sample.entry.images) for sample in self._samples)
-        return Counts(cached + rejected, cached, rejected, images, references)
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise MisusedWriter(
+                f"Part {self._name!r} is committed or left and takes nothing more; open a new part writer."
+            )
 
-    def _write_arrays(self, folder: PartFolder, samples: Sequence[_Sample], digests: Sequence[str]) -> None:
-        arrays = [(spec, stored) for spec in self._manifest.arrays for stored in stored_arrays(spec)]
-        folder.write_groups([stored.name(spec) for spec, stored in arrays])
-        by_image = [self._images[digest] for digest in digests]
-        by_sample = [sample.codes for sample in samples]
-        for spec, stored in arrays:
-            # Taken out as they are written, so that memory falls from here on.
-            pieces = [
-                codes.pop(stored.name(spec)) for codes in (by_image if spec.owner == "image" else by_sample)
-            ]
-            axes = spec.axes.split()[: 1 + len(stored.row_shape)]
-            folder.write_array(stored.name(spec), stored, rows=_joined(pieces, stored), axes=axes)
-
-
-def _joined(pieces: list[Array], stored: StoredArray) -> Array:
-    empty = np.empty((0, *stored.row_shape), dtype=stored.dtype)
-    return np.concatenate([empty, *pieces])
-
-
-def _summary(record: PartRecord, manifest: Manifest, *, already_done: bool) -> PartSummary:
-    counts = record.counts
-    return PartSummary(
-        part=record.part,
-        seen=counts.seen,
-        cached=counts.cached,
-        rejected=counts.rejected,
-        images=counts.images,
-        array_bytes={spec.name: record.array_bytes(spec) for spec in manifest.arrays},
-        already_done=already_done,
-    )
+    def _close(self) -> None:
+        self._is_open = False
+        self._samples.clear()
+        self._images.clear()

@@ -15,9 +15,9 @@ from cache.format.schema import Manifest
 
 
 class TakenKeys:
-    """The keys of the parts of a store, read part by part as other writers publish them.
+    """The keys of a store's parts, read part by part as other writers publish them.
 
-    Keys are those of a part's index, also while its done-mark is damaged or cannot be read: they are taken until the
+    The keys are those of a part's index, even if its done-mark is damaged or cannot be read: they are taken until the
     part is replaced. `counts` is False for the names of parts that are to be replaced.
     """
 
@@ -31,22 +31,22 @@ class TakenKeys:
     def refresh(self) -> None:
         """Read the indexes of parts published since the last time.
 
-        Raises `CorruptPart` or `UnreadableFile` for an index that cannot be read: which keys are free cannot be told.
+        Raises `CorruptPart` or `UnreadableFile` for an index that cannot be read, as any key may be in it.
         """
         planned = Manifest.from_json(read_document(self._store / MANIFEST)).planned_parts
         for name in planned:
-            if name not in self._known and self._is_there(name) and self._counts(name):
-                self._take(name)
+            folder = part_path(self._store, name)
+            if name not in self._known and is_there(folder / PART_RECORD) and self._counts(name):
+                self._take(name, folder)
 
     def expect(self, part: str, keys: Iterable[str]) -> None:
-        """Count keys as the part's before it is published; a part that is published meanwhile goes before it."""
+        """Count keys as the part's before it is published. Keys that are published by then come first."""
         self._coming[part] = frozenset(keys)
 
     def other_part(self, key: str, *, than: str) -> str | None:
-        """The part that holds the key, or will; None if none does, or only the part `than` itself."""
-        holders = [name for name, keys in self._coming.items() if key in keys]
-        if key in self._part_of:
-            holders.insert(0, self._part_of[key])
+        """Return the part that holds the key, or will; None if none does, or only the part `than`."""
+        published = [self._part_of[key]] if key in self._part_of else []
+        holders = published + [name for name, keys in self._coming.items() if key in keys]
         return next((name for name in holders if name != than), None)
 
     def check(self) -> None:
@@ -55,11 +55,7 @@ class TakenKeys:
         if self._shared:
             raise self._shared
 
-    def _is_there(self, name: str) -> bool:
-        return is_there(part_path(self._store, name) / PART_RECORD)
-
-    def _take(self, name: str) -> None:
-        folder = part_path(self._store, name)
+    def _take(self, name: str, folder: Path) -> None:
         for key in read_part_index(folder, self._manifest).keys:
             other = self._part_of.setdefault(key, name)
             if other != name and not self._shared:
@@ -68,5 +64,5 @@ class TakenKeys:
         try:
             read_part_record(folder)
         except (CorruptPart, UnreadableFile):
-            return  # its keys are taken for now, and read again: it may be replaced
+            return  # not known: the part may be replaced, and is read again next time
         self._known.add(name)

@@ -11,39 +11,23 @@ from typing import Any
 from cache.errors import (
     CorruptPart,
     FingerprintMismatch,
+    MisusedWriter,
     StoreNotFound,
-    UnplannedPart,
     UnreadableFile,
     UnsafeName,
 )
+from cache.files.any_path import local, read_file
 from cache.files.durable import replace_file, sync_directory
-from cache.files.place import local
+from cache.format import layout
 from cache.format.codecs import check_specs
 from cache.format.documents import canonical_json, document_bytes, read_document
-from cache.format.layout import (
-    GROUP_METADATA,
-    LEASES,
-    LOCK,
-    MANIFEST,
-    PART_RECORD,
-    PARTS,
-    SCRATCH,
-    ZARR_METADATA,
-    check_part_name,
-    leases_path,
-    part_path,
-    parts_path,
-    scratch_path,
-)
+from cache.format.layout import MANIFEST, PART_RECORD, part_path
 from cache.format.records import PartRecord, read_part_record
 from cache.format.schema import Manifest, check_format
-from cache.write.leases import lease, sweep_leases
-from cache.write.locks import store_lock
+from cache.write.leases import lease, store_lock, sweep_leases
 from cache.write.part_writer import PartWriter
 from cache.write.scratch import new_scratch, sweep_dead
 from cache.write.taken_keys import TakenKeys
-
-_REMEDY = "Restore the settings that the store was written with, or write to another directory."
 
 
 class StoreWriter:
@@ -56,44 +40,44 @@ class StoreWriter:
 
     @classmethod
     def open(cls, path: str | Path, manifest: Manifest) -> StoreWriter:
-        """Create the store, or open it if it holds the same; planned parts are united.
+        """Create the store, or open it if it holds the same; it then plans the parts of both manifests.
 
-        FingerprintMismatch, and nothing written, if fingerprint or arrays differ.
+        Raises `FingerprintMismatch`, and writes nothing, if fingerprint or arrays differ.
         """
         path = local(path, doing="written by stage 1")
         check_format(manifest.to_json(), "the manifest handed to StoreWriter.open")
         check_specs(manifest.arrays)
-        canonical_json(manifest.to_json())  # so that what is no JSON is found before a directory is made
+        canonical_json(manifest.to_json())  # fails now, not after a directory was made, if a value is no JSON
         _check_free_or_store(path)
         path.mkdir(parents=True, exist_ok=True)
         with store_lock(path):
             stored = _united(path, manifest)
-            _prepare_directories(path)
+            for name in (layout.PARTS, layout.SCRATCH, layout.LEASES):
+                (path / name).mkdir(exist_ok=True)
+            for group in (path, path / layout.PARTS):
+                group_data = canonical_json(layout.GROUP_METADATA)
+                _write_if_changed(path, group / layout.ZARR_METADATA, group_data)
+            sync_directory(path)
             sweep_dead(path)
             sweep_leases(path)
-            _write_manifest(path, stored)
+            _write_if_changed(path, path / MANIFEST, document_bytes(stored.to_json()))
         return cls(path, stored)
 
     def record(self, part: str) -> PartRecord | None:
-        """The done-mark of a part; None while it is not finished.
+        """Return the done-mark of a part; None while it is not finished.
 
-        A mark that is damaged or cannot be read is no unfinished part: `CorruptPart` or `UnreadableFile` is raised.
+        A part whose mark is damaged or cannot be read may be finished: `CorruptPart` or `UnreadableFile` is raised.
         """
-        directory = part_path(self.path, part)
-        try:
-            data = (directory / PART_RECORD).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise UnreadableFile(directory / PART_RECORD, error) from error
-        return read_part_record(directory, contents=self._contents, data=data)
+        folder = part_path(self.path, part)
+        data = read_file(folder / PART_RECORD)
+        return None if data is None else read_part_record(folder, contents=self._contents, data=data)
 
     def is_done(self, part: str) -> bool:
-        """True if the part is finished; raises as `record` does."""
+        """Return whether the part is finished; raises as `record` does."""
         return self.record(part) is not None
 
     def leave_out(self, counts: Callable[[str], bool]) -> None:
-        """Let the keys of parts that are to be replaced be free for others: those for whose names it is False."""
+        """Free the keys of parts that are to be replaced, for whose names `counts` is False."""
         self.taken = TakenKeys(self.path, self.manifest, counts=counts)
 
     def claim(self, part: str) -> AbstractContextManager[bool]:
@@ -101,10 +85,13 @@ class StoreWriter:
         return lease(self.path, part)
 
     def part(self, name: str, *, source: Mapping[str, Any]) -> PartWriter:
-        """A writer of one planned part; `source` says which shard it is made of (name, bytes ...)."""
+        """Return a writer of one planned part; `source` says which shard it is made of (name, bytes ...)."""
+        part_path(self.path, name)  # raises UnsafeName
         if name not in self.manifest.planned_parts:
-            part_path(self.path, name)  # an unsafe name is told as such first
-            raise UnplannedPart(name, num_planned=len(self.manifest.planned_parts))
+            raise MisusedWriter(
+                f"Part {name!r} is not among the {len(self.manifest.planned_parts)} planned parts of the store; "
+                "open the writer with a manifest whose planned_parts lists it."
+            )
         return PartWriter(self.path, self.manifest, name=name, source=source, taken=self.taken)
 
 
@@ -112,51 +99,38 @@ def _check_free_or_store(path: Path) -> None:
     """Refuse a directory with other things in it: a mistyped path must not be written to."""
     if path.exists() and not path.is_dir():
         raise StoreNotFound(path, "a file")
-    ours = {MANIFEST, ZARR_METADATA, PARTS, SCRATCH, LEASES, LOCK}
-    foreign = (
-        sorted(entry.name for entry in path.iterdir() if entry.name not in ours) if path.is_dir() else []
-    )
+    ours = {MANIFEST, layout.ZARR_METADATA, layout.PARTS, layout.SCRATCH, layout.LEASES, layout.LOCK}
+    foreign = sorted({entry.name for entry in path.iterdir()} - ours) if path.is_dir() else []
     if foreign and not (path / MANIFEST).exists():
         raise StoreNotFound(path, f"a directory with other things in it, such as {foreign[0]!r}")
 
 
 def _united(path: Path, manifest: Manifest) -> Manifest:
-    """The stored manifest with the parts of both; mine, with the parts that are there, where there is none."""
-    planned = set(manifest.planned_parts)
-    if not (path / MANIFEST).exists():
-        return replace(manifest, planned_parts=tuple(sorted(planned | set(parts_present(path, manifest)))))
-    stored = Manifest.from_json(read_document(path / MANIFEST))
-    differences = stored.differences(manifest)
-    if differences:
-        raise FingerprintMismatch(path, differences, remedy=_REMEDY)
-    return replace(stored, planned_parts=tuple(sorted(planned | set(stored.planned_parts))))
+    """Return the stored manifest, planning the parts of both; where there is none, mine and the parts present."""
+    stored, planned = manifest, set(manifest.planned_parts)
+    if (path / MANIFEST).exists():
+        stored = Manifest.from_json(read_document(path / MANIFEST))
+        planned |= set(stored.planned_parts)
+        if differences := stored.differences(manifest):
+            remedy = "Restore the settings that the store was written with, or write to another directory."
+            raise FingerprintMismatch(path, differences, remedy=remedy)
+    else:
+        planned |= set(parts_present(path, manifest))
+    return replace(stored, planned_parts=tuple(sorted(planned)))
 
 
 def parts_present(store: Path, manifest: Manifest) -> list[str]:
-    """Names of the parts of a store without a manifest, all of them of this manifest's fingerprint and arrays.
+    """Return the names of the parts in a store without a manifest, damaged ones too.
 
-    Raises `ForeignPart` for one that is not. A damaged part has a name all the same.
+    Raises `ForeignPart` for a part of another fingerprint or other arrays than this manifest's.
     """
     names: list[str] = []
-    for mark in sorted(parts_path(store).glob(f"*/{PART_RECORD}")):
+    for mark in sorted((store / layout.PARTS).glob(f"*/{PART_RECORD}")):
         with suppress(CorruptPart, UnreadableFile):
             read_part_record(mark.parent, contents=manifest.contents_digest())
         with suppress(UnsafeName):
-            names.append(check_part_name(mark.parent.name))
+            names.append(layout.check_part_name(mark.parent.name))
     return names
-
-
-def _prepare_directories(path: Path) -> None:
-    parts_path(path).mkdir(exist_ok=True)
-    scratch_path(path).mkdir(exist_ok=True)
-    leases_path(path).mkdir(exist_ok=True)
-    for group in (path, parts_path(path)):
-        _write_if_changed(path, group / ZARR_METADATA, canonical_json(GROUP_METADATA))
-    sync_directory(path)
-
-
-def _write_manifest(path: Path, manifest: Manifest) -> None:
-    _write_if_changed(path, path / MANIFEST, document_bytes(manifest.to_json()))
 
 
 def _write_if_changed(store: Path, file: Path, data: bytes) -> None:

@@ -247,7 +247,7 @@ class Capture:
                 if not part.has_image(digest):
                     part.add_image(digest, images[digest])
             entry = SampleEntry(sample.key, sample.image_digests, sample.image_spans, sample.json_span)
-            part.add(entry, arrays, place=item.place)
+            part.add(entry, arrays, order=item.place)
         except RefusedValue as error:
             self._reject(part, item.place, sample.key, BadSample("value that cannot be stored", str(error)))
         else:
@@ -263,7 +263,7 @@ class Capture:
         return error.reason
 
     def _reject(self, part: PartWriter, place: int, key: str, error: BadSample) -> None:
-        part.reject(key, self.reason_of(key, error, self.shard), place=place)
+        part.reject(key, self.reason_of(key, error, self.shard), order=place)
         self.settled[place] = ""
         self.progress.reject()
 

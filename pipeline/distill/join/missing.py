@@ -48,7 +48,7 @@ def join_rows(stores: Stores, shards: Mapping[str, str], is_chosen: IsChosen | N
     """
     parts, absent = _parts(stores, shards)
     for store in stores.opened:
-        store.load_keys()  # raises for a key that occurs twice; processes forked from this one share the look-up
+        store.check_keys()  # before any fork: the children then share the look-up table
     rows = _union(stores, parts, is_chosen)
     counts = [
         _counted(stores, source, rows[int(lacks.argmax())], (int(lacks.sum()), len(rows)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,6 @@ class Store:
     def _start(self) -> None:
         self._process = -1
         self._chunks = ChunkCache(self.cache_bytes)
-        self._key_table: KeyTable | None = None
         self._finished = {
             name: FinishedPart(self.path, name, manifest=self.manifest, mirror=self.mirror)
             for name in self.parts
@@ -71,35 +71,33 @@ class Store:
         """Planned parts that were not finished when the store was opened."""
         return tuple(sorted(set(self.manifest.planned_parts) - set(self.parts)))
 
+    @cached_property
+    def _keys(self) -> KeyTable:
+        self._read_indexes()
+        table = KeyTable((name, self._part(name).index.keys) for name in self.parts)
+        table.check_duplicates()
+        return table
+
     def check_keys(self) -> None:
         """Read every index now, and raise `DuplicateKey` if two samples share a key.
 
         Every look-up needs this once. Before a fork it spares the children the work and the memory.
         """
-        if self._key_table is None:
-            self._read_indexes()
-            table = KeyTable((name, self._part(name).index.keys) for name in self.parts)
-            table.check_duplicates()
-            self._key_table = table
-
-    def _keys(self) -> KeyTable:
-        self.check_keys()
-        assert self._key_table is not None
-        return self._key_table
+        self._keys.check_duplicates()
 
     def __len__(self) -> int:
-        return len(self._keys())
+        return len(self._keys)
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self.find([key]) != [None]
 
     def keys(self) -> Iterator[str]:
         """Iterate over every sample's key, part by part, in stored order."""
-        return iter(self._keys())
+        return iter(self._keys)
 
     def find(self, keys: Sequence[str]) -> list[Found | None]:
         """Return of each key its part, and its sample's number there; None where the store does not have it."""
-        return self._keys().find(keys)
+        return self._keys.find(keys)
 
     def locate(self, key: str) -> tuple[str, SampleEntry]:
         """Return the part and the entry of a sample. Raises `KeyNotInStore`."""

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import typer
 from small_experiment import picture, snapshot, training_records
-from watched import before_forward
+from watched import interrupt_in_batch
 
 import cli
 from cache import Store
 from pipeline.config.config import load_config
-from pipeline.models.vision import VisionTower
 from pipeline.teacher_cache.teacher import cache_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -327,10 +326,7 @@ def test_a_broken_shard_is_1_after_the_others_are_cached(alignkd, settings, expe
 
 
 def test_an_interrupted_run_is_130_and_leaves_no_half_a_part(alignkd, settings, tmp_path):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with before_forward(VisionTower, interrupt):
+    with interrupt_in_batch(1):
         ran = alignkd("teacher-cache", *settings, f"cache.path={tmp_path}/s")
     assert ran.code == 130 and "Traceback" not in ran.err
     assert Store(tmp_path / "s").parts == () and not list((tmp_path / "s" / "tmp").iterdir())

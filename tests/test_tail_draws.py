@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from unscored import Unscored
+from watched import interrupt_in_batch
 
-from cache import Store, StoreWriter, summarise
+from cache import Store, summarise
 from pipeline.errors import ConfigError
 from pipeline.losses.inputs import TeacherTargets
 from pipeline.losses.losses import LOSSES, LogitsLoss
@@ -212,18 +213,9 @@ def drawn(experiment, tmp_path_factory):
     return config
 
 
-def test_the_store_is_the_same_whatever_its_making_was_disturbed_by(drawn, experiment, tmp_path, monkeypatch):
+def test_the_store_is_the_same_whatever_its_making_was_disturbed_by(drawn, experiment, tmp_path):
     config = experiment.config(tmp_path, f"cache.path={tmp_path}/store", *DRAWS)
-    commit, finished = StoreWriter.part, []
-
-    def fails_at_the_second(self, name, **source):
-        finished.append(name)
-        if len(finished) == 2:
-            raise KeyboardInterrupt
-        return commit(self, name, **source)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(StoreWriter, "part", fails_at_the_second)
+    with interrupt_in_batch(3), pytest.raises(KeyboardInterrupt):  # in the second shard
         cache_teacher(config)
     cache_teacher(config)
     assert summarise(tmp_path / "store").content == summarise(drawn.one_cache.path).content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from cache import Store
 from pipeline.config.config import Config
@@ -37,6 +39,19 @@ def before_forward(kind: type[nn.Module], act: Callable[..., Any]) -> Iterator[N
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def interrupt_in_batch(number: int) -> Iterator[None]:
+    """Raise KeyboardInterrupt in the language model's forward of this batch, counted from 1."""
+    batches = itertools.count(1)
+
+    def interrupt(layer: LlamaDecoderLayer, *_: Any) -> None:
+        if layer.self_attn.layer_idx == 0 and next(batches) == number:
+            raise KeyboardInterrupt
+
+    with before_forward(LlamaDecoderLayer, interrupt):
+        yield
 
 
 @contextmanager

@@ -28,7 +28,7 @@ EMOJI_READY := $(VENV)/.emoji-ready
 EMOJI_SETS := train validation new_scene unseen_style unseen_concept
 EMOJI_DATA := $(EMOJI_SETS:%=$(EMOJI)/shards/%/pack.json)
 EMOJI_MODELS := $(EMOJI)/models/teacher/model.safetensors $(EMOJI)/models/student/model.safetensors
-EMOJI_CODE := $(addprefix pipeline/studies/emoji/,art.py concepts.py concepts.yaml data.py scenes.py LICENSES.md)
+EMOJI_CODE := $(addprefix pipeline/studies/emoji/,art.py concepts.yaml data.py scenes.py LICENSES.md)
 EMOJI_ART := @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 @iconify-json/openmoji@1.2.29 \
 	@iconify-json/fluent-emoji-flat@1.2.6 emojibase-data@17.0.0
 ifeq ($(CONFIG),configs/emoji.yaml)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from pipeline.evaluation.evaluate import Prediction
-from pipeline.studies.emoji.card import write_card
+from pipeline.studies.emoji.card import write_emoji_card
 
 
 def test_the_card_gives_each_set_a_row_and_what_the_commonest_answer_gets(tmp_path):
@@ -22,18 +24,16 @@ def test_the_card_gives_each_set_a_row_and_what_the_commonest_answer_gets(tmp_pa
         }
         for kind, answer in (("count", "3"), ("count", "3"), ("count", "2"), ("kind", "tool"))
     ]
-    text = write_card(
+    write_emoji_card(
         tmp_path / "README.md",
         predictions,
         training_records=training,
-        learned_sizes={"model.mm_projector.a": 1000, "model.layers.0.lora_A": 234},
-        rank=8,
-        held_out=31,
-        num_scenes=4800,
+        learned={"model.mm_projector.a": torch.zeros(1000), "model.layers.0.lora_A": torch.zeros(8, 30)},
     )
-    assert text == (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "low-rank changes of rank 8" in text and "`unseen_concept`: 31 concepts" in text
     assert "from 28,800 questions about 4,800 scenes" in text
     assert "| | count | kind | all |" in text
     assert "| new_scene | 50.0 | 0.0 | 33.3 |\n| unseen_style | 100.0 | 100.0 | 100.0 |" in text
     assert "| most frequent answer | 66.7 | 50.0 | 60.0 |" in text
-    assert "LDPNetV2, 1,000 parameters" in text and "(234 parameters), float16: 0.0 MB" in text
+    assert "LDPNetV2, 1,000 parameters" in text and "(240 parameters), float16: 0.0 MB" in text

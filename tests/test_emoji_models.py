@@ -28,17 +28,18 @@ from pipeline.studies.emoji.alignment import (
     alignment_loss,
     embed_words,
 )
-from pipeline.studies.emoji.concepts import Concept
-from pipeline.studies.emoji.language import package_folder, write_language_model
 from pipeline.studies.emoji.looking import questions_about_cells, where_it_looks
 from pipeline.studies.emoji.models import (
     add_learned,
     build_model,
     model_config,
+    package_folder,
     published_tower,
     read_learned,
     write_checkpoint,
+    write_language_model,
 )
+from pipeline.studies.emoji.scenes import Concept
 
 LEARNED = Path(__file__).parent.parent / "assets" / "emoji_teacher" / "learned.safetensors"
 PROJECTOR, Q = "model.mm_projector.", "model.layers.1.self_attn.q_proj"

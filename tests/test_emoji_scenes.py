@@ -14,9 +14,18 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.studies.emoji.art import NAMES, SEEN_STYLES, STYLES, UNSEEN_STYLE, Art, read_art
-from pipeline.studies.emoji.concepts import Concept, all_concepts
-from pipeline.studies.emoji.data import SETS, SceneSet, scenes_of, write_set
-from pipeline.studies.emoji.scenes import BACKGROUNDS, CELL_SIZE, PLACES, QUESTIONS, Scene, Thing, ask, paint
+from pipeline.studies.emoji.data import SETS, SceneSet, scenes_of, write_sets
+from pipeline.studies.emoji.scenes import (
+    BACKGROUNDS,
+    CELL_SIZE,
+    PLACES,
+    QUESTIONS,
+    Concept,
+    Scene,
+    Thing,
+    all_concepts,
+    ask,
+)
 
 CONCEPTS = all_concepts()
 KINDS = {concept.kind for concept in CONCEPTS}
@@ -97,7 +106,7 @@ def test_presence_is_asked_of_what_is_shown_and_of_what_is_not_half_the_time_eac
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_shows_what_it_may_show_and_nothing_else(name: str):
     styles, held_out = set(), set()
-    for image, scene, records in scenes_of(name, SETS[name], CONCEPTS):
+    for image, scene, records in scenes_of(name, SETS[name]):
         styles.add(scene.style)
         held_out |= {thing.concept.held_out for thing in scene.things}
         cells = [thing.cell for thing in scene.things]
@@ -111,7 +120,7 @@ def test_a_set_shows_what_it_may_show_and_nothing_else(name: str):
 
 def test_no_answer_can_be_guessed_from_how_often_it_occurs():
     given: dict[str, Counter[str]] = {name: Counter() for name in QUESTIONS}
-    for _, _, records in scenes_of("train", SETS["train"], CONCEPTS):
+    for _, _, records in scenes_of("train", SETS["train"]):
         for record in records:
             given[record["question_type"]][record["conversations"][1]["value"]] += 1
     shares = {name: counts.most_common(1)[0][1] / counts.total() for name, counts in given.items()}
@@ -121,7 +130,7 @@ def test_no_answer_can_be_guessed_from_how_often_it_occurs():
 
 def test_the_same_set_is_the_same_scenes_each_time_and_no_two_sets_share_one():
     def first(name: str) -> list[Scene]:
-        return [scene for _, scene, _ in scenes_of(name, SETS[name], CONCEPTS)][:50]
+        return [scene for _, scene, _ in scenes_of(name, SETS[name])][:50]
 
     assert first("train") == first("train")
     assert not {str(scene) for scene in first("train")} & {str(scene) for scene in first("new_scene")}
@@ -140,7 +149,7 @@ def test_a_picture_is_its_background_with_the_emoji_where_the_scene_says(tmp_pat
     pytest.importorskip("resvg_py")
     art = read_art(write_packs(tmp_path), [DOG, CAT])
     scene = Scene("noto", "blue", (Thing(DOG, 3, 80, 140, 150),))
-    image = paint(scene, art)
+    image = art.paint(scene)
     assert image.size == (256, 256) and image.mode == "RGB"
     assert image.getpixel((180, 190)) == (255, 0, 0) and image.getpixel((139, 190)) == BACKGROUNDS["blue"]
     assert image.getpixel((219, 229)) == (255, 0, 0) and image.getpixel((220, 230)) == BACKGROUNDS["blue"]
@@ -150,9 +159,9 @@ def test_a_written_set_is_llava_records_beside_their_pictures(tmp_path):
     pytest.importorskip("resvg_py")
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">{SQUARE}</svg>'
     art = Art({(concept.name, style): svg for concept in CONCEPTS for style in STYLES}, "")
-    assert write_set("tiny", SceneSet(3, seed=7), art=art, concepts=CONCEPTS, folder=tmp_path) == 18
+    write_sets({"tiny": SceneSet(3, seed=7)}, art=art, output=tmp_path)
     records = json.loads((tmp_path / "tiny.json").read_text())
-    assert len({record["id"] for record in records}) == 18
+    assert len({record["id"] for record in records}) == len(records) == 18
     assert all((tmp_path / "images" / record["image"]).is_file() for record in records)
 
 

@@ -1,8 +1,5 @@
 """The demo's data and models: easy-VQA as LLaVA conversations, its tokenizer, and a small untrained student.
 
-    python -m pipeline.studies.demo data      write runs/demo/data/{train,test}.json, from the package easy-vqa
-    python -m pipeline.studies.demo student   write runs/demo/student: the teacher's tower, a new language model
-
 The teacher is in `assets/demo_teacher`; `pipeline/studies/demo_teacher.py` trained it.
 """
 
@@ -100,7 +97,7 @@ def conversations(split: str, *, num_images: int | None = None) -> list[dict[str
 
 @app.command()
 def data(num_train_images: int | None = None) -> None:
-    """Write easy-VQA as LLaVA conversations, one JSON file for each split."""
+    """Write easy-VQA, from its package, as LLaVA conversations: runs/demo/data/train.json and test.json."""
     DATA.mkdir(parents=True, exist_ok=True)
     for split, num_images in (("train", num_train_images), ("test", None)):
         records = conversations(split, num_images=num_images)

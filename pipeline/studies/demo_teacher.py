@@ -14,21 +14,28 @@ import torch
 import typer
 from torch import nn
 
+from pipeline.config.config import load_config
 from pipeline.data.images import ImagePreprocessor
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.evaluation.evaluate import Prediction
+from pipeline.evaluation.scores import evaluate_checkpoint
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.positions import IGNORE_INDEX
 from pipeline.studies import demo
-from pipeline.studies.demo_card import write_card
-from pipeline.studies.shared_prefix import ImageQuestions, answer_loss, group_by_image
-from pipeline.studies.training import fit
+from pipeline.studies.cards import most_frequent_answers, write_card
+from pipeline.studies.shared_prefix import group_by_image
+from pipeline.studies.training import fit, fit_answers
 
+CARD = Path(__file__).with_name("demo_card.md")
 MAX_SHIFT_PIXELS = 12
 NUM_VARIANTS = 4
 
 
-def known_of_image(asked: list[tuple[str, str, int]]) -> dict[int, list[int]]:
-    """Return [colour, shape] of every image, as far as its (question, answer, image) entries tell; -100 otherwise."""
+def known_of_images(asked: list[tuple[str, str, int]]) -> torch.Tensor:
+    """Return what (question, answer, image) entries say of colour and shape: int64 'I 2', -100 where nothing does.
+
+    The images are in the order in which they are first asked about.
+    """
     known: dict[int, list[int]] = {}
     for question, answer, image in asked:
         facts = known.setdefault(image, [IGNORE_INDEX, IGNORE_INDEX])
@@ -40,14 +47,7 @@ def known_of_image(asked: list[tuple[str, str, int]]) -> dict[int, list[int]]:
             for name in [answer, *(words if is_shown else [])]:
                 if name in names:
                     facts[slot] = names.index(name)
-    return known
-
-
-def load_images(split: str, preprocess: ImagePreprocessor) -> torch.Tensor:
-    """Return all images of a split in the order of their numbers: float32 'I C Y X'."""
-    folder = demo.easy_vqa_folder() / split / "images"
-    files = (folder / f"{number}.png" for number in range(len(list(folder.iterdir()))))
-    return torch.stack([preprocess(file.read_bytes()) for file in files])
+    return torch.tensor(list(known.values()))
 
 
 def shifted_and_mirrored(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -103,7 +103,6 @@ def train_tower(
         num_rows=len(images),
         batch_size=128,
         num_steps=epochs * (len(images) // 128),
-        learning_rate=1e-3,
         generator=generator,
     )
     layers.requires_grad_(False)
@@ -118,28 +117,28 @@ def features_of_variants(model: MobileVLMForCausalLM, images: torch.Tensor) -> t
     )
 
 
-def train_language(
-    model: MobileVLMForCausalLM, asked: list[ImageQuestions], features: torch.Tensor, *, epochs: int
-) -> None:
-    """Step 2: train projector and language model on the answers; `features` 'variant I M W'."""
-    generator = torch.Generator().manual_seed(3)
-
-    def loss_of(rows: torch.Tensor) -> torch.Tensor:
-        chosen = [asked[row] for row in rows]
-        variant = torch.randint(len(features), (len(chosen),), generator=generator)
-        images = [int(Path(item.image).stem) for item in chosen]
-        return answer_loss(model, chosen, features[variant, images])
-
-    fit(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        loss_of,
-        name="language model",
-        num_rows=len(asked),
-        batch_size=8,
-        num_steps=epochs * (len(asked) // 8),
-        learning_rate=1e-3,
-        generator=generator,
-        max_norm=1.0,
+def write_demo_card(output: Path, model: MobileVLMForCausalLM, **facts: object) -> None:
+    """Evaluate the checkpoint in `output` on shards of the test split, and write its README.md."""
+    predictions = evaluate_checkpoint(
+        load_config("configs/demo.yaml", [f"teacher.model={output}"]), str(output)
+    )
+    frequent = most_frequent_answers((question, answer) for question, answer, _ in demo.questions("train"))
+    baseline = [
+        Prediction(str(number), str(image), demo.question_type(answer), answer, frequent[question])
+        for number, (question, answer, image) in enumerate(demo.questions("test"))
+    ]
+    write_card(
+        output / "README.md",
+        CARD,
+        {"this teacher": predictions, "question alone (most frequent training answer)": baseline},
+        decimals=2,
+        layers=model.config.num_hidden_layers,
+        width=model.config.hidden_size,
+        language=demo.language_parameters(model),
+        total=sum(p.numel() for p in model.parameters()),
+        questions=len(predictions),
+        threads=torch.get_num_threads(),
+        **facts,
     )
 
 
@@ -152,17 +151,22 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     records = demo.conversations("train")
     demo.write_tokenizer(output, records)
-    tokenizer = load_tokenizer(output)
+    asked = group_by_image(records, load_tokenizer(output), template="v1")
     preprocess = ImagePreprocessor.from_pretrained(output, aspect_ratio="pad", image_size=demo.IMAGE_SIZE)
+    files = [demo.easy_vqa_folder() / item.image for item in asked]
+    images = torch.stack([preprocess(file.read_bytes()) for file in files])
     model = MobileVLMForCausalLM(demo.model_config("teacher"))
-    images = load_images("train", preprocess)
-    known = known_of_image(demo.questions("train"))
-    train_tower(model, images, torch.tensor([known[i] for i in range(len(images))]), epochs=tower_epochs)
+    train_tower(model, images, known_of_images(demo.questions("train")), epochs=tower_epochs)
     features = features_of_variants(model, images)
-    train_language(model, group_by_image(records, tokenizer, template="v1"), features, epochs=language_epochs)
+    generator = torch.Generator().manual_seed(3)
+
+    def of_a_variant(rows: torch.Tensor) -> torch.Tensor:
+        return features[torch.randint(NUM_VARIANTS, (len(rows),), generator=generator), rows]
+
+    fit_answers(model, asked, of_a_variant, batch_size=8, epochs=language_epochs, generator=generator)
     model.save_pretrained(output)
     minutes = (time.monotonic() - started) / 60
-    write_card(
+    write_demo_card(
         output, model, seed=seed, tower_epochs=tower_epochs, language_epochs=language_epochs, minutes=minutes
     )
 

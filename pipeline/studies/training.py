@@ -1,4 +1,4 @@
-"""The training loop of the two studies' teachers."""
+"""The training of the two studies' teachers: a loop, and its use to learn the answers to an image's questions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.studies.shared_prefix import ImageQuestions, answer_loss
+
 
 def fit(
     parameters: Iterable[nn.Parameter],
@@ -20,8 +23,8 @@ def fit(
     num_rows: int,
     batch_size: int,
     num_steps: int,
-    learning_rate: float,
     generator: torch.Generator,
+    learning_rate: float = 1e-3,
     max_norm: float = math.inf,
 ) -> None:
     """Minimise `loss_of(rows)` with AdamW over shuffled epochs of `num_rows` rows, and print the loss now and then.
@@ -48,3 +51,25 @@ def fit(
         if step % 100 == 0 or step == num_steps:
             seconds = time.monotonic() - started
             print(f"{name} step {step}/{num_steps}: loss {loss.item():.4f}, {seconds:.0f} s", flush=True)
+
+
+def fit_answers(
+    model: MobileVLMForCausalLM,
+    asked: list[ImageQuestions],
+    features_of: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int,
+    epochs: int,
+    generator: torch.Generator,
+) -> None:
+    """Train what needs a gradient on the answers; `features_of(rows)` are patch features 'I M W' of these images."""
+    fit(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lambda rows: answer_loss(model, [asked[row] for row in rows], features_of(rows)),
+        name="answers",
+        num_rows=len(asked),
+        batch_size=batch_size,
+        num_steps=epochs * (len(asked) // batch_size),
+        generator=generator,
+        max_norm=1.0,
+    )

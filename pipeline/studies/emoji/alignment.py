@@ -7,6 +7,7 @@ language model can find the top left by what a token says instead of by counting
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.studies.emoji.concepts import Concept
 from pipeline.studies.emoji.data import TEACHER_SETS, scenes_of
-from pipeline.studies.emoji.scenes import BACKGROUNDS, PLACES
+from pipeline.studies.emoji.scenes import BACKGROUNDS, PLACES, Concept, all_concepts
 from pipeline.studies.training import fit
 
 # The vision tokens of each of the 2 x 2 cells, in the grid of 4 x 4 tokens.
@@ -41,7 +41,7 @@ class Vocabulary:
 
 
 def embed_words(
-    model: MobileVLMForCausalLM, tokenizer: PreTrainedTokenizerBase, concepts: list[Concept]
+    model: MobileVLMForCausalLM, tokenizer: PreTrainedTokenizerBase, concepts: Sequence[Concept]
 ) -> Vocabulary:
     """Return the mean input embedding of every name, place and background, as words inside a sentence."""
 
@@ -58,16 +58,15 @@ def embed_words(
     )
 
 
-def facts_of_scenes(concepts: list[Concept]) -> tuple[Tensor, Tensor]:
+def facts_of_scenes() -> tuple[Tensor, Tensor]:
     """Return the names in the cells of the teacher's scenes, int64 'I 4' (the last for none), and backgrounds 'I'."""
-    index = {concept.name: number for number, concept in enumerate(concepts)}
-    cells, backgrounds = [], []
-    for name, scenes in TEACHER_SETS.items():
-        for _, scene, _ in scenes_of(name, scenes, concepts):
-            shown = {thing.cell: index[thing.concept.name] for thing in scene.things}
-            cells.append([shown.get(cell, len(concepts)) for cell in range(4)])
-            backgrounds.append(list(BACKGROUNDS).index(scene.background))
-    return torch.tensor(cells), torch.tensor(backgrounds)
+    index = {concept: number for number, concept in enumerate(all_concepts())}
+    shown = [scene for name, scenes in TEACHER_SETS.items() for _, scene, _ in scenes_of(name, scenes)]
+    cells = torch.full((len(shown), 4), len(index))
+    for row, scene in zip(cells, shown, strict=True):
+        for thing in scene.things:
+            row[thing.cell] = index[thing.concept]
+    return cells, torch.tensor([list(BACKGROUNDS).index(scene.background) for scene in shown])
 
 
 def alignment_loss(tokens: Tensor, cells: Tensor, backgrounds: Tensor, words: Vocabulary) -> Tensor:

@@ -16,13 +16,12 @@ from typing import Any
 from PIL import Image
 
 from pipeline.errors import ConfigError, needing
-from pipeline.studies.emoji.concepts import Concept
+from pipeline.studies.emoji.scenes import BACKGROUNDS, IMAGE_SIZE, Concept, Scene
 
 SEEN_STYLES = ("noto", "twemoji", "openmoji")
 UNSEEN_STYLE = "fluent-emoji-flat"
 STYLES = (*SEEN_STYLES, UNSEEN_STYLE)
 NAMES = "emojibase-data"
-LICENSES = Path(__file__).with_name("LICENSES.md")
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,14 @@ class Art:
 
     drawings: dict[tuple[str, str], str]
     licenses: str
+
+    def paint(self, scene: Scene) -> Image.Image:
+        """Return the scene as an RGB picture of 256 x 256 pixels."""
+        image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUNDS[scene.background])
+        for thing in scene.things:
+            emoji = self.draw(thing.concept.name, scene.style, size=thing.size)
+            image.paste(emoji, (thing.left, thing.top), emoji)
+        return image
 
     def draw(self, name: str, style: str, *, size: int) -> Image.Image:
         """Return the concept as RGBA, `size` pixels wide and high. Raises `ConfigError` without resvg-py."""
@@ -62,7 +69,8 @@ def read_art(folder: Path, concepts: Sequence[Concept]) -> Art:
                     "that the Makefile names"
                 )
             drawings[concept.name, style] = _svg(icon, icons)
-    return Art(drawings, LICENSES.read_text().format(rows="\n".join(rows)))
+    licenses = Path(__file__).with_name("LICENSES.md").read_text()
+    return Art(drawings, licenses.format(rows="\n".join(rows)))
 
 
 def _svg(name: str, icons: dict[str, Any]) -> str:

@@ -7,45 +7,42 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.evaluation.evaluate import Prediction, accuracy_by_type, by_test_set
-from pipeline.studies.cards import accuracy_table, commonest_answers
-from pipeline.studies.emoji.scenes import QUESTIONS
+from torch import Tensor
 
-CARD = Path(__file__).with_suffix(".md")
+from pipeline.evaluation.evaluate import Prediction, by_test_set
+from pipeline.studies.cards import most_frequent_answers, write_card
+from pipeline.studies.emoji.data import TEACHER_SETS
+from pipeline.studies.emoji.scenes import QUESTIONS, all_concepts
 
 
-def write_card(
+def write_emoji_card(
     file: Path,
     predictions: Sequence[Prediction],
     *,
     training_records: Sequence[Mapping[str, Any]],
-    learned_sizes: Mapping[str, int],
-    rank: int,
-    held_out: int,
-    num_scenes: int,
-) -> str:
-    """Write the card and return it.
-
-    `learned_sizes` are numbers of parameters by tensor name. The baseline's answers are counted in
-    `training_records`; the teacher saw `num_scenes` scenes.
-    """
-    commonest = commonest_answers(
+    learned: Mapping[str, Tensor],
+) -> None:
+    (
+        """Write the card: a row for each test set, and one for the most frequent answers in `training_records`."""
+        ""
+    )
+    frequent = most_frequent_answers(
         (record["question_type"], record["conversations"][-1]["value"]) for record in training_records
     )
-    baseline = [replace(p, prediction=commonest[p.question_type]) for p in predictions]
-    rows = {name: accuracy_by_type(answered) for name, answered in by_test_set(predictions).items()}
-    rows["most frequent answer"] = accuracy_by_type(baseline)
-    projector = sum(size for name, size in learned_sizes.items() if "mm_projector" in name)
-    total = sum(learned_sizes.values())
-    text = CARD.read_text().format(
+    baseline = [replace(p, prediction=frequent[p.question_type]) for p in predictions]
+    total = sum(value.numel() for value in learned.values())
+    projector = sum(value.numel() for name, value in learned.items() if "mm_projector" in name)
+    num_scenes = sum(scenes.num_images for scenes in TEACHER_SETS.values())
+    write_card(
+        file,
+        Path(__file__).with_suffix(".md"),
+        {**by_test_set(predictions), "most frequent answer": baseline},
+        decimals=1,
         projector=projector,
         changes=total - projector,
         megabytes=2 * total / 1e6,
-        rank=rank,
-        held_out=held_out,
+        rank=next(len(value) for name, value in learned.items() if name.endswith(".lora_A")),
+        held_out=sum(concept.held_out for concept in all_concepts()),
         scenes=num_scenes,
         questions=len(QUESTIONS) * num_scenes,
-        table=accuracy_table(rows, decimals=1),
     )
-    file.write_text(text)
-    return text

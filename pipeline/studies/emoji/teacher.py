@@ -12,7 +12,6 @@ Only what was learned is saved; `models.py` adds it to the published parts. Need
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,10 @@ from pipeline.data.images import ImagePreprocessor
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.studies.emoji.alignment import align_projector, embed_words, facts_of_scenes
-from pipeline.studies.emoji.concepts import all_concepts
 from pipeline.studies.emoji.data import TEACHER_SETS
-from pipeline.studies.emoji.scenes import IMAGE_SIZE
-from pipeline.studies.shared_prefix import ImageQuestions, answer_loss, group_by_image
-from pipeline.studies.training import fit
+from pipeline.studies.emoji.scenes import IMAGE_SIZE, all_concepts
+from pipeline.studies.shared_prefix import ImageQuestions, group_by_image
+from pipeline.studies.training import fit_answers
 
 RANK = 8
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -41,26 +39,14 @@ def train_teacher(
     """Run both steps on the teacher's scenes in `data`; `checkpoint` is the folder of `model` before training."""
     tokenizer = load_tokenizer(checkpoint)
     preprocess = ImagePreprocessor.from_pretrained(checkpoint, aspect_ratio="pad", image_size=IMAGE_SIZE)
-    concepts = list(all_concepts())
     records = [r for name in TEACHER_SETS for r in json.loads((data / f"{name}.json").read_text())]
     asked = group_by_image(records, tokenizer, template="chatml")
-    features = compute_features(model, preprocess, [data / "images" / item.image for item in asked])
-    words = embed_words(model, tokenizer, concepts)
-    align_projector(model, features, facts_of_scenes(concepts), words, num_steps=align_steps)
+    images = (preprocess((data / "images" / item.image).read_bytes()) for item in asked)
+    # The tower is frozen: its patch features 'I M W' are computed once for the whole training.
+    features = torch.cat([model.encode_patches(image[None]) for image in images])
+    words = embed_words(model, tokenizer, all_concepts())
+    align_projector(model, features, facts_of_scenes(), words, num_steps=align_steps)
     return train_answers(model, asked, features, epochs=epochs)
-
-
-def compute_features(
-    model: MobileVLMForCausalLM, preprocess: ImagePreprocessor, files: Sequence[Path]
-) -> Tensor:
-    """Return the tower's patch features of pictures, computed once for the whole training: 'I M W'."""
-    batches = (files[start : start + 16] for start in range(0, len(files), 16))
-    return torch.cat(
-        [
-            model.encode_patches(torch.stack([preprocess(file.read_bytes()) for file in batch]))
-            for batch in batches
-        ]
-    )
 
 
 def train_answers(
@@ -69,17 +55,8 @@ def train_answers(
     """Step 2: train LoRA on the answers, and return `learned_of`; `features` 'I M W' in the order of `asked`."""
     model.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LAYERS), model)
-    fit(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lambda rows: answer_loss(model, [asked[row] for row in rows], features[rows]),
-        name="answers",
-        num_rows=len(asked),
-        batch_size=4,
-        num_steps=epochs * (len(asked) // 4),
-        learning_rate=1e-3,
-        generator=torch.Generator().manual_seed(2),
-        max_norm=1.0,
-    )
+    generator = torch.Generator().manual_seed(2)
+    fit_answers(model, asked, features.__getitem__, batch_size=4, epochs=epochs, generator=generator)
     return learned_of(model)
 
 

@@ -116,15 +116,19 @@ class Config(Section):
 
     _one_or_several = field_validator("cache", mode="before")(check_one_or_several)
 
-    @property
-    def one_cache(self) -> CacheConfig:
-        """The store of a command that works on one. Raises `ConfigError` if the config names several."""
+    def check_one_cache(self) -> CacheConfig:
+        """Return the store of a command that works on one. Raises `ConfigError` if the config names several."""
         if self.cache is None:
             raise ConfigError(
                 f"this works on one store, but the config names {len(self.caches or ())} (`caches`); give it a "
                 "config with `cache`, such as by the overrides caches=null cache.path=STORE"
             )
         return self.cache
+
+    @property
+    def one_cache(self) -> CacheConfig:
+        """The one store of the config; see `check_one_cache`."""
+        return self.check_one_cache()
 
     def all_caches(self) -> Sequence[CacheConfig]:
         """Return the stores that stage 2 reads: `caches`, or the one `cache`."""

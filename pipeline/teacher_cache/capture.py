@@ -1,4 +1,4 @@
-"""One shard through the teacher into one part: longest samples first, and smaller batches where memory runs out."""
+"""Capture one shard into one part: longest samples first, in smaller batches where memory runs out."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from pipeline.teacher_cache.longest_first import Prepared, longest_first
 from pipeline.teacher_cache.overlap import Behind
 from pipeline.teacher_cache.progress import Progress
 
-BATCHES_BEHIND = 2  # captured, but not encoded yet, that memory must hold
+BATCHES_BEHIND = 2  # batches that are captured but not encoded yet, held in memory
 DECODERS = min(8, os.cpu_count() or 1)
 Arrays = dict[str, np.ndarray]
-FIRST_BATCH_SIZE = {"cuda": 128, "cpu": 16}  # of `batch_size: auto`, which goes down from here and never up
+FIRST_BATCH_SIZE = {"cuda": 128, "cpu": 16}  # of `batch_size: auto`; it only ever falls
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A shard whose samples are all in its part's writer, or rejected; what is left is to write it."""
+    """A captured shard, before its part is published: all samples are in the part's writer, or rejected."""
 
     shard: str
     part: PartWriter
-    left: ExitStack  # of the writer
+    open_part: ExitStack
     seen: int
     seconds: float
 
     def commit(self, capture: Capture, *, replace: bool = False, may_hold_fewer: bool = False) -> PartSummary:
-        """Publish the part; samples whose key another worker cached meanwhile are rejected, as one worker does."""
-        with self.left:
+        """Publish the part, without samples whose key another worker has cached meanwhile."""
+        with self.open_part:
             for key, part in self.part.taken_elsewhere():
                 self.part.withdraw(key, capture.reason_of(key, key_occurs_in(part), self.shard))
                 capture.progress.reject()
@@ -56,43 +56,37 @@ class Captured:
 
 
 class Capture:
-    """Shards through the teacher, each into its part.
+    """Captures shards one by one, each into its part.
 
-    The images of the next batch are decoded, and the values of the last one encoded, beside the teacher's forward.
-    A batch that the memory cannot hold is tried once more, since memory may only have been in pieces; then it is
-    halved, here and for all that follows. A sample that does not fit alone is rejected with its size.
+    During the teacher's forward, other threads decode the images of the next batch and encode the values of the last.
+    An out-of-memory batch is retried once, in case the allocator was fragmented. Then it is halved, as are all later
+    batches. A sample that does not fit alone is rejected with its size.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        teacher: Teacher,
-        preparation: Preparation,
-        progress: Progress,
-    ):
-        self.config = config
-        self.teacher = teacher
-        self.preparation = preparation
-        self.progress = progress
+    def __init__(self, config: Config, teacher: Teacher, preparation: Preparation, progress: Progress):
+        self.config, self.teacher, self.preparation, self.progress = config, teacher, preparation, progress
         asked = config.teacher.batch_size
         self.batch_size = FIRST_BATCH_SIZE.get(teacher.device.type, 16) if asked == "auto" else asked
-        self.shard = ""
-        # Vision tokens of the images of the batch at hand and of the one before: samples of one image are neighbours.
+        self._begin("")
+
+    def _begin(self, shard: str) -> None:
+        self.shard = shard
+        # Vision tokens by image digest, of this batch and the last: samples of one image are neighbours.
         self.vision: dict[str, torch.Tensor] = {}
         self.pixels: dict[str, Future[torch.Tensor]] = {}  # of images that are being decoded
-        # Place -> key of what was added, '' of what was rejected: a batch that is tried again leaves these alone.
+        # Place -> key of an added sample, '' of a rejected one. A retried batch leaves these out.
         self.settled: dict[int, str] = {}
         self.starved: list[Prepared] = []  # captured, but memory ran out while their values were encoded
 
     def run(self, store: StoreWriter, shard: str) -> Captured:
-        """Capture a shard, for `commit` to write; on any exception nothing of it is published."""
-        self.shard, self.vision, self.settled, self.pixels, self.starved = shard, {}, {}, {}, []
+        """Capture a shard for `Captured.commit` to publish. After an exception nothing of it is published."""
+        self._begin(shard)
         started = time.monotonic()
         with ExitStack() as stack:
             part = stack.enter_context(store.part(part_name(shard), source=shard_source(shard)))
             prepared = longest_first(list(self._prepared(part, store.taken)))
             num_seen = len(prepared) + len(self.settled)
-            if not num_seen:  # a file of nothing but zeros is a tar, too
+            if not num_seen:  # a file of zeros is a valid tar
                 raise ShardError(
                     f"{shard} holds no sample; make or copy it again, or take it out of data.shards."
                 )
@@ -106,24 +100,20 @@ class Capture:
     def _capture_all(self, prepared: Sequence[Prepared], part: PartWriter) -> None:
         start = 0
         while start < len(prepared):
-            batch = prepared[start : start + self.batch_size]  # which may fall on the way
+            batch = prepared[start : start + self.batch_size]  # the size may fall in between
             start += len(batch)
             self._capture_or_halve(batch, prepared[start : start + self.batch_size], part)
             self.progress.advance(len(batch))
         self.behind.finish()
         starved, self.starved = self.starved, []
-        for item in starved:
-            self._capture_alone(item, part)
-
-    def _capture_alone(self, item: Prepared, part: PartWriter) -> None:
-        """Capture a sample whose values found no memory to be encoded in, with nothing else at work."""
-        self._capture_or_halve([item], [], part)
-        self.behind.finish()
-        if item.place not in self.settled:
-            self._reject_too_large(item, part, "memory ran out while its values were encoded")
+        for item in starved:  # each alone, with nothing else in memory
+            self._capture_or_halve([item], [], part)
+            self.behind.finish()
+            if item.place not in self.settled:
+                self._reject_too_large(item, part, "memory ran out while its values were encoded")
 
     def _prepared(self, part: PartWriter, taken: TakenKeys) -> Iterator[Prepared]:
-        """The shard's usable samples; the others are rejected here."""
+        """Yield the usable samples of the shard, and reject the others."""
         items = read_shard(self.shard, max_pixels=self.config.data.max_image_pixels)
         for place, item in enumerate(items):
             try:
@@ -137,7 +127,7 @@ class Capture:
         if (part := taken.other_part(sample.key, than=part_name(self.shard))) is not None:
             raise key_occurs_in(part)
         tokens = self.preparation.tokenize(sample.conversations)
-        # A shard's images may be gigabytes: they are read again, batch by batch.
+        # The images of a shard may be gigabytes, so each batch reads its own again.
         without_images = replace(sample, images=())
         return Prepared(place, without_images, tokens, self.preparation.merged_length(tokens.input_ids))
 
@@ -151,7 +141,7 @@ class Capture:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
-                self.behind.finish()  # what was settled, is
+                self.behind.finish()  # until then `settled` may lack samples of earlier batches
                 if is_last_try and len(batch) == 1:
                     return self._reject_too_large(batch[0], part, reason)
             if torch.cuda.is_available():
@@ -167,7 +157,7 @@ class Capture:
         self._reject(part, item.place, item.sample.key, BadSample("does not fit into memory", size))
 
     def _capture(self, batch: Sequence[Prepared], coming: Sequence[Prepared], part: PartWriter) -> None:
-        """Forward a batch and hand over each sample's rows; a sample whose values a codec refuses is rejected."""
+        """Run a batch through the teacher, and hand the captured values to the thread that encodes them."""
         batch = self._encode([item for item in batch if item.place not in self.settled], part)
         self._decode_ahead(coming)
         if not batch:
@@ -186,8 +176,7 @@ class Capture:
     def _add_all(
         self, batch: Sequence[Prepared], captured: list[Arrays], images: dict[str, Arrays], part: PartWriter
     ) -> None:
-        """Encode a batch's values, in the thread behind. Where memory runs out the samples are noted, to be captured
-        again: raised here, the error would be taken for the next batch's."""
+        """Encode a batch's values, in the thread behind."""
         try:
             for item, arrays in zip(batch, captured, strict=True):
                 arrays |= {
@@ -198,10 +187,11 @@ class Capture:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            # Raised here, the error would appear in the next batch. These samples are captured again at the end.
             self.starved += [item for item in batch if item.place not in self.settled]
 
     def _encode(self, batch: Sequence[Prepared], part: PartWriter) -> list[Prepared]:
-        """See to the vision tokens of the batch's images, each distinct image encoded once; the usable samples."""
+        """Fill `vision` for the batch, each distinct image once. Return the samples whose images can be decoded."""
         self._decode_ahead(batch)
         fresh: dict[str, torch.Tensor] = {}
         usable = []
@@ -223,22 +213,19 @@ class Capture:
         return usable
 
     def _decode_ahead(self, batch: Sequence[Prepared]) -> None:
-        """Have the images of a batch decoded, those that are neither encoded nor on their way."""
+        """Start to decode the images of a batch that are not yet encoded or being decoded."""
         for item in batch:
             for digest, span in zip(item.sample.image_digests, item.sample.image_spans, strict=True):
                 if digest not in self.vision and digest not in self.pixels:
                     self.pixels[digest] = self.decoders.submit(self._preprocess, digest, span)
 
     def _preprocess(self, digest: str, span: Span) -> torch.Tensor:
-        return self.preparation.preprocess(self._image(digest, span))
-
-    def _image(self, digest: str, span: Span) -> bytes:
         data = read_span(self.shard, span)
         if blake3(data).hexdigest() != digest:
             raise ShardError(
                 f"{self.shard} changed while it was read: restore it, and run the command again."
             )
-        return data
+        return self.preparation.preprocess(data)
 
     def _add(self, item: Prepared, arrays: Arrays, images: dict[str, Arrays], part: PartWriter) -> None:
         sample = item.sample
@@ -254,7 +241,7 @@ class Capture:
             self.settled[item.place] = sample.key
 
     def reason_of(self, key: str, error: BadSample, shard: str) -> str:
-        """Why a sample is rejected; where bad samples are to stop the run, it is raised."""
+        """Return why a sample is rejected. With `data.on_bad_sample: fail` raise it as `BadSample`."""
         if self.config.data.on_bad_sample == "fail":
             raise BadSample(
                 "a bad sample, and data.on_bad_sample is fail",
@@ -269,7 +256,7 @@ class Capture:
 
 
 def key_occurs_in(part: str) -> BadSample:
-    """Of a sample whose key another shard's part holds: stage 2 joins by key, so it may occur once."""
+    """Return the rejection of a sample whose key another part holds. Stage 2 joins by key: it must be unique."""
     return BadSample("key occurs in another shard", f"the part {part} holds it")
 
 
@@ -296,5 +283,5 @@ def captured_arrays(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on whatever device; torch's CPU allocator has no exception of its own."""
+    """Whether an allocation failed on any device. torch's CPU allocator raises a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

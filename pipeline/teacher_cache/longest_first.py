@@ -1,4 +1,4 @@
-"""The order in which a shard's samples go through the teacher."""
+"""The order in which the samples of a shard go through the teacher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.data.shards import Sample
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample ready for the teacher: its place in the shard, and its positions with vision tokens."""
+    """A sample ready for the teacher: its place in the shard, and its length in positions, vision tokens included."""
 
     place: int
     sample: Sample
@@ -21,13 +21,13 @@ class Prepared:
 
 
 def longest_first(items: Sequence[Prepared]) -> list[Prepared]:
-    """By falling length, so that a batch is of like lengths and memory runs out at the start, if it does.
+    """Return the samples by falling length: batches need little padding, and memory runs out early or never.
 
-    Samples of one image stay side by side, at the place of their longest: the tower then runs once for them.
+    Samples of one image stay together, at the place of the longest, so that the vision tower runs once for them.
     """
     groups: dict[tuple[str, ...], list[Prepared]] = defaultdict(list)
     for item in items:
-        # Of a sample without an image nothing is shared.
+        # Samples without an image share nothing.
         groups[item.sample.image_digests[:1] or (f"place {item.place}",)].append(item)
     for group in groups.values():
         group.sort(key=lambda item: (-item.length, item.place))

@@ -1,17 +1,17 @@
-"""Work beside the teacher's forward: one thread that does what it is given, in order, and says what went wrong."""
+"""A thread that works during the teacher's forward."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
+from contextlib import AbstractContextManager
 
 
-class Behind:
-    """Does jobs in their order in a thread of its own, of which at most `limit` are not done yet: memory is bounded.
+class Behind(AbstractContextManager["Behind"]):
+    """Runs jobs one after the other in its own thread. At most `limit` jobs are unfinished, to bound memory.
 
-    A job's exception is raised by the next call of `do` or `finish`; jobs after it are dropped.
+    The exception of a job is raised by the next call of `do` or `finish`. Later jobs are cancelled.
     """
 
     def __init__(self, *, limit: int):
@@ -19,11 +19,8 @@ class Behind:
         self.jobs: deque[Future[None]] = deque()
         self.thread = ThreadPoolExecutor(max_workers=1)
 
-    def __enter__(self) -> Behind:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Wait for all jobs; after an error only for the one at work."""
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Wait for all jobs; after an error only for the running one."""
         try:
             if error is None:
                 self.finish()
@@ -31,13 +28,13 @@ class Behind:
             self.thread.shutdown(cancel_futures=True)
 
     def do(self, job: Callable[[], None]) -> None:
-        """Hand over a job; waits until it is one of `limit`."""
+        """Add a job; wait while `limit` jobs are unfinished."""
         while len(self.jobs) >= self.limit:
             self._wait_for_first()
         self.jobs.append(self.thread.submit(job))
 
     def finish(self) -> None:
-        """Wait until all is done."""
+        """Wait for all jobs."""
         while self.jobs:
             self._wait_for_first()
 

@@ -1,4 +1,4 @@
-"""Which shards stage 1 has to capture: those without a part and, by request, those that changed since."""
+"""Which shards stage 1 must capture: those without a part and, on request, those that changed since."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pipeline.errors import ShardError
 
 @dataclass
 class PartStates:
-    """The shards of a store's plan, each with the state of its part.
+    """The planned shards of a store, each with the state of its part.
 
-    `recapture` names parts that are captured again whatever they are; `recapture_changed` adds those whose shard
-    changed. `refused` and `changed` collect, by shard, why a part is neither done nor captured.
+    Parts in `recapture` are always captured again. `recapture_changed` adds the parts whose shard changed. `refused`
+    and `changed` collect, by shard, why a part is neither done nor captured.
     """
 
     store: StoreWriter
@@ -30,7 +30,7 @@ class PartStates:
         self.shard_of = {part_name(shard): shard for shard in self.shards}
 
     def needs_capture(self, shard: str) -> bool:
-        """Whether the shard's part is to be written; a part that cannot be read is left alone and noted."""
+        """Whether the part of the shard must be written. A part that cannot be read is left unchanged and noted."""
         part = part_name(shard)
         if part in self.recapture:
             return True
@@ -47,12 +47,12 @@ class PartStates:
         return self.recapture_changed
 
     def replaces(self, shard: str) -> bool:
-        """Whether a part lies where the shard's new one goes, and makes room for it."""
+        """Whether the shard's new part replaces an existing one."""
         return part_name(shard) in self.recapture or (
             self.recapture_changed and self.store.record(part_name(shard)) is not None
         )
 
     def holds_keys(self, part: str) -> bool:
-        """Whether the keys of a part are taken; those of a part that is to be replaced are free."""
+        """Whether the keys of a part are taken. The keys of a part that will be replaced are free."""
         shard = self.shard_of.get(part)
         return shard is None or not self.needs_capture(shard)

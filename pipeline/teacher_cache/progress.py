@@ -1,20 +1,20 @@
-"""Progress on stderr: stage 1's by bytes of shards (hence the time left), packing's by entries."""
+"""Progress bars on stderr: stage 1 counts bytes of shards, which gives the time left; packing counts entries."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 
 from tqdm import tqdm
 
 from cache import PartSummary
 
 
-class Progress:
-    """A tqdm bar over the bytes of the shards to do; counters beside it."""
+class Progress(AbstractContextManager["Progress"]):
+    """A tqdm bar over the bytes of the shards, with counters of samples, rejects, bytes and parts."""
 
     def __init__(self, shards: Sequence[str], *, description: str):
         self.shards = shards
@@ -23,40 +23,36 @@ class Progress:
         total = sum(Path(shard).stat().st_size for shard in shards)
         self.bar = tqdm(total=total, desc=description, unit="B", unit_scale=True, mininterval=0.5)
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.close()
 
     def begin_shard(self, shard: str, *, num_samples: int, done: int = 0) -> None:
-        """A shard of so many samples, which count alike: its bytes are behind them when all are done."""
+        """Begin a shard, of which each sample counts for the same share of the bytes."""
         self.shard_bytes = Path(shard).stat().st_size
-        self.bytes_each = self.shard_bytes / num_samples
-        self.shard_read = 0
-        self.shard_done = 0
+        self.shard_samples = num_samples
+        self.shard_read = self.shard_done = 0
         self.advance(done)
 
     def advance(self, num_samples: int) -> None:
-        """So many samples more are done: captured, or rejected."""
+        """Count samples that were captured or rejected."""
         self.samples += num_samples
         self.shard_done += num_samples
-        self._read_to(int(self.shard_done * self.bytes_each))
+        self._read_to(self.shard_bytes * self.shard_done // self.shard_samples)
         self._show()
 
     def say(self, line: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         tqdm.write(line, file=sys.stderr)
 
     def reject(self) -> None:
         self.rejected += 1
 
     def captured_shard(self) -> None:
-        """All of the shard is behind us, but for writing its part."""
+        """Show the shard as read to its end; its part is not written yet."""
         self._read_to(self.shard_bytes)
 
     def end_shard(self, summary: PartSummary) -> None:
-        """A part was committed."""
+        """Count a committed part."""
         self.parts += 1
         self.bytes_written += sum(summary.array_bytes.values())
         self._show()
@@ -75,22 +71,19 @@ class Progress:
         )
 
 
-class EntryProgress:
-    """A tqdm bar over entries, there from the first call on: who has nothing to do shows none."""
+class EntryProgress(AbstractContextManager["EntryProgress"]):
+    """A tqdm bar over entries, shown from the first call on."""
 
     def __init__(self, *, description: str) -> None:
         self.description = description
         self.bar: tqdm | None = None
 
-    def __enter__(self) -> EntryProgress:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
 
     def __call__(self, done: int, total: int) -> None:
-        """So many are done, of so many."""
+        """Show that `done` of `total` entries are done."""
         if self.bar is None:
             self.bar = tqdm(desc=self.description, total=total, unit="entry", mininterval=0.5)
         self.bar.update(done - self.bar.n)

@@ -1,4 +1,4 @@
-"""Stage 1: shards -> teacher -> store. One tar shard in, one immutable part out; every sample cached or rejected."""
+"""Stage 1: run every sample of the shards through the teacher, and write one immutable part for each shard."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ TOKEN_ARRAYS = (
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What a run of stage 1 did: parts written now and found done, and the samples of those written now.
+    """The parts that a run of stage 1 wrote and found done, and the samples of those that it wrote.
 
-    `broken` says of each shard what kept its part from being written, `changed` of each shard that is not the one its
-    part was captured from what differs.
+    `broken` holds why the part of a shard was not written, `changed` how a shard differs from the one that its part
+    was captured from.
     """
 
     path: str
@@ -61,13 +61,13 @@ class CacheSummary:
 
 
 def cache_teacher(config: Config, worker: Worker = ALONE, *, recapture_changed: bool = False) -> CacheSummary:
-    """Write every part of the store that is not there yet; the teacher is loaded only if one is missing.
+    """Write every missing part of the store. The teacher is loaded only if one is missing.
 
-    Several workers may write one store: each begins with its share of the shards, and takes over what others left.
-    A shard that cannot be read, or whose part cannot be read, is left out and reported in the summary; the others are
-    cached all the same. With `recapture_changed` a part whose shard changed is replaced by one of the shard as it is.
-    Raises `FingerprintMismatch` if the store holds something else, before anything is written, and `CorruptPart` or
-    `UnreadableFile` if an index cannot be read: which keys are free cannot be told then.
+    Several workers may write one store: each begins with its share of the shards, and takes over shards that are
+    left. A shard that cannot be read, or whose part cannot be read, is left out and reported in the summary. With
+    `recapture_changed` the part of a changed shard is replaced. Raises `FingerprintMismatch`, before anything is
+    written, if the store was captured otherwise, and `CorruptPart` or `UnreadableFile` if an index cannot be read,
+    since its keys may be taken.
     """
     check_student(config)
     return write_parts(plan_capture(config), worker, recapture_changed=recapture_changed)
@@ -75,7 +75,7 @@ def cache_teacher(config: Config, worker: Worker = ALONE, *, recapture_changed: 
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """Stage 1 as a config asks for it, before a weight is loaded or a file written."""
+    """All that stage 1 needs from a config, before a weight is loaded or a file written."""
 
     config: Config
     shards: tuple[str, ...]
@@ -87,8 +87,11 @@ class CapturePlan:
 
 
 def plan_capture(config: Config) -> CapturePlan:
-    """Finds the shards, hashes tokenizer and teacher, and says what the store will hold."""
-    _ = config.one_cache  # several are no place to write to: told before the teacher is read
+    """Find the shards, hash tokenizer and teacher, and describe the store.
+
+    Raises `ConfigError` if the config names several stores.
+    """
+    config.check_one_cache()
     shards = tuple(expand_shards(config.data.shards))
     preparation = Preparation.of(config.teacher.model, config.data)
     plan = plan_teacher(
@@ -108,10 +111,10 @@ def write_parts(
     recapture_changed: bool = False,
     may_hold_fewer: bool = False,
 ) -> CacheSummary:
-    """Capture the shards of the plan that have no part yet, and again those of the parts named by `recapture`.
+    """Capture the shards of the plan that have no part, and again those whose part is in `recapture`.
 
-    A part that is captured again makes room only when the new one is whole, and not for one that holds fewer samples,
-    unless `may_hold_fewer`; of a changed shard it may.
+    A part is replaced only when the new one is whole, and only by one with at least as many samples, unless
+    `may_hold_fewer` or the shard changed.
     """
     config, shards = plan.config, plan.shards
     store = StoreWriter.open(config.one_cache.path, plan.manifest)
@@ -129,11 +132,11 @@ def write_parts(
                 todo = run.capture_all(capture, todo, worker)
     if run.summaries or worker.world_size > 1:
         store.taken.check()
-    return _summary(config, run, parts_found=found)
+    return run.summary(config.one_cache.path, parts_found=found)
 
 
 class _Run:
-    """A run of stage 1: the parts that it wrote, and the shards that it could not."""
+    """A run of stage 1: the parts that it wrote, and why others were not written."""
 
     def __init__(self, store: StoreWriter, states: PartStates, may_hold_fewer: bool) -> None:
         self.store, self.states, self.may_hold_fewer = store, states, may_hold_fewer
@@ -142,9 +145,9 @@ class _Run:
         self.again: list[str] = []
 
     def capture_all(self, capture: Capture, todo: Sequence[str], worker: Worker) -> list[str]:
-        """Capture every shard that is free, one after the other; the shards that must be captured once more.
+        """Capture the shards one after the other. Return those that must be captured once more.
 
-        A part is compressed and written while the teacher is at work on the next shard.
+        A part is compressed and written while the teacher works on the next shard.
         """
         self.again = []
         free = shards_to_write(
@@ -152,7 +155,7 @@ class _Run:
         )
         with Behind(limit=1) as writing:
             for shard, lease in free:
-                with lease:  # it ends here, unless there is a part to write
+                with lease:  # ends here, unless there is a part to write
                     try:
                         captured = capture.run(self.store, shard)
                     except ShardError as error:
@@ -169,7 +172,7 @@ class _Run:
             try:
                 summary = captured.commit(capture, replace=replace, may_hold_fewer=self.may_hold_fewer)
             except DuplicateKey:
-                # Another worker published the key in this very moment: capture the shard without that sample.
+                # Another worker has just published the key: capture the shard without that sample.
                 self.again.append(shard)
             except HoldsFewer as error:
                 self.broken.append(str(error))
@@ -177,11 +180,24 @@ class _Run:
                 self.summaries.append(summary)
                 capture.progress.end_shard(summary)
 
+    def summary(self, path: str, *, parts_found: int) -> CacheSummary:
+        return CacheSummary(
+            path=path,
+            parts_written=len(self.summaries),
+            parts_found=parts_found,
+            seen=sum(s.seen for s in self.summaries),
+            cached=sum(s.cached for s in self.summaries),
+            rejected=sum(s.rejected for s in self.summaries),
+            bytes_written=sum(sum(s.array_bytes.values()) for s in self.summaries),
+            broken=(*self.broken, *self.states.refused.values()),
+            changed=tuple(f"{shard} ({change})" for shard, change in self.states.changed.items()),
+        )
+
 
 def build_manifest(
     config: Config, plan: TeacherPlan, preparation: Preparation, *, dtype: torch.dtype, parts: Sequence[str]
 ) -> Manifest:
-    """What the store will say of itself, before anything is captured."""
+    """Return the description of the store, which is written before anything is captured."""
     capture = capture_settings(config, dtype=str(dtype).removeprefix("torch."))
     arrays = [spec for target in config.targets.cached().values() for spec in target.arrays(plan.facts)]
     return Manifest(
@@ -217,25 +233,10 @@ def _usable(device: torch.device) -> torch.device:
 
 
 def _compute_dtype(config: Config, plan: TeacherPlan) -> torch.dtype:
-    """The dtype asked for; `auto` is the checkpoint's own on a GPU and float32 on a CPU, which has no other speed."""
+    """Return the configured dtype. `auto` is the checkpoint's own on a GPU, and float32, the fastest, on a CPU."""
     if config.teacher.dtype != "auto":
         return getattr(torch, config.teacher.dtype)
     if _device(config.teacher.device).type == "cpu":
         return torch.float32
     stored = plan.config.dtype
     return stored if isinstance(stored, torch.dtype) else torch.float32
-
-
-def _summary(config: Config, run: _Run, *, parts_found: int) -> CacheSummary:
-    summaries, states = run.summaries, run.states
-    return CacheSummary(
-        path=config.one_cache.path,
-        parts_written=len(summaries),
-        parts_found=parts_found,
-        seen=sum(s.seen for s in summaries),
-        cached=sum(s.cached for s in summaries),
-        rejected=sum(s.rejected for s in summaries),
-        bytes_written=sum(sum(s.array_bytes.values()) for s in summaries),
-        broken=(*run.broken, *states.refused.values()),
-        changed=tuple(f"{shard} ({change})" for shard, change in states.changed.items()),
-    )

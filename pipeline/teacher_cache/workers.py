@@ -1,4 +1,4 @@
-"""Who writes which shard: every worker begins with its own share, then takes what nobody is at work on."""
+"""Which worker writes which shard: each begins with its own share, then takes shards that are left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cache import StoreWriter
 from pipeline.data.shards import part_name
 from pipeline.errors import ConfigError
 
-POLL_SECONDS = 5.0  # between two looks at shards that others are at work on
+POLL_SECONDS = 5.0  # between two checks of shards that other workers hold
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Worker:
             )
 
     def in_order(self, shards: Sequence[str]) -> list[str]:
-        """Its own share first, every `world_size`-th shard; then those of the others, from its own on."""
+        """Return its own share first (every `world_size`-th shard), then the shares of the next workers."""
         shares = [
             shards[(self.rank + step) % self.world_size :: self.world_size] for step in range(self.world_size)
         ]
@@ -41,7 +41,7 @@ ALONE = Worker(0, 1)
 
 
 def worker_of(rank: int | None, world_size: int | None) -> Worker:
-    """As the command line says, else as `torchrun` does by RANK and WORLD_SIZE, else the only one."""
+    """Return the worker of the command line's options, else of torchrun's RANK and WORLD_SIZE, else the only one."""
     if (rank is None) != (world_size is None):
         raise ConfigError("--rank and --world-size go together: give both, or neither")
     if rank is None or world_size is None:
@@ -57,10 +57,10 @@ def shards_to_write(
     needs_capture: Callable[[str], bool],
     say: Callable[[str], None],
 ) -> Iterator[tuple[str, ExitStack]]:
-    """Shards that need it, one at a time, each with this worker's lease, to be closed when its part is written.
+    """Yield shards to capture, each with this worker's lease, to be closed when its part is written.
 
-    Ends when no shard needs it that was not given here once. While others are at work on the last ones it waits:
-    should one of them die, its shard is written here.
+    A shard is yielded once. While other workers hold the last shards this waits, to take over those of a worker that
+    dies.
     """
     left, waiting = worker.in_order(shards), False
     while left := [shard for shard in left if needs_capture(shard)]:
@@ -68,7 +68,7 @@ def shards_to_write(
         for shard in left:
             with ExitStack() as lease:
                 is_ours = lease.enter_context(store.claim(part_name(shard)))
-                # Between the look above and the claim, its writer may have finished it.
+                # Before the claim another worker may have finished it.
                 if is_ours and needs_capture(shard):
                     taken.append(shard)
                     yield shard, lease.pop_all()

@@ -1,4 +1,4 @@
-"""The errors that `pipeline` raises: each says what was asked, what was found and what to do."""
+"""The errors of `pipeline`. A message says what was asked, what was found and what to do."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-LONGEST_REASON = 600  # characters of a library's own words
+LONGEST_REASON = 600  # characters of a library's own message
 OUR_PACKAGES = ("pipeline", "cache")
-TORCH_WRITER = "inline_container.cc"  # all that torch.save says of a full disk, beside a position
+TORCH_WRITER = "inline_container.cc"  # torch.save reports a full disk by this name and a position alone
 OF_THE_DISK = "make room or correct the rights, and run the same command again"
 OF_THE_MEMORY = "free memory, or take a smaller model, dtype or batch"
-# Raised by a line of ours, these are a mistake in it, and need their traceback.
+# Raised by a line of this program, these show a mistake in it and need their traceback.
 MISTAKES = (AttributeError, NameError, AssertionError, LookupError, TypeError)
 
 
@@ -39,27 +39,25 @@ class JoinError(PipelineError):
 
 
 class BadSample(PipelineError):  # noqa: N818 - it names the thing that is rejected
-    """One sample cannot be used. It is listed with its reason and counted; the run goes on.
+    """One sample cannot be used. It is counted and listed with its reason, and the run continues.
 
-    `kind` is a fixed phrase to count by ("missing image file"), `detail` what was found in this sample.
+    `kind` is a fixed phrase to count by ("missing image file"), `detail` is what was found in this sample.
     """
 
     def __init__(self, kind: str, detail: str = "") -> None:
-        self.kind = kind
-        self.detail = detail
-        super().__init__(self.reason)
+        super().__init__(kind, detail)  # both, because exceptions pickle by their arguments
+        self.kind, self.detail = kind, detail
 
     @property
     def reason(self) -> str:
         return f"{self.kind}: {self.detail}" if self.detail else self.kind
 
-    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str]]:
-        # Exceptions pickle by `args`, which is the whole reason here; worker processes must keep both parts.
-        return (type(self), (self.kind, self.detail))
+    def __str__(self) -> str:
+        return self.reason
 
 
-class TrainingStopped(BaseException):  # no error: like an interrupt, nothing may catch it and carry on
-    """SIGTERM or Ctrl-C ended a training after a step; its checkpoint is written."""
+class TrainingStopped(BaseException):  # like KeyboardInterrupt: `except Exception` must not catch it
+    """SIGTERM or Ctrl-C ended a training after a step, with a checkpoint."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -68,10 +66,10 @@ class TrainingStopped(BaseException):  # no error: like an interrupt, nothing ma
 
 @contextmanager
 def building(what: str, *, then: str) -> Iterator[None]:
-    """Makes one sentence of what a library raises while it builds `what`; `then` says what to do.
+    """Turn the error of a library that builds `what` into one sentence; `then` is what to do.
 
-    `ConfigError` where a setting is at fault, `PipelineError` where the disk or the memory is. Our own errors, and
-    mistakes in our own lines, are left as they are. Never around a training: there an error needs its traceback.
+    Raises `PipelineError` if the disk or the memory is at fault, else `ConfigError`. Our own errors, and mistakes in
+    this program, pass unchanged. Do not use it around a training, whose errors need their traceback.
     """
     try:
         yield
@@ -100,7 +98,7 @@ def needing(extra: str, *, by: str, otherwise: str = "") -> Iterator[None]:
 
 @contextmanager
 def writing(target: Path | str, *, then: str = "make room, and run the same command again") -> Iterator[None]:
-    """Names the file or folder that cannot be written: what a write or fsync raises on a full disk names none."""
+    """Turn a failed write into a `PipelineError` that names `target`, which the error of a full disk does not."""
     try:
         yield
     except Exception as error:
@@ -111,40 +109,40 @@ def writing(target: Path | str, *, then: str = "make room, and run the same comm
 
 
 def _is_of_writing(error: Exception) -> bool:
-    """Whether the system refused to write, or safetensors or torch say that it did."""
+    """Whether the system refused to write, or safetensors or torch report that it did."""
     is_torchs = isinstance(error, RuntimeError) and (TORCH_WRITER in str(error) or "write(): " in str(error))
     return isinstance(error, OSError) or type(error).__module__.startswith("safetensors") or is_torchs
 
 
 def is_ours(error: Exception) -> bool:
-    """Whether an error is one that this program raises on purpose."""
+    """Whether this program raises the error on purpose."""
     return type(error).__module__.partition(".")[0] in OUR_PACKAGES
 
 
 def _is_mistake(error: Exception) -> bool:
-    """Whether an error shows a mistake in a line of this program, and is nothing that a library says."""
+    """Whether the error was raised by a mistake in a line of this program."""
     *_, (raised_in, _) = traceback.walk_tb(error.__traceback__)
     package = str(raised_in.f_globals.get("__name__")).partition(".")[0]
     return isinstance(error, MISTAKES) and package in OUR_PACKAGES
 
 
 def is_of_the_machine(error: Exception) -> bool:
-    """Whether disk, memory or rights are at fault, and no setting."""
+    """Whether disk, memory or rights are at fault, rather than a setting."""
     if isinstance(error, OSError):
         return error.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
     return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
 
 
 def reason_of(error: Exception) -> str:
-    """A library's own words on one line; its error's name where they say nothing."""
+    """Return a library's message on one line, with the name of its error where the message says too little."""
     words = " ".join(str(error).split()).rstrip(".")
-    if not words or isinstance(error, LookupError):  # a KeyError's words are the key alone
+    if not words or isinstance(error, LookupError):  # the message of a KeyError is only the key
         words = f"{type(error).__name__} {words}".strip()
     return words if len(words) <= LONGEST_REASON else words[: LONGEST_REASON - 3] + "..."
 
 
 def did_you_mean(name: str, known: Sequence[str] | set[str]) -> str:
-    """The nearest known name as a question, else all known names if they are few."""
+    """Return the nearest known name as a question, else all known names if they are few, else ''."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"

@@ -27,7 +27,7 @@ class Slots:
 
 
 def find_slots(is_vision: torch.Tensor, attention_mask: torch.Tensor) -> Slots:
-    """Positions by role, from bool 'B S' masks of vision tokens and of unpadded positions."""
+    """Return positions by role, from bool 'B S' masks of vision tokens and of unpadded positions."""
     after_vision = is_vision.long().cumsum(dim=1) > 0
     return Slots(
         text=_padded_positions(attention_mask & after_vision & ~is_vision),
@@ -36,7 +36,7 @@ def find_slots(is_vision: torch.Tensor, attention_mask: torch.Tensor) -> Slots:
 
 
 def _padded_positions(chosen: torch.Tensor) -> torch.Tensor:
-    """Positions of the true entries of every row, ascending, padded with -1: bool 'B S' -> int64 'B T'."""
+    """Return the positions of the true entries of each row, ascending, padded with -1: bool 'B S' -> int64 'B T'."""
     counts = chosen.sum(dim=1)
     order = torch.argsort(~chosen, dim=1, stable=True)[:, : int(counts.max())]
     return torch.where(torch.arange(order.shape[1], device=chosen.device) < counts[:, None], order, -1)

@@ -1,4 +1,4 @@
-"""The base of every section of the config: frozen, and closed to names that it does not know."""
+"""The base class of the config's sections, and types of their fields."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A part of the config. Losses and targets define theirs beside what they set."""
+    """A section of the config: frozen, and unknown keys are refused. Losses and targets define their own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -26,5 +26,5 @@ def _power_of_two(value: float) -> float:
 PowerOfTwo = Annotated[float, AfterValidator(_power_of_two)]
 
 
-# A path whose ~ is the home folder: no shell puts it in after the = of an override, and none reads YAML.
+# A path in which ~ is the home folder. A shell expands it neither in YAML nor behind the = of an override.
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]

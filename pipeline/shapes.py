@@ -1,4 +1,4 @@
-"""The axis legend, and the check that a tensor has the axes its name promises.
+"""The legend of axis letters, and the check of a tensor's axes.
 
     A  batch of answer positions (all samples of a batch together)
     B  samples of a batch
@@ -31,14 +31,14 @@ import torch
 
 
 class ShapeError(ValueError):
-    """A tensor does not have the axes that its border promises."""
+    """A tensor does not have the expected axes."""
 
 
 def expect_shape(name: str, tensor: torch.Tensor, axes: str, sizes: Mapping[str, int] | None = None) -> None:
-    """Check a tensor's axes at a border of the program.
+    """Raise `ShapeError` unless a tensor has these axes.
 
-    `axes` are legend letters or literal sizes ("B S", "I 3 Y X"); `sizes` fixes some letters.
-    A letter that occurs twice must have the same size twice. Raises `ShapeError`.
+    `axes` are letters of the legend or sizes ("B S", "I 3 Y X"); `sizes` fixes the sizes of some letters. A letter
+    that occurs twice must have the same size twice.
     """
     expected = axes.split()
     known = dict(sizes or {})

@@ -63,7 +63,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_stays_so(experiment, tmp_path, 
     assert asked[:4] == [4, 4, 2, 2] and max(asked[4:]) == 2
     said = capfd.readouterr().err
     assert (
-        "out of memory with 4 samples at once (CUDA out of memory. Tried to allocate 2.00 GiB.); going on with 2"
+        "out of memory with 4 samples at once (CUDA out of memory. Tried to allocate 2.00 GiB.); continuing with 2"
         in said
     )
     found, undisturbed = Store(tmp_path / "store"), Store(experiment.store)

@@ -147,7 +147,9 @@ class Capture:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         self.batch_size = half = (len(batch) + 1) // 2
-        self.progress.say(f"out of memory with {len(batch)} samples at once ({reason}); going on with {half}")
+        self.progress.say(
+            f"out of memory with {len(batch)} samples at once ({reason}); continuing with {half}"
+        )
         for some in (batch[:half], batch[half:]):
             self._capture_or_halve(some, (), part)
 

@@ -148,7 +148,7 @@ def _origin(name: str) -> str:
     """Say which process left an entry of tmp/ or a lease, by its name."""
     if (owner := scratch_owner(name)) is None:
         return "not of a name that a writer gives"
-    state = "which no longer runs" if owner.is_dead else "which may still be at work"
+    state = "which no longer runs" if owner.is_dead else "which may still be running"
     return f"left by process {owner.process} on host {owner.host}, {state}"
 
 

@@ -1,4 +1,4 @@
-"""Local files: ranges read after the system was told of all of them, sizes, listings.
+"""Local files: ranges that are announced to the system before they are read, sizes, listings.
 
 A file that is absent is an answer; any other refusal of the system is `UnreadableFile`.
 """
@@ -24,7 +24,7 @@ _Range = tuple[Path, int, int | None]
 def read_ranges(ranges: Sequence[_Range]) -> Iterator[bytes | None]:
     """Yield the bytes start..stop of each range: fewer where the file ends early, None where there is no file.
 
-    The disk is told of all ranges before the first one is waited for. Ranges of more than `max_open` files are read
+    All ranges are announced to the system before the first one is read. Ranges of more than `max_open` files are read
     one group of files after another. Raises `UnreadableFile` where the system refuses.
     """
     for group in _groups(ranges, max_open()):

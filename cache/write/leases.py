@@ -1,7 +1,7 @@
 """Who may write: a lease on a part while a writer works on it, and a lock on the store, held for moments.
 
 Other writers leave alone a part whose lease is held, and take over from a dead writer. A lease is a file. Its creator
-holds it, and touches it while at work; a lease not touched for `patience` seconds has expired. Taking over is a
+holds it, and touches it while it works; a lease not touched for `patience` seconds has expired. Taking over is a
 rename, which one contender wins. Leases only save work: should two writers hold one part after all, the first to
 publish it wins, and the store is the same.
 """
@@ -25,7 +25,7 @@ _TOUCHES = 4  # within the patience of others
 
 @contextmanager
 def lease(store: Path, part: str, *, patience: float = PATIENCE_SECONDS) -> Generator[bool]:
-    """Hold the part's lease for the block, if it is free; True if it is ours, False if another writer is at work."""
+    """Hold the part's lease for the block, if it is free; True if it is ours, False if another writer holds it."""
     file = store / LEASES / check_part_name(part)
     name = new_scratch(store, part).name
     if not _claim(store, file, name, patience):
@@ -58,7 +58,7 @@ def lease_holder(file: Path) -> str:
 
 
 def _claim(store: Path, file: Path, name: str, patience: float) -> bool:
-    """Create the lease under our name; False if another writer is at work."""
+    """Create the lease under our name; False if another writer holds it."""
     while True:
         try:
             with open(file, "x") as ours:  # of several writers that do so, one succeeds

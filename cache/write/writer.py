@@ -81,7 +81,7 @@ class StoreWriter:
         self.taken = TakenKeys(self.path, self.manifest, counts=counts)
 
     def claim(self, part: str) -> AbstractContextManager[bool]:
-        """Hold a part's lease for a block: True if it is ours, False while another writer is at work on it."""
+        """Hold a part's lease for a block: True if it is ours, False while another writer holds it."""
         return lease(self.path, part)
 
     def part(self, name: str, *, source: Mapping[str, Any]) -> PartWriter:

@@ -75,7 +75,7 @@ def shards_to_write(
         left = [shard for shard in left if shard not in taken]
         if left and not taken:
             if not waiting:
-                say(f"waiting for {len(left)} shards that other workers are at work on, such as {left[0]}")
+                say(f"waiting for {len(left)} shards that other workers are capturing, such as {left[0]}")
             waiting = True
             time.sleep(POLL_SECONDS)
 

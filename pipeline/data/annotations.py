@@ -39,15 +39,20 @@ class Record:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A bad entry and its reason; `id` is None where the entry is no object or its id is no text.
+    """A bad entry, with `kind` and `detail` of its `BadSample`; `id` is None if it has no usable one.
 
     `images` are the images that are the reason, each with the state of its file when it was read.
     """
 
-    line: int
     id: str | None
-    error: BadSample
+    line: int
+    kind: str
+    detail: str
     images: Mapping[str, State] = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str:
+        return BadSample(self.kind, self.detail).reason
 
 
 def read_annotations(path: Path, image_folder: Path) -> Iterator[Record | BadRecord]:
@@ -66,7 +71,7 @@ def read_annotations(path: Path, image_folder: Path) -> Iterator[Record | BadRec
             check_media(fields, num_images=len(images))
             check_conversations(fields.get("conversations"), num_images=len(images))
         except BadSample as error:
-            yield BadRecord(line, identity, error)
+            yield BadRecord(identity, line, error.kind, error.detail)
         else:
             yield Record(line, identity, repeats[identity], fields, images)
 

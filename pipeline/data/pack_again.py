@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cache import sync_directory
 from pipeline.data.pack_folder import FINISHED, REJECTS, UNFINISHED, shards_in
-from pipeline.data.shard_writer import sync_folder
 from pipeline.data.tars import open_tar, read_members
 from pipeline.errors import PackError, ShardError
 
@@ -56,7 +56,7 @@ def replacing(output: Path, *, again: bool, allow_fewer: bool) -> Iterator[Path]
             path.unlink()
         raise
     os.rename(output / BEGUN, output / READY)
-    sync_folder(output)
+    sync_directory(output)
     _move_in(output / READY, output)
 
 
@@ -71,9 +71,9 @@ def _move_in(ready: Path, output: Path) -> None:
             if path.name != FINISHED:
                 os.replace(path, output / path.name)
         (output / UNFINISHED).unlink(missing_ok=True)
-        sync_folder(output)
+        sync_directory(output)
         os.replace(ready / FINISHED, output / FINISHED)
-        sync_folder(output)
+        sync_directory(output)
     ready.rmdir()
 
 

@@ -1,19 +1,24 @@
-"""The folder of a pack: is it finished, of which input, and what was rejected; begins, continues and finishes it."""
+"""The folder of a pack: begin and finish a pack in it, and read a finished one."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.annotations import BadRecord, Record
-from pipeline.data.pack_images import UNREADABLE, changed_images, missing_images, state_of
+from pipeline.data.annotations import BadRecord
+from pipeline.data.pack_images import (
+    PackedImages,
+    changed_images,
+    packed_images_text,
+    read_packed_images,
+    state_of,
+)
 from pipeline.data.shard_writer import NAME, PART, Shard, write_whole
-from pipeline.errors import BadSample, PackError
+from pipeline.errors import PackError
 
 FINISHED = "pack.json"
 UNFINISHED = "pack.unfinished.json"
@@ -33,20 +38,27 @@ class PackSummary:
     rejects_by_reason: dict[str, int]
 
 
-@dataclass(frozen=True)
-class FinishedPack:
-    """A finished pack of the input that is asked for.
+@dataclass
+class Pack:
+    """What a folder of shards holds: the shards, the rejected entries, and the images in the shards."""
 
-    Only the first `images_size` bytes of the record of images are valid; None, in old packs, means all.
-    """
+    shards: list[Shard] = field(default_factory=list)
+    rejects: list[BadRecord] = field(default_factory=list)
+    images: PackedImages = field(default_factory=dict)
 
-    summary: PackSummary
-    shards: list[Shard]
-    rejects: list[BadRecord]
-    images_size: int | None
+    @property
+    def summary(self) -> PackSummary:
+        num_packed = sum(shard.num_samples for shard in self.shards)
+        return PackSummary(
+            seen=num_packed + len(self.rejects),
+            packed=num_packed,
+            rejected=len(self.rejects),
+            shards=tuple(shard.name for shard in self.shards),
+            rejects_by_reason=dict(Counter(bad.kind for bad in self.rejects).most_common()),
+        )
 
 
-def finished_pack(output: Path, asked: Mapping[str, Any]) -> FinishedPack | None:
+def finished_pack(output: Path, asked: Mapping[str, Any]) -> Pack | None:
     """Return the finished pack of the input `asked`, or None if there is no finished pack.
 
     Raises `PackError` if the pack is of other input, a shard is missing, or a packed image has changed since.
@@ -56,67 +68,43 @@ def finished_pack(output: Path, asked: Mapping[str, Any]) -> FinishedPack | None
         return None
     try:
         found = json.loads(file.read_bytes())
-        shards = [Shard(**shard) for shard in found["shards"]]
-        summary = PackSummary(**{**found["summary"], "shards": tuple(shard.name for shard in shards)})
-        rejects = [_bad_record(**row) for row in found.get("rejects", [])]
-        packed, images_size = dict(found["input"]), found.get("images_size")
-        old_folder = str(packed.pop("image_folder"))
-    except (ValueError, KeyError, TypeError) as error:
+        packed = dict(found["input"])
+        pack = Pack(
+            shards=[Shard(**shard) for shard in found["shards"]],
+            rejects=[BadRecord(**row) for row in found["rejects"]],
+            images=read_packed_images(output / IMAGES, found["images_size"]),
+        )
+        old_folder = Path(packed["image_folder"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise PackError(f"{file} cannot be read ({error}); {OR_ANOTHER}") from error
     for name, value in asked.items():
         if name != "image_folder" and packed.get(name) != value:
             raise PackError(
                 f"{output} holds a pack of other input: {name} was {packed.get(name)}, now {value}; {OR_ANOTHER}"
             )
-    _check_shards(output, shards)
-    _check_images(output / IMAGES, Path(old_folder), Path(asked["image_folder"]), images_size)
-    return FinishedPack(summary, shards, rejects, images_size)
-
-
-def _bad_record(*, kind: str, detail: str, **fields: Any) -> BadRecord:
-    return BadRecord(error=BadSample(kind, detail), **fields)
-
-
-def _check_shards(output: Path, shards: Iterable[Shard]) -> None:
-    for shard in shards:
+    for shard in pack.shards:
         path = output / shard.name
         if not path.is_file() or path.stat().st_size != shard.size_bytes:
             raise PackError(
                 f"{path} is missing or not {shard.size_bytes} bytes, as {FINISHED} says; "
                 f"restore it, or pack everything again with --again."
             )
+    _check_images(output, pack.images, old_folder, Path(asked["image_folder"]))
+    return pack
 
 
-def _check_images(record: Path, old_folder: Path, folder: Path, size: int | None) -> None:
-    if old_folder.resolve() != folder:
-        missing = missing_images(record, folder, size=size)
-        if missing or not record.is_file():
-            where = f"where {len(missing)} of its images are missing, first {missing[0]}" if missing else ""
-            raise PackError(
-                f"{record.parent} holds a pack of other input: image_folder was {old_folder}, now {folder}, "
-                f"{where or 'and the pack has no record of its images to compare'}; {OR_ANOTHER}"
-            )
-    if changed := changed_images(record, folder, size=size):
+def _check_images(output: Path, images: PackedImages, old_folder: Path, folder: Path) -> None:
+    is_moved = old_folder.resolve() != folder
+    if is_moved and (missing := [image for image in images if state_of(image, folder) is None]):
         raise PackError(
-            f"{len(changed)} image(s) changed after they were packed, first {changed[0]}; {record.parent} holds "
+            f"{output} holds a pack of other input: image_folder was {old_folder}, now {folder}, "
+            f"where {len(missing)} of its images are missing, first {missing[0]}; {OR_ANOTHER}"
+        )
+    if changed := changed_images(images, folder):
+        raise PackError(
+            f"{len(changed)} image(s) changed after they were packed, first {changed[0]}; {output} holds "
             "the old ones, and nothing was done: restore them, or pack everything again with --again."
         )
-
-
-def begin_pack(output: Path, asked: Mapping[str, Any]) -> None:
-    """Make an empty place for shards: remove what an earlier pack left, and raise `PackError` for other shards."""
-    if output.exists() and not output.is_dir():
-        raise PackError(f"{output} is a file; name a folder for the shards.")
-    output.mkdir(parents=True, exist_ok=True)
-    left = shards_in(output)
-    if left and not was_interrupted(output) and not (output / FINISHED).is_file():
-        raise PackError(
-            f"{output} already holds {left[0].name}, which is of no pack known here; name an empty folder."
-        )
-    write_whole(output / UNFINISHED, json.dumps(asked, indent=1) + "\n")
-    (output / FINISHED).unlink(missing_ok=True)
-    for path in left:
-        path.unlink()
 
 
 def was_interrupted(output: Path) -> bool:
@@ -124,103 +112,58 @@ def was_interrupted(output: Path) -> bool:
     return (output / UNFINISHED).is_file()
 
 
-def continue_pack(output: Path, asked: Mapping[str, Any], pack: FinishedPack) -> None:
-    """Prepare to add shards to a finished pack: remove what an interrupted run added."""
-    if was_interrupted(output):
-        images = output / IMAGES
-        if pack.images_size is not None and images.is_file() and images.stat().st_size > pack.images_size:
-            os.truncate(images, pack.images_size)
-        for path in set(shards_in(output)) - {output / shard.name for shard in pack.shards}:
-            path.unlink()
+def begin_pack(output: Path, asked: Mapping[str, Any], *, keep: Sequence[Shard]) -> None:
+    """Prepare a folder for new shards: remove what an interrupted run left beside the shards to keep.
+
+    Raises `PackError` if the output is a file, or for shards that no run of this command left.
+    """
+    if output.exists() and not output.is_dir():
+        raise PackError(f"{output} is a file; name a folder for the shards.")
+    output.mkdir(parents=True, exist_ok=True)
+    left = sorted(set(shards_in(output)) - {output / shard.name for shard in keep})
+    if left and not was_interrupted(output):
+        raise PackError(
+            f"{output} already holds {left[0].name}, which is of no pack known here; name an empty folder."
+        )
     write_whole(output / UNFINISHED, json.dumps(asked, indent=1) + "\n")
+    for path in left:
+        path.unlink()
 
 
-def finish_pack(
-    output: Path, asked: Mapping[str, Any], *, shards: list[Shard], rejects: Rejects
-) -> PackSummary:
-    """Write the rejects, then `pack.json`, with which the pack is finished."""
-    num_packed = sum(shard.num_samples for shard in shards)
-    found = rejects.in_order()
-    summary = PackSummary(
-        seen=num_packed + len(found),
-        packed=num_packed,
-        rejected=len(found),
-        shards=tuple(shard.name for shard in shards),
-        rejects_by_reason=dict(Counter(bad.error.kind for bad in found).most_common()),
-    )
+def finish_pack(output: Path, asked: Mapping[str, Any], pack: Pack) -> PackSummary:
+    """Write the lists of rejects and of images, then `pack.json`, with which the pack is finished."""
+    pack.rejects.sort(key=lambda bad: bad.line)
+    write_rejects(output, pack.rejects)
+    write_whole(output / IMAGES, packed_images_text(pack.images))
     described = {
         "input": asked,
-        "shards": [asdict(shard) for shard in shards],
-        "summary": asdict(summary),
-        "rejects": [
-            {"id": b.id, "line": b.line, "kind": b.error.kind, "detail": b.error.detail, "images": b.images}
-            for b in found
-        ],
+        "shards": [asdict(shard) for shard in pack.shards],
+        "summary": asdict(pack.summary),
+        "rejects": [asdict(bad) for bad in pack.rejects],
         "images_size": (output / IMAGES).stat().st_size,
     }
-    rejects.write()
     write_whole(output / FINISHED, json.dumps(described, indent=1) + "\n")
     (output / UNFINISHED).unlink()
-    return summary
+    return pack.summary
 
 
 def shards_in(output: Path) -> list[Path]:
-    """Return the shards in a folder, finished and unfinished, by their names."""
+    """Return the shards in a folder, finished and unfinished."""
     return [path for path in output.iterdir() if NAME.fullmatch(path.name.removesuffix(PART))]
 
 
-class Rejects:
-    """The bad records of a pack. With `fail`, a bad record is listed in `path` and raises `PackError`."""
+def write_rejects(output: Path, rejects: Iterable[BadRecord]) -> None:
+    """List the rejected entries in `rejects.jsonl`."""
+    rows = ({"id": bad.id, "line": bad.line, "reason": bad.reason} for bad in rejects)
+    write_whole(output / REJECTS, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def __init__(self, path: Path, *, fail: bool, image_folder: Path) -> None:
-        self.path = path
-        self.fail = fail
-        self.image_folder = image_folder
-        self.found: list[BadRecord] = []
 
-    def sift(self, entries: Iterable[Record | BadRecord]) -> list[Record]:
-        """Keep the bad records and return the good ones; with `fail`, list all bad ones before raising."""
-        records: list[Record] = []
-        for entry in entries:
-            if isinstance(entry, Record):
-                records.append(entry)
-            else:
-                self.found.append(entry)
-        self._raise_if_asked()
-        return records
-
-    def retry(
-        self, rejects: Iterable[BadRecord], entries: Iterable[Record | BadRecord], lines: set[int]
-    ) -> list[Record]:
-        """Return the good records in these lines of a finished pack; keep its other rejects."""
-        records = [entry for entry in entries if isinstance(entry, Record) and entry.line in lines]
-        tried = {record.line for record in records}
-        self.found = [bad for bad in rejects if bad.line not in tried]
-        return records
-
-    def add(self, record: Record, images: Mapping[str, BadSample]) -> None:
-        """Add a record of which these images cannot be packed; the first one is its reason."""
-        # Size and time do not show who may read a file: without a state, an unreadable one is tried on every run.
-        states = {
-            image: None if error.kind == UNREADABLE else state_of(image, self.image_folder)
-            for image, error in images.items()
-        }
-        self.found.append(BadRecord(record.line, record.id, next(iter(images.values())), states))
-        self._raise_if_asked()
-
-    def in_order(self) -> list[BadRecord]:
-        """Return the bad records by their lines in the annotations."""
-        return sorted(self.found, key=lambda bad: bad.line)
-
-    def write(self) -> None:
-        rows = ({"id": bad.id, "line": bad.line, "reason": bad.error.reason} for bad in self.in_order())
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-
-    def _raise_if_asked(self) -> None:
-        if self.fail and self.found:
-            self.write()
-            first = self.found[0]
-            raise PackError(
-                f"{len(self.found)} bad sample(s), first entry {first.line} (id {first.id}): "
-                f"{first.error.reason}; correct what {self.path} lists, or set on_bad_sample to reject."
-            )
+def refuse_rejects(output: Path, rejects: Sequence[BadRecord]) -> None:
+    """List the rejected entries, if any, and raise `PackError`."""
+    if rejects:
+        write_rejects(output, rejects)
+        first = rejects[0]
+        raise PackError(
+            f"{len(rejects)} bad sample(s), first entry {first.line} (id {first.id}): {first.reason}; "
+            f"correct what {output / REJECTS} lists, or set on_bad_sample to reject."
+        )

@@ -1,12 +1,10 @@
-"""The image files of a pack: reading them, and a record of each, to find later which have changed."""
+"""The image files of a pack: reading them, and finding those that changed after they were packed."""
 
 from __future__ import annotations
 
 import errno
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,7 @@ UNREADABLE = "unreadable image file"
 ERRORS_OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.ENOENT}
 
 State = list[int] | None  # bytes, and nanoseconds of the last change; None for a file that is not there
+PackedImages = dict[str, tuple[State, str]]  # path -> state and blake3 of the bytes
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,24 @@ class ImageFile:
     ending: str
     data: bytes
     state: State
+    digest: str
 
 
-def read_image_file(image: str, folder: Path, *, max_pixels: int) -> ImageFile:
-    """Read and decode an image file; raises `BadSample` if it cannot be packed."""
+def read_images(
+    images: Iterable[str], folder: Path, max_pixels: int
+) -> tuple[dict[str, ImageFile], dict[str, BadSample]]:
+    """Read each image once; return the good ones, and why the others cannot be packed."""
+    good: dict[str, ImageFile] = {}
+    bad: dict[str, BadSample] = {}
+    for image in dict.fromkeys(images):
+        try:
+            good[image] = _read_image(image, folder, max_pixels)
+        except BadSample as error:
+            bad[image] = error
+    return good, bad
+
+
+def _read_image(image: str, folder: Path, max_pixels: int) -> ImageFile:
     try:
         path = as_stored(folder / image)
         if not path.is_file():
@@ -55,7 +68,7 @@ def read_image_file(image: str, folder: Path, *, max_pixels: int) -> ImageFile:
     ending = path.suffix.lower().removeprefix(".")
     if FORMATS.get(ending) != kind:
         ending = next(name for name, known in FORMATS.items() if known == kind)
-    return ImageFile(ending, data, state)
+    return ImageFile(ending, data, state, blake3(data).hexdigest())
 
 
 def state_of(image: str, folder: Path) -> State:
@@ -67,58 +80,30 @@ def state_of(image: str, folder: Path) -> State:
     return [found.st_size, found.st_mtime_ns]
 
 
-@contextmanager
-def recording(path: Path, *, append: bool) -> Iterator[Callable[[str, ImageFile], object]]:
-    """Yield a function that records a packed image: its path, state and blake3, about 130 bytes.
-
-    The record is forced to the disk at the end, before `pack.json`, which states how much of it is valid.
-    """
-    with open(path, "a" if append else "w", encoding="utf-8") as file:
-        file.write("\n" if append else "")  # ends a line that a crash cut off
-        yield lambda image, found: file.write(
-            json.dumps([image, found.state, blake3(found.data).hexdigest()]) + "\n"
-        )
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def missing_images(record: Path, folder: Path, *, size: int | None) -> list[str]:
-    """Return the packed images that are not below a folder."""
-    images = {image for image, _, _ in _lines(record, size)}
-    return [image for image in images if state_of(image, folder) is None]
-
-
-def changed_images(record: Path, folder: Path, *, size: int | None) -> list[str]:
+def changed_images(images: PackedImages, folder: Path) -> list[str]:
     """Return the packed images whose bytes have changed; a removed image is not one, since the shards hold it.
 
-    Reads only files whose size or time differs: a copied folder has new times and the same bytes.
+    Reads only files whose time differs: a copied folder has new times and the same bytes.
     """
-    other: dict[str, tuple[State, str]] = {}
-    for image, state, digest in _lines(record, size):  # the last line of an image counts
-        other.pop(image, None)
-        if state_of(image, folder) not in (None, state):
-            other[image] = state, digest
-    return [image for image, (state, digest) in other.items() if not _is_same(image, folder, state, digest)]
+    return [image for image, (state, digest) in images.items() if _is_changed(image, folder, state, digest)]
 
 
-def _is_same(image: str, folder: Path, state: State, digest: str) -> bool:
+def _is_changed(image: str, folder: Path, state: State, digest: str) -> bool:
     now = state_of(image, folder)
-    if now is None or state is None or now[0] != state[0]:
-        return now is None
-    return blake3(as_stored(folder / image).read_bytes()).hexdigest() == digest
+    if now is None or now == state:
+        return False
+    if state is None or now[0] != state[0]:
+        return True
+    return blake3(as_stored(folder / image).read_bytes()).hexdigest() != digest
 
 
-def _lines(record: Path, size: int | None) -> Iterator[tuple[str, State, str]]:
-    """Yield the lines in the first `size` bytes (all for None): an interrupted run wrote what follows.
+def read_packed_images(file: Path, size: int) -> PackedImages:
+    """Return what the first `size` bytes of a record of images hold: an interrupted run wrote what follows."""
+    with open(file, "rb") as opened:
+        rows = map(json.loads, opened.read(size).splitlines())
+        return {image: (state, digest) for image, state, digest in rows}
 
-    Skips a line that a crash cut off. Yields nothing for a missing record: early versions wrote none.
-    """
-    if not record.is_file():
-        return
-    with open(record, "rb") as file:
-        for line in file:
-            if size is not None and file.tell() > size:
-                return
-            with suppress(ValueError, TypeError):
-                image, state, digest = json.loads(line)
-                yield image, state, digest
+
+def packed_images_text(images: PackedImages) -> str:
+    """Return a record of images: a line of JSON with path, state and blake3 for each."""
+    return "".join(json.dumps([image, *about]) + "\n" for image, about in images.items())

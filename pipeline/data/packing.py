@@ -8,32 +8,28 @@ from __future__ import annotations
 
 import json
 import urllib.parse
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from blake3 import blake3
 
-from pipeline.data.annotations import Record, read_annotations
+from pipeline.data.annotations import BadRecord, Record, read_annotations
 from pipeline.data.decoding import MAX_IMAGE_PIXELS
 from pipeline.data.file_names import expand_home
 from pipeline.data.pack_again import replacing, settle
 from pipeline.data.pack_folder import (
-    IMAGES,
-    REJECTS,
-    FinishedPack,
+    Pack,
     PackSummary,
-    Rejects,
     begin_pack,
-    continue_pack,
     finish_pack,
     finished_pack,
+    refuse_rejects,
     was_interrupted,
 )
-from pipeline.data.pack_images import ImageFile, read_image_file, recording, state_of
+from pipeline.data.pack_images import UNREADABLE, ImageFile, read_images, state_of
 from pipeline.data.shard_writer import ShardWriter
-from pipeline.errors import BadSample, PackError
+from pipeline.errors import PackError
 
 
 def pack(
@@ -53,58 +49,104 @@ def pack(
 
     A finished pack of the same input stays; rejected entries whose images were repaired are added in new shards. An
     unfinished pack is started anew. `again` packs everything again and replaces the finished pack, even one of other
-    input; if it would hold fewer samples, only with `allow_fewer`. `progress` gets the number of entries done and
-    their total. Raises `PackError` for input that cannot be packed and, with "fail", after listing bad entries.
+    input; if it would hold fewer samples, only with `allow_fewer`. `progress` gets how many of the entries to pack
+    are done, and how many there are. Raises `PackError` for input that cannot be packed and, with "fail", after
+    listing bad entries.
     """
     annotations, output, image_folder = map(expand_home, (annotations, output, image_folder))
-    asked = _asked(
-        annotations,
-        image_folder,
-        samples_per_shard=samples_per_shard,
-        policy=on_bad_sample,
-        max_pixels=max_pixels,
-    )
+    asked = _asked(annotations, image_folder, samples_per_shard, on_bad_sample, max_pixels)
     if settle(output):
         say(f"{output}: the pack that an interrupted --again had finished is in place now")
     with replacing(output, again=again, allow_fewer=allow_fewer) as place:
-        rejects = Rejects(place / REJECTS, fail=on_bad_sample == "fail", image_folder=image_folder)
-        entries = read_annotations(annotations, image_folder)
-        finished = None if again else finished_pack(output, asked)
-        if finished is None:
-            begin_pack(place, asked)
-            records, shards = rejects.sift(entries), []
-            num_done = len(rejects.found)
-        else:
-            lines = _repaired_lines(finished, image_folder)
-            if not lines and not was_interrupted(output):
-                nothing = "nothing was done; --again packs everything again"
-                say(f"{output} holds a finished pack of this input: {nothing}")
-                return finished.summary
+        found = None if again else finished_pack(output, asked)
+        lines = _repaired_lines(found.rejects, image_folder) if found else set()
+        if found and not lines and not was_interrupted(output):
+            nothing = "nothing was done; --again packs everything again"
+            say(f"{output} holds a finished pack of this input: {nothing}")
+            return found.summary
+        if found:
             noun, verb = ("entry", "is") if len(lines) == 1 else ("entries", "are")
-            say(
-                f"{len(lines)} rejected {noun} whose images changed {verb} tried again; "
-                "what is packed stays as it is"
-            )
-            continue_pack(output, asked, finished)
-            records, shards, num_done = rejects.retry(finished.rejects, entries, lines), finished.shards, 0
-        writer = ShardWriter(place, samples_per_shard=samples_per_shard, shards=shards)
-        read_image = partial(read_image_file, folder=image_folder, max_pixels=max_pixels)
-        total = num_done + len(records)
-        with recording(place / IMAGES, append=bool(shards)) as record_image:
-            for group in _group_by_image(records):
-                writer.write(_samples(group, read_image, record_image, rejects))
-                num_done += len(group)
-                progress(num_done, total)
-        return finish_pack(place, asked, shards=writer.finish(), rejects=rejects)
+            retried = f"{len(lines)} rejected {noun} whose images changed {verb} tried again"
+            say(f"{retried}; what is packed stays as it is")
+        contents = found or Pack()
+        begin_pack(place, asked, keep=contents.shards)
+        entries = list(read_annotations(annotations, image_folder))
+        records = [e for e in entries if isinstance(e, Record) and (not found or e.line in lines)]
+        tried = {record.line for record in records}
+        rejects = found.rejects if found else [e for e in entries if isinstance(e, BadRecord)]
+        contents.rejects = [bad for bad in rejects if bad.line not in tried]
+        _fill(place, contents, records, image_folder, asked, progress)
+        return finish_pack(place, asked, contents)
 
 
-def _repaired_lines(pack: FinishedPack, image_folder: Path) -> set[int]:
+def _repaired_lines(rejects: Iterable[BadRecord], image_folder: Path) -> set[int]:
     """Return the lines of the rejected entries with an image that is there now and has changed."""
     return {
         bad.line
-        for bad in pack.rejects
+        for bad in rejects
         if any(state_of(image, image_folder) not in (None, state) for image, state in bad.images.items())
     }
+
+
+def _fill(
+    place: Path,
+    contents: Pack,
+    records: list[Record],
+    image_folder: Path,
+    asked: Mapping[str, Any],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write records into new shards; add the shards, the images and the bad records to `contents`."""
+    writer = ShardWriter(place, samples_per_shard=asked["samples_per_shard"], shards=contents.shards)
+    fail = asked["on_bad_sample"] == "fail"
+    if fail:
+        refuse_rejects(place, contents.rejects)
+    num_done = 0
+    for group in _group_by_image(records):
+        writer.write(_samples(group, contents, image_folder, max_pixels=asked["max_pixels"]))
+        if fail:
+            refuse_rejects(place, contents.rejects)
+        num_done += len(group)
+        progress(num_done, len(records))
+    writer.finish()
+
+
+def _group_by_image(records: list[Record]) -> list[list[Record]]:
+    """Return the records of each first image, by first appearance; a text-only record is a group of its own."""
+    groups: dict[str | int, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.images[0] if record.images else record.line, []).append(record)
+    return list(groups.values())
+
+
+def _samples(
+    group: list[Record], contents: Pack, image_folder: Path, *, max_pixels: int
+) -> list[tuple[str, dict[str, bytes]]]:
+    """Return key and members of each good record; reads an image once a group."""
+    images, errors = read_images((i for record in group for i in record.images), image_folder, max_pixels)
+    samples = []
+    for record in group:
+        if bad := {image: errors[image] for image in record.images if image in errors}:
+            # Size and time do not show who may read a file: without a state, it is tried on every run.
+            states = {
+                image: None if error.kind == UNREADABLE else state_of(image, image_folder)
+                for image, error in bad.items()
+            }
+            first = next(iter(bad.values()))
+            contents.rejects.append(BadRecord(record.id, record.line, first.kind, first.detail, states))
+            continue
+        files = {image: images[image] for image in record.images}
+        contents.images |= {image: (file.state, file.digest) for image, file in files.items()}
+        members = _members(record, [images[image] for image in record.images])
+        samples.append((key_of_id(record.id, record.repeat), members))
+    return samples
+
+
+def _members(record: Record, images: list[ImageFile]) -> dict[str, bytes]:
+    """Return ending -> bytes: "json", then "jpg" for one image, or "0.jpg", "1.png", ... for several."""
+    number = "" if len(images) == 1 else "{}."
+    named = {f"{number.format(n)}{image.ending}": image.data for n, image in enumerate(images)}
+    return {"json": json.dumps(record.fields).encode(), **named}
 
 
 def key_of_id(identity: str, repeat: int = 1) -> str:
@@ -121,50 +163,8 @@ def id_of_key(key: str) -> str:
     return urllib.parse.unquote(key.partition("+")[0])
 
 
-def _group_by_image(records: list[Record]) -> list[list[Record]]:
-    """Return the records of each first image, by first appearance; a text-only record is a group of its own."""
-    groups: dict[str | int, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record.images[0] if record.images else record.line, []).append(record)
-    return list(groups.values())
-
-
-def _samples(
-    group: list[Record],
-    read_image: Callable[[str], ImageFile],
-    record_image: Callable[[str, ImageFile], object],
-    rejects: Rejects,
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield key and members of each good record, then record the images; reads an image once a group."""
-    good: dict[str, ImageFile] = {}
-    bad: dict[str, BadSample] = {}
-    used: set[str] = set()
-    for record in group:
-        for image in record.images:
-            if image in good or image in bad:
-                continue
-            try:
-                good[image] = read_image(image)
-            except BadSample as error:
-                bad[image] = error
-        if reasons := {image: bad[image] for image in record.images if image in bad}:
-            rejects.add(record, reasons)
-            continue
-        used.update(record.images)
-        yield key_of_id(record.id, record.repeat), _members(record, [good[image] for image in record.images])
-    for image in sorted(used):
-        record_image(image, good[image])
-
-
-def _members(record: Record, images: list[ImageFile]) -> dict[str, bytes]:
-    """Return ending -> bytes: "json", then "jpg" for one image, or "0.jpg", "1.png", ... for several."""
-    number = "" if len(images) == 1 else "{}."
-    named = {f"{number.format(n)}{image.ending}": image.data for n, image in enumerate(images)}
-    return {"json": json.dumps(record.fields).encode(), **named}
-
-
 def _asked(
-    annotations: Path, image_folder: Path, *, samples_per_shard: int, policy: str, max_pixels: int
+    annotations: Path, image_folder: Path, samples_per_shard: int, policy: str, max_pixels: int
 ) -> dict[str, Any]:
     """Return what identifies a pack's input; raises `PackError` for what cannot be packed."""
     if not annotations.is_file():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -31,35 +30,6 @@ LEAST_WIDTH, MOST_HEIGHT_PER_WIDTH, MOST_GROWTH = 8.7, 1.2, 0.4
 GREY, KEY_SIZE = "#555555", 10
 SMALLEST_SCALE = 1e-4  # smaller shares and differences are rounding errors, and stay white
 MOST_LINES_OF_TURN, MOST_CHARACTERS_OF_NAME = 4, 10
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The sizes of a grid of cells with `num_panels` panels each, `per_row` cells side by side; in inches."""
-
-    panel: float
-    num_panels: int
-    per_row: int
-
-    @property
-    def cell_width(self) -> float:
-        return self.num_panels * (self.panel + GAP) - GAP
-
-    @property
-    def row_height(self) -> float:
-        return NAME + self.panel + CELL_GAP / 2
-
-    @property
-    def width(self) -> float:
-        return self.per_row * (self.cell_width + CELL_GAP) - CELL_GAP
-
-    def height(self, num_cells: int) -> float:
-        return ceil(num_cells / self.per_row) * self.row_height
-
-    def is_narrow(self, num_cells: int) -> bool:
-        """Return whether another cell fits into the row, or the page should be wider for its height."""
-        another = self.width + CELL_GAP + self.cell_width
-        return another <= LEAST_WIDTH or self.height(num_cells) > MOST_HEIGHT_PER_WIDTH * self.width
 
 
 def draw_attention(
@@ -91,8 +61,11 @@ class AttentionFigure:
 
     def __init__(self, inspection: Inspection, drawing: Drawing):
         self.inspection, self.drawing = inspection, drawing
-        self.layout = _layout(drawing)
-        self.width = max(LEAST_WIDTH, self.layout.width)
+        num_panels = len(drawing.headings)
+        self.panel, self.per_row = arrange(max(map(len, drawing.images)), num_panels)
+        self.cell_width = num_panels * (self.panel + GAP) - GAP + CELL_GAP
+        self.row_height = NAME + self.panel + CELL_GAP / 2
+        self.width = max(LEAST_WIDTH, self.per_row * self.cell_width - CELL_GAP)
         self.share = Normalize(0, max(drawing.largest_share, SMALLEST_SCALE))
         largest = max(drawing.largest_difference, SMALLEST_SCALE)
         self.difference = Normalize(-largest, largest)
@@ -100,7 +73,7 @@ class AttentionFigure:
 
     def draw(self) -> Figure:
         heads = [self._head_height(image) for image in range(len(self.drawing.images))]
-        grids = [self.layout.height(len(cells)) for cells in self.drawing.images]
+        grids = [ceil(len(cells) / self.per_row) * self.row_height for cells in self.drawing.images]
         self.sheet = Sheet(self.width + 2 * MARGIN, sum(heads) + sum(grids) + (1 + len(heads)) * MARGIN)
         top = MARGIN
         for image, (head, grid) in enumerate(zip(heads, grids, strict=True)):
@@ -139,17 +112,15 @@ class AttentionFigure:
             left += width + 2 * CELL_GAP
 
     def _draw_cells(self, image: int, top: float) -> None:
-        layout = self.layout
         for number, cell in enumerate(self.drawing.images[image]):
-            row, column = divmod(number, layout.per_row)
-            left = MARGIN + column * (layout.cell_width + CELL_GAP)
+            row, column = divmod(number, self.per_row)
+            left = MARGIN + column * self.cell_width
             if self.drawing.has_students and row == 0:
                 for panel, heading in enumerate(self.drawing.headings):
-                    self.sheet.write(left + panel * (layout.panel + GAP), top - NAME, heading, color=GREY)
-            self._draw_cell(cell, image, left, top + row * layout.row_height)
+                    self.sheet.write(left + panel * (self.panel + GAP), top - NAME, heading, color=GREY)
+            self._draw_cell(cell, image, left, top + row * self.row_height)
 
     def _draw_cell(self, cell: Cell, image: int, left: float, top: float) -> None:
-        panel = self.layout.panel
         name, weight = cell.name, "bold" if cell.is_trained else "normal"
         if len(name) > MOST_CHARACTERS_OF_NAME:
             name = f"{name[: MOST_CHARACTERS_OF_NAME - 1]}…"
@@ -159,11 +130,13 @@ class AttentionFigure:
             change = f"{100 * cell.difference.sum():+.0f} pt".replace("-", "−")
             heats.append((cell.difference, DIFFERENCES, self.difference, change))
         for heat, colours, scale, number in heats:
-            self.sheet.write(left + panel, top + NAME - 0.03, number, va="bottom", ha="right", color=GREY)
-            place, picture = Square(left, top + NAME, panel), self.inspection.images[image]
+            self.sheet.write(
+                left + self.panel, top + NAME - 0.03, number, va="bottom", ha="right", color=GREY
+            )
+            place, picture = Square(left, top + NAME, self.panel), self.inspection.images[image]
             draw_heat(self.sheet.axes, picture, heat, place, colours=colours, scale=scale)
             self._outline(image, place)
-            left += panel + GAP
+            left += self.panel + GAP
 
     def _outline(self, image: int, place: Square) -> None:
         outline(self.sheet.axes, self.inspection.focus[image].tolist(), place, grid=self.inspection.grid)
@@ -189,15 +162,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
 
 
-def _layout(drawing: Drawing) -> Layout:
-    """Return a layout with as many cells in a row as fit, or more if the page would be much higher than wide."""
-    num_cells = max(map(len, drawing.images))
-    panel, num_panels = (SMALL_PANEL, len(drawing.headings)) if drawing.has_students else (PANEL, 1)
-    layouts = (Layout(panel, num_panels, per_row) for per_row in range(1, num_cells))
-    fitting = next((layout.per_row for layout in layouts if not layout.is_narrow(num_cells)), num_cells)
-    layout = Layout(panel, num_panels, per_row=ceil(num_cells / ceil(num_cells / fitting)))
-    spare = max(0.0, LEAST_WIDTH - layout.width) / (layout.per_row * num_panels)
-    return replace(layout, panel=panel + min(spare, MOST_GROWTH))
+def arrange(num_cells: int, num_panels: int) -> tuple[float, int]:
+    """Return the side of a panel in inches, and the number of cells in a row.
+
+    A row has as many cells as fit, or more if the page would be much higher than wide. Panels grow into spare width.
+    """
+    panel = PANEL if num_panels == 1 else SMALL_PANEL
+    width, height = num_panels * (panel + GAP) - GAP + CELL_GAP, NAME + panel + CELL_GAP / 2
+    fitting = int((LEAST_WIDTH + CELL_GAP) / width)
+    not_too_high = ceil(sqrt(num_cells * height / (MOST_HEIGHT_PER_WIDTH * width)))
+    num_rows = ceil(num_cells / max(1, fitting, not_too_high))
+    per_row = ceil(num_cells / num_rows)
+    spare = max(0.0, LEAST_WIDTH + CELL_GAP - per_row * width) / (per_row * num_panels)
+    return panel + min(spare, MOST_GROWTH), per_row
 
 
 def _check(inspection: Inspection, output: Path, max_tokens: int) -> None:

@@ -46,18 +46,14 @@ def draw_heat(
 
 def outline(axes: Axes, cells: Collection[int], place: Square, *, grid: int) -> None:
     """Draw one line around the cells, which are numbered row by row."""
-    corner = np.array([place.left, place.top])
-    edges = corner + place.side / grid * np.array(border(cells, grid=grid)).reshape(-1, 2, 2)
-    for colour, width in (("white", 3.0), ("black", 1.2)):
-        lines = LineCollection(list(edges), colors=colour, linewidths=width, capstyle="projecting")
-        axes.add_collection(lines, autolim=False)
-
-
-def border(cells: Collection[int], *, grid: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return the edges ((x, y), (x, y)) between the chosen cells and all others, the outside included."""
     is_chosen = np.zeros((grid, grid), dtype=bool)
     is_chosen.flat[list(cells)] = True
     padded = np.pad(is_chosen, 1)
-    upright = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1]).tolist()
-    level = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1]).tolist()
-    return [((x, y), (x, y + 1)) for y, x in upright] + [((x, y), (x + 1, y)) for y, x in level]
+    upright = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])
+    level = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])
+    # Edges (x, y) to (x, y) between the chosen cells and all others, the outside included.
+    border = [((x, y), (x, y + 1)) for y, x in upright] + [((x, y), (x + 1, y)) for y, x in level]
+    edges = (place.left, place.top) + place.side / grid * np.reshape(border, (-1, 2, 2))
+    for colour, width in (("white", 3.0), ("black", 1.2)):
+        lines = LineCollection(list(edges), colors=colour, linewidths=width, capstyle="projecting")
+        axes.add_collection(lines, autolim=False)

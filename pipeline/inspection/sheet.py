@@ -63,7 +63,10 @@ def wrap(text: str, width: float, *, size: float = FONT_SIZE, max_lines: int | N
 
 def text_width(text: str, *, size: float = FONT_SIZE) -> float:
     """Return the width of a line in the regular weight, in inches."""
-    return sum(_advance(character) for character in text) * size / 72
+    font = get_font(findfont(FONT))
+    font.set_size(1000, 72)  # large, so that hinting rounds little
+    font.set_text(text)
+    return font.get_width_height()[0] / 64 / 1000 * size / 72
 
 
 def drawable(text: str) -> str:
@@ -75,11 +78,3 @@ def drawable(text: str) -> str:
 @cache
 def _characters() -> frozenset[int]:
     return frozenset(get_font(findfont(FONT)).get_charmap())
-
-
-@cache
-def _advance(character: str) -> float:
-    """Return a character's width in units of the font's size."""
-    font = get_font(findfont(FONT))
-    font.set_size(1000, 72)
-    return font.load_char(ord(character)).linearHoriAdvance / 65536 / 1000

@@ -18,7 +18,7 @@ from pipeline.data.shards import parse_record
 from pipeline.errors import BadSample, PackError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-Entries = Iterator[tuple[int, Any]]
+LINES = (".jsonl", ".ndjson")  # endings of files with an entry a line; every other file is one JSON list
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Record:
     """A good entry.
 
     `line` counts the lines of JSONL or the entries of a JSON list, from 1. `id` is the entry's own, else made of file
-    name and line; `repeat` counts the entries with this id, from 1. `fields` is the entry unchanged. `images` are its
+    name and line; `repeat` counts the entries with this id, from 1. `json` is the entry unchanged. `images` are its
     image paths, relative to the image folder.
     """
 
     line: int
     id: str
     repeat: int
-    fields: dict[str, Any]
+    json: bytes
     images: tuple[str, ...]
 
 
@@ -61,34 +61,30 @@ def read_annotations(path: Path, image_folder: Path) -> Iterator[Record | BadRec
     Opens no image file. Raises `PackError` if the file as a whole cannot be read.
     """
     repeats: Counter[str] = Counter()
-    for line, entry in READERS.get(path.suffix.lower(), _read_list)(path):
+    read = _read_lines if path.suffix.lower() in LINES else _read_list
+    for line, entry in read(path):
         identity = None
         try:
-            fields = _object(entry)
+            fields = parse_record(entry) if isinstance(entry, bytes) else entry
+            if not isinstance(fields, dict):
+                raise BadSample("JSON is no object", type(fields).__name__)
             identity = _id(fields, default=f"{path.stem}-{line}")
             repeats[identity] += 1
             images = _image_paths(fields.get("image"), image_folder)
             check_media(fields, num_images=len(images))
             check_conversations(fields.get("conversations"), num_images=len(images))
+            yield Record(line, identity, repeats[identity], json.dumps(fields).encode(), images)
         except BadSample as error:
             yield BadRecord(identity, line, error.kind, error.detail)
-        else:
-            yield Record(line, identity, repeats[identity], fields, images)
+        except RecursionError as error:  # JSON can be parsed a little deeper than it can be written
+            yield BadRecord(identity, line, "broken JSON", str(error))
 
 
-# Formats: each reader yields (line, entry), where an entry that cannot be parsed is a `BadSample`.
-
-
-def _read_lines(path: Path) -> Entries:
+def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield every filled line with its number, not parsed yet."""
     _check_is_no_list(path)
     with open(path, "rb") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                yield line, parse_record(text)
-            except BadSample as error:
-                yield line, error
+        yield from ((line, text) for line, text in enumerate(file, start=1) if text.strip())
 
 
 def _check_is_no_list(path: Path) -> None:
@@ -101,7 +97,7 @@ def _check_is_no_list(path: Path) -> None:
         raise PackError(f"{path} holds one JSON list, not an entry a line; name it .json.")
 
 
-def _read_list(path: Path) -> Entries:
+def _read_list(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         entries = json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
@@ -116,20 +112,6 @@ def _read_list(path: Path) -> Entries:
             f"{path} must be a JSON list of entries, found {type(entries).__name__}; wrap it in [ ]."
         )
     yield from enumerate(entries, start=1)
-
-
-READERS = {".jsonl": _read_lines, ".ndjson": _read_lines}  # every other file is read as one JSON list
-
-
-# Fields of an entry
-
-
-def _object(entry: Any) -> dict[str, Any]:
-    if isinstance(entry, BadSample):
-        raise entry
-    if not isinstance(entry, dict):
-        raise BadSample("JSON is no object", type(entry).__name__)
-    return entry
 
 
 def _id(fields: dict[str, Any], *, default: str) -> str:

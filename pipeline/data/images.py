@@ -28,15 +28,13 @@ DIGESTED = (
 AspectRatio = Literal["pad", "square"]
 
 
+@dataclasses.dataclass(frozen=True)
 class ImagePreprocessor:
     """Turns the bytes of an image file into the CLIP tower's input, float32 'C Y X'."""
 
-    def __init__(self, clip: Any, *, aspect_ratio: AspectRatio, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
-        if aspect_ratio not in ("pad", "square"):
-            raise ConfigError(f"aspect_ratio: unknown value {aspect_ratio!r}; known are pad, square.")
-        self.clip = clip
-        self.aspect_ratio = aspect_ratio
-        self.max_pixels = max_pixels
+    clip: Any
+    aspect_ratio: AspectRatio
+    max_pixels: int
 
     @classmethod
     def from_pretrained(
@@ -52,6 +50,8 @@ class ImagePreprocessor:
         The published MobileVLM V2 checkpoints have none. They use that of openai/clip-vit-large-patch14-336, which
         the default of `image_size`, 336, gives.
         """
+        if aspect_ratio not in ("pad", "square"):
+            raise ConfigError(f"aspect_ratio: unknown value {aspect_ratio!r}; known are pad, square.")
         file = Path(path) / "preprocessor_config.json"
         if file.is_file():
             clip = CLIPImageProcessorPil(**_read_settings(file))
@@ -66,7 +66,7 @@ class ImagePreprocessor:
                 f"{file}: crop_size is {found}, but the vision tower reads {image_size}; "
                 "correct the file, or remove it to use CLIP's constants."
             )
-        return cls(clip, aspect_ratio=aspect_ratio, max_pixels=max_pixels)
+        return cls(clip, aspect_ratio, max_pixels)
 
     def __call__(self, data: bytes) -> torch.Tensor:
         """Return float32 'C Y X'; raises `BadSample` as `decode_image` does, and for an image that is too narrow."""

@@ -6,9 +6,9 @@ one shard can hold them. A text-only sample keeps its place. The same input give
 
 from __future__ import annotations
 
-import json
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,13 +102,14 @@ def _fill(
     if fail:
         refuse_rejects(place, contents.rejects)
     num_done = 0
-    for group in _group_by_image(records):
-        writer.write(_samples(group, contents, image_folder, max_pixels=asked["max_pixels"]))
-        if fail:
-            refuse_rejects(place, contents.rejects)
-        num_done += len(group)
-        progress(num_done, len(records))
-    writer.finish()
+    with closing(writer):
+        for group in _group_by_image(records):
+            writer.write(_samples(group, contents, image_folder, max_pixels=asked["max_pixels"]))
+            if fail:
+                refuse_rejects(place, contents.rejects)
+            num_done += len(group)
+            progress(num_done, len(records))
+        writer.finish()
 
 
 def _group_by_image(records: list[Record]) -> list[list[Record]]:
@@ -146,7 +147,7 @@ def _members(record: Record, images: list[ImageFile]) -> dict[str, bytes]:
     """Return ending -> bytes: "json", then "jpg" for one image, or "0.jpg", "1.png", ... for several."""
     number = "" if len(images) == 1 else "{}."
     named = {f"{number.format(n)}{image.ending}": image.data for n, image in enumerate(images)}
-    return {"json": json.dumps(record.fields).encode(), **named}
+    return {"json": record.json, **named}
 
 
 def key_of_id(identity: str, repeat: int = 1) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.config.config import Config, DataConfig
 from pipeline.data.conversation import TokenizedSample, template_digest, tokenize
@@ -93,5 +94,5 @@ def pad_tokens(samples: Sequence[TokenizedSample]) -> dict[str, Tensor]:
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Return rows of different lengths as int64 'B S', padded with `value` on the right."""
-    length = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value)

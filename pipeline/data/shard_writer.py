@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,12 @@ class ShardWriter:
         digest = blake3().update_mmap(path).hexdigest()
         self.shards.append(Shard(path.name, self._num_samples, path.stat().st_size, digest))
         self._open, self._num_samples = None, 0
+
+    def close(self) -> None:
+        """Leave an unfinished shard under its `.part` name."""
+        if self._open is not None:
+            with suppress(OSError):
+                self._open.close()
 
     def _path(self) -> Path:
         return self.folder / f"shard-{len(self.shards):06d}.tar"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from pipeline.inspection.sample import Answer, Inspection
+from pipeline.inspection.sample import Inspection
 from pipeline.inspection.token_text import visible
 from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
@@ -70,16 +70,11 @@ def _answers(inspection: Inspection) -> Iterator[Text]:
     width = max(len("trained"), *map(len, names))
     yield Text(f"{'trained'.ljust(width)}  the teacher's likeliest", style=SMALL_PRINT)
     for answer, name in zip(inspection.answers, names, strict=True):
-        yield Text.assemble((name.ljust(width), TRAINED[0]), "  ", _likeliest(answer, inspection))
-
-
-def _likeliest(answer: Answer, inspection: Inspection) -> Text:
-    label = inspection.tokens[answer.place]
-    shown = [f"{visible(text)} {_percent(share)}" for text, share in answer.likeliest[:MOST_ANSWERS]]
-    line = Text("  ".join(shown))
-    if answer.likeliest[0][0] != label:
-        line.append("  not what is trained", "bold magenta")
-    return line
+        shown = [f"{visible(text)} {_percent(share)}" for text, share in answer.likeliest[:MOST_ANSWERS]]
+        line = Text.assemble((name.ljust(width), TRAINED[0]), "  ", "  ".join(shown))
+        if answer.likeliest[0][0] != inspection.tokens[answer.place]:
+            line.append("  not what is trained", "bold magenta")
+        yield line
 
 
 def _percent(share: float) -> str:

@@ -154,6 +154,15 @@ def test_wherever_adding_to_a_pack_ends_the_next_run_completes_it(out, images):
     assert "nothing was done" in rerun(out)[1][0]
 
 
+def test_a_foreign_shard_beside_a_finished_pack_is_never_overwritten(out, images):
+    (out / "shard-000001.tar").write_bytes(b"mine")
+    (images / "late.png").write_bytes(picture(7))
+    before = contents(out)
+    with pytest.raises(PackError, match=r"already holds shard-000001.tar, which is of no pack known here"):
+        rerun(out)
+    assert contents(out) == before
+
+
 def test_a_failing_disk_ends_the_run_instead_of_rejecting_the_image(tmp_path):
     path = write(tmp_path, [entry("a", "mem")])
     with pytest.raises(OSError, match="Input/output error"):  # what reading a process's address 0 gives

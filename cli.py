@@ -97,26 +97,23 @@ def main(arguments: list[str] | None = None) -> Any:
     from cache import CacheError, FingerprintMismatch
     from pipeline.errors import ConfigError, PipelineError, TrainingStopped
 
+    # In --option=~/file, no shell expands the ~.
+    given = [
+        re.sub(r"^(--[^=]*=)(~.*)$", lambda found: found[1] + os.path.expanduser(found[2]), argument)
+        for argument in (sys.argv[1:] if arguments is None else arguments)
+    ]
     asked = SimpleNamespace(debug=False)
     try:
-        return app(_expanded(sys.argv[1:] if arguments is None else arguments), obj=asked)
+        return app(given, obj=asked)
     except (TrainingStopped, CacheError, PipelineError, OSError) as error:
         if asked.debug:
             traceback.print_exc()
-        code, message = 1, str(error)
+        print(f"alignkd: {error}", file=sys.stderr)
+        code = 3 if isinstance(error, FingerprintMismatch) else 2 if isinstance(error, ConfigError) else 1
         if isinstance(error, TrainingStopped):
             code = error.exit_code
-        elif isinstance(error, FingerprintMismatch):
-            code = 3
-        elif isinstance(error, ConfigError):
-            code = 2
-    print(f"alignkd: {message}", file=sys.stderr)
+    # Not in the block above: the exit would keep the error, and the error the training's worker processes.
     sys.exit(code)
-
-
-def _expanded(arguments: list[str]) -> list[str]:
-    """Expand `~` in --option=~/file, where no shell does."""
-    return [re.sub(r"^(--[^=]*=)(~.*)$", lambda m: m[1] + os.path.expanduser(m[2]), a) for a in arguments]
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ def test_a_wrong_command_line_is_2(alignkd, tmp_path):
     assert alignkd("cache-teacher").code == 2
     assert alignkd("info", tmp_path, "--deep").code == 2
     wrong = alignkd("pack", "a.json", tmp_path, "--image-folder", tmp_path, "--on-bad-sample", "skip")
-    assert wrong.code == 2 and "expected reject or fail, found 'skip'" in " ".join(wrong.err.split())
+    assert wrong.code == 2 and "'skip' is not one of 'reject', 'fail'" in " ".join(wrong.err.split())
 
 
 def test_a_model_that_is_nowhere_is_2(alignkd, settings, tmp_path):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.options import ConfigFile, Overrides, fail_unless, load, say
+from pipeline.commands.options import ConfigFile, Overrides, Overwrite, fail_unless, load, say
 
 
 def sweep(
@@ -20,7 +20,7 @@ def sweep(
     output: Annotated[Path | None, typer.Option(help="Folder; default: OUTPUT_DIR/sweep.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share cores or GPUs.")] = 1,
     keep_models: Annotated[bool, typer.Option(help="Keep every student's weights.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace runs with other settings.")] = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
 ) -> None:
     """Train many students from one store: every combination of --vary, each compared with a labels-only run.

@@ -101,5 +101,4 @@ def _inspect(
 ) -> Inspection:
     from pipeline.inspection.sample import inspect_sample
 
-    settings = load_or_stored(store, config, overrides) if config or overrides else None
-    return inspect_sample(store, key, config=settings, **options)
+    return inspect_sample(store, key, config=load_or_stored(store, config, overrides), **options)

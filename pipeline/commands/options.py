@@ -22,6 +22,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides of the config, such as train.learning_rate=1e-3.")
 ]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved config and stop.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace trainings that have other settings.")]
+AllowFewer = Annotated[
+    bool, typer.Option("--allow-fewer", help="Allow what is replaced to hold fewer samples than before.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StorePath = Annotated[
     str, typer.Argument(help="A store: runs/demo/teacher.zarr, or a URL: s3://, gs://, hf:// or https://.")

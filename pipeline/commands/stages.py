@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pipeline.commands.options import (
+    AllowFewer,
     AsJson,
     ConfigFile,
     Overrides,
+    Overwrite,
     PrintConfig,
     counted,
     fail_unless,
@@ -30,12 +32,12 @@ def pack(
     output: Annotated[Path, typer.Argument(help="Folder for shard-000000.tar, shard-000001.tar, ...")],
     image_folder: Annotated[Path, typer.Option(help="Folder that the `image` paths start from.")],
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
-    on_bad_sample: Annotated[str, typer.Option(help="reject: list it and continue; fail: stop.")] = "reject",
+    on_bad_sample: Annotated[
+        Literal["reject", "fail"], typer.Option(help="reject: list it and continue; fail: stop.")
+    ] = "reject",
     max_image_pixels: Annotated[int, typer.Option(min=1, help="Larger images are refused.")] = 64_000_000,
     again: Annotated[bool, typer.Option("--again", help="Pack all again, then replace the pack.")] = False,
-    allow_fewer: Annotated[
-        bool, typer.Option("--allow-fewer", help="With --again: allow the new pack to hold fewer samples.")
-    ] = False,
+    allow_fewer: AllowFewer = False,
 ) -> None:
     """Turn LLaVA annotations and an image folder into WebDataset shards.
 
@@ -45,15 +47,13 @@ def pack(
     from pipeline.data.packing import pack as pack_shards
     from pipeline.teacher_cache.progress import EntryProgress
 
-    if on_bad_sample not in ("reject", "fail"):
-        raise typer.BadParameter(f"--on-bad-sample: expected reject or fail, found {on_bad_sample!r}")
     with EntryProgress(description="pack") as progress:
         summary = pack_shards(
             annotations,
             output,
             image_folder=image_folder,
             samples_per_shard=samples_per_shard,
-            on_bad_sample=on_bad_sample,  # pyright: ignore[reportArgumentType]
+            on_bad_sample=on_bad_sample,
             max_pixels=max_image_pixels,
             again=again,
             allow_fewer=allow_fewer,
@@ -158,9 +158,7 @@ def distill(
             "or capture.",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a training with other settings.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Stage 2: train the student from the store; no teacher is loaded.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.commands.options import (
+    AllowFewer,
     AsJson,
     ConfigFile,
     Overrides,
@@ -43,10 +44,7 @@ def verify(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="Config of stage 1, for --fix.")
     ] = None,
-    allow_fewer: Annotated[
-        bool,
-        typer.Option("--allow-fewer", help="With --fix: allow a part to hold fewer samples than before."),
-    ] = False,
+    allow_fewer: AllowFewer = False,
     as_json: AsJson = False,
 ) -> None:
     """Look for damage: missing or unfinished parts, flipped bytes, wrong counts; exit code 1 if there is any.
@@ -111,8 +109,7 @@ def check(
 
     settings = load_or_stored(store, config, overrides)
     # The store may have moved since it was made.
-    here = settings.one_cache.model_copy(update={"path": str(store)})
-    settings = settings.model_copy(update={"cache": here})
+    settings = settings.model_copy(update={"cache": settings.one_cache.model_copy(update={"path": store})})
     found = check_store(settings, num_samples=samples, seed=seed, with_losses=losses)
     show(found, describe_check, as_json=as_json)
     fail_unless(found.is_sound)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import shutil
 import time
@@ -233,6 +235,25 @@ def test_a_mirror_never_answers_with_the_bytes_of_a_store_that_was_replaced(tmp_
         assert np.array_equal(
             Store(f"{url}/s", mirror=mirror).read("a0", ["hidden"])["hidden"], sample_arrays(99)["hidden"]
         )
+
+
+def test_a_folder_of_a_mirror_that_cannot_be_listed_ends_no_run(tmp_path, monkeypatch):
+    gone, mirror = (Mirror(tmp_path / "mirror", 1000, version=letter * 32) for letter in "ab")
+    gone.put("piece", b"x")
+    listdir, scandir = os.listdir, os.scandir
+
+    def refusing(listed):
+        def inner(folder="."):
+            if str(folder).endswith("a" * 32):
+                raise OSError(errno.ESTALE, "Stale file handle", str(folder))
+            return listed(folder)
+
+        return inner
+
+    monkeypatch.setattr(os, "listdir", refusing(listdir))
+    monkeypatch.setattr(os, "scandir", refusing(scandir))
+    mirror.put("large", b"y" * 960)  # passes the limit: the mirror is swept
+    assert mirror.get("large") == b"y" * 960
 
 
 def test_a_mirror_leaves_what_is_not_its_own(tmp_path):

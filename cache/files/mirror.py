@@ -85,9 +85,13 @@ class Mirror:
 def _pieces(folder: Path) -> list[tuple[float, int, Path]]:
     """Return of each piece when it was last used, its bytes, and its file."""
     found: list[tuple[float, int, Path]] = []
-    for file in folder.glob("*/*"):
-        if _OURS.fullmatch(file.parent.name) and _OURS.fullmatch(file.name):
-            with suppress(OSError):  # another process sweeps, too
-                status = file.stat()
-                found.append((status.st_mtime, status.st_size, file))
+    # Not by `glob`: it lists foreign folders, too, and raises where one vanishes or cannot be listed.
+    versions = [entry for entry in folder.iterdir() if _OURS.fullmatch(entry.name)] if folder.is_dir() else []
+    for version in versions:
+        with suppress(OSError):
+            for file in version.iterdir():
+                if _OURS.fullmatch(file.name):
+                    with suppress(FileNotFoundError):  # another process sweeps, too
+                        status = file.stat()
+                        found.append((status.st_mtime, status.st_size, file))
     return found

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from small_store import ARRAYS, FINGERPRINT, manifest
 
 from cache import (
+    ArraySpec,
     CorruptFile,
     Difference,
     Manifest,
@@ -25,6 +26,7 @@ from cache import (
 from cache.differences import leaf_differences
 from cache.format.documents import canonical_json, document_bytes, read_document
 from cache.format.layout import check_array_name, check_file_name, check_part_name
+from cache.format.schema import check_format
 
 
 def test_a_manifest_survives_json() -> None:
@@ -108,6 +110,14 @@ def test_a_missing_field_is_named() -> None:
         Manifest.from_json(record)
 
 
+def test_an_array_of_an_unknown_owner_is_refused_before_it_is_written() -> None:
+    owner: Any = "batch"
+    with pytest.raises(
+        SchemaError, match=r"^arrays\[hidden\]\.owner: expected 'sample' or 'image', found 'ba"
+    ):
+        ArraySpec("hidden", "R", (), owner, "float32", {})
+
+
 def test_an_array_twice_is_refused() -> None:
     with pytest.raises(SchemaError, match="arrays: expected each name once"):
         manifest(arrays=ARRAYS[:1] * 2)
@@ -117,6 +127,9 @@ def test_a_store_of_another_format_is_told_as_such() -> None:
     expected = r"manifest.json is of store format 2, this version reads format 1; use the alignkd version"
     with pytest.raises(UnsupportedFormat, match=expected):
         Manifest.from_json(manifest().to_json() | {"format_version": 2})
+    for equal_to_1 in (True, 1.0):
+        with pytest.raises(UnsupportedFormat, match=f"is of store format {equal_to_1}, "):
+            check_format({"format_version": equal_to_1}, "part.json")
 
 
 def test_an_entry_needs_a_span_for_every_image() -> None:
@@ -134,7 +147,7 @@ def test_a_part_name_that_could_leave_the_store_is_refused(name: Any) -> None:
         check_part_name(name)
 
 
-@pytest.mark.parametrize("name", ["", "/etc", "a//b", "a/../b", "a/", "part.json", "a/zarr.json"])
+@pytest.mark.parametrize("name", ["", "/etc", "a//b", "a/../b", "a/", "part.json", "a/zarr.json", 5])
 def test_an_array_name_that_could_leave_its_part_is_refused(name: Any) -> None:
     with pytest.raises(UnsafeName, match="cannot name an array: use up to 150"):
         check_array_name(name)

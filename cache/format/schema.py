@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import StrictFloat, StrictInt
 
@@ -51,6 +51,8 @@ class ArraySpec:
     def __post_init__(self) -> None:
         check_array_name(self.name)
         where = f"arrays[{self.name}]"
+        if self.owner not in get_args(Owner):
+            raise SchemaError(f"{where}.owner", expected="'sample' or 'image'", found=self.owner)
         if any(size < 1 for size in self.row_shape):
             raise SchemaError(f"{where}.row_shape", expected="positive integers", found=self.row_shape)
         if len(self.axes.split()) != 1 + len(self.row_shape):
@@ -114,7 +116,8 @@ class Manifest:
 
 def check_format(record: Mapping[str, Any], file: str | Path) -> None:
     """Raise `UnsupportedFormat` unless the record is of the version that this code reads."""
-    if (found := record.get("format_version")) != FORMAT_VERSION:
+    found = record.get("format_version")
+    if type(found) is not int or found != FORMAT_VERSION:  # 1.0 and true equal 1
         raise UnsupportedFormat(file, found=found, readable=FORMAT_VERSION)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -152,6 +153,19 @@ def test_wherever_adding_to_a_pack_ends_the_next_run_completes_it(out, images):
     names = set(whole) - {"pack.images.jsonl"}
     assert {name: contents(out)[name] for name in names} == {name: whole[name] for name in names}
     assert "nothing was done" in rerun(out)[1][0]
+
+
+def test_a_pack_that_an_earlier_version_added_to_can_be_added_to_again(out, images):
+    # The earlier version began what it added to the record of images with an empty line.
+    record, described = out / "pack.images.jsonl", json.loads((out / "pack.json").read_text())
+    record.write_text("\n" + record.read_text())
+    (out / "pack.json").write_text(json.dumps(described | {"images_size": described["images_size"] + 1}))
+    assert "nothing was done" in rerun(out)[1][0]
+    (images / "late.png").write_bytes(picture(7))
+    assert rerun(out)[0] == {"a", "b", "gone", "gone+2", "pair"}
+    (images / "1.png").write_bytes(picture(8))
+    with pytest.raises(PackError, match=r"1 image\(s\) changed after they were packed, first 1.png"):
+        rerun(out)
 
 
 def test_a_foreign_shard_beside_a_finished_pack_is_never_overwritten(out, images):

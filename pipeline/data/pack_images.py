@@ -98,9 +98,12 @@ def _is_changed(image: str, folder: Path, state: State, digest: str) -> bool:
 
 
 def read_packed_images(file: Path, size: int) -> PackedImages:
-    """Return what the first `size` bytes of a record of images hold: an interrupted run wrote what follows."""
+    """Return what the first `size` bytes of a record of images hold: an interrupted run wrote what follows.
+
+    Earlier versions wrote an empty line wherever they added to a pack.
+    """
     with open(file, "rb") as opened:
-        rows = map(json.loads, opened.read(size).splitlines())
+        rows = [json.loads(line) for line in opened.read(size).splitlines() if line]
         return {image: (state, digest) for image, state, digest in rows}
 
 

@@ -95,6 +95,12 @@ def test_samples_with_dots_in_their_names_are_rejected_one_by_one_with_what_to_r
     assert "rename it to x/scan_2_5_b.json" in reasons[2]
 
 
+def test_a_better_name_drops_the_ending_however_it_is_written(tmp_path):
+    [(name, data), *_] = pair("scan_1.5")
+    [rejected] = read_members(tmp_path, (name.replace(".json", ".JSON"), data))
+    assert isinstance(rejected, Rejected) and "rename it to scan_1_5.json" in rejected.reason
+
+
 def test_a_name_with_dots_costs_no_other_sample(tmp_path):
     several = record([{**TEXT_TURNS[0], "value": "<image><image>?"}, TEXT_TURNS[1]])
     members = [("s.7.json", several), ("s.7.0.png", picture()), ("s.7.1.png", picture())]

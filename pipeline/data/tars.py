@@ -108,7 +108,7 @@ def _split_dotted(group: Group, tar: tarfile.TarFile) -> Iterator[Group]:
     for stem in stems:
         name = members[stem][f"{stem}.json"].name
         folder, slash, file = name.rpartition("/")
-        better = file.removesuffix(".json").replace(".", "_") + ".json"
+        better = file[: -len(".json")].replace(".", "_") + ".json"  # it may end in .JSON
         problem = BadSample(
             "dots in the name",
             f"WebDataset reads {name} as the key {group.key} with the ending {stem}.json; rename it to "

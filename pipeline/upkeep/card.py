@@ -17,7 +17,7 @@ def push_with_card(store: str, url: str, *, license: str | None) -> Pushed:
     Without a `license` the card keeps the one of the card at the URL, if there is one.
     """
     source = Store(store)
-    if license is None:
+    if not license:
         named = re.search(r"^license: (.+)$", card_at(url).partition("\n# ")[0], flags=re.MULTILINE)
         license = named[1] if named and named[1] != "other" else None
     card = cache_card(summarise(store), url=url, license=license)

@@ -105,6 +105,5 @@ def test_a_row_is_of_a_few_bytes(tmp_path: Path):
     rows = join_rows(Stores.single(store, {}), {"p0": "p0.tar"}).rows
     assert rows.places.nbytes + rows.lacks.nbytes == 12 * len(keys)
     index = store._part("p0").index
-    assert len(pickle.dumps((index, store._key_table))) < 80 * len(
-        keys
-    )  # objects of a sample take over 1,000
+    # Objects of a sample take over 1,000 bytes.
+    assert len(pickle.dumps((index, store._keys))) < 80 * len(keys)

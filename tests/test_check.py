@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from small_experiment import copy_of_teacher, rewrite_store, weights
 import cli
 from cache import FingerprintMismatch
 from pipeline.teacher_cache.teacher import cache_teacher
-from pipeline.upkeep.check import check_store
+from pipeline.upkeep.check import IDS, LOG_PROBS, _kl, _rank_errors, check_store
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,31 @@ def test_where_no_logits_are_stored_a_stub_checks(experiment, tmp_path):
     found = check_store(config, num_samples=4, seed=1, with_losses=False)
     assert found.is_stub and found.is_sound and found.samples == 4 and found.logits is None
     assert found.losses == () and found.losses_absent == "not asked for"
+
+
+def test_large_top_k_are_compared_in_the_memory_of_a_few_copies():
+    rng = np.random.default_rng(0)
+    positions, top_k, vocab = 200, 500, 2000
+    stored, live = (
+        {
+            IDS: np.stack([rng.permutation(vocab)[:top_k] for _ in range(positions)]).astype(np.int32),
+            LOG_PROBS: np.log(rng.dirichlet(np.ones(top_k), positions)).astype(np.float32),
+        }
+        for _ in range(2)
+    )
+    tracemalloc.start()
+    errors, kl = _rank_errors(stored, live), _kl(live, stored)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * live[LOG_PROBS].nbytes  # of K ids with each of K: 500 times as much
+    for at in (0, positions - 1):
+        known = dict(zip(live[IDS][at].tolist(), live[LOG_PROBS][at].tolist(), strict=True))
+        found = [known.get(number, live[LOG_PROBS][at].min()) for number in stored[IDS][at].tolist()]
+        assert errors[at] == pytest.approx(np.abs(live[LOG_PROBS][at] - np.array(found)), abs=1e-6)
+        theirs = dict(zip(stored[IDS][at].tolist(), stored[LOG_PROBS][at].tolist(), strict=True))
+        p, q = np.exp([(known[number], theirs[number]) for number in known if number in theirs]).T
+        p, q = (np.append(x, 1 - x.sum()) for x in (p, q))
+        assert kl[at] == pytest.approx(float((p * np.log(p / q)).sum()), rel=1e-5)
 
 
 def test_another_teacher_is_refused(experiment, tmp_path):

@@ -193,16 +193,27 @@ def _rank_errors(stored: Arrays, live: Arrays) -> np.ndarray:
     """'P K': how much less likely each stored id is than the live one at its rank; of equally likely ones either
     may come first."""
     log_probs = live[LOG_PROBS]
-    is_id = stored[IDS][:, :, None] == live[IDS][:, None, :]
-    found = np.where(is_id.any(-1), (is_id * log_probs[:, None, :]).sum(-1), log_probs.min(-1, keepdims=True))
-    return np.abs(log_probs - found)
+    found, is_found = _values_of(stored[IDS], live[IDS], log_probs)
+    return np.abs(log_probs - np.where(is_found, found, log_probs.min(-1, keepdims=True)))
 
 
 def _draw_errors(stored: Arrays, live: Arrays) -> np.ndarray:
     """'P Z': how far each stored draw is inside the live top K; rounding may move it, but only to a next id."""
     inside = live[LOG_PROBS] - live[LOG_PROBS].min(axis=-1, keepdims=True)
-    is_top = stored[DRAW_IDS][:, :, None] == live[IDS][:, None, :]
-    return (is_top * inside[:, None, :]).sum(axis=-1)
+    found, is_top = _values_of(stored[DRAW_IDS], live[IDS], inside)
+    return np.where(is_top, found, 0)
+
+
+def _values_of(wanted: np.ndarray, ids: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values 'P K' of `ids` at each of the ids `wanted` 'P J', and whether it is among them: 'P J'.
+
+    Sorted and searched: comparing each with each would take 'P J K' of memory, gigabytes for a few hundred ids.
+    """
+    at_row = np.arange(len(ids))[:, None] << 32  # ids are below 2^32, so that each row has keys of its own
+    keys, wanted_keys = (at_row + ids).ravel(), at_row + wanted
+    order = keys.argsort()
+    found = order[keys.searchsorted(wanted_keys, sorter=order).clip(max=keys.size - 1)]
+    return values.ravel()[found], keys[found] == wanted_keys
 
 
 def _share_equal(stored: np.ndarray, live: np.ndarray) -> float:
@@ -225,10 +236,9 @@ def _compare_logits(stored: Arrays, live: Arrays) -> LogitsCheck | None:
 
 def _kl(live: Arrays, stored: Arrays) -> np.ndarray:
     """'P': KL(live || stored) over the ids that both keep, and a bucket for the rest."""
-    is_id = live[IDS][:, :, None] == stored[IDS][:, None, :]
-    is_shared = is_id.any(-1)
-    p = np.where(is_shared, np.exp(live[LOG_PROBS].astype(np.float64)), 0)
-    q = (is_id * np.exp(stored[LOG_PROBS].astype(np.float64))[:, None, :]).sum(-1)
+    ours = live[LOG_PROBS].astype(np.float64)
+    theirs, is_shared = _values_of(live[IDS], stored[IDS], stored[LOG_PROBS].astype(np.float64))
+    p, q = (np.where(is_shared, np.exp(log_probs), 0) for log_probs in (ours, theirs))
     p, q = (np.column_stack([x, np.maximum(1 - x.sum(-1), 1e-8)]) for x in (p, q))
     return (p * np.log(np.where(p > 0, p, 1) / np.where(p > 0, q, 1))).sum(-1)
 

@@ -130,3 +130,12 @@ def test_a_finished_run_is_not_that_of_another_global_batch(steps, stopped):
     assert (run / "finished.json").is_file() and len(steps) == 2
     stopped(None, *saving, *cut(6), overwrite=True)
     assert [len(made) for made in steps[2:]] == [6, 6]
+
+
+def test_a_step_longer_than_the_data_is_refused_where_its_rest_is_dropped(stopped):
+    told = (
+        r"^train\.dataloader_drop_last leaves no step: \d+ samples are fewer than the 4096 of a step \(batch size x "
+        r"accumulation x processes\); set it to false, or make the step smaller$"
+    )
+    with pytest.raises(ConfigError, match=told):
+        stopped(None, "train.dataloader_drop_last=true", *cut(4, 1024))

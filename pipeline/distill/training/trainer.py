@@ -78,6 +78,12 @@ class DistillTrainer(ResumingTrainer):
             accumulation=arguments.gradient_accumulation_steps,
             block=self.settings.data.shuffle_block,
         )
+        if not len(batches):
+            raise ConfigError(
+                f"train.dataloader_drop_last leaves no step: {batches.num_samples} samples are fewer than the "
+                f"{self.get_total_train_batch_size(arguments)} of a step (batch size x accumulation x processes); "
+                "set it to false, or make the step smaller"
+            )
         loader = DataLoader(
             cast(Any, self.train_dataset),
             batch_sampler=cast(Any, batches),

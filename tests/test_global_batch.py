@@ -11,6 +11,7 @@ import pytest
 import recorded_steps
 from launched import TORCHRUN, distill
 from small_experiment import snapshot, weights
+from transformers import TrainerCallback
 from watched import Tokens, steps_of_training, train_until
 
 from pipeline.config.provenance import read_mark
@@ -139,3 +140,28 @@ def test_a_step_longer_than_the_data_is_refused_where_its_rest_is_dropped(stoppe
     )
     with pytest.raises(ConfigError, match=told):
         stopped(None, "train.dataloader_drop_last=true", *cut(4, 1024))
+
+
+class OutOfMemory(TrainerCallback):
+    """Fails at the beginning of this step as CUDA does, for batches of more than one sample."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1 and state.train_batch_size > 1:
+            raise RuntimeError("CUDA out of memory.")
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved_if_asked_for_and_the_log_begins_again(
+    steps, experiment, tmp_path
+):
+    asked = ["train.auto_find_batch_size=true", "train.max_steps=4", "train.logging_steps=2", *cut(2)]
+    config = experiment.config(tmp_path, *asked)
+    train_student(config, tmp_path / "run", callbacks=[OutOfMemory(4)])
+    assert [len(step) for step in steps] == [2, 2, 2, 1, 1, 1, 1]
+    first, second, end = json.loads((tmp_path / "run/trainer_state.json").read_text())["log_history"]
+    terms = [key for key in first if key.startswith("loss/") and key.endswith("_weighted")]
+    assert (first["step"], second["step"], end["samples_seen"]) == (2, 4, 4)
+    for line in (first, second):
+        assert 0 < line["loss"] < 2 * sum(line[term] for term in terms)

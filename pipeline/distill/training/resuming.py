@@ -45,6 +45,7 @@ class ResumingTrainer(Trainer):
         self.losses = settings.losses.active()
         self.term_log = TermLog()  # of this process, since the last log line
         self.last_logged_step = 0
+        self.unlogged: dict[str, Any] | None = None  # of the checkpoint that the run resumes from
 
     @property
     def distiller(self) -> Distiller:
@@ -107,12 +108,23 @@ class ResumingTrainer(Trainer):
     def sum_over_ranks(self, mine: torch.Tensor) -> torch.Tensor:
         return cast(torch.Tensor, self.accelerator.reduce(mine, reduction="sum"))
 
+    def _begin_log(self) -> None:
+        self.term_log, self.last_logged_step = TermLog(), 0
+        if self.unlogged is None:
+            return
+        self.last_logged_step = self.unlogged["last_logged_step"]
+        if self.is_world_process_zero():  # the sums are those of all processes
+            terms = self.unlogged["terms"][: 2 * len(self.losses)]  # earlier versions added their coverage
+            self.term_log = TermLog.of(self.losses, [*terms, self.unlogged["loss"]])
+
     # Private hooks, tried with transformers 5.23 (pyproject.toml pins >=5.23,<5.24). tests/test_transformers_hooks.py
     # compares where the Trainer calls them; before the pin is raised, read what it reports.
 
     def _prepare_for_training(self, *arguments, **named):
         with building("train: the trainer cannot be built", then=CORRECT_TRAIN):
-            return super()._prepare_for_training(*arguments, **named)
+            prepared = super()._prepare_for_training(*arguments, **named)
+        self._begin_log()  # also where `auto_find_batch_size` begins again with a smaller batch
+        return prepared
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
@@ -140,11 +152,7 @@ class ResumingTrainer(Trainer):
             if heads:  # labels alone need none, and torch refuses an empty state
                 whole = StateDictOptions(full_state_dict=True)
                 set_model_state_dict(self.distiller.heads, cast(Any, heads), options=whole)
-        unlogged = json.loads((folder / RUN_FILE).read_text())["unlogged"]
-        self.last_logged_step = unlogged["last_logged_step"]
-        if self.is_world_process_zero():  # the sums are those of all processes
-            terms = unlogged["terms"][: 2 * len(self.losses)]  # earlier versions added their coverage
-            self.term_log = TermLog.of(self.losses, [*terms, unlogged["loss"]])
+        self.unlogged = json.loads((folder / RUN_FILE).read_text())["unlogged"]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.is_fsdp_enabled or self.keeps_sharded_state:

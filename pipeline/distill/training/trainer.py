@@ -70,7 +70,7 @@ class DistillTrainer(ResumingTrainer):
         arguments = self.args
         batches = RankBatches(
             len(cast(Any, self.train_dataset)),
-            arguments.train_batch_size,
+            self._train_batch_size,  # the arguments' own, unless `auto_find_batch_size` made it smaller
             arguments.world_size,
             arguments.process_index,
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
@@ -178,7 +178,7 @@ class DistillTrainer(ResumingTrainer):
         """
         if "train_runtime" in logs:
             # The short last step of an epoch counts as a full one.
-            logs["samples_seen"] = self.state.global_step * self.identity.samples_per_step
+            logs["samples_seen"] = self.state.global_step * self.get_total_train_batch_size(self.args)
         if "loss" in logs:
             of_all = TermLog.of(self.losses, self.sum_of_ranks(self.term_log.sums(self.losses)))
             num_steps = self.state.global_step - self.last_logged_step

@@ -149,7 +149,7 @@ class OutOfMemory(TrainerCallback):
         self.step = step
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step - 1 and state.train_batch_size > 1:
+        if state.global_step == self.step - 1 and (state.train_batch_size or 1) > 1:
             raise RuntimeError("CUDA out of memory.")
 
 

@@ -127,6 +127,14 @@ def test_images_that_were_removed_after_packing_are_not_missed(out, images):
     assert "nothing was done" in rerun(out)[1][0]
 
 
+def test_with_allow_fewer_the_old_pack_is_not_read(out):
+    shard = out / "shard-000000.tar"
+    (out / "pack.json").write_text("damaged, so that its shards would be counted")
+    shard.unlink()
+    os.mkfifo(shard)  # whoever opens it waits for good
+    assert rerun(out, again=True, allow_fewer=True)[0] == {"a", "b"}
+
+
 def test_again_makes_good_a_pack_that_lost_a_shard(out):
     (out / "shard-000000.tar").unlink()
     assert rerun(out, again=True)[0] == {"a", "b"}

@@ -43,8 +43,8 @@ def replacing(output: Path, *, again: bool, allow_fewer: bool) -> Iterator[Path]
         return
     try:
         yield output / BEGUN
-        old, new = _num_packed(output), _num_packed(output / BEGUN)
-        if new < old and not allow_fewer:
+        # With `allow_fewer` the old pack is not even read: it may be beyond reading.
+        if not allow_fewer and (new := _num_packed(output / BEGUN)) < (old := _num_packed(output)):
             raise PackError(
                 f"{output} is left as it is: it holds {old} samples, and packed again it would hold {new}; "
                 f"{output / BEGUN / REJECTS} lists what was rejected, and --again --allow-fewer replaces it all the "

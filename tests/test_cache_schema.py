@@ -147,7 +147,7 @@ def test_a_part_name_that_could_leave_the_store_is_refused(name: Any) -> None:
         check_part_name(name)
 
 
-@pytest.mark.parametrize("name", ["", "/etc", "a//b", "a/../b", "a/", "part.json", "a/zarr.json", 5])
+@pytest.mark.parametrize("name", ["", "/etc", "a//b", "a/../b", "a/", "part.json", "a/zarr.json"])
 def test_an_array_name_that_could_leave_its_part_is_refused(name: Any) -> None:
     with pytest.raises(UnsafeName, match="cannot name an array: use up to 150"):
         check_array_name(name)

@@ -47,7 +47,7 @@ def check_part_name(name: str) -> str:
 
 def check_array_name(name: str) -> str:
     """Return `name` if it is safe path segments joined by '/', else raise `UnsafeName`."""
-    return _checked("an array", name, name.split("/") if isinstance(name, str) else [name])
+    return _checked("an array", name, str(name).split("/"))
 
 
 def check_file_name(name: str) -> str:

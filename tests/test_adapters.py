@@ -56,6 +56,18 @@ def test_the_merged_student_answers_as_the_adapted_one(tiny_model, make_batch):
     assert not torch.allclose(first, adapted(**batch).logits, rtol=1e-2, atol=1e-2)
 
 
+def test_a_merged_weight_in_half_precision_is_rounded_once(tiny_model):
+    adapted, settings = tiny_model().bfloat16(), LoraConfig(rank=4, alpha=8.0, target_modules=["q_proj"])
+    add_adapters(adapted, settings)
+    torch.nn.init.normal_(adapted.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+    state, name = adapted.state_dict(), "model.layers.0.self_attn.q_proj"
+    change = (
+        2.0 * state[f"{name}.lora_B.default.weight"].float() @ state[f"{name}.lora_A.default.weight"].float()
+    )
+    wanted = (state[f"{name}.base_layer.weight"].float() + change).bfloat16()
+    assert torch.equal(merged_tensors(state, adapted.config, settings)[f"{name}.weight"], wanted)
+
+
 def test_a_run_with_adapters_is_a_plain_student_and_goes_on_bit_for_bit(experiment, tmp_path):
     # With dropout, whose random numbers go on as well.
     config = experiment.config(tmp_path, *TEN_STEPS, LORA.replace("alpha", "dropout: 0.2, alpha"))

@@ -55,7 +55,14 @@ def merged_tensors(
     with torch.device("meta"):
         student = MobileVLMForCausalLM(config)
         adapted = add_adapters(student, settings)
-    # peft adds to W in place, and training goes on with the W in `state`: merge copies.
-    copies = {name: value.to("cpu", copy=True) for name, value in state.items()}
+    # Copies, because peft adds to W in place and training continues with the W in `state`. In float32, because peft
+    # rounds B A to their dtype before it adds them: the sum is rounded once, at the end.
+    wide = {name for name in state if ".base_layer." in name or ".lora_" in name}
+    copies = {
+        name: value.to("cpu", torch.float32 if name in wide else value.dtype, copy=True)
+        for name, value in state.items()
+    }
     student.load_state_dict(copies, assign=True)
-    return adapted.merge_and_unload().state_dict()
+    dtypes = {name.replace(".base_layer.", "."): value.dtype for name, value in state.items()}
+    merged = adapted.merge_and_unload().state_dict()
+    return {name: value.to(dtypes[name]) for name, value in merged.items()}

@@ -110,7 +110,7 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
     stored = [dataset[int(number)] for number in sorted(chosen)]
     teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
     live = [sample for batch in _batches(stored) for sample in captured_again(config, teacher, batch)]
-    arrays = [_concatenated(samples) for samples in (stored, live)]
+    arrays = [_AllRows(samples) for samples in (stored, live)]
     return Check(
         samples=len(stored),
         teacher=config.teacher.model,
@@ -152,10 +152,23 @@ def captured_again(config: Config, teacher: Teacher, samples: Sequence[JoinedSam
     return again
 
 
-def _concatenated(samples: Sequence[JoinedSample]) -> dict[str, np.ndarray]:
-    """Array -> its rows of all samples."""
-    names = [name for name in samples[0].arrays if name != "num_images"]
-    return {name: np.concatenate([sample.arrays[name] for sample in samples]) for name in names}
+class _AllRows(Mapping[str, np.ndarray]):
+    """Array -> its rows of all samples, concatenated when asked for: all arrays at once would double the memory."""
+
+    def __init__(self, samples: Sequence[JoinedSample]):
+        self.samples = samples
+        self.names = [name for name in samples[0].arrays if name != "num_images"]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.names:
+            raise KeyError(name)
+        return np.concatenate([sample.arrays[name] for sample in self.samples])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _compare_arrays(plan: CapturePlan, stored: Arrays, live: Arrays) -> Iterator[ArrayCheck]:

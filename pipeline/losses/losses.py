@@ -85,6 +85,7 @@ def row_kl(teacher: Tensor, student: Tensor, real: Tensor | Literal[True] = True
 
     `real` is False in padded columns.
     """
+    # Without the bucket a row would not sum to 1, and KL could be negative.
     teacher, student = (
         torch.cat([p * real, 1 - (p * real).sum(dim=-1, keepdim=True)], dim=-1).clamp(
             min=SMALLEST_PROBABILITY
@@ -148,6 +149,7 @@ def focus_tokens(attention: Tensor, slots: Slots, num_vision_tokens: int, k: int
     """
     real_rows = slots.text >= 0
     mass = (attention.float().mean(dim=1) * real_rows[:, :, None]).sum(dim=1)
+    # Boolean indexing keeps the batch's order, so N columns in a row belong to one image.
     per_image = mass[slots.vision >= 0].view(-1, num_vision_tokens)
     return per_image.topk(min(k, num_vision_tokens), dim=1).indices
 

@@ -89,12 +89,14 @@ def text_to_vision_attention(
     'B|1 S D/H'; `attention_mask` is bool 'B S'.
     """
     self_attention: Any = layer.self_attn
-    query_rows = slots.text.clamp(min=0)
+    query_rows = slots.text.clamp(min=0)  # a padding row reads position 0, and is zeroed at the end
     query, key = _rotated_query_and_key(layer, hidden_states, position_embeddings, query_rows)
     scores = torch.matmul(query, key.transpose(2, 3)) * self_attention.scaling
     positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
     visible = (positions <= query_rows[:, :, None]) & attention_mask[:, None, :]
+    # Not -inf: where a padding row sees nothing, softmax would give NaN, and NaN times zero is NaN.
     scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
+    # float32 as in eager attention: half precision is too coarse for the small shares of a long row.
     probabilities = scores.softmax(dim=-1, dtype=torch.float32)
     columns = slots.vision.clamp(min=0)[:, None, None].expand(*probabilities.shape[:3], -1)
     real = (slots.text >= 0)[:, None, :, None] & (slots.vision >= 0)[:, None, None, :]
@@ -106,11 +108,13 @@ def _rotated_query_and_key(layer, hidden_states, position_embeddings, query_rows
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden_states)
     rows = query_rows[:, :, None]
+    # Only text rows are projected to queries: each row costs S scores, and most rows are vision rows.
     row_states = normed.gather(1, rows.expand(-1, -1, normed.shape[-1]))
     query = attention.q_proj(row_states).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
     key = attention.k_proj(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
     cos, sin = (table.expand(hidden_states.shape[0], -1, -1) for table in position_embeddings)
     row_cos, row_sin = (table.gather(1, rows.expand(-1, -1, table.shape[-1])) for table in (cos, sin))
+    # Query and key are rotated apart, because they have different positions.
     query, _ = apply_rotary_pos_emb(query, query, row_cos, row_sin)
     _, key = apply_rotary_pos_emb(key, key, cos, sin)
     return query, key.repeat_interleave(attention.num_key_value_groups, dim=1)

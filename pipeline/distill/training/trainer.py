@@ -139,7 +139,8 @@ class DistillTrainer(ResumingTrainer):
             self.gradient_shares = gradient_shares(weighted, self.distiller.student, of_all=of_all)
         loss = torch.stack(list(weighted.values())).sum()
         self.term_log.add(None if inputs["is_filler"] else result, loss)
-        # Processes average their gradients; the sum over processes is what the step's counts divide.
+        # DDP and FSDP average gradients over processes. The counts are those of all processes together, so the
+        # gradients must be summed: the product undoes the average.
         loss = loss * self.accelerator.num_processes
         return (loss, result) if return_outputs else loss
 

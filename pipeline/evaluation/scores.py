@@ -47,7 +47,7 @@ def predictions_file(config: Config, model: str) -> Path:
 def teacher_predictions(config: Config, *, say: Callable[[str], None]) -> list[Prediction] | None:
     """Return what `alignkd evaluate` measured of the teacher, which stage 2 never opens; None if nothing that fits.
 
-    If there are predictions of other weights or settings, says so.
+    Reports predictions of other weights or settings through `say`.
     """
     file = predictions_file(config, config.teacher.model)
     if not file.is_file():

@@ -168,10 +168,11 @@ def distill(
     # As an override, so that the config in the provenance says what was allowed.
     allowed = [f"cache.allow_mismatch=[{','.join(allow_mismatch)}]"] if allow_mismatch else []
     settings = load(config, [*(overrides or []), *allowed], print_config)
-    from pipeline.distill.training.processes import is_first_process
+    from pipeline.distill.training.processes import connected, is_first_process
     from pipeline.evaluation.experiment import run_experiment
 
-    result = run_experiment(settings, say=say, overwrite=overwrite)
+    with connected():
+        result = run_experiment(settings, say=say, overwrite=overwrite)
     if is_first_process():
         print(result)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from blake3 import blake3
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from pipeline.errors import ConfigError, PipelineError, building, is_of_the_machine, is_ours, reason_of
 from pipeline.models.broken_files import named_if_broken
@@ -24,6 +22,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 ADAPTERS = "adapter_config.json"  # peft's
+ZIP = b"PK\x03\x04"
 
 
 def digest_of_tensors(digests: Mapping[str, str]) -> str:
@@ -49,6 +48,8 @@ def _downloaded(name: str) -> Path:
     if Path(name).is_absolute() or Path(name).exists():
         found = "a file" if Path(name).exists() else "nothing"
         raise ConfigError(f"model {name!r}: no such local folder, found {found}; name a checkpoint's folder")
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name))
     except (ValueError, OSError) as error:  # the hub's own errors are kinds of these
@@ -66,6 +67,8 @@ def small_files(name: str) -> Path | None:
         return checkpoint_folder(name)
     if folder.is_absolute():
         return None
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "tokenizer.model"]))
     except (ValueError, OSError):
@@ -73,23 +76,25 @@ def small_files(name: str) -> Path | None:
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder by name. Files are mapped, so that only the pages in use are read."""
+    """The tensors of a checkpoint folder by name. `.bin` files are mapped, so that only the pages in use are read."""
 
     def __init__(self, name: str):
         self.folder = checkpoint_folder(name)
-        listed_in = next((file for name in WEIGHT_FILES if (file := self.folder / name).is_file()), None)
-        if listed_in is None:
+        self._listed_in, self._files = self._locate()
+
+    def _locate(self) -> tuple[Path, dict[str, Path]]:
+        """Return the file that lists the tensors, and the file of each tensor."""
+        file = next((file for name in WEIGHT_FILES if (file := self.folder / name).is_file()), None)
+        if file is None:
             raise ConfigError(
                 f"{self.folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}; "
                 "name a folder that holds a MobileVLM V2 checkpoint"
             )
-        self._listed_in = listed_in
-        with named_if_broken(listed_in):
-            if listed_in.suffix == ".json":
-                weight_map = json.loads(listed_in.read_text())["weight_map"]
-                self._files = {name: self.folder / Path(part).name for name, part in weight_map.items()}
-            else:
-                self._files = dict.fromkeys(_tensors_in(listed_in), listed_in)
+        with named_if_broken(file):
+            if file.suffix == ".json":
+                weight_map = json.loads(file.read_text())["weight_map"]
+                return file, {name: self.folder / Path(part).name for name, part in weight_map.items()}
+            return file, dict.fromkeys(_names_in(file), file)
 
     def names(self) -> list[str]:
         return sorted(self._files)
@@ -105,21 +110,28 @@ class Checkpoint:
                 )
             wanted.setdefault(self._files[name], []).append(name)
         for file, inside in wanted.items():
-            yield from self._read(file, inside)
+            with self._reading(file):
+                if file.suffix == ".bin":
+                    mapped = _mapped(file)
+                    yield from ((name, mapped[name]) for name in inside)
+                    continue
+                with safe_open(file, framework="pt") as opened:
+                    yield from ((name, opened.get_tensor(name)) for name in inside)
 
     def check_files(self) -> None:
         """Raise `ConfigError` or `PipelineError` naming the first file that cannot be read."""
         for file in sorted(set(self._files.values())):
-            self._read(file, ())
+            with self._reading(file):
+                _names_in(file)
 
-    def _read(self, file: Path, names: Iterable[str]) -> list[tuple[str, torch.Tensor]]:
+    @contextmanager
+    def _reading(self, file: Path) -> Iterator[None]:
         if file != self._listed_in and not file.is_file():
             raise ConfigError(
                 f"{file}: no such file, but {self._listed_in.name} names it; download what is missing, too"
             )
         with named_if_broken(file):
-            tensors = _tensors_in(file)
-            return [(name, tensors[name]) for name in names]
+            yield
 
     def digest(self, names: Iterable[str] | None = None) -> str:
         """Return the blake3 over name, dtype, shape and bytes of these tensors, or of all.
@@ -150,11 +162,18 @@ def loading(name: str | Path) -> Iterator[None]:
             raise
 
 
-def _tensors_in(file: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file, mapped. A `.bin` from before torch 1.6 is no zip and is read whole."""
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+def _names_in(file: Path) -> list[str]:
+    if file.suffix == ".bin":
+        return list(_mapped(file))
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def _mapped(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a `.bin`. A file from before torch 1.6 is no zip and is read whole instead of mapped."""
+    with file.open("rb") as opened:
+        is_zip = opened.read(len(ZIP)) == ZIP
+    tensors = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             raise ConfigError(

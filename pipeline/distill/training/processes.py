@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
+
 from pipeline.errors import PipelineError, writing
 
 LOCK = "lock"
@@ -35,6 +37,19 @@ def check_together(connected: int) -> None:
             "would train by itself into one folder; start one for each GPU with torchrun or accelerate launch, or "
             "set train.use_cpu=true"
         )
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Close the connection to the other processes at the end of the block, if one was made in it.
+
+    Left open, a thread of gloo may still run when the interpreter exits, and then aborts the process (exit code -6).
+    """
+    try:
+        yield
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextmanager

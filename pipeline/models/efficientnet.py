@@ -65,9 +65,12 @@ class SameConvolution(nn.Conv2d):
     """A convolution with TensorFlow's SAME padding: an odd pixel of padding goes to the right and the bottom."""
 
     def forward(self, input: Tensor) -> Tensor:
-        sides = zip(input.shape[2:], self.stride, self.kernel_size, strict=True)
-        y, x = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size, stride, kernel in sides)
-        return super().forward(nn.functional.pad(input, (x // 2, x - x // 2, y // 2, y - y // 2)))
+        padding: list[int] = []
+        for axis in (1, 0):  # nn.functional.pad takes the last axis first
+            size, stride = input.shape[2 + axis], self.stride[axis]
+            total = max((-(-size // stride) - 1) * stride + self.kernel_size[axis] - size, 0)
+            padding += [total // 2, total - total // 2]
+        return super().forward(nn.functional.pad(input, padding))
 
 
 class InvertedBottleneck(nn.Module):

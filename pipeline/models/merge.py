@@ -50,12 +50,11 @@ def merge_vision_tokens(
     Raises `ImageCountError` if placeholders and images do not correspond one to one.
     """
     is_image = input_ids == IMAGE_TOKEN_INDEX
-    if image_features is None:
-        image_features = text_embeds.new_zeros(0, num_vision_tokens, text_embeds.shape[-1])
-    if int(is_image.sum()) != len(image_features):
+    num_images = 0 if image_features is None else image_features.shape[0]
+    if int(is_image.sum()) != num_images:
         raise ImageCountError(
             f"the batch holds {int(is_image.sum())} image placeholders ({IMAGE_TOKEN_INDEX}) "
-            f"but {len(image_features)} images; give one image for each placeholder, in order"
+            f"but {num_images} images; give one image for each placeholder, in order"
         )
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -74,9 +73,10 @@ def merge_vision_tokens(
     embeds = embeds.index_put(text_at, text_embeds[~is_image])
     mask[text_at] = attention_mask[~is_image].bool()
     merged_labels[text_at] = labels[~is_image]
-    columns = starts[is_image][:, None] + torch.arange(num_vision_tokens, device=input_ids.device)
-    vision_at = (sample[is_image][:, None].expand_as(columns), columns)
-    embeds = embeds.index_put(vision_at, image_features.to(embeds.dtype))
-    mask[vision_at] = True
-    is_vision[vision_at] = True
+    if image_features is not None and num_images:
+        columns = starts[is_image][:, None] + torch.arange(num_vision_tokens, device=input_ids.device)
+        vision_at = (sample[is_image][:, None].expand_as(columns), columns)
+        embeds = embeds.index_put(vision_at, image_features.to(embeds.dtype))
+        mask[vision_at] = True
+        is_vision[vision_at] = True
     return MergedInputs(embeds, mask, merged_labels, find_slots(is_vision, mask))

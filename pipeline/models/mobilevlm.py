@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, CLIPVisionModel, LlamaForCausalLM, LlamaModel
+from transformers import AutoModelForCausalLM, CLIPVisionModel, LlamaModel
 from transformers import initialization as init
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
@@ -58,17 +59,16 @@ class MobileVLMModel(MobileVLMPreTrainedModel, LlamaModel):
         self.post_init()
 
 
-class MobileVLMForCausalLM(MobileVLMPreTrainedModel, LlamaForCausalLM):
+class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
     """MobileVLM V2 with a language-model head. Token id -200 in `input_ids` stands for one image."""
 
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]
     # Buffers that older transformers releases wrote into checkpoints. They are computed anew.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"embeddings\.position_ids"]
 
     def __init__(self, config: MobileVLMConfig):
-        super(LlamaForCausalLM, self).__init__(
-            config
-        )  # LlamaForCausalLM's own would build another body first
+        super().__init__(config)
         self.model = MobileVLMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -187,15 +187,24 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, LlamaForCausalLM):
             labels, input_ids = (None if labels is None else merged.labels), None
         if labels is not None:
             kwargs.setdefault("use_cache", False)
-        forward: Any = super().forward  # typed for tensors of int64
-        return forward(
+        outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
             **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),
         )
 
     @torch.no_grad()

@@ -116,6 +116,7 @@ def test_a_pull_of_a_part_of_it_fetches_no_other_files(experiment, tmp_path):
     assert not any("/c/" in name or name.endswith("index.json") for name in again)
 
 
+@pytest.mark.slow
 def test_a_pull_that_was_stopped_goes_on_part_by_part(tmp_path, whole):
     with static_server(tmp_path) as (url, requests):
         shard = whole / "parts/shard-000001/hidden/c/0/0"

@@ -165,6 +165,7 @@ def test_every_spelling_of_403_may_mean_that_nothing_is_there(error):
     assert "not there" not in str(_unreachable("s3://lab/s", OSError(5, "Input/output error")))
 
 
+@pytest.mark.slow
 def test_a_missing_driver_is_named_with_its_extra(monkeypatch):
     def without(url: str):
         raise ImportError("Install s3fs to access S3")
@@ -191,6 +192,7 @@ def test_stage_1_does_not_write_behind_a_url(bucket, experiment, tmp_path, capsy
         StoreWriter.open(f"{bucket}/new", Store(experiment.store).manifest)
 
 
+@pytest.mark.slow
 def test_a_mirror_answers_the_second_time_and_stays_within_its_limit(tmp_path):
     write_store(tmp_path / "s")
     with static_server(tmp_path) as (url, requests):
@@ -256,6 +258,7 @@ def test_a_folder_of_a_mirror_that_cannot_be_listed_ends_no_run(tmp_path, monkey
     assert mirror.get("large") == b"y" * 960
 
 
+@pytest.mark.slow
 def test_a_mirror_leaves_what_is_not_its_own(tmp_path):
     write_store(tmp_path / "s")
     mine = tmp_path / "mirror" / "notes" / "thesis.txt"

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig
+from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, building
-from pipeline.models.merge import MergedInputs, merge_vision_tokens
-from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMForCausalLM
-from pipeline.models.tap import attention_of_layers, record_layer_inputs
-from pipeline.models.teacher_plan import TeacherPlan, empty_model
-from pipeline.positions import IGNORE_INDEX
+from pipeline.models.anatomy import empty_network
+from pipeline.models.processors import ImageInputs
+from pipeline.models.teacher_plan import TeacherPlan
+from pipeline.models.vlm import ImageFeatures, VisionLanguageModel, to_device
+from pipeline.positions import IGNORE_INDEX, find_slots
 from pipeline.targets.attention import AttentionTarget
 from pipeline.targets.target import TeacherForward
 
@@ -23,7 +23,7 @@ from pipeline.targets.target import TeacherForward
 class Teacher:
     """A loaded teacher. It runs without gradients but not in inference mode: its results meet trained tensors."""
 
-    model: MobileVLMForCausalLM
+    vlm: VisionLanguageModel
     plan: TeacherPlan
     device: torch.device
 
@@ -33,65 +33,34 @@ class Teacher:
         return attention.layers if isinstance(attention, AttentionTarget) else ()
 
     @torch.no_grad()
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return projected vision features: 'I C Y X' -> 'I N D'."""
-        return self.model.encode_images(self._on_device(pixel_values))
+    def encode_images(self, images: Sequence[ImageInputs], sizes: Sequence[int]) -> ImageFeatures:
+        """Return the projected vision features of images, which have these numbers of vision tokens."""
+        return self.vlm.encode(images, sizes)
 
     @torch.no_grad()
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        labels: torch.Tensor,
-        vision: torch.Tensor | None,
-    ) -> TeacherForward:
-        """Run one batch: ids, mask and labels 'B S', vision tokens 'I N D' of its images in order."""
-        merged = self._merge(
-            self._on_device(input_ids),
-            None if vision is None else self._on_device(vision),
-            attention_mask=self._on_device(attention_mask),
-            labels=self._on_device(labels),
-        )
-        inputs, hidden = self._run(merged)
-        predicts = merged.labels[:, 1:] != IGNORE_INDEX
+    def forward(self, batch: Mapping[str, Any], features: ImageFeatures | None) -> TeacherForward:
+        """Run one batch of `pad_tokens`, with the features of all its images in order."""
+        batch = {
+            name: to_device(value, self.device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        predicts = batch["labels"][:, 1:] != IGNORE_INDEX
+        if self.plan.deepest == -1:  # no decoder layer is needed, so the embeddings were not loaded
+            slots, attention, logits = find_slots(batch["is_vision"], batch["attention_mask"], batch["sizes"]), {}, None
+        else:
+            # The last position predicts nothing.
+            answers = None if self.plan.is_stub else nn.functional.pad(predicts, (0, 1))
+            made = self.vlm.forward(
+                batch, features, layers=self.attention_layers, stop_at=self.plan.deepest, answers=answers
+            )
+            slots, attention, logits = made.slots, made.attention, made.logits
         return TeacherForward(
-            slots=merged.slots,
-            attention=attention_of_layers(self.model.model, inputs, merged),
-            answer_logits=None if hidden is None else self.model.lm_head(hidden[:, :-1][predicts]),
+            slots=slots,
+            attention=attention,
+            answer_logits=logits,
             num_answers=predicts.sum(dim=1).tolist(),
-            num_vision_tokens=self.plan.facts.num_vision_tokens,
+            sizes=batch["sizes"],
         )
-
-    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda" and tensor.device.type == "cpu":
-            # Only from pinned memory is the copy asynchronous.
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
-
-    def _merge(
-        self, input_ids: torch.Tensor, vision: torch.Tensor | None, **masks: torch.Tensor
-    ) -> MergedInputs:
-        if self.plan.deepest != -1:
-            return self.model.merge_inputs(input_ids, vision, **masks)
-        # No decoder layer is needed, so the embeddings were not loaded. Only positions are computed.
-        text_embeds = torch.zeros(*input_ids.shape, self.plan.facts.hidden_size, device=self.device)
-        return merge_vision_tokens(
-            input_ids, text_embeds, vision, **masks, num_vision_tokens=self.plan.facts.num_vision_tokens
-        )
-
-    def _run(self, merged: MergedInputs) -> tuple[Mapping[int, torch.Tensor], torch.Tensor | None]:
-        """Return the inputs 'B S D' of the attention layers and, of a whole model, the last hidden states 'B S D'."""
-        if self.plan.deepest == -1:
-            return {}, None
-        hidden = None
-        layers = self.model.model.layers
-        with record_layer_inputs(layers, self.attention_layers, stop_at=self.plan.deepest) as inputs:
-            hidden = self.model.model(
-                inputs_embeds=merged.inputs_embeds,
-                attention_mask=merged.attention_mask.long(),
-                use_cache=False,
-            ).last_hidden_state
-        return inputs, hidden
 
 
 def load_teacher(plan: TeacherPlan, *, dtype: torch.dtype, device: torch.device) -> Teacher:
@@ -99,28 +68,62 @@ def load_teacher(plan: TeacherPlan, *, dtype: torch.dtype, device: torch.device)
 
     Raises `ConfigError` if a tensor's shape is not that of the config, or if the device cannot hold it.
     """
-    model = empty_model(plan.config)
-    expected = model.state_dict()
-    weights: dict[str, torch.Tensor] = {}
-    for name, tensor in plan.checkpoint.tensors(plan.tensors):
+    network = empty_network(plan.config)
+    expected = network.state_dict()
+    weights: dict[str, Tensor] = {}
+    names = {source: name for name, source in plan.tensors.items()}
+    for source, tensor in plan.checkpoint.tensors(names):
+        name = names[source]
         if tensor.shape != expected[name].shape:
             raise ConfigError(
-                f"{plan.checkpoint.folder}: tensor {name!r} has shape {tuple(tensor.shape)}, its config.json "
+                f"{plan.checkpoint.folder}: tensor {source!r} has shape {tuple(tensor.shape)}, its config.json "
                 f"asks for {tuple(expected[name].shape)}; use the config.json that belongs to the checkpoint"
             )
         with building(f"teacher {plan.checkpoint.folder} on {device}", then="choose another teacher.device"):
-            weights[name] = tensor.to(dtype=dtype, device=device)
+            weights[name] = tensor.to(dtype=dtype if tensor.is_floating_point() else None, device=device)
     # All other tensors stay on the meta device, where any use of them raises: a mistake in the plan cannot go unseen.
-    model.load_state_dict(weights, strict=False, assign=True)
-    _compute_buffers(model, device)
-    if not plan.is_stub:
-        model.tie_weights()
-    return Teacher(model.eval().requires_grad_(False), plan, device)
+    network.load_state_dict(weights, strict=False, assign=True)
+    _compute_buffers(network, device)
+    if plan.is_stub:
+        _answer_for_what_is_absent(network)
+    else:
+        network.tie_weights()
+    network.eval().requires_grad_(False)
+    return Teacher(VisionLanguageModel(network), plan, device)
 
 
-def _compute_buffers(model: MobileVLMForCausalLM, device: torch.device) -> None:
-    """Compute the buffers that no checkpoint holds: rotary frequencies, and positions of the CLIP tower."""
-    if isinstance(model.config.tower, CLIPVisionConfig):
-        embeddings: Any = model.get_submodule(f"{TOWER_PREFIX}vision_tower.vision_model.embeddings")
-        embeddings.position_ids = torch.arange(embeddings.num_positions, device=device)[None]
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+def _compute_buffers(network: Any, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint holds, such as rotary frequencies, as transformers does on loading."""
+    for module in network.modules():
+        for name in module._non_persistent_buffers_set:
+            if (buffer := module._buffers[name]) is not None:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    for tensor in (*network.parameters(), *(b for _, b in network.named_buffers() if b.is_meta)):
+        tensor._is_hf_initialized = True  # transformers' mark: leave it as it is
+    network.initialize_weights()
+
+
+class _Absent(nn.Module):
+    """Stands for a module of a stub without weights, whose result reaches neither query nor key of the last layer.
+
+    An attention function gets query, key and value at once, so the value is made, too: of zeros here.
+    """
+
+    def __init__(self, width: int | None):
+        super().__init__()
+        self.width = width
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values if self.width is None else values.new_zeros(()).expand(*values.shape[:-1], self.width)
+
+
+def _answer_for_what_is_absent(network: Any) -> None:
+    """Replace, in layers of the decoder that have some weights, the modules that have none."""
+    for layer in network.get_decoder().layers:
+        if all(parameter.is_meta for parameter in layer.parameters()):
+            continue
+        for name, module in list(layer.named_modules()):
+            own = list(module.parameters(recurse=False))
+            if own and all(parameter.is_meta for parameter in own):
+                width = module.out_features if isinstance(module, nn.Linear) else None
+                layer.set_submodule(name, _Absent(width))

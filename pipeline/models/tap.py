@@ -1,101 +1,141 @@
-"""The tap: text-to-vision attention of chosen decoder layers, with gradient.
+"""The tap: text-to-vision attention of chosen layers, with gradient, from whatever a family does before its softmax.
 
-The model runs SDPA, which returns no attention. The tap recomputes softmax(q k^T) of a layer from the layer's
-input, norm, q and k: the text rows alone, of which it keeps the vision columns. The values equal those of eager
-attention, and only one layer's 'B H T S' is in memory at a time.
+The decoder runs an attention function of ours, registered with transformers' `AttentionInterface`. It keeps query, key
+and mask of the chosen layers, which come to it after every projection, norm and rotation of the family, and hands all
+of them on to SDPA. The rows of softmax(q k^T) are computed when the forward is over: the text rows alone, of which
+only the vision columns are kept.
+
+So nothing is kept twice under gradient checkpointing: the backward pass runs the layers again, but no recording is
+open then. And what the backward pass needs of the tap lies outside the checkpointed layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from pipeline.models.merge import MergedInputs
+from pipeline.errors import ConfigError
 from pipeline.positions import Slots
+
+TAPPED = "alignkd_tapped"  # the name of the attention function, for `set_attn_implementation`
+
+
+@dataclass(frozen=True)
+class QueryAndKey:
+    """What a layer's softmax is made of: query 'B H S D/H', key 'B H|G S D/H', the model's own mask, the scaling.
+
+    `mask` is bool or additive, 'B|1 1|H S S'. None means causal where `is_causal`, else that all see all.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    scaling: float
+    is_causal: bool
+
+
+@dataclass
+class Recording:
+    """One forward: what was kept of the chosen layers, each by its number among the layers that have attention."""
+
+    chosen: Collection[int]
+    stop_at: int | None = None
+    num_seen: int = 0
+    kept: dict[int, QueryAndKey] = field(default_factory=dict)
 
 
 class _LayerReached(Exception):  # noqa: N818 - it ends a forward, and is no error
     """The forward reached the layer that it was to stop at."""
 
 
-@contextmanager
-def record_layer_inputs(
-    layers: nn.ModuleList, chosen: Iterable[int], *, stop_at: int | None = None
-) -> Iterator[dict[int, torch.Tensor]]:
-    """Yield a dict that a forward in the context fills with the input 'B S D' of each chosen layer.
+_open: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
-    With `stop_at` the forward ends there: neither that layer nor anything after it runs, so that their weights need
+
+@contextmanager
+def recording(chosen: Collection[int], *, stop_at: int | None = None) -> Iterator[Recording]:
+    """Yield what a forward in the context fills. The decoder must run the attention function `TAPPED`.
+
+    With `stop_at` the forward ends in that layer, before its softmax: nothing after it runs, so that its weights need
     not be loaded. The statement in the context is then left without a result.
     """
-    inputs: dict[int, torch.Tensor] = {}
-
-    def keep(index: int):
-        def hook(_module, args, kwargs):
-            inputs[index] = args[0] if args else kwargs["hidden_states"]
-            if index == stop_at:
-                raise _LayerReached
-
-        return hook
-
-    handles = [layers[index].register_forward_pre_hook(keep(index), with_kwargs=True) for index in chosen]
+    made = Recording(chosen, stop_at)
+    token = _open.set(made)
     try:
-        yield inputs
+        yield made
     except _LayerReached:
         pass
     finally:
-        for handle in handles:
-            handle.remove()
+        _open.reset(token)
 
 
-def attention_of_layers(
-    body: Any, inputs: Mapping[int, torch.Tensor], merged: MergedInputs
-) -> dict[int, torch.Tensor]:
-    """Return the text-to-vision attention of every layer whose input was recorded: layer -> float32 'B H T J'.
+def _tapped_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Keep what the open recording asks for, and return SDPA's result; transformers' signature."""
+    if (made := _open.get()) is not None:
+        if kwargs.get("softcap") is not None:  # SDPA ignores it, so the model would compute something else
+            raise ConfigError("attention with a soft cap cannot be computed by SDPA; use a model without one")
+        layer, made.num_seen = made.num_seen, made.num_seen + 1
+        if layer in made.chosen:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            is_causal = kwargs.get("is_causal")
+            if is_causal is None:
+                is_causal = getattr(module, "is_causal", True)
+            made.kept[layer] = QueryAndKey(query, key, attention_mask, scale, is_causal)
+        if layer == made.stop_at:
+            raise _LayerReached
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
 
-    `body` is the LLaMA body (`layers`, `rotary_emb`). Its sequence begins at position 0.
+
+AttentionInterface.register(TAPPED, _tapped_attention)
+AttentionMaskInterface.register(TAPPED, sdpa_mask)
+
+
+def attention_of_layers(kept: Mapping[int, QueryAndKey], slots: Slots) -> dict[int, Tensor]:
+    """Return the text-to-vision attention of every recorded layer: layer -> float32 'B H T J'.
+
+    Of several layers with gradient, each layer's rows are computed again in the backward pass: the rows of one layer
+    are in memory at a time.
     """
-    length, device = merged.attention_mask.shape[1], merged.attention_mask.device
-    position_embeddings = body.rotary_emb(merged.inputs_embeds, torch.arange(length, device=device)[None])
+    is_costly = len(kept) > 1 and torch.is_grad_enabled()
     return {
-        layer: text_to_vision_attention(
-            body.layers[layer],
-            hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=merged.attention_mask,
-            slots=merged.slots,
-        )
-        for layer, hidden_states in inputs.items()
+        layer: checkpoint(text_to_vision_attention, one, slots, use_reentrant=False)
+        if is_costly
+        else text_to_vision_attention(one, slots)
+        for layer, one in kept.items()
     }
 
 
-def text_to_vision_attention(
-    layer: nn.Module,
-    hidden_states: torch.Tensor,
-    *,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    attention_mask: torch.Tensor,
-    slots: Slots,
-) -> torch.Tensor:
-    """Return the attention of a decoder layer's text rows to the vision columns: float32 'B H T J'.
+def text_to_vision_attention(kept: QueryAndKey, slots: Slots) -> Tensor:
+    """Return the attention of a layer's text rows to the vision columns: float32 'B H T J'.
 
-    Each row is a softmax over all keys that it may see (causal, unpadded). Only the vision columns are returned, so a
-    row sums to the share of attention that falls on the image. Padding rows and columns (-1 in `slots`) are zero.
-    `hidden_states` 'B S D' is the layer's input, before its norm; `position_embeddings` are rotary cos and sin
-    'B|1 S D/H'; `attention_mask` is bool 'B S'.
+    Each row is a softmax over all keys that the model lets it see. Only the vision columns are returned, so a row sums
+    to the share of attention that falls on images. Padding rows and columns (-1 in `slots`) are zero.
     """
-    self_attention: Any = layer.self_attn
-    query_rows = slots.text.clamp(min=0)  # a padding row reads position 0, and is zeroed at the end
-    query, key = _rotated_query_and_key(layer, hidden_states, position_embeddings, query_rows)
-    scores = torch.matmul(query, key.transpose(2, 3)) * self_attention.scaling
-    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-    visible = (positions <= query_rows[:, :, None]) & attention_mask[:, None, :]
-    # Not -inf: where a padding row sees nothing, softmax would give NaN, and NaN times zero is NaN.
-    scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
+    rows = slots.text.clamp(min=0)  # a padding row reads position 0, and is zeroed at the end
+    query = kept.query.gather(2, rows[:, None, :, None].expand(-1, kept.query.shape[1], -1, kept.query.shape[3]))
+    key = kept.key.repeat_interleave(kept.query.shape[1] // kept.key.shape[1], dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * kept.scaling
+    scores = _masked(scores, kept, rows)
     # float32 as in eager attention: half precision is too coarse for the small shares of a long row.
     probabilities = scores.softmax(dim=-1, dtype=torch.float32)
     columns = slots.vision.clamp(min=0)[:, None, None].expand(*probabilities.shape[:3], -1)
@@ -103,18 +143,15 @@ def text_to_vision_attention(
     return probabilities.gather(3, columns) * real
 
 
-def _rotated_query_and_key(layer, hidden_states, position_embeddings, query_rows):
-    """Return the rows' query 'B H T D/H' and all positions' key 'B H S D/H', rotary applied, key heads repeated."""
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden_states)
-    rows = query_rows[:, :, None]
-    # Only text rows are projected to queries: each row costs S scores, and most rows are vision rows.
-    row_states = normed.gather(1, rows.expand(-1, -1, normed.shape[-1]))
-    query = attention.q_proj(row_states).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
-    key = attention.k_proj(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
-    cos, sin = (table.expand(hidden_states.shape[0], -1, -1) for table in position_embeddings)
-    row_cos, row_sin = (table.gather(1, rows.expand(-1, -1, table.shape[-1])) for table in (cos, sin))
-    # Query and key are rotated apart, because they have different positions.
-    query, _ = apply_rotary_pos_emb(query, query, row_cos, row_sin)
-    _, key = apply_rotary_pos_emb(key, key, cos, sin)
-    return query, key.repeat_interleave(attention.num_key_value_groups, dim=1)
+def _masked(scores: Tensor, kept: QueryAndKey, rows: Tensor) -> Tensor:
+    """Return the scores 'B H T S' of text rows under the model's mask."""
+    # Not -inf: where a padding row sees nothing, softmax would give NaN, and NaN times zero is NaN.
+    smallest = torch.finfo(scores.dtype).min
+    if kept.mask is None:
+        if not kept.is_causal:
+            return scores
+        visible = torch.arange(scores.shape[3], device=rows.device) <= rows[:, :, None]
+        return scores.masked_fill(~visible[:, None], smallest)
+    mask = kept.mask.expand(len(rows), -1, -1, -1)
+    mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    return scores.masked_fill(~mask, smallest) if mask.dtype == torch.bool else scores + mask

@@ -26,13 +26,15 @@ class TeacherFacts:
     num_layers: int
     num_heads: int
     hidden_size: int
-    num_vision_tokens: int
     vocab_size: int
+    family: str = "mobilevlm"  # transformers' model type; stores of format 1 do not name it
+    num_vision_tokens: int | None = None  # of every image; None where it differs from image to image
 
     @classmethod
     def of(cls, manifest: Manifest) -> TeacherFacts:
         """The facts of the teacher that a store was made with."""
-        return cls(**{field.name: manifest.teacher[field.name] for field in fields(cls)})
+        known = [field.name for field in fields(cls) if field.name in manifest.teacher]
+        return cls(**{name: manifest.teacher[name] for name in known})
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class TeacherForward:
     `attention`      layer -> float32 'B H T J'
     `answer_logits`  'A V' at the answer positions, sample after sample; None from a stub
     `num_answers`    answer positions P of each sample
-    `vision`         'I N D', projected features of the images to keep; None without images
+    `sizes`          N of each image of each sample
+    `vision`         'N D' of each image to keep
     `keys`           the samples' keys, from which draws are seeded
     """
 
@@ -50,8 +53,8 @@ class TeacherForward:
     attention: Mapping[int, Tensor]
     answer_logits: Tensor | None
     num_answers: Sequence[int]
-    num_vision_tokens: int
-    vision: Tensor | None = None
+    sizes: Sequence[Sequence[int]]
+    vision: Sequence[Tensor] = ()
     keys: Sequence[str] = ()
 
 

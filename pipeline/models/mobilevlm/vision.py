@@ -5,6 +5,7 @@ Modules are named as in the published checkpoint, so that no key is renamed on l
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from torch import nn
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
-from pipeline.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteTower
+from pipeline.models.mobilevlm.efficientnet import EfficientNetLiteConfig, EfficientNetLiteTower
 from pipeline.shapes import expect_shape
+
+
+TOWER_LAYER = re.compile(r".*\.encoder\.layers\.(\d+)\.")
 
 
 class CLIPVisionLayers(nn.Module):
@@ -62,6 +66,12 @@ class VisionTower(nn.Module):
         expect_shape("pixel_values", pixel_values, f"I {self.config.num_channels} {size} {size}")
         hidden_states = self.vision_tower.vision_model(pixel_values, num_layers=self.num_layers)
         return hidden_states[:, self.first_token :]
+
+
+    def reads(self, name: str) -> bool:
+        """Whether a forward reads the tensor of this name."""
+        layer = TOWER_LAYER.match(name)
+        return int(layer[1]) < self.num_layers if layer else "post_layernorm" not in name
 
 
 def build_tower(

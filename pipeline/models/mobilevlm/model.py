@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, CLIPVisionModel, LlamaModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionModel, LlamaModel
 from transformers import initialization as init
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from pipeline.errors import ConfigError, building
 from pipeline.models.checkpoint import checkpoint_folder, loading
-from pipeline.models.configuration import MobileVLMConfig, check_tower_is_here, read_config
-from pipeline.models.merge import MergedInputs, merge_vision_tokens
-from pipeline.models.vision import LDPNetV2, build_tower
-from pipeline.positions import IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm.configuration import IMAGE_TOKEN_ID, MobileVLMConfig, check_tower_is_here, read_mobilevlm_config
+from pipeline.models.mobilevlm.vision import LDPNetV2, VisionTower, build_tower
 from pipeline.shapes import expect_shape
 
 TOWER_PREFIX = "model.vision_tower."
@@ -58,9 +56,30 @@ class MobileVLMModel(MobileVLMPreTrainedModel, LlamaModel):
         )
         self.post_init()
 
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        *,
+        patch_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Return the vision tokens 'I N D' of images as `pooler_output`, from pixels 'I C Y X' or patches 'I M W'."""
+        if patch_features is None:
+            assert pixel_values is not None
+            patch_features = self.vision_tower(pixel_values)
+        patches: Any = patch_features
+        vision_tokens = self.mm_projector(patches.to(next(self.mm_projector.parameters()).dtype))
+        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=vision_tokens)
+
+
+class ImageCountError(ValueError):
+    """The number of image tokens and the number of images of a batch do not correspond."""
+
 
 class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
-    """MobileVLM V2 with a language-model head. Token id -200 in `input_ids` stands for one image."""
+    """MobileVLM V2 with a language-model head."""
+
+    input_modalities = ("image", "text")
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]
@@ -84,7 +103,7 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
         """
         want_info = kwargs.pop("output_loading_info", False)
         if "config" not in kwargs:
-            read_config(checkpoint_folder(str(pretrained_model_name_or_path)))  # raises the clearer errors
+            read_mobilevlm_config(checkpoint_folder(str(pretrained_model_name_or_path)))  # raises the clearer errors
         with loading(pretrained_model_name_or_path):
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -128,39 +147,27 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
             with suppress(OSError):
                 file.chmod(config_file.stat().st_mode)
 
-    def encode_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def get_patch_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the patch features of the frozen tower's selected layer: 'I C Y X' -> 'I M W'."""
         return self.model.vision_tower(pixel_values)
 
-    def encode_images(
-        self, pixel_values: torch.Tensor | None = None, *, patch_features: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return the vision tokens of images, from pixels 'I C Y X' or patch features 'I M W': 'I N D'."""
-        if patch_features is None:
-            assert pixel_values is not None
-            patch_features = self.encode_patches(pixel_values)
-        projector = self.model.mm_projector
-        return projector(patch_features.to(next(projector.parameters()).dtype))
-
-    def merge_inputs(
+    def get_image_features(
         self,
-        input_ids: torch.Tensor,
-        image_features: torch.Tensor | None,
+        pixel_values: torch.Tensor | None = None,
         *,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-    ) -> MergedInputs:
-        """Embed 'B S' token ids and put the vision tokens 'I N D' at their placeholders."""
-        expect_shape("input_ids", input_ids, "B S")
-        text_ids = input_ids.masked_fill(input_ids == IMAGE_TOKEN_INDEX, 0)
-        return merge_vision_tokens(
-            input_ids,
-            self.model.embed_tokens(text_ids),
-            image_features,
-            attention_mask=attention_mask,
-            labels=labels,
-            num_vision_tokens=self.config.num_vision_tokens,
-        )
+        patch_features: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Return the vision tokens 'I N D' of images as `pooler_output`, from pixels 'I C Y X' or patches 'I M W'."""
+        return self.model.get_image_features(pixel_values, patch_features=patch_features)
+
+    def names_never_read(self) -> list[str]:
+        """Return the tensors of the tower that no forward reads: the layers behind the selected one."""
+        tower = self.model.vision_tower
+        if not isinstance(tower, VisionTower):
+            return []
+        names = [name for name, _ in tower.named_parameters()]
+        return [f"{TOWER_PREFIX}{name}" for name in names if not tower.reads(name)]
 
     def forward(
         self,
@@ -170,30 +177,25 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         *,
         inputs_embeds: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits 'B S V' over the merged sequence and, with `labels`, the mean cross entropy per valid token.
+        """Return logits 'B S V' and, with `labels`, the mean cross entropy per valid token.
 
-        `pixel_values` 'I C Y X' holds all images of the batch in order, one for each -200 in `input_ids`.
-        `inputs_embeds` and `past_key_values` are for `generate`, which merges before the first step.
+        In `input_ids` every image is N times the image token, as the processor writes it. `pixel_values` 'I C Y X', or
+        what `get_image_features` returned of them, are all images of the batch in order.
+        Raises `ImageCountError` if image tokens and images do not correspond.
         """
-        if inputs_embeds is None and past_key_values is None:
+        if inputs_embeds is None:
             assert input_ids is not None
-            features = None if pixel_values is None else self.encode_images(pixel_values)
-            merged = self.merge_inputs(input_ids, features, attention_mask=attention_mask, labels=labels)
-            inputs_embeds, attention_mask = merged.inputs_embeds, merged.attention_mask.long()
-            labels, input_ids = (None if labels is None else merged.labels), None
+            images = (mm_encoder_outputs or {}).get("image")
+            if images is None and pixel_values is not None:
+                images = self.get_image_features(pixel_values)
+            inputs_embeds = self.embed(input_ids, None if images is None else images.pooler_output)
         if labels is not None:
             kwargs.setdefault("use_cache", False)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        outputs = self.model(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
@@ -207,33 +209,21 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
             attentions=getattr(outputs, "attentions", None),
         )
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: torch.Tensor,
-        *,
-        pixel_values=None,
-        patch_features=None,
-        attention_mask=None,
-        **kwargs,
-    ) -> Any:
-        """Return a greedy or sampled continuation, computed with a KV cache: new token ids only, 'B S'.
-
-        Prompts of different lengths may be padded on either side. The merged batch is padded on the left.
-        """
-        has_image = pixel_values is not None or patch_features is not None
-        features = self.encode_images(pixel_values, patch_features=patch_features) if has_image else None
-        merged = self.merge_inputs(input_ids, features, attention_mask=attention_mask)
-        embeds, mask = _pad_on_the_left(merged.inputs_embeds, merged.attention_mask)
-        generate: Any = super().generate  # pyright: ignore[reportAttributeAccessIssue]
-        return generate(inputs_embeds=embeds, attention_mask=mask.long(), **kwargs)
-
-
-def _pad_on_the_left(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move padding to the left and keep the order, because generation continues from the last column."""
-    longest = int(mask.sum(dim=1).max())
-    order = torch.argsort(mask.long(), dim=1, stable=True)[:, -longest:]
-    return embeds.gather(1, order[:, :, None].expand(-1, -1, embeds.shape[-1])), mask.gather(1, order)
+    def embed(self, input_ids: torch.Tensor, vision_tokens: torch.Tensor | None) -> torch.Tensor:
+        """Embed token ids 'B S' and put the vision tokens 'I N D' in the places of the image tokens: 'B S D'."""
+        expect_shape("input_ids", input_ids, "B S")
+        is_image = input_ids == IMAGE_TOKEN_ID
+        embeds = self.model.embed_tokens(input_ids.masked_fill(is_image, 0))
+        given = 0 if vision_tokens is None else vision_tokens.shape[0] * vision_tokens.shape[1]
+        if int(is_image.sum()) != given:
+            size = self.config.num_vision_tokens
+            raise ImageCountError(
+                f"the batch holds {int(is_image.sum())} image tokens ({IMAGE_TOKEN_ID}), {given // size} images have "
+                f"{given}; write {size} for each image, in order, as MobileVLMProcessor does"
+            )
+        if vision_tokens is None:
+            return embeds
+        return embeds.masked_scatter(is_image[:, :, None], vision_tokens.to(embeds.dtype))
 
 
 def _load_tower(model: MobileVLMForCausalLM) -> None:
@@ -247,3 +237,4 @@ def _load_tower(model: MobileVLMForCausalLM) -> None:
 
 
 AutoModelForCausalLM.register(MobileVLMConfig, MobileVLMForCausalLM)
+AutoModelForImageTextToText.register(MobileVLMConfig, MobileVLMForCausalLM)

@@ -1,0 +1,34 @@
+"""The names of a model's tensors in its checkpoint: older checkpoints of many families have other names than the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from pipeline.errors import ConfigError
+from pipeline.models.anatomy import empty_network
+
+
+def source_names(config: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the model's name -> the checkpoint's, of every tensor of a checkpoint, as transformers renames them.
+
+    Raises `ConfigError` for a tensor that transformers makes of several others, such as a mixture of experts.
+    """
+    network = empty_network(config)
+    state = network.state_dict()
+    transforms = get_model_conversion_mapping(network)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    found: dict[str, str] = {}
+    for name in names:
+        renamed, converter = rename_source_key(name, renamings, converters, network.base_model_prefix, state)
+        if converter is not None:
+            raise ConfigError(
+                f"the checkpoint's tensor {name!r} is one of several that transformers makes {renamed!r} of; a stub "
+                "reads whole tensors: save the model with transformers 5 (save_pretrained), and use that folder"
+            )
+        found[renamed] = name
+    return found

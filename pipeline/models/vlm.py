@@ -1,0 +1,243 @@
+"""The door: what the stages ask of a vision-language model of any family, in transformers' own terms."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from pipeline.errors import ConfigError
+from pipeline.models.anatomy import anatomy_of
+from pipeline.models.configuration import image_token_of
+from pipeline.models.families import FAMILIES, Family
+from pipeline.models.processors import ImageInputs, join_images
+from pipeline.models.tap import TAPPED, attention_of_layers, recording
+from pipeline.positions import Slots, find_slots
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Projected vision features of some images, in order: 'N D' of each.
+
+    `deepstack` are those that Qwen3-VL adds after its first decoder layers: image -> layer 'N D'. `is_list` says in
+    which form the family's forward takes them. `grids` is `image_grid_thw` 'I 3' of Qwen's positions.
+    """
+
+    tokens: tuple[Tensor, ...]
+    deepstack: tuple[tuple[Tensor, ...], ...] = ()
+    is_list: bool = False
+    grids: tuple[Tensor, ...] = ()
+
+    @property
+    def flat(self) -> Tensor:
+        """The features of all images, one after another: 'G D'."""
+        return torch.cat(self.tokens)
+
+    def of(self, chosen: Sequence[int]) -> ImageFeatures:
+        """Return those of the images of these numbers, in this order."""
+        parts = (tuple(part[n] for n in chosen) if part else () for part in (self.tokens, self.deepstack, self.grids))
+        tokens, deepstack, grids = parts
+        return ImageFeatures(tokens, deepstack, self.is_list, grids)
+
+    @classmethod
+    def joined(cls, images: Sequence[ImageFeatures]) -> ImageFeatures:
+        """Return several as one, in order."""
+        of_each = ([*one.tokens] for one in images)
+        tokens = tuple(tensor for part in of_each for tensor in part)
+        deepstack = tuple(layers for one in images for layers in one.deepstack)
+        return cls(tokens, deepstack, images[0].is_list, tuple(grid for one in images for grid in one.grids))
+
+    def to_output(self) -> EncoderOutput:
+        """Return them as the family's `get_image_features` did, for `mm_encoder_outputs`."""
+        pooled: Any = list(self.tokens) if self.is_list else self.flat
+        output = EncoderOutput(pooler_output=pooled)
+        if self.deepstack:
+            output.deepstack_features = [list(layer) for layer in zip(*self.deepstack, strict=True)]
+        return output
+
+
+@dataclass
+class EncoderOutput(BaseModelOutputWithPooling):
+    """What a forward reads of `get_image_features`' result, of every family."""
+
+    deepstack_features: Any = None
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One batch through a model: logits 'A V' at the chosen positions, attention layer -> float32 'B H T J'."""
+
+    slots: Slots
+    logits: Tensor | None
+    attention: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+class VisionLanguageModel:
+    """A model of any family that `AutoModelForImageTextToText` loads. It holds the module and adds no parameters."""
+
+    def __init__(self, network: Any):
+        self.network = network
+        self.config = network.config
+        self.family = FAMILIES.get(self.config.model_type, Family())
+        self.decoder = network.get_decoder()
+        self.decoder.set_attn_implementation({"": TAPPED})
+        self.accepted = inspect.signature(network.forward).parameters.keys()
+        if "mm_encoder_outputs" not in self.accepted:
+            raise ConfigError(
+                f"{type(network).__name__} of transformers {transformers.__version__} takes no features computed "
+                "before (mm_encoder_outputs); use transformers 5.18 or later, or another family"
+            )
+
+    @property
+    def text_config(self) -> Any:
+        return self.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.get_input_embeddings().weight.device
+
+    @property
+    def image_token_id(self) -> int:
+        return image_token_of(self.config)
+
+    @cached_property
+    def connector_names(self) -> frozenset[str]:
+        """The names of the projector's parameters: all that make vision features, but for the frozen tower."""
+        tower = self.network.get_encoder(modality="image")
+        [prefix] = [name for name, module in self.network.named_modules() if module is tower]
+        kept = tuple(f"{prefix}.{name}." for name in self.family.trained_in_tower)
+        named = {name for name, _ in self.network.named_parameters()}
+        in_tower = {name for name in named if name.startswith(f"{prefix}.") and not name.startswith(kept or "\0")}
+        text = anatomy_of(self.config).text
+        return frozenset(named - in_tower - text)
+
+    def freeze_tower(self) -> None:
+        """Leave tower and text as they are; only the tower's parameters stop being trained."""
+        text = anatomy_of(self.config).text
+        for name, parameter in self.network.named_parameters():
+            if name not in text and name not in self.connector_names:
+                parameter.requires_grad_(False)
+
+    # Images
+
+    def patch_features(self, images: Sequence[ImageInputs]) -> Tensor | None:
+        """Return what the frozen tower gives of images, 'I M W'; None of a family whose two steps are one."""
+        get: Callable[[Tensor], Tensor] | None = getattr(self.network, "get_patch_features", None)
+        return None if get is None or not images else get(self._on_device(images)["pixel_values"])
+
+    def encode(
+        self, images: Sequence[ImageInputs], sizes: Sequence[int], *, patch_features: Tensor | None = None
+    ) -> ImageFeatures:
+        """Return the projected features of images, which have these numbers of vision tokens.
+
+        Raises `ConfigError` if the model makes other numbers: its processor is not its own then.
+        """
+        if patch_features is not None:
+            output = self.network.get_image_features(patch_features=patch_features)
+            return self._features(output, sizes, {})
+        inputs = self._on_device(images)
+        taken = inspect.signature(self.network.get_image_features).parameters
+        output = self.network.get_image_features(
+            **{name: value for name, value in inputs.items() if name in taken}, return_dict=True
+        )
+        return self._features(output, sizes, inputs)
+
+    def _on_device(self, images: Sequence[ImageInputs]) -> dict[str, Tensor]:
+        joined = join_images(self.config.model_type, images)
+        return {name: to_device(tensor, self.device) for name, tensor in joined.items()}
+
+    def _features(self, output: Any, sizes: Sequence[int], inputs: Mapping[str, Tensor]) -> ImageFeatures:
+        pooled = output.pooler_output
+        deepstack = getattr(output, "deepstack_features", None) or ()
+        by_layer = [_by_image(layer, sizes) for layer in deepstack]
+        grids = inputs.get("image_grid_thw")
+        return ImageFeatures(
+            _by_image(pooled, sizes),
+            tuple(zip(*by_layer, strict=True)),
+            is_list=not isinstance(pooled, Tensor),
+            grids=() if grids is None else tuple(grids),
+        )
+
+    # Text and images
+
+    def forward(
+        self,
+        batch: Mapping[str, Any],
+        features: ImageFeatures | None,
+        *,
+        layers: Collection[int] = (),
+        stop_at: int | None = None,
+        answers: Tensor | None = None,
+    ) -> Forward:
+        """Run a batch of `pad_tokens`, with the features of all its images in order.
+
+        `layers` are the numbers of those whose attention is wanted, among the layers that have attention. `answers`
+        bool 'B S' are the positions whose logits are wanted. With `stop_at` the forward ends in that layer.
+        """
+        slots = find_slots(batch["is_vision"], batch["attention_mask"], batch["sizes"])
+        logits = None
+        head = self._at(answers) if answers is not None else nullcontext()
+        with recording(layers, stop_at=stop_at) as kept, head:
+            logits = self.network(**self._inputs(batch, features), use_cache=False).logits
+        return Forward(slots, logits, attention_of_layers(kept.kept, slots))
+
+    def _inputs(self, batch: Mapping[str, Any], features: ImageFeatures | None) -> dict[str, Any]:
+        """Return the arguments of the family's forward."""
+        inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        if self.family.token_types is not None and "token_type_ids" in self.accepted:
+            inputs["token_type_ids"] = self.family.token_types(batch["is_vision"], batch["labels"])
+        if features is None:
+            return inputs
+        if "mm_token_type_ids" in self.accepted:
+            inputs["mm_token_type_ids"] = batch["is_vision"].int()
+        if features.grids:
+            inputs["image_grid_thw"] = torch.stack(features.grids)
+        return inputs | {"mm_encoder_outputs": {"image": features.to_output()}}
+
+    @contextmanager
+    def _at(self, positions: Tensor) -> Iterator[None]:
+        """Let the head run at these positions alone, bool 'B S': an answer is a few of them, a vocabulary is wide.
+
+        `logits_to_keep` takes one set of positions for all samples; here each sample has its own.
+        """
+        head: nn.Module = self.network.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, args: (args[0][positions], *args[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def generate(self, batch: Mapping[str, Any], features: ImageFeatures | None, **settings: Any) -> Tensor:
+        """Return the new ids 'B S' that follow prompts padded on the left."""
+        inputs = self._inputs(batch, features)
+        made = self.network.generate(**inputs, **settings)
+        return made[:, batch["input_ids"].shape[1] :]
+
+
+def _by_image(values: Any, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return features of images, given as a tensor or as a list of images or tiles, as 'N D' of each image."""
+    parts = [values] if isinstance(values, Tensor) else list(values)
+    flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+    if len(flat) != sum(sizes):
+        raise ConfigError(
+            f"the model makes {len(flat)} vision tokens of {len(sizes)} images for which its processor writes "
+            f"{sum(sizes)}; use the processor files that belong to the checkpoint"
+        )
+    return flat.split(list(sizes))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on a device; from the CPU to a GPU without waiting."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # Only from pinned memory is the copy asynchronous.
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -55,11 +55,12 @@ def _padded_positions(chosen: Tensor) -> Tensor:
 class Counts:
     """What each sample of a batch has, int64 'B' each, known before any forward.
 
-    `text_rows` are the unpadded text tokens after the sample's first vision token: the rows T of its attention;
+    `vision_tokens` are those of all images of a sample; `text_rows` are the unpadded text tokens after the sample's first vision token: the rows T of its attention;
     `attended_images` are the images that some text of their sample follows.
     """
 
     images: Tensor
+    vision_tokens: Tensor
     text_rows: Tensor
     answers: Tensor
     attended_images: Tensor
@@ -72,6 +73,7 @@ class Counts:
         after_vision = is_vision.long().cumsum(dim=1) > 0
         return cls(
             images=torch.tensor([len(of_sample) for of_sample in sizes], device=is_vision.device),
+            vision_tokens=is_vision.sum(dim=1),
             text_rows=(is_text & after_vision).sum(dim=1),
             answers=(batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1),  # a position predicts the next token
             attended_images=_attended_images(is_vision, is_text, sizes),

@@ -22,18 +22,24 @@ ROLES = ("human", "gpt")
 
 @dataclass(frozen=True)
 class TokenizedSample:
-    """Token ids, with -200 for each image, and labels: the id of a trained token, -100 elsewhere; never truncated."""
+    """Token ids and labels: the id of a trained token, -100 elsewhere; never truncated.
+
+    `sizes` are the numbers of vision tokens of its images, each an image token in `input_ids`. `grids` are their rows
+    and columns, (0, 0) where an image's tokens are not one rectangle.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    sizes: tuple[int, ...] = ()
+    grids: tuple[tuple[int, int], ...] = ()
 
 
 def tokenize(
     conversations: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, template: str
 ) -> TokenizedSample:
-    """Return ids and labels of a conversation; raises `BadSample` where the template cannot express it."""
+    """Return ids, one image token for each image, and labels; raises `BadSample` if the template cannot express it."""
     rules = _template(template, tokenizer)
-    text = rules.render(_answered_turns(conversations))
+    text = rules.render(answered_turns(conversations))
     ids = token_ids(text, tokenizer)
     return TokenizedSample(tuple(ids), tuple(rules.labels(text, ids, tokenizer)))
 
@@ -42,7 +48,7 @@ def tokenize_prompt(
     conversations: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, template: str
 ) -> list[int]:
     """Return the ids to generate the last answer from: all up to the last human turn, and the call to answer."""
-    turns = _turns(conversations)
+    turns = checked_turns(conversations)
     if turns[-1]["from"] == "gpt":
         turns = turns[:-1]
     return token_ids(_template(template, tokenizer).render_prompt(turns), tokenizer)
@@ -50,7 +56,7 @@ def tokenize_prompt(
 
 def check_conversations(conversations: Any, *, num_images: int) -> None:
     """Raise `BadSample` unless turns alternate human, gpt, ..., gpt and contain each image's <image> once."""
-    num_mentioned = sum(turn["value"].count(IMAGE_TOKEN) for turn in _answered_turns(conversations))
+    num_mentioned = sum(turn["value"].count(IMAGE_TOKEN) for turn in answered_turns(conversations))
     if num_mentioned == num_images:
         return
     if num_mentioned == 0:
@@ -80,14 +86,14 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Te
     return rules
 
 
-def _answered_turns(conversations: Any) -> list[Turn]:
-    turns = _turns(conversations)
+def answered_turns(conversations: Any) -> list[Turn]:
+    turns = checked_turns(conversations)
     if turns[-1]["from"] != "gpt":
         raise BadSample("no answer", "the last turn is human's")
     return turns
 
 
-def _turns(conversations: Any) -> list[Turn]:
+def checked_turns(conversations: Any) -> list[Turn]:
     """Check the turns; drop a leading gpt turn, which answers nothing, as the original does."""
     if conversations is None:
         raise BadSample("no conversations")

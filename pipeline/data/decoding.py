@@ -13,6 +13,8 @@ from PIL import ExifTags, Image
 from pipeline.data.png_text import without_large_text
 from pipeline.errors import BadSample
 
+ImageSize = tuple[int, int]  # width and height in pixels, turned as EXIF says
+
 MAX_IMAGE_PIXELS = 64_000_000
 # File name endings that `pack` writes, and their formats in Pillow; no other format is tried.
 FORMATS = {
@@ -51,6 +53,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+TURNED_ASIDE = (5, 6, 7, 8)  # width becomes height
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
@@ -98,6 +101,13 @@ def read_header(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Ima
     with _refusing_damage():
         _check_samples(image)
     return image
+
+
+def image_size(data: bytes, *, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageSize:
+    """Return the size that `decode_image` will give, from the header alone; raises `BadSample` as that does."""
+    image = read_header(data, max_pixels=max_pixels)
+    width, height = image.size
+    return (height, width) if _orientation(image) in TURNED_ASIDE else (width, height)
 
 
 def _unopened(data: bytes) -> BadSample:

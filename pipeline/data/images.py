@@ -77,6 +77,12 @@ class ImagePreprocessor:
         pixels = self.clip(image, return_tensors="np")["pixel_values"][0]
         return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
 
+    def picture(self, data: bytes) -> Image.Image:
+        """Return the tower's input as a picture: the normalisation is undone."""
+        mean, std = (np.array(values) for values in (self.clip.image_mean, self.clip.image_std))
+        colours = self(data).permute(1, 2, 0).numpy() * std + mean
+        return Image.fromarray((colours.clip(0, 1) * 255).round().astype(np.uint8))
+
     def digest(self, *, decoding: Mapping[str, str] = DECODING_RULES) -> str:
         """Return the blake3 of everything that changes the pixels: the rules of decoding, and the settings."""
         settings = {name: _plain(getattr(self.clip, name, None)) for name in DIGESTED}

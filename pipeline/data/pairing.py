@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from pipeline.config.config import Config
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.errors import ConfigError
+from pipeline.losses.losses import LOSSES
 from pipeline.models.checkpoint import checkpoint_folder, small_files
-from pipeline.models.configuration import MobileVLMConfig, read_config
+from pipeline.models.configuration import read_config
 from pipeline.models.teacher_plan import facts_of_config
 from pipeline.targets.target import TeacherFacts
 
@@ -24,9 +26,9 @@ def check_student(config: Config) -> None:
     if folder is None:
         _note(config, "is not on this machine; it is not checked before stage 2")
         return
-    facts = facts_of_config(config.teacher.model, read_config(teacher))
-    check_pair(config, read_config(folder), facts, of=config.teacher.model)
-    asked, given = (Preparation.of(str(place), config.data).digests() for place in (teacher, folder))
+    shape = read_config(folder)
+    check_pair(config, shape, facts_of_config(config.teacher.model, read_config(teacher)), of=config.teacher.model)
+    asked, given = (load_preparation(str(place), config.data).digests() for place in (teacher, folder))
     allowed = {field for cache in config.all_caches() for field in cache.allow_mismatch}
     if differing := [name for name, digest in asked.items() if digest != given[name] and name not in allowed]:
         _note(
@@ -39,25 +41,37 @@ def _note(config: Config, what: str) -> None:
     print(f"student.model {config.student.model} {what}", file=sys.stderr)
 
 
-def check_pair(config: Config, shape: MobileVLMConfig, facts: TeacherFacts, *, of: object) -> None:
-    """Raise `ConfigError` if a student of this shape cannot be trained against the teacher `of` these facts."""
-    for field, theirs, mine in (
-        ("num_vision_tokens", facts.num_vision_tokens, shape.num_vision_tokens),
-        ("vocab_size", facts.vocab_size, shape.vocab_size),
-    ):
-        if theirs != mine:
+def check_pair(config: Config, shape: Any, facts: TeacherFacts, *, of: object) -> None:
+    """Raise `ConfigError` if a student of this shape cannot be trained against the teacher `of` these facts.
+
+    How many vision tokens an image has is compared here only where it is always the same; else sample by sample.
+    """
+    mine = facts_of_config(config.student.model, shape)
+    read = {target for name in config.losses.active() for target in LOSSES[name].targets}
+    if facts.family != mine.family and "logits" in read:
+        raise ConfigError(
+            f"losses.logits compares token by token, but student.model {config.student.model} is of the family "
+            f"{mine.family!r} and the teacher of {of} of {facts.family!r}; remove the loss, or use a student of the "
+            "teacher's family"
+        )
+    compared = ["vocab_size"] if facts.family == mine.family else []
+    if None not in (facts.num_vision_tokens, mine.num_vision_tokens):
+        compared.insert(0, "num_vision_tokens")
+    for field in compared:
+        theirs, ours = getattr(facts, field), getattr(mine, field)
+        if theirs != ours:
             raise ConfigError(
-                f"student.model {config.student.model}: {field} is {mine}, the teacher of {of} has "
+                f"student.model {config.student.model}: {field} is {ours}, the teacher of {of} has "
                 f"{theirs}; Align-KD needs them equal: use a student of the teacher's family"
             )
     attention, focus = (config.losses.active().get(name) for name in ("attention", "vision_focus"))
     deepest = max((layer for _, layer in attention.layers), default=0) if attention else 0
-    if deepest >= shape.num_hidden_layers:
+    if deepest >= mine.num_layers:
         raise ConfigError(
             f"losses.attention.layers asks for the student's layer {deepest}, but {config.student.model} has "
-            f"layers 0 to {shape.num_hidden_layers - 1}; pair the teacher's layers with these"
+            f"layers 0 to {mine.num_layers - 1}; pair the teacher's layers with these"
         )
-    if focus and focus.k > facts.num_vision_tokens:
+    if focus and facts.num_vision_tokens is not None and focus.k > facts.num_vision_tokens:
         raise ConfigError(
             f"losses.vision_focus.k is {focus.k}, but an image has {facts.num_vision_tokens} vision tokens; set it "
             "lower, or use the loss `vision_all`, which compares all of them"

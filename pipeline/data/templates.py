@@ -12,7 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import BadSample
-from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID
+from pipeline.positions import IGNORE_INDEX
 
 IMAGE_TOKEN = "<image>"
 
@@ -37,7 +38,7 @@ def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids: list[Any] = [tokenizer.bos_token_id]
     for number, chunk in enumerate(text.split(IMAGE_TOKEN)):
         if number:
-            ids.append(IMAGE_TOKEN_INDEX)
+            ids.append(IMAGE_TOKEN_ID)
         ids.extend(tokenizer(chunk, add_special_tokens=False).input_ids)
     return ids
 
@@ -70,7 +71,7 @@ def _render_plain_prompt(turns: Sequence[Turn]) -> str:
 
 def _plain_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # Only BOS and the images stand before the caption.
-    return [IGNORE_INDEX, *(IGNORE_INDEX if number == IMAGE_TOKEN_INDEX else number for number in ids[1:])]
+    return [IGNORE_INDEX, *(IGNORE_INDEX if number == IMAGE_TOKEN_ID else number for number in ids[1:])]
 
 
 # v1: Vicuna's dialogue. The answers are trained, each with its </s>.
@@ -102,7 +103,7 @@ def _v1_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) ->
 
     Where the counts do not add up, the original prints a warning and masks the whole sample; here it is refused.
     """
-    labels = [number if number != IMAGE_TOKEN_INDEX else IGNORE_INDEX for number in ids]
+    labels = [number if number != IMAGE_TOKEN_ID else IGNORE_INDEX for number in ids]
     labels[0] = IGNORE_INDEX
     position = 1
     for exchange in text.split("</s>"):

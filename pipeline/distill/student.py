@@ -20,7 +20,7 @@ from pipeline.config.config import Config
 from pipeline.config.provenance import mark_finished, save_provenance
 from pipeline.config.training_arguments import NO_FLOAT16
 from pipeline.data.pairing import check_pair
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.recompute import load_recomputed
 from pipeline.distill.join.stores import open_stores, targets_read
@@ -43,21 +43,22 @@ from pipeline.distill.training.training_folder import (
 from pipeline.errors import ConfigError, TrainingStopped, building, needing, writing
 from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
-from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.loading import load_network
+from pipeline.models.vlm import VisionLanguageModel
 from pipeline.targets.target import Target, TeacherFacts
 
 
 def train_student(
     config: Config, folder: Path, *, overwrite: bool = False, callbacks: Sequence[TrainerCallback] = ()
 ) -> Path:
-    """Train one student into `folder` and return the folder of its model, in MobileVLM's own layout, without heads.
+    """Train one student into `folder` and return the folder of its model, in its family's own layout, without heads.
 
     A finished run of the same config, store and first weights is left as it is. Another finished run is replaced only
     with `overwrite` (see `start_of`). Samples that the stores lack are reported on stderr. `callbacks` are added to
     the Trainer's. Raises `FingerprintMismatch`, before any weight is opened, if a store is not what this config would
     have cached, and `TrainingStopped` after a signal.
     """
-    preparation = Preparation.of(config.student.model, config.data)
+    preparation = load_preparation(config.student.model, config.data)
     stores = open_stores(config, preparation)
     targets, data = needed_targets(config), config.data
     dataset = JoinedDataset(stores, data.shards, preparation, targets=targets, fraction=data.fraction)
@@ -201,18 +202,19 @@ def build_trainer(
             model=distiller,
             args=arguments,
             train_dataset=dataset,
-            data_collator=JoinCollator(dataset.targets),
+            data_collator=JoinCollator(dataset.targets, dataset.preparation.image_token_id),
             settings=config,
             identity=identity,
         )
 
 
-def load_student(config: Config, *stores: Store) -> MobileVLMForCausalLM:
+def load_student(config: Config, *stores: Store) -> Any:
     """Load the student's first weights. Raises `ConfigError` if it cannot be compared with a store's teacher."""
     shape = read_config(checkpoint_folder(config.student.model))
     for store in stores:
         check_pair(config, shape, TeacherFacts.of(store.manifest), of=store.path)
-    student = MobileVLMForCausalLM.from_pretrained(config.student.model, dtype=config.student.dtype)
+    student = load_network(config.student.model, dtype=config.student.dtype)
+    VisionLanguageModel(student).freeze_tower()
     if config.student.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     return student

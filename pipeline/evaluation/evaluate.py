@@ -17,12 +17,14 @@ from transformers import GenerationConfig
 from cache import Span
 from pipeline.config.config import DataConfig, EvaluateConfig
 from pipeline.config.provenance import replace_text
-from pipeline.data.conversation import tokenize_prompt
-from pipeline.data.preparation import Preparation, pad_rows
+from pipeline.data.conversation import TokenizedSample
+from pipeline.data.load_preparation import load_preparation
+from pipeline.data.preparation import Preparation, pad_tokens
 from pipeline.data.shards import Rejected, expand_shards, read_shard, read_span
 from pipeline.distill.join.memory import TensorCache
 from pipeline.errors import BadSample, PipelineError, ShardError, building
-from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.loading import load_network
+from pipeline.models.vlm import ImageFeatures, VisionLanguageModel
 
 PREDICTIONS_FILE = "predictions.jsonl"
 FEATURE_CACHE_BYTES = 256 * 2**20
@@ -50,6 +52,7 @@ class Question:
 
     unanswered: Prediction
     prompt: NDArray[np.int32]
+    sizes: tuple[int, ...]  # vision tokens of each image
     shard: str
     image_digests: tuple[str, ...]
     image_spans: tuple[Span, ...]
@@ -77,8 +80,8 @@ def evaluate_model(
     there is one. Raises `BadSample` for a sample that cannot be asked: an accuracy over an unknown part of the test
     set would mean nothing.
     """
-    preparation = Preparation.of(model, data)
-    network = MobileVLMForCausalLM.from_pretrained(model, dtype=settings.dtype).eval()
+    preparation = load_preparation(model, data)
+    network = load_network(model, dtype=settings.dtype).eval()
     with building(f"model {model} on a GPU", then="set evaluate.dtype to bfloat16"):
         network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # Replaces the checkpoint's own, from which transformers takes whatever a call does not name.
@@ -86,15 +89,16 @@ def evaluate_model(
         max_new_tokens=settings.max_new_tokens,
         do_sample=False,
         num_beams=1,
-        pad_token_id=preparation.tokenizer.pad_token_id,
-        eos_token_id=preparation.tokenizer.eos_token_id,
+        pad_token_id=preparation.pad_id,
+        eos_token_id=preparation.stop_ids,
     )
+    vlm = VisionLanguageModel(network)
     questions = sorted(read_questions(settings, preparation, data), key=lambda q: len(q.prompt))
     features = TensorCache(FEATURE_CACHE_BYTES)
     predictions: list[Prediction] = []
     for start in tqdm(range(0, len(questions), settings.batch_size), desc=description, unit="batch"):
         batch = questions[start : start + settings.batch_size]
-        predictions += _answer(network, preparation, batch, features)
+        predictions += _answer(vlm, preparation, batch, features)
     predictions.sort(key=lambda prediction: (prediction.test_set, prediction.key))
     output.parent.mkdir(parents=True, exist_ok=True)
     # All of them or none: who reads the file may not know how many there should be.
@@ -146,43 +150,46 @@ def read_questions(
                 prediction="",
                 test_set=test_set,
             )
-            prompt = tokenize_prompt(item.conversations, preparation.tokenizer, template=preparation.template)
-            ids = np.array(prompt, dtype=np.int32)
-            yield Question(unanswered, ids, shard, item.image_digests, item.image_spans)
+            prompt = preparation.prompt(item.conversations, preparation.sizes_of(item.images))
+            ids = np.array(prompt.input_ids, dtype=np.int32)
+            yield Question(unanswered, ids, prompt.sizes, shard, item.image_digests, item.image_spans)
 
 
 def _answer(
-    network: MobileVLMForCausalLM,
+    vlm: VisionLanguageModel,
     preparation: Preparation,
     questions: Sequence[Question],
     features: TensorCache,
 ) -> list[Prediction]:
-    """Greedy answers to a batch, prompts padded on the right (the model moves the padding to the left)."""
-    mask = pad_rows([[1] * len(question.prompt) for question in questions], 0)
-    generated = network.generate(
-        pad_rows([question.prompt.tolist() for question in questions], 0).to(network.device),
-        patch_features=_patch_features(network, preparation, questions, features),
-        attention_mask=mask.to(network.device),
-        generation_config=network.generation_config,
-    )
+    """Greedy answers to a batch, prompts padded on the left, so that each is followed by its answer."""
+    prompts = [TokenizedSample(tuple(q.prompt.tolist()), (-1,) * len(q.prompt), q.sizes) for q in questions]
+    batch = pad_tokens(prompts, preparation.image_token_id, on_the_left=True)
+    batch = {n: v.to(vlm.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+    images = _features(vlm, preparation, questions, features)
+    generated = vlm.generate(batch, images, generation_config=vlm.network.generation_config)
     texts = preparation.tokenizer.batch_decode(generated, skip_special_tokens=True)
     return [replace(q.unanswered, prediction=text) for q, text in zip(questions, texts, strict=True)]
 
 
-def _patch_features(
-    network: MobileVLMForCausalLM,
+@torch.no_grad()
+def _features(
+    vlm: VisionLanguageModel,
     preparation: Preparation,
     questions: Sequence[Question],
-    features: TensorCache,
-) -> torch.Tensor | None:
-    """The frozen tower's features 'I M W' of all images of the batch, each distinct image computed once."""
-    images = {digest: (q, number) for q in questions for number, digest in enumerate(q.image_digests)}
-    if not images:
+    held: TensorCache,
+) -> ImageFeatures | None:
+    """The features of all images of the batch. The tower runs once for each distinct image, where it can be split."""
+    places = [(q, number) for q in questions for number in range(len(q.image_digests))]
+    sizes = [size for q in questions for size in q.sizes]
+    if not places:
         return None
+    if not vlm.splits_tower:
+        return vlm.encode([preparation.preprocess(q.read_image(number)) for q, number in places], sizes)
+    images = {q.image_digests[number]: (q, number) for q, number in places}
 
     def compute(fresh: list[str]) -> torch.Tensor:
         wanted = [images[digest] for digest in fresh]
-        pixels = torch.stack([preparation.preprocess(q.read_image(number)) for q, number in wanted])
-        return network.encode_patches(pixels.to(network.device))
+        return vlm.patch_features([preparation.preprocess(q.read_image(number)) for q, number in wanted])
 
-    return features.stack([digest for q in questions for digest in q.image_digests], compute)
+    patches = held.stack([q.image_digests[number] for q, number in places], compute)
+    return vlm.encode((), sizes, patch_features=patches)

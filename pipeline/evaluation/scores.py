@@ -11,7 +11,7 @@ from blake3 import blake3
 from cache import Store, digest_of
 from pipeline.config.config import Config, EvaluateConfig
 from pipeline.config.provenance import finished_identity, made_with, mark_finished, read_mark
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import expand_shards
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import PREDICTIONS_FILE, Prediction, evaluate_model, read_predictions
@@ -28,7 +28,7 @@ def evaluate_checkpoint(config: Config, model: str, *, output: Path | None = Non
     output = output or predictions_file(config, model)
     stamp, weights = _stamp(output), _weights_of(Checkpoint(model))
     settings = config.evaluate.model_dump(mode="json", exclude={"shards", "batch_size"})
-    preparation = Preparation.of(model, config.data).digests()
+    preparation = load_preparation(model, config.data).digests()
     identity = digest_of([weights["digest"], preparation, held_out_digests(config.evaluate), settings])
     if not output.is_file() or finished_identity(stamp) != identity:
         stamp.unlink(missing_ok=True)

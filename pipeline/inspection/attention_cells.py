@@ -73,10 +73,10 @@ def plan_drawing(
 def _cells(
     inspection: Inspection, attention: Sequence[Tensor], image: int, max_tokens: int
 ) -> tuple[Cell, ...]:
-    size, grid = inspection.teacher.num_vision_tokens, inspection.grid
-    columns = slice(image * size, (image + 1) * size)
+    grid, first = inspection.grids[image], sum(inspection.sizes[:image])
+    columns = slice(first, first + inspection.sizes[image])
     after = (inspection.slots.text[0] > inspection.slots.vision[0, columns][-1]).nonzero()[:, 0]
-    blocks = [block[after][:, columns].view(-1, grid, grid).numpy() for block in attention]
+    blocks = [block[after][:, columns].view(-1, *grid).numpy() for block in attention]
     cells = [Cell(f"mean of {len(after)}", False, tuple(block.mean(axis=0) for block in blocks))]
     for row, text_row in enumerate(after[:max_tokens].tolist()):
         place = inspection.text[text_row]
@@ -93,7 +93,7 @@ def _words(
     words = [
         f"Attention of {teacher.name}, layer {inspection.layer}, mean of its {teacher.num_heads} heads. "
         "Percent: how much of a token's attention is on the image. Bold: trained tokens. "
-        f"Outlined: the {inspection.focus.shape[1]} focus tokens of this layer."
+        f"Outlined: the {max(map(len, inspection.focus))} focus tokens of this layer."
     ]
     if students:
         distances = [f"{name} {attention_distance(inspection, s):.3f}" for name, s in students.items()]

@@ -139,7 +139,7 @@ class AttentionFigure:
             left += self.panel + GAP
 
     def _outline(self, image: int, place: Square) -> None:
-        outline(self.sheet.axes, self.inspection.focus[image].tolist(), place, grid=self.inspection.grid)
+        outline(self.sheet.axes, self.inspection.focus[image].tolist(), place, grid=self.inspection.grids[image])
 
     def _wrap_words(self) -> list[tuple[str, dict[str, Any]]]:
         """Return the lines beside the first image: key, conversation (a long turn is cut), and legend."""
@@ -189,6 +189,11 @@ def _check(inspection: Inspection, output: Path, max_tokens: int) -> None:
         raise PipelineError(
             f"sample {inspection.key!r} of {inspection.store} is text alone, no image to look at; "
             "name a sample with an image"
+        )
+    if (0, 0) in inspection.grids:
+        raise PipelineError(
+            f"sample {inspection.key!r}: the vision tokens of its image {inspection.grids.index((0, 0)) + 1} are several "
+            "tiles, which no one grid shows; `alignkd inspect sample` lists them"
         )
     if not inspection.attention:
         raise PipelineError(

@@ -44,16 +44,16 @@ def draw_heat(
     draw_image(axes, Image.fromarray(np.uint8(spread * grey)), place)
 
 
-def outline(axes: Axes, cells: Collection[int], place: Square, *, grid: int) -> None:
+def outline(axes: Axes, cells: Collection[int], place: Square, *, grid: tuple[int, int]) -> None:
     """Draw one line around the cells, which are numbered row by row."""
-    is_chosen = np.zeros((grid, grid), dtype=bool)
+    is_chosen = np.zeros(grid, dtype=bool)
     is_chosen.flat[list(cells)] = True
     padded = np.pad(is_chosen, 1)
     upright = np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1])
     level = np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1])
     # Edges (x, y) to (x, y) between the chosen cells and all others, the outside included.
     border = [((x, y), (x, y + 1)) for y, x in upright] + [((x, y), (x + 1, y)) for y, x in level]
-    edges = (place.left, place.top) + place.side / grid * np.reshape(border, (-1, 2, 2))
+    edges = (place.left, place.top) + place.side / np.array(grid[::-1]) * np.reshape(border, (-1, 2, 2))
     for colour, width in (("white", 3.0), ("black", 1.2)):
         lines = LineCollection(list(edges), colors=colour, linewidths=width, capstyle="projecting")
         axes.add_collection(lines, autolim=False)

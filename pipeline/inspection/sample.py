@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,9 +14,9 @@ from torch import Tensor
 from cache import Store
 from pipeline.config.config import Config
 from pipeline.data.conversation import TokenizedSample, check_conversations
-from pipeline.data.images import ImagePreprocessor
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import parse_record, read_span
+from pipeline.data.templates import IMAGE_TOKEN
 from pipeline.distill.join.dataset import JoinCollator
 from pipeline.distill.join.sample import join_sample
 from pipeline.errors import ConfigError, JoinError
@@ -33,8 +32,8 @@ from pipeline.losses.losses import AttentionLoss, VisionFocusLoss, focus_tokens,
 from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
 from pipeline.models.stub import load_teacher
-from pipeline.models.teacher_plan import plan_teacher
-from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Slots, find_slots
+from pipeline.models.teacher_plan import facts_of_config, plan_teacher
+from pipeline.positions import IGNORE_INDEX, Slots, find_slots
 from pipeline.targets.attention import AttentionTarget
 from pipeline.targets.target import TeacherFacts
 from pipeline.targets.targets import TARGETS
@@ -54,11 +53,12 @@ class Answer:
 class Inspection:
     """One sample as the teacher saw it, and what the store holds of the teacher.
 
-    `tokens` is the text of every id, or the id itself where `note` says why there is no tokenizer. `images` are the
-    vision tower's input. `slots` are positions in the merged sequence ('1 T' and '1 J'). `attention` is layer ->
-    float32 'H T J' (H is 1 for a stored mean of the heads), empty if the store has none. `focus`, int64 'I k', are
-    the vision tokens of each image that the text attends most in `layer`, the most attended first. `answers` are the
-    trained tokens, without `likeliest` if the store has no logits.
+    `tokens` is the text of every id, or the id itself where `note` says why there is no tokenizer. `images` are what
+    the vision tower sees. `sizes` are their numbers of vision tokens, and `grids` their rows and columns, (0, 0) where
+    these are no single rectangle. `slots` are '1 T' and '1 J'. `attention` is layer -> float32 'H T J' (H is 1 for a
+    stored mean of the heads), empty if the store has none. `focus`, int64 'k' of each image, are the vision tokens that
+    the text attends most in `layer`, the most attended first. `answers` are the trained tokens, without `likeliest` if
+    the store has no logits.
     """
 
     store: str
@@ -70,24 +70,24 @@ class Inspection:
     tokens: tuple[str, ...]
     note: str
     images: tuple[Image.Image, ...]
+    sizes: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...]
     teacher: TeacherFacts
     slots: Slots
     attention: Mapping[int, Tensor]
     layer: int
-    focus: Tensor
+    focus: tuple[Tensor, ...]
     answers: tuple[Answer, ...]
 
     @property
-    def grid(self) -> int:
-        """Vision tokens along a side of an image."""
-        return round(self.teacher.num_vision_tokens**0.5)
+    def text(self) -> tuple[int, ...]:
+        """The T rows of the attention as indices of `tokens`: the text after the first vision token."""
+        return tuple(self.slots.text[0].tolist())
 
     @property
-    def text(self) -> tuple[int, ...]:
-        """The T rows of the attention as indices of `tokens`: the text after the first image."""
-        ids = self.input_ids
-        first = ids.index(IMAGE_TOKEN_INDEX) if IMAGE_TOKEN_INDEX in ids else len(ids)
-        return tuple(n for n in range(first, len(ids)) if ids[n] != IMAGE_TOKEN_INDEX)
+    def vision(self) -> frozenset[int]:
+        """The vision tokens as indices of `tokens`."""
+        return frozenset(self.slots.vision[0].tolist())
 
 
 def inspect_sample(
@@ -114,8 +114,9 @@ def inspect_sample(
     stored = opened.manifest.capture["targets"]
     captured = {name: TARGETS[name].model_validate(stored[name]) for name in SHOWN if name in stored}
     joined = join_sample(opened, shard, entry, preparation, captured)
-    tokens, targets = joined.tokens, JoinCollator(captured)([joined])["targets"]
-    slots = _slots(tokens, preparation.num_vision_tokens)
+    batch = JoinCollator(captured, preparation.image_token_id)([joined])
+    tokens, targets = joined.tokens, batch["targets"]
+    slots = find_slots(batch["is_vision"], batch["attention_mask"], batch["sizes"])
     attention = {layer: block[0] for layer, block in targets.get("attention", {}).items()}
     _check_rows(opened, key, attention, slots)
     layer = _choose_layer(layer, opened, config, attention)
@@ -128,14 +129,19 @@ def inspect_sample(
         conversations=conversations,
         input_ids=tokens.input_ids,
         labels=tokens.labels,
-        tokens=tuple(token_text(number, preparation.tokenizer) for number in tokens.input_ids),
+        tokens=tuple(
+            IMAGE_TOKEN if number == preparation.image_token_id else token_text(number, preparation.tokenizer)
+            for number in tokens.input_ids
+        ),
         note=note,
-        images=tuple(_picture(joined.pixels[digest], preparation.preprocess) for digest in entry.images),
+        images=tuple(preparation.picture(read_span(shard, span)) for span in entry.image_spans),
+        sizes=tokens.sizes,
+        grids=tokens.grids,
         teacher=TeacherFacts.of(opened.manifest),
         slots=slots,
         attention=attention,
         layer=layer,
-        focus=_focus(k, config, attention.get(layer), slots, preparation.num_vision_tokens),
+        focus=_focus(k, config, attention.get(layer), slots),
         answers=_answers(tokens, targets, preparation.tokenizer),
     )
 
@@ -159,17 +165,17 @@ def student_attention(inspection: Inspection, checkpoint: str, *, layer: int) ->
     """
     _check_shape(inspection, checkpoint, layer)
     store = Store(inspection.store)
-    preparation = Preparation.of(checkpoint, inspection.config.data)
+    preparation = load_preparation(checkpoint, inspection.config.data)
     check_reading(store, preparation)
     part, entry = store.locate(inspection.key)
     shard = find_shard(inspection.config, part, inspection.key)
-    batch = JoinCollator({})([join_sample(store, shard, entry, preparation, {})])
-    # A stub can be made of any checkpoint of the family, also of a student's.
+    joined = join_sample(store, shard, entry, preparation, {})
+    batch = JoinCollator({}, preparation.image_token_id)([joined])
+    # A stub can be made of any checkpoint, also of a student's.
     plan = plan_teacher(checkpoint, targets={"attention": AttentionTarget(layers=[layer])})
     stub = load_teacher(plan, dtype=torch.float32, device=torch.device("cpu"))
-    vision = None if batch["pixel_values"] is None else stub.encode_images(batch["pixel_values"])
-    forward = stub.forward(batch["input_ids"], batch["attention_mask"], batch["labels"], vision)
-    return forward.attention[layer][0].mean(dim=0)
+    features = stub.encode_images(batch["images"], joined.tokens.sizes) if batch["images"] else None
+    return stub.forward(batch, features).attention[layer][0].mean(dim=0)
 
 
 def attention_distance(inspection: Inspection, student: Tensor) -> float:
@@ -178,12 +184,6 @@ def attention_distance(inspection: Inspection, student: Tensor) -> float:
     It is the value of `losses.attention` with `heads: mean`.
     """
     return float(row_kl(inspection.attention[inspection.layer].mean(dim=0), student).mean())
-
-
-def _slots(tokens: TokenizedSample, num_vision_tokens: int) -> Slots:
-    is_image = torch.tensor(tokens.input_ids) == IMAGE_TOKEN_INDEX
-    is_vision = is_image.repeat_interleave(torch.where(is_image, num_vision_tokens, 1))[None]
-    return find_slots(is_vision, torch.ones_like(is_vision))
 
 
 def _check_rows(store: Store, key: str, attention: Mapping[int, Tensor], slots: Slots) -> None:
@@ -211,23 +211,12 @@ def _choose_layer(asked: int | None, store: Store, config: Config, attention: Ma
     return asked
 
 
-def _focus(
-    k: int | None, config: Config, attention: Tensor | None, slots: Slots, num_vision_tokens: int
-) -> Tensor:
+def _focus(k: int | None, config: Config, attention: Tensor | None, slots: Slots) -> tuple[Tensor, ...]:
     loss = config.losses.active().get("vision_focus") or VisionFocusLoss()
     size = loss.k if k is None else k
     if size < 1:
         raise ConfigError(f"k: expected a number of focus tokens from 1 on, found {size}")
-    if attention is None:
-        return torch.zeros(0, size, dtype=torch.long)
-    return focus_tokens(attention[None], slots, num_vision_tokens, size)
-
-
-def _picture(pixels: Tensor, preprocess: ImagePreprocessor) -> Image.Image:
-    """Return the tower's input, 'C Y X', as a picture: the normalisation is undone."""
-    mean, std = (np.array(values) for values in (preprocess.clip.image_mean, preprocess.clip.image_std))
-    colours = pixels.permute(1, 2, 0).numpy() * std + mean
-    return Image.fromarray((colours.clip(0, 1) * 255).round().astype(np.uint8))
+    return () if attention is None else tuple(focus_tokens(attention[None], slots, size))
 
 
 def _answers(tokens: TokenizedSample, targets: Mapping[str, Any], tokenizer: Any) -> tuple[Answer, ...]:
@@ -243,14 +232,14 @@ def _answers(tokens: TokenizedSample, targets: Mapping[str, Any], tokenizer: Any
 
 
 def _check_shape(inspection: Inspection, checkpoint: str, layer: int) -> None:
-    shape = read_config(checkpoint_folder(checkpoint))
-    if not 0 <= layer < shape.num_hidden_layers:
+    facts = facts_of_config(checkpoint, read_config(checkpoint_folder(checkpoint)))
+    if not 0 <= layer < facts.num_layers:
         raise ConfigError(
-            f"layer {layer}: the student {checkpoint} has layers 0 to {shape.num_hidden_layers - 1}; "
-            "ask for one of these"
+            f"layer {layer}: the student {checkpoint} has layers 0 to {facts.num_layers - 1}; ask for one of these"
         )
-    if shape.num_vision_tokens != inspection.teacher.num_vision_tokens:
+    theirs, ours = inspection.teacher.num_vision_tokens, facts.num_vision_tokens
+    if None not in (theirs, ours) and theirs != ours:
         raise ConfigError(
-            f"the student {checkpoint} makes {shape.num_vision_tokens} vision tokens of an image, the teacher of "
-            f"{inspection.store} {inspection.teacher.num_vision_tokens}; compare a student of the teacher's family"
+            f"the student {checkpoint} makes {ours} vision tokens of an image, the teacher of {inspection.store} "
+            f"{theirs}; compare a student of the teacher's family"
         )

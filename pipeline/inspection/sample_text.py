@@ -8,7 +8,7 @@ from rich.text import Text
 
 from pipeline.inspection.sample import Inspection
 from pipeline.inspection.token_text import visible
-from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.positions import IGNORE_INDEX
 
 # Neighbouring tokens differ in style; brackets and arrows show the same without colour.
 GIVEN = ("", "dim")
@@ -37,29 +37,44 @@ def describe_sample(inspection: Inspection) -> Text:
 
 
 def _counts(inspection: Inspection) -> str:
-    num_images, size = len(inspection.images), inspection.teacher.num_vision_tokens
-    length = len(inspection.input_ids) + num_images * (size - 1)
-    words = [f"{len(inspection.input_ids) - num_images} text tokens"]
+    num_images, length = len(inspection.images), len(inspection.input_ids)
+    words = [f"{length - len(inspection.vision)} text tokens"]
     if num_images:
-        words.append(f"{num_images} {'image' if num_images == 1 else 'images'} of {size} vision tokens")
+        sizes = sorted(set(inspection.sizes))
+        each = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        words.append(f"{num_images} {'image' if num_images == 1 else 'images'} of {each} vision tokens")
     return f"{', '.join(words)}: {length} positions; {len(inspection.answers)} tokens trained"
 
 
 def _tokens(inspection: Inspection) -> Iterator[Text]:
-    """Yield every token in its style, an image as the positions of its vision tokens, an answer between arrows."""
-    size, shift, image = inspection.teacher.num_vision_tokens, 0, 0
+    """Yield every token in its style, vision tokens as the positions of each run, an answer between arrows."""
     trained = [label != IGNORE_INDEX for label in inspection.labels]
-    for place, (number, token) in enumerate(zip(inspection.input_ids, inspection.tokens, strict=True)):
-        if number == IMAGE_TOKEN_INDEX:
-            image, first = image + 1, place + shift
-            shift += size - 1
-            grid = f"{inspection.grid} x {inspection.grid}"
-            yield Text(f"[image {image}: {grid} vision tokens at {first} to {first + size - 1}]", IMAGE)
+    shown = iter(_runs(inspection))
+    for place, token in enumerate(inspection.tokens):
+        if place in inspection.vision:
+            if place - 1 not in inspection.vision or place in _firsts(inspection):
+                yield Text(next(shown), IMAGE)
             continue
         begins = trained[place] and not trained[place - 1]
         ends = trained[place] and not any(trained[place + 1 : place + 2])
         style = (TRAINED if trained[place] else GIVEN)[place % 2]
         yield Text.assemble("»" * begins, (visible(token), style), "«" * ends)
+
+
+def _firsts(inspection: Inspection) -> set[int]:
+    """Return the position of each image's first vision token."""
+    return {int(columns[0]) for columns in inspection.slots.by_image(inspection.slots.vision)}
+
+
+def _runs(inspection: Inspection) -> Iterator[str]:
+    """Yield what is shown for each run of vision tokens of one image: tiles are divided by text tokens."""
+    for image, columns in enumerate(inspection.slots.by_image(inspection.slots.vision)):
+        rows, across = inspection.grids[image]
+        places = columns.tolist()
+        starts = [n for n in range(len(places)) if n == 0 or places[n] != places[n - 1] + 1]
+        for start, stop in zip(starts, [*starts[1:], len(places)], strict=True):
+            count = f"{rows} x {across}" if len(starts) == 1 and rows else str(stop - start)
+            yield f"[image {image + 1}: {count} vision tokens at {places[start]} to {places[stop - 1]}]"
 
 
 def _answers(inspection: Inspection) -> Iterator[Text]:

@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from cache import FingerprintMismatch, KeyNotInStore, SampleEntry, Store
 from pipeline.config.config import Config
 from pipeline.data.images import ImagePreprocessor
+from pipeline.data.load_preparation import load_preparation
 from pipeline.data.preparation import Preparation
 from pipeline.data.shards import expand_shards
+from pipeline.data.template_preparation import TemplatePreparation
 from pipeline.errors import ConfigError, PipelineError, ShardError
 from pipeline.targets.target import TeacherFacts
 
@@ -74,19 +76,26 @@ def find_preparation(config: Config, store: Store) -> tuple[Preparation, str]:
             reasons.append(f"{name} {model} is not here")
             continue
         try:
-            preparation = Preparation.of(folder, config.data)
+            preparation = load_preparation(folder, config.data)
         except PipelineError as error:
             reasons.append(f"{name}: {error}")
             continue
         check_reading(store, preparation)
         return preparation, ""
-    # Images can be read without a model, by the constants of CLIP, which published checkpoints use.
+    facts = TeacherFacts.of(store.manifest)
+    if facts.num_vision_tokens is None:
+        raise ConfigError(
+            f"{store.path}: its samples are read by the processor of a model, and none is here: {'; '.join(reasons)}; "
+            "copy the processor's files of the teacher or the student to this machine"
+        )
+    # MobileVLM V2's images can be read without a model, by the constants of CLIP, which published checkpoints use.
     data = config.data
-    preprocess = ImagePreprocessor.from_pretrained(
+    images = ImagePreprocessor.from_pretrained(
         config.teacher.model, aspect_ratio=data.image_aspect_ratio, max_pixels=data.max_image_pixels
     )
-    num_vision_tokens = TeacherFacts.of(store.manifest).num_vision_tokens
-    without = Preparation(None, preprocess, data.template, data.max_length, num_vision_tokens)
+    without = TemplatePreparation.with_images(
+        images, data, tokenizer=None, num_vision_tokens=facts.num_vision_tokens
+    )
     return without, "; ".join(reasons)
 
 

@@ -8,15 +8,11 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pipeline.data.templates import IMAGE_TOKEN
-from pipeline.data.tokenizer import SPACE, is_chatml
-from pipeline.positions import IMAGE_TOKEN_INDEX
+from pipeline.data.tokenizer import SPACE
 
 
 def token_text(number: int, tokenizer: Any) -> str:
     """Return a token's text with its leading space; part of a character as bytes; without a tokenizer, the id."""
-    if number == IMAGE_TOKEN_INDEX:
-        return IMAGE_TOKEN
     if tokenizer is None:
         return str(number)
     piece = tokenizer.convert_ids_to_tokens(number)
@@ -24,7 +20,7 @@ def token_text(number: int, tokenizer: Any) -> str:
         return f"<{number}>"
     if number in tokenizer.added_tokens_decoder:
         return piece
-    return _byte_level(piece) if is_chatml(tokenizer) else _sentencepiece(piece)
+    return _byte_level(piece) if _is_byte_level(tokenizer) else _sentencepiece(piece)
 
 
 def visible(text: str) -> str:
@@ -38,8 +34,15 @@ def _sentencepiece(piece: str) -> str:
     return chr(int(byte[1], 16)) if byte else piece.replace(SPACE, " ")
 
 
+def _is_byte_level(tokenizer: Any) -> bool:
+    """Whether the characters of a tokenizer's pieces stand for bytes, as GPT-2's do."""
+    return SPACE not in "".join(tokenizer.convert_ids_to_tokens(tokenizer("a b", add_special_tokens=False).input_ids))
+
+
 def _byte_level(piece: str) -> str:
     """Decode a piece whose characters stand for bytes; a byte of an incomplete character becomes <0xE4>."""
+    if any(character not in _bytes() for character in piece):
+        return piece
     data = bytes(_bytes()[character] for character in piece)
     escaped = data.decode(errors="surrogateescape")
     return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in escaped)

@@ -14,7 +14,12 @@ class HeadMixer(nn.Module):
         self.scores = nn.Parameter(torch.zeros(num_pairs, num_student_heads, num_teacher_heads))
 
     def forward(self, attention: Tensor, pair: int) -> Tensor:
-        """'B H T J' of the teacher's heads -> 'B H T J' of the student's, for one pair of layers."""
+        """'B H T J' of the teacher's heads -> 'B H T J' of the student's, for one pair of layers.
+
+        A batch without images may come with one head of no rows.
+        """
+        if not attention.numel():
+            attention = attention.expand(-1, self.scores.shape[2], -1, -1)
         return torch.einsum("sh,bhtj->bstj", self.scores[pair].softmax(dim=-1), attention)
 
     def nothing(self) -> tuple[Tensor, int]:

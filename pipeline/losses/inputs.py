@@ -17,7 +17,7 @@ class TeacherTargets:
 
     `attention`       layer -> float32 'B H T J', rows as in `Slots.text`, columns as in `Slots.vision`;
                       H is 1 for a mean over heads
-    `vision`          float32 'I N D'
+    `vision`          float32 'G D', the vision tokens of all images of the batch in order
     `top_ids`         int64 'A K', with `top_log_probs` float32 'A K'
     `tail_log_prob`   float32 'A', log of the probability outside the top K
     `draw_ids`        int64 'A Z', tokens drawn from there, with `draw_log_probs` float32 'A Z'
@@ -38,7 +38,7 @@ class StudentOutputs:
 
     `scores`     log probabilities of the labels and of the tokens that the teacher's targets name, at the answers
     `attention`  layer -> float32 'B H T J'
-    `vision`     'I N D', projected vision features
+    `vision`     'G D', projected vision features of all images in order
     """
 
     scores: AnswerScores

@@ -107,12 +107,16 @@ class VisionAllLoss(Section):
 
 
 def vision_all(student: StudentOutputs, teacher: TeacherTargets, head: Head, settings: Any) -> Result:
-    """All projected vision features against a trained linear map of the teacher's (L_V-all); counts images."""
+    """All projected vision features against a trained linear map of the teacher's (L_V-all); counts images.
+
+    The mean is over the tokens of one image, so that images of many tokens weigh no more than others.
+    """
     if teacher.vision is None or not len(teacher.vision):
         return _nothing(student)
     assert head is not None and student.vision is not None
     per_token = _vision_distance(student.vision, head(teacher.vision))
-    return per_token.mean(dim=1).sum(), _count(len(teacher.vision), per_token)
+    per_image = torch.stack([of_image.mean() for of_image in per_token.split(list(student.slots.sizes))])
+    return per_image.sum(), _count(len(per_image), per_token)
 
 
 class VisionFocusLoss(Section):
@@ -135,35 +139,33 @@ def vision_focus(student: StudentOutputs, teacher: TeacherTargets, head: Head, s
         return _nothing(student)
     assert head is not None and student.vision is not None
     per_token = _vision_distance(student.vision, head(teacher.vision))
-    num_vision_tokens = per_token.shape[1]
-    focus = focus_tokens(teacher.attention[settings.layer], student.slots, num_vision_tokens, settings.k)
-    attended = _attended_images(student.slots, num_vision_tokens)
-    total = (per_token.gather(1, focus).mean(dim=1) * attended).sum()
-    return total, _count(int(attended.sum()), per_token)
+    focus = focus_tokens(teacher.attention[settings.layer], student.slots, settings.k)
+    attended = attended_images(student.slots)
+    of_images = per_token.split(list(student.slots.sizes))
+    per_image = torch.stack([of_image[chosen].mean() for of_image, chosen in zip(of_images, focus, strict=True)])
+    return (per_image * attended).sum(), _count(int(attended.sum()), per_token)
 
 
-def focus_tokens(attention: Tensor, slots: Slots, num_vision_tokens: int, k: int) -> Tensor:
-    """Return the k most attended vision tokens of every image: 'B H T J' -> int64 'I k', images in batch order.
+def focus_tokens(attention: Tensor, slots: Slots, k: int) -> list[Tensor]:
+    """Return the k most attended vision tokens of every image, or all of fewer: 'B H T J' -> int64 'k' of each image.
 
     A token's score is the attention to it: mean over heads, sum over the T text rows.
     """
     real_rows = slots.text >= 0
     mass = (attention.float().mean(dim=1) * real_rows[:, :, None]).sum(dim=1)
-    # Boolean indexing keeps the batch's order, so N columns in a row belong to one image.
-    per_image = mass[slots.vision >= 0].view(-1, num_vision_tokens)
-    return per_image.topk(min(k, num_vision_tokens), dim=1).indices
+    return [of_image.topk(min(k, len(of_image))).indices for of_image in slots.by_image(mass)]
 
 
-def _attended_images(slots: Slots, num_vision_tokens: int) -> Tensor:
+def attended_images(slots: Slots) -> Tensor:
     """Whether any text follows an image, for every image of the batch in order: bool 'I'."""
     # One column of -1, so that a batch without any text row has a maximum, too.
     no_text = slots.text.new_full((len(slots.text), 1), -1)
     last_text = torch.cat([slots.text, no_text], dim=1).amax(dim=1, keepdim=True)
-    return (slots.vision < last_text)[slots.vision >= 0].view(-1, num_vision_tokens)[:, 0]
+    return torch.stack([of_image[0] for of_image in slots.by_image(slots.vision < last_text)])
 
 
 def _vision_distance(student: Tensor, target: Tensor) -> Tensor:
-    """Mean square over D of every vision token: 'I N D' -> 'I N'."""
+    """Mean square over D of every vision token: 'G D' -> 'G'."""
     return (student.float() - target.float()).square().mean(dim=-1)
 
 

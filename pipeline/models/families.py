@@ -27,16 +27,27 @@ def _answers_are_one(is_vision: Tensor, labels: Tensor) -> Tensor:
     return (labels != IGNORE_INDEX).long()
 
 
+# PaliGemma was trained on one exchange: images, a first token, the question, a newline, the answer, a last token.
+PALIGEMMA_TEMPLATE = (
+    "{%- if messages | length > 2 -%}{{ raise_exception('PaliGemma takes one question and one answer') }}{%- endif -%}"
+    "{%- for part in messages[0].content if part.type == 'image' -%}<image>{%- endfor -%}<bos>"
+    "{%- for part in messages[0].content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}{{ '\\n' }}"
+    "{%- if messages | length == 2 -%}{{ messages[1].content[0].text }}<eos>{%- endif -%}"
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """What of a family differs.
 
     `token_types`      makes `token_type_ids`, where the family reads them
     `trained_in_tower` modules inside the vision tower that belong to the projector: they are trained, the tower is not
+    `chat_template`    Jinja text, of a family whose checkpoints have none
     """
 
     token_types: TokenTypes | None = None
     trained_in_tower: tuple[str, ...] = ()
+    chat_template: str | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -49,6 +60,6 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family(trained_in_tower=("merger",)),
     "qwen3_vl": Family(trained_in_tower=("merger", "deepstack_merger_list")),
     "gemma3": Family(token_types=_images_are_one),
-    "paligemma": Family(token_types=_answers_are_one),
+    "paligemma": Family(token_types=_answers_are_one, chat_template=PALIGEMMA_TEMPLATE),
     "lfm2_vl": Family(),
 }

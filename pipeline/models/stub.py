@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, building
 from pipeline.models.anatomy import empty_network
-from pipeline.models.processors import ImageInputs
+from pipeline.models.processors import Tensors
 from pipeline.models.teacher_plan import TeacherPlan
 from pipeline.models.vlm import ImageFeatures, VisionLanguageModel, to_device
 from pipeline.positions import IGNORE_INDEX, find_slots
@@ -33,7 +33,7 @@ class Teacher:
         return attention.layers if isinstance(attention, AttentionTarget) else ()
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[ImageInputs], sizes: Sequence[int]) -> ImageFeatures:
+    def encode_images(self, images: Sequence[Tensors], sizes: Sequence[int]) -> ImageFeatures:
         """Return the projected vision features of images, which have these numbers of vision tokens."""
         return self.vlm.encode(images, sizes)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.anatomy import anatomy_of
 from pipeline.models.configuration import image_token_of
 from pipeline.models.families import FAMILIES, Family
-from pipeline.models.processors import ImageInputs, join_images
+from pipeline.models.processors import Tensors, join_images
 from pipeline.models.tap import TAPPED, attention_of_layers, recording
 from pipeline.positions import Slots, find_slots
 
@@ -54,6 +54,12 @@ class ImageFeatures:
         tokens = tuple(tensor for part in of_each for tensor in part)
         deepstack = tuple(layers for one in images for layers in one.deepstack)
         return cls(tokens, deepstack, images[0].is_list, tuple(grid for one in images for grid in one.grids))
+
+    def copied(self) -> ImageFeatures:
+        """Return copies of the tensors, without gradient."""
+        tokens = tuple(tensor.detach().clone() for tensor in self.tokens)
+        deepstack = tuple(tuple(tensor.detach().clone() for tensor in layers) for layers in self.deepstack)
+        return replace(self, tokens=tokens, deepstack=deepstack)
 
     def to_output(self) -> EncoderOutput:
         """Return them as the family's `get_image_features` did, for `mm_encoder_outputs`."""
@@ -128,13 +134,17 @@ class VisionLanguageModel:
 
     # Images
 
-    def patch_features(self, images: Sequence[ImageInputs]) -> Tensor | None:
-        """Return what the frozen tower gives of images, 'I M W'; None of a family whose two steps are one."""
-        get: Callable[[Tensor], Tensor] | None = getattr(self.network, "get_patch_features", None)
-        return None if get is None or not images else get(self._on_device(images)["pixel_values"])
+    @property
+    def splits_tower(self) -> bool:
+        """Whether the frozen tower's result can be had, and held, without the projector: `patch_features`."""
+        return hasattr(self.network, "get_patch_features")
+
+    def patch_features(self, images: Sequence[Tensors]) -> Tensor:
+        """Return what the frozen tower gives of images: 'I M W'."""
+        return self.network.get_patch_features(self._on_device(images)["pixel_values"])
 
     def encode(
-        self, images: Sequence[ImageInputs], sizes: Sequence[int], *, patch_features: Tensor | None = None
+        self, images: Sequence[Tensors], sizes: Sequence[int], *, patch_features: Tensor | None = None
     ) -> ImageFeatures:
         """Return the projected features of images, which have these numbers of vision tokens.
 
@@ -150,7 +160,7 @@ class VisionLanguageModel:
         )
         return self._features(output, sizes, inputs)
 
-    def _on_device(self, images: Sequence[ImageInputs]) -> dict[str, Tensor]:
+    def _on_device(self, images: Sequence[Tensors]) -> dict[str, Tensor]:
         joined = join_images(self.config.model_type, images)
         return {name: to_device(tensor, self.device) for name, tensor in joined.items()}
 

@@ -113,7 +113,7 @@ def features_of_variants(model: MobileVLMForCausalLM, images: torch.Tensor) -> t
     generator = torch.Generator().manual_seed(2)
     variants = [images, *(shifted_and_mirrored(images, generator) for _ in range(NUM_VARIANTS - 1))]
     return torch.stack(
-        [torch.cat([model.encode_patches(part) for part in variant.split(256)]) for variant in variants]
+        [torch.cat([model.get_patch_features(part) for part in variant.split(256)]) for variant in variants]
     )
 
 

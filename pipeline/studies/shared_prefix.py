@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.conversation import tokenize
-from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID, MobileVLMForCausalLM
+from pipeline.positions import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def shared_prefix_row(item: ImageQuestions, num_vision_tokens: int) -> list[tupl
 
     A vision token has the id -200. The owner is the number of the question, or -1 for the prefix.
     """
-    at = item.prefix.index(IMAGE_TOKEN_INDEX)
-    ids = [*item.prefix[:at], *[IMAGE_TOKEN_INDEX] * num_vision_tokens, *item.prefix[at + 1 :]]
+    at = item.prefix.index(IMAGE_TOKEN_ID)
+    ids = [*item.prefix[:at], *[IMAGE_TOKEN_ID] * num_vision_tokens, *item.prefix[at + 1 :]]
     row = [(token, IGNORE_INDEX, -1, position) for position, token in enumerate(ids)]
     for owner, (branch, labels) in enumerate(item.branches):
         pairs = zip(branch, labels, strict=True)
@@ -71,9 +71,7 @@ def answer_loss(
     padding = (0, IGNORE_INDEX, -2, 0)  # no question has the owner -2
     columns = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
     ids, labels, owner, position = columns.unbind(dim=2)
-    is_vision = ids == IMAGE_TOKEN_INDEX
-    embeds = model.model.embed_tokens(ids.masked_fill(is_vision, 0))
-    embeds = embeds.masked_scatter(is_vision[:, :, None], model.encode_images(patch_features=patch_features))
+    embeds = model.embed(ids, model.get_image_features(patch_features=patch_features).pooler_output)
     order = torch.arange(length)
     seen = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
     hidden = model.model(

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config.config import Config
 from pipeline.config.provenance import provenance, replace_text
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.stores import open_stores
 from pipeline.distill.student import train_student
 from pipeline.distill.training.training_folder import (
@@ -156,7 +156,7 @@ def _check(config: Config, runs: Sequence[Variation], folder: Path) -> None:
     if config.evaluate is None:
         raise ConfigError("a sweep compares accuracies; name held-out shards as evaluate.shards")
     held_out_shards(config.evaluate)
-    open_stores(config, Preparation.of(config.student.model, config.data))
+    open_stores(config, load_preparation(config.student.model, config.data))
     for run in runs:
         check_inputs(config, folder / run_folder(run.name))
 

@@ -22,7 +22,8 @@ DEFAULT_STEP = 2**-12
 class AttentionTarget(Target):
     """Text-to-vision attention of the teacher's `layers`: of each head, or the mean over heads.
 
-    Stored per layer as float 'R H N' with R = images x text rows, image after image; `step` belongs to `fixed_point`.
+    Stored per layer as float 'R H N' with R = images x text rows, image after image, and N of each image; `step` belongs
+    to `fixed_point`.
     """
 
     source: Source = "cache"
@@ -52,23 +53,28 @@ class AttentionTarget(Target):
                 f"targets.attention.layers asks for layer {self.deepest}, "
                 f"but the teacher has layers 0 to {facts.num_layers - 1}; ask for one of these"
             )
-        shape = (1 if self.heads == "mean" else facts.num_heads, facts.num_vision_tokens)
+        shape = (1 if self.heads == "mean" else facts.num_heads, None)
         options = {"step": self.step} if self.codec == "fixed_point" else {}
         return [
             ArraySpec(_name(layer), "R H N", shape, "sample", self.codec, options) for layer in self.layers
         ]
 
+    def of_images(self) -> list[str]:
+        return [_name(layer) for layer in self.layers]
+
     def capture(self, forward: TeacherForward) -> list[Arrays]:
+        """For each sample and layer a list with float32 'T H N' of each image."""
         rows, columns = (
             (slots >= 0).sum(dim=1).tolist() for slots in (forward.slots.text, forward.slots.vision)
         )
         samples: list[Arrays] = [{} for _ in rows]
         for layer in self.layers:
             attention = self.reduce_heads(forward.attention[layer])
-            for sample, block, num_rows, num_columns in zip(samples, attention, rows, columns, strict=True):
-                by_image = block[:, :num_rows, :num_columns].unflatten(2, (-1, forward.num_vision_tokens))
-                stored = by_image.permute(2, 1, 0, 3).flatten(0, 1)  # 'H T I N' -> 'I T H N' -> 'R H N'
-                sample[_name(layer)] = stored.float().cpu().numpy()
+            for sample, block, num_rows, num_columns, sizes in zip(
+                samples, attention, rows, columns, forward.sizes, strict=True
+            ):
+                stored = block[:, :num_rows, :num_columns].transpose(0, 1).float().cpu()  # 'H T J' -> 'T H J'
+                sample[_name(layer)] = [of_image.contiguous().numpy() for of_image in stored.split(list(sizes), dim=2)]
         return samples
 
     def reduce_heads(self, attention: Tensor) -> Tensor:
@@ -79,9 +85,18 @@ class AttentionTarget(Target):
         """`attention`: layer -> float32 'B H T J', padded with zeros."""
         return {
             "attention": {
-                layer: _pad_blocks([_by_text_row(s[_name(layer)], int(s["num_images"])) for s in samples])
-                for layer in self.layers
+                layer: _pad_blocks([_by_text_row(s[_name(layer)]) for s in samples]) for layer in self.layers
             }
+        }
+
+    def rows_in(self, arrays: Arrays) -> int:
+        return sum(len(of_image) for of_image in arrays[self.first_array])
+
+    def blank(self, facts: TeacherFacts, sizes: Sequence[int], num_text_rows: int) -> Arrays:
+        num_heads = 1 if self.heads == "mean" else facts.num_heads
+        return {
+            _name(layer): [np.zeros((num_text_rows, num_heads, size), np.float32) for size in sizes]
+            for layer in self.layers
         }
 
     @classmethod
@@ -93,21 +108,19 @@ def _name(layer: int) -> str:
     return f"attention/layer_{layer}"
 
 
-def _by_text_row(stored: np.ndarray, num_images: int) -> Tensor:
-    """Return 'H T J' of a sample's stored 'R H N'. Rows beyond a whole number of images are dropped: the Distiller's
-    check of the number of rows reports them."""
-    num_rows, num_heads, num_vision_tokens = stored.shape
-    if num_images == 0:
-        return torch.zeros(num_heads, 0, 0)
-    whole = stored[: num_rows // num_images * num_images]
-    by_image = torch.from_numpy(whole).view(num_images, -1, num_heads, num_vision_tokens)
-    return by_image.permute(2, 1, 0, 3).flatten(2)
+def _by_text_row(images: Sequence[np.ndarray]) -> Tensor:
+    """Return 'H T J' of a sample's stored 'T H N' of each image."""
+    if not images:
+        return torch.zeros(1, 0, 0)
+    # A damaged store may hold fewer rows of one image; the Distiller's check of the number of rows reports it.
+    num_rows = min(map(len, images))
+    return torch.cat([torch.from_numpy(block[:num_rows]) for block in images], dim=2).transpose(0, 1)
 
 
 def _pad_blocks(blocks: Sequence[Tensor]) -> Tensor:
     """'H T J' of each sample -> 'B H T J', zeros where a sample has fewer rows or columns."""
-    rows, columns = (max(block.shape[axis] for block in blocks) for axis in (1, 2))
-    padded = torch.zeros(len(blocks), blocks[0].shape[0], rows, columns)
+    heads, rows, columns = (max(block.shape[axis] for block in blocks) for axis in (0, 1, 2))
+    padded = torch.zeros(len(blocks), heads, rows, columns)
     for index, block in enumerate(blocks):
-        padded[index, :, : block.shape[1], : block.shape[2]] = block
+        padded[index, : block.shape[0], : block.shape[1], : block.shape[2]] = block
     return padded

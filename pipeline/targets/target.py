@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 from torch import Tensor
 
 from cache import ArraySpec, Manifest
 from pipeline.positions import Counts, Slots
 from pipeline.settings import Section
 
-Arrays = dict[str, np.ndarray]
+# An array of a sample; of one that depends on the images a list with the block of each image.
+Arrays = dict[str, Any]
 Source = Literal["cache", "recompute"]
 
 
@@ -85,19 +85,30 @@ class Target(Section):
     def arrays(self, facts: TeacherFacts) -> list[ArraySpec]:
         """Return what the store will hold. Raises `ConfigError` if the teacher cannot give it."""
 
+    def of_images(self) -> list[str]:
+        """Return the names of its arrays that have a block for each image, of as many columns as that has tokens."""
+        return []
+
     @abstractmethod
     def capture(self, forward: TeacherForward) -> list[Arrays]:
         """Return the arrays of each owner in the batch: of each sample, or of each image in `forward.vision`."""
 
     @abstractmethod
     def collate(self, samples: Sequence[Arrays]) -> dict[str, Any]:
-        """Return the fields of `TeacherTargets` for a batch, from each sample's stored arrays and `num_images`."""
+        """Return the fields of `TeacherTargets` for a batch, from each sample's stored arrays."""
 
     @classmethod
     @abstractmethod
     def num_rows(cls, counts: Counts) -> Tensor:
         """Return how many rows of each of its arrays a sample must have, int64 'B'."""
 
-    def blank(self, facts: TeacherFacts, num_rows: int) -> Arrays:
-        """Return zeros in the shape of a sample's arrays, to be recomputed during training."""
-        return {spec.name: np.zeros((num_rows, *spec.row_shape), np.float32) for spec in self.arrays(facts)}
+    def rows_in(self, arrays: Arrays) -> int:
+        """Return how many rows of each of its arrays a sample has."""
+        return len(arrays[self.first_array])
+
+    @abstractmethod
+    def blank(self, facts: TeacherFacts, sizes: Sequence[int], num_text_rows: int) -> Arrays:
+        """Return zeros in the shape of a sample's arrays, to be recomputed during training.
+
+        The sample's images have `sizes` vision tokens, and its attention has `num_text_rows`.
+        """

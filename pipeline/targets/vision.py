@@ -34,20 +34,24 @@ class VisionTarget(Target):
 
     def arrays(self, facts: TeacherFacts) -> list[ArraySpec]:
         # Channel-major: neighbouring tokens of one channel are alike, neighbouring channels of one token are not.
-        shape = (facts.hidden_size, facts.num_vision_tokens)
+        shape = (facts.hidden_size, None)
         options = {"step": self.step} if self.codec == "fixed_point" else {}
         return [ArraySpec("vision", "I D N", shape, "image", self.codec, options)]
 
+    def of_images(self) -> list[str]:
+        return ["vision"]
+
     def capture(self, forward: TeacherForward) -> list[Arrays]:
         """float32 '1 D N' of each image."""
-        if forward.vision is None:
-            return []
         return [{"vision": image.T[None].float().cpu().numpy()} for image in forward.vision]
 
     def collate(self, samples: Sequence[Arrays]) -> dict[str, Any]:
-        """`vision`: float32 'I N D', all images of the batch in order."""
-        images = np.concatenate([sample["vision"] for sample in samples])
-        return {"vision": torch.from_numpy(images).transpose(1, 2).contiguous()}
+        """`vision`: float32 'G D', the vision tokens of all images of the batch in order."""
+        images = [torch.from_numpy(image.reshape(image.shape[-2:])).T for sample in samples for image in sample["vision"]]
+        return {"vision": torch.cat(images) if images else torch.zeros(0, 1)}
+
+    def blank(self, facts: TeacherFacts, sizes: Sequence[int], num_text_rows: int) -> Arrays:
+        return {"vision": [np.zeros((facts.hidden_size, size), np.float32) for size in sizes]}
 
     @classmethod
     def num_rows(cls, counts: Counts) -> Tensor:

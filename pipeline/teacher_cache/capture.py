@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,20 +17,20 @@ from blake3 import blake3
 
 from cache import PartSummary, PartWriter, RefusedValue, SampleEntry, Span, StoreWriter, TakenKeys
 from pipeline.config.config import Config
-from pipeline.data.conversation import TokenizedSample
 from pipeline.data.preparation import Preparation, pad_tokens
 from pipeline.data.shard_identity import shard_source
 from pipeline.data.shards import Rejected, Sample, part_name, read_shard, read_span
 from pipeline.errors import BadSample, ShardError
+from pipeline.models.processors import Tensors
 from pipeline.models.stub import Teacher
-from pipeline.targets.target import Target
+from pipeline.models.vlm import ImageFeatures
+from pipeline.targets.target import Arrays, Target
 from pipeline.teacher_cache.longest_first import Prepared, longest_first
 from pipeline.teacher_cache.overlap import Behind
 from pipeline.teacher_cache.progress import Progress
 
 BATCHES_BEHIND = 2  # batches that are captured but not encoded yet, held in memory
 DECODERS = min(8, os.cpu_count() or 1)
-Arrays = dict[str, np.ndarray]
 FIRST_BATCH_SIZE = {"cuda": 128, "cpu": 16}  # of `batch_size: auto`; it only ever falls
 
 
@@ -71,9 +72,9 @@ class Capture:
 
     def _begin(self, shard: str) -> None:
         self.shard = shard
-        # Vision tokens by image digest, of this batch and the last: samples of one image are neighbours.
-        self.vision: dict[str, torch.Tensor] = {}
-        self.pixels: dict[str, Future[torch.Tensor]] = {}  # of images that are being decoded
+        # Vision features by image digest, of this batch and the last: samples of one image are neighbours.
+        self.vision: dict[str, ImageFeatures] = {}
+        self.pixels: dict[str, Future[Tensors]] = {}  # of images that are being decoded
         # Place -> key of an added sample, '' of a rejected one. A retried batch leaves these out.
         self.settled: dict[int, str] = {}
         self.starved: list[Prepared] = []  # captured, but memory ran out while their values were encoded
@@ -126,10 +127,10 @@ class Capture:
     def _prepare(self, place: int, sample: Sample, taken: TakenKeys) -> Prepared:
         if (part := taken.other_part(sample.key, than=part_name(self.shard))) is not None:
             raise key_occurs_in(part)
-        tokens = self.preparation.tokenize(sample.conversations)
+        sizes = self.preparation.sizes_of(sample.images)
+        tokens = self.preparation.tokenize(sample.conversations, sizes)
         # The images of a shard may be gigabytes, so each batch reads its own again.
-        without_images = replace(sample, images=())
-        return Prepared(place, without_images, tokens, self.preparation.merged_length(tokens.input_ids))
+        return Prepared(place, replace(sample, images=()), tokens, len(tokens.input_ids))
 
     def _capture_or_halve(
         self, batch: Sequence[Prepared], coming: Sequence[Prepared], part: PartWriter
@@ -165,12 +166,17 @@ class Capture:
         if not batch:
             return
         digests = [digest for item in batch for digest in item.sample.image_digests]
-        vision = torch.stack([self.vision[digest] for digest in digests]) if digests else None
+        features = ImageFeatures.joined([self.vision[digest] for digest in digests]) if digests else None
         targets = self.config.targets.cached()
         tokens, keys = [item.tokens for item in batch], [item.sample.key for item in batch]
         fresh = {digest: self.vision[digest] for digest in digests if not part.has_image(digest)}
         captured, kept = captured_arrays(
-            self.teacher, targets, tokens, vision, keys=keys, keep=list(fresh.values())
+            self.teacher,
+            targets,
+            pad_tokens(tokens, self.preparation.image_token_id),
+            features,
+            keys=keys,
+            keep=[one.flat for one in fresh.values()],
         )
         images = dict(zip(fresh, kept, strict=True))
         self.behind.do(lambda: self._add_all(batch, captured, images, part))
@@ -195,22 +201,22 @@ class Capture:
     def _encode(self, batch: Sequence[Prepared], part: PartWriter) -> list[Prepared]:
         """Fill `vision` for the batch, each distinct image once. Return the samples whose images can be decoded."""
         self._decode_ahead(batch)
-        fresh: dict[str, torch.Tensor] = {}
+        fresh: dict[str, tuple[Tensors, int]] = {}  # pixel inputs, and the number of vision tokens
         usable = []
         for item in batch:
             try:
-                for digest in item.sample.image_digests:
+                for digest, size in zip(item.sample.image_digests, item.tokens.sizes, strict=True):
                     if digest not in self.vision:
-                        fresh[digest] = self.pixels[digest].result()
+                        fresh[digest] = self.pixels[digest].result(), size
                 usable.append(item)
             except BadSample as error:
                 self.behind.do(partial(self._reject, part, item.place, item.sample.key, error))
         needed = {digest for item in usable for digest in item.sample.image_digests}
         kept = {digest: vision for digest, vision in self.vision.items() if digest in needed}
-        if fresh := {digest: pixels for digest, pixels in fresh.items() if digest in needed}:
-            kept |= dict(
-                zip(fresh, self.teacher.encode_images(torch.stack(list(fresh.values()))), strict=True)
-            )
+        if fresh := {digest: image for digest, image in fresh.items() if digest in needed}:
+            pixels, sizes = zip(*fresh.values(), strict=True)
+            features = self.teacher.encode_images(pixels, sizes)
+            kept |= {digest: features.of([number]) for number, digest in enumerate(fresh)}
         self.vision, self.pixels = kept, {}
         return usable
 
@@ -221,7 +227,7 @@ class Capture:
                 if digest not in self.vision and digest not in self.pixels:
                     self.pixels[digest] = self.decoders.submit(self._preprocess, digest, span)
 
-    def _preprocess(self, digest: str, span: Span) -> torch.Tensor:
+    def _preprocess(self, digest: str, span: Span) -> Tensors:
         data = read_span(self.shard, span)
         if blake3(data).hexdigest() != digest:
             raise ShardError(
@@ -232,9 +238,10 @@ class Capture:
     def _add(self, item: Prepared, arrays: Arrays, images: dict[str, Arrays], part: PartWriter) -> None:
         sample = item.sample
         try:
-            for digest in sample.image_digests:
+            of_images = zip(sample.image_digests, item.tokens.sizes, item.tokens.grids, strict=True)
+            for digest, size, grid in of_images:
                 if not part.has_image(digest):
-                    part.add_image(digest, images[digest])
+                    part.add_image(digest, images[digest], tokens=size, grid=grid)
             entry = SampleEntry(sample.key, sample.image_digests, sample.image_spans, sample.json_span)
             part.add(entry, arrays, order=item.place)
         except RefusedValue as error:
@@ -265,19 +272,18 @@ def key_occurs_in(part: str) -> BadSample:
 def captured_arrays(
     teacher: Teacher,
     targets: Mapping[str, Target],
-    tokens: Sequence[TokenizedSample],
-    vision: torch.Tensor | None,
+    batch: Mapping[str, Any],
+    features: ImageFeatures | None,
     *,
     keys: Sequence[str],
     keep: Sequence[torch.Tensor],
 ) -> tuple[list[Arrays], list[Arrays]]:
     """Return the targets' arrays of each sample of a batch, and of each image of `keep`, float32 or integers.
 
-    `vision` 'I N D' are the features of all its images in order, `keep` 'N D' of those to be stored.
+    `features` are those of all its images in order, `keep` 'N D' of those to be stored.
     """
-    forward = teacher.forward(**pad_tokens(tokens), vision=vision)
-    forward = replace(forward, keys=keys, vision=torch.stack(list(keep)) if keep else None)
-    captured: dict[str, list[Arrays]] = {"sample": [{} for _ in tokens], "image": [{} for _ in keep]}
+    forward = replace(teacher.forward(batch, features), keys=keys, vision=keep)
+    captured: dict[str, list[Arrays]] = {"sample": [{} for _ in keys], "image": [{} for _ in keep]}
     for target in targets.values():
         for arrays, more in zip(captured[target.owner], target.capture(forward), strict=True):
             arrays |= more

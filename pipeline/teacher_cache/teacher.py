@@ -24,11 +24,12 @@ from cache import (
 from pipeline.config.config import Config
 from pipeline.config.provenance import provenance
 from pipeline.data.pairing import check_student
+from pipeline.data.load_preparation import load_preparation
 from pipeline.data.preparation import Preparation, capture_settings
 from pipeline.data.shards import expand_shards, part_name
 from pipeline.errors import ConfigError, ShardError
 from pipeline.models.stub import load_teacher
-from pipeline.models.teacher_plan import TeacherPlan, plan_teacher
+from pipeline.models.teacher_plan import TeacherPlan, family_digest, plan_teacher
 from pipeline.teacher_cache.capture import Capture, Captured
 from pipeline.teacher_cache.overlap import Behind
 from pipeline.teacher_cache.part_states import PartStates
@@ -93,7 +94,7 @@ def plan_capture(config: Config) -> CapturePlan:
     """
     config.check_one_cache()
     shards = tuple(expand_shards(config.data.shards))
-    preparation = Preparation.of(config.teacher.model, config.data)
+    preparation = load_preparation(config.teacher.model, config.data)
     plan = plan_teacher(
         config.teacher.model, targets=config.targets.cached(), vouching_for=config.targets.active()
     )
@@ -202,7 +203,7 @@ def build_manifest(
     arrays = [spec for target in config.targets.cached().values() for spec in target.arrays(plan.facts)]
     return Manifest(
         format_version=FORMAT_VERSION,
-        fingerprint=Fingerprint(teacher=plan.digest, capture=digest_of(capture), **preparation.digests()),
+        fingerprint=Fingerprint(teacher=plan.digest, capture=digest_of(capture), family=family_digest(plan.config), **preparation.digests()),
         arrays=(*TOKEN_ARRAYS, *arrays),
         teacher=asdict(plan.facts)
         | {"num_tensors_used": len(plan.tensors), "is_stub": plan.is_stub, "digests": plan.digests},
@@ -238,5 +239,5 @@ def _compute_dtype(config: Config, plan: TeacherPlan) -> torch.dtype:
         return getattr(torch, config.teacher.dtype)
     if _device(config.teacher.device).type == "cpu":
         return torch.float32
-    stored = plan.config.dtype
+    stored = plan.config.dtype or plan.config.get_text_config().dtype
     return stored if isinstance(stored, torch.dtype) else torch.float32

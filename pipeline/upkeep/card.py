@@ -49,7 +49,7 @@ tags: [alignkd, knowledge-distillation, vision-language, zarr]
 ([arXiv 2412.01282](https://arxiv.org/abs/2412.01282)); the images and the text are not in it.
 
 - **Teacher**: `{teacher["name"]}`, {teacher["num_layers"]} layers, {teacher["num_heads"]} heads, width \
-{teacher["hidden_size"]}, {teacher["num_vision_tokens"]} vision tokens; computed in {store.capture["dtype"]}
+{teacher["hidden_size"]}, {vision_tokens(teacher)}; computed in {store.capture["dtype"]}
 - **Made**: {store.provenance.get("created", "at an unknown time")}; {store.rejected:,} samples rejected, \
 {missing} of {store.parts_planned} planned parts not in it
 - **Content**: `{store.content}`, which `alignkd info` prints of a whole copy too

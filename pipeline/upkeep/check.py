@@ -15,6 +15,7 @@ import torch
 
 from cache import CODECS, FingerprintMismatch, Store
 from pipeline.config.config import Config
+from pipeline.data.preparation import pad_tokens
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.sample import JoinedSample
 from pipeline.distill.join.stores import REMEDY
@@ -22,6 +23,7 @@ from pipeline.distill.model.distiller import Distiller
 from pipeline.distill.student import load_student
 from pipeline.losses.losses import LOSSES
 from pipeline.models.stub import Teacher, load_teacher
+from pipeline.models.vlm import ImageFeatures
 from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.capture import captured_arrays
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture
@@ -109,7 +111,7 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:num_samples]
     stored = [dataset[int(number)] for number in sorted(chosen)]
     teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
-    live = [sample for batch in _batches(stored) for sample in captured_again(config, teacher, batch)]
+    live = [sample for batch in _batches(stored) for sample in captured_again(plan, teacher, batch)]
     arrays = [_AllRows(samples) for samples in (stored, live)]
     return Check(
         samples=len(stored),
@@ -118,60 +120,69 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
         dtype=plan.manifest.capture["dtype"],
         arrays=tuple(_compare_arrays(plan, *arrays)),
         logits=_compare_logits(*arrays),
-        losses=tuple(_compare_losses(config, store, stored, live)) if with_losses else (),
+        losses=tuple(_compare_losses(config, store, plan.preparation.image_token_id, stored, live)) if with_losses else (),
         losses_absent="" if with_losses else "not asked for",
     )
 
 
-def captured_again(config: Config, teacher: Teacher, samples: Sequence[JoinedSample]) -> list[JoinedSample]:
+def captured_again(plan: CapturePlan, teacher: Teacher, samples: Sequence[JoinedSample]) -> list[JoinedSample]:
     """Return the samples with the arrays that the live teacher gives, not encoded."""
     pixels = {digest: image for sample in samples for digest, image in sample.pixels.items()}
-    vision: dict[str, torch.Tensor] = {}
+    sizes = {d: s for sample in samples for d, s in zip(sample.image_digests, sample.tokens.sizes, strict=True)}
+    vision: dict[str, ImageFeatures] = {}
     if pixels:
-        vision = dict(zip(pixels, teacher.encode_images(torch.stack(list(pixels.values()))), strict=True))
+        features = teacher.encode_images(list(pixels.values()), [sizes[digest] for digest in pixels])
+        vision = {digest: features.of([number]) for number, digest in enumerate(pixels)}
     in_order = [vision[digest] for sample in samples for digest in sample.image_digests]
-    targets, facts = config.targets.cached(), teacher.plan.facts
+    targets = plan.config.targets.cached()
     captured, images = captured_arrays(
         teacher,
         targets,
-        [sample.tokens for sample in samples],
-        torch.stack(in_order) if in_order else None,
+        pad_tokens([sample.tokens for sample in samples], plan.preparation.image_token_id),
+        ImageFeatures.joined(in_order) if in_order else None,
         keys=[sample.key for sample in samples],
-        keep=list(vision.values()),
+        keep=[one.flat for one in vision.values()],
     )
     by_digest = dict(zip(vision, images, strict=True))
-    specs = [
-        spec.name for target in targets.values() if target.owner == "image" for spec in target.arrays(facts)
-    ]
+    names = [name for target in targets.values() if target.owner == "image" for name in target.of_images()]
     again = []
     for sample, arrays in zip(samples, captured, strict=True):
-        for name in specs:
-            own = [by_digest[digest][name] for digest in sample.image_digests]
-            arrays[name] = np.concatenate([sample.arrays[name][:0], *own])
-        again.append(replace(sample, arrays=arrays | {"num_images": sample.arrays["num_images"]}))
+        arrays |= {name: [by_digest[digest][name][0] for digest in sample.image_digests] for name in names}
+        again.append(replace(sample, arrays=arrays))
     return again
 
 
 class _AllRows(Mapping[str, np.ndarray]):
-    """Array -> its rows of all samples, concatenated when asked for: all arrays at once would double the memory."""
+    """Array -> its values of all samples, concatenated when asked for: all arrays at once would double the memory.
+
+    Of arrays with a block for each image it is one flat vector, since the blocks differ in their columns; codecs
+    that scale rows are compared block by block (`blocks`).
+    """
 
     def __init__(self, samples: Sequence[JoinedSample]):
         self.samples = samples
-        self.names = [name for name in samples[0].arrays if name != "num_images"]
+
+    def blocks(self, name: str) -> list[np.ndarray]:
+        """Return the array of each sample, or of each image of each sample."""
+        arrays = (sample.arrays[name] for sample in self.samples)
+        return [part for array in arrays for part in (array if isinstance(array, list) else [array])]
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.names:
+        if name not in self.samples[0].arrays:
             raise KeyError(name)
-        return np.concatenate([sample.arrays[name] for sample in self.samples])
+        blocks = self.blocks(name)
+        if isinstance(self.samples[0].arrays[name], list):
+            return np.concatenate([np.empty(0, np.float32), *(block.ravel() for block in blocks)])
+        return np.concatenate(blocks)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.samples[0].arrays)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.samples[0].arrays)
 
 
-def _compare_arrays(plan: CapturePlan, stored: Arrays, live: Arrays) -> Iterator[ArrayCheck]:
+def _compare_arrays(plan: CapturePlan, stored: _AllRows, live: _AllRows) -> Iterator[ArrayCheck]:
     rounding = ROUNDING[plan.manifest.capture["dtype"]]
     likeliest = rounding * np.abs(live[LOG_PROBS]).max(initial=0) if LOG_PROBS in live else 0.0
     for spec in plan.manifest.arrays:
@@ -190,7 +201,10 @@ def _compare_arrays(plan: CapturePlan, stored: Arrays, live: Arrays) -> Iterator
         is_of_ids = spec.name in (IDS, DRAW_IDS)
         limit = likeliest
         if not is_of_ids:
-            limit = codec.max_error(ours, spec.options) + rounding * np.abs(ours).max(initial=0)
+            # Of the draws that both drew `ours` is a part; of others the limit of each block, whose rows have a scale.
+            blocks = [ours] if spec.name == DRAW_LOG_PROBS else live.blocks(spec.name)
+            limits = [codec.max_error(block, spec.options).reshape(-1, *ours.shape[1:]) for block in blocks]
+            limit = np.concatenate([*limits, ours[:0]]) + rounding * np.abs(ours).max(initial=0)
         yield ArrayCheck(
             name=spec.name,
             values=error.size,
@@ -257,14 +271,18 @@ def _kl(live: Arrays, stored: Arrays) -> np.ndarray:
 
 
 def _compare_losses(
-    config: Config, store: Store, stored: Sequence[JoinedSample], live: Sequence[JoinedSample]
+    config: Config,
+    store: Store,
+    image_token_id: int,
+    stored: Sequence[JoinedSample],
+    live: Sequence[JoinedSample],
 ) -> Iterator[LossCheck]:
     """Each loss of the config's student, at its first weights, over all samples."""
     losses = {name: loss for name, loss in config.losses.active().items() if LOSSES[name].targets}
     torch.manual_seed(0)  # of the trained heads' first weights
     facts = dict.fromkeys(config.targets.active(), TeacherFacts.of(store.manifest))
     distiller = Distiller(load_student(config, store), losses, facts=facts).float()
-    collate = JoinCollator(config.targets.cached())
+    collate = JoinCollator(config.targets.cached(), image_token_id)
     theirs, ours = (loss_terms(distiller, collate, samples) for samples in (stored, live))
     for name in losses:
         (value, gradient), (live_value, live_gradient) = theirs[name], ours[name]

@@ -45,13 +45,19 @@ def parse_bytes(text: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
+def vision_tokens(teacher: Mapping[str, Any]) -> str:
+    """Return how many vision tokens an image has, from the facts of a store's teacher."""
+    count = teacher.get("num_vision_tokens")
+    return f"{count} vision tokens" if count else "vision tokens by the size of an image"
+
+
 def describe_store(store: Summary) -> str:
     """Return the page that `alignkd info` prints: teacher, samples, targets, rejects, provenance, fingerprint."""
     teacher, made, rejects = store.teacher, store.provenance, reasons_by_kind(store.rejects_by_reason)
     lines = [
         store.path,
         f"  teacher     {teacher['name']}: {teacher['num_layers']} layers, {teacher['num_heads']} heads, "
-        f"width {teacher['hidden_size']}, {teacher['num_vision_tokens']} vision tokens; "
+        f"width {teacher['hidden_size']}, {vision_tokens(teacher)}; "
         f"{'stub' if teacher['is_stub'] else 'whole model'}, {teacher['num_tensors_used']} tensors used",
         f"  parts       {store.parts_done} of {store.parts_planned}",
         f"  samples     {store.samples:,} cached, {store.rejected:,} rejected",

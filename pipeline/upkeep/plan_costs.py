@@ -15,6 +15,7 @@ from pipeline.data.conversation import TokenizedSample
 from pipeline.data.preparation import pad_tokens
 from pipeline.data.shards import Sample, read_shard
 from pipeline.errors import BadSample
+from pipeline.models.processors import Tensors
 from pipeline.models.stub import Teacher, load_teacher
 from pipeline.models.teacher_plan import plan_teacher
 from pipeline.targets.target import Target
@@ -22,7 +23,7 @@ from pipeline.teacher_cache.teacher import CapturePlan
 
 FORWARDED_SAMPLES = 32
 BATCH_SIZE = 8
-Ready = tuple[TokenizedSample, list[torch.Tensor]]  # a sample's tokens, and the pixels of its images
+Ready = tuple[TokenizedSample, list[Tensors]]  # a sample's tokens, and the pixel inputs of its images
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def _prepared(plan: CapturePlan, shards: Sequence[str]) -> Iterator[Ready]:
         for item in read_shard(shard, max_pixels=plan.config.data.max_image_pixels):
             try:
                 if isinstance(item, Sample):
-                    tokens = plan.preparation.tokenize(item.conversations)
+                    sizes = plan.preparation.sizes_of(item.images)
+                    tokens = plan.preparation.tokenize(item.conversations, sizes)
                     yield tokens, [plan.preparation.preprocess(image) for image in item.images]
             except BadSample:  # stage 1 reports it
                 continue
@@ -89,17 +91,19 @@ def _forward(plan: CapturePlan, name: str, target: Target, samples: Sequence[Rea
     stub = plan_teacher(plan.config.teacher.model, targets={name: target})
     teacher = load_teacher(stub, dtype=plan.dtype, device=plan.device)
     batches = [samples[start : start + BATCH_SIZE] for start in range(0, len(samples), BATCH_SIZE)]
-    _run(teacher, batches[0])
+    image_token_id = plan.preparation.image_token_id
+    _run(teacher, batches[0], image_token_id)
     started = time.perf_counter()
     for batch in batches:
-        _run(teacher, batch)
+        _run(teacher, batch, image_token_id)
     return (time.perf_counter() - started) / len(samples)
 
 
-def _run(teacher: Teacher, batch: Sequence[Ready]) -> None:
+def _run(teacher: Teacher, batch: Sequence[Ready], image_token_id: int) -> None:
     pixels = [image for _, images in batch for image in images]
-    vision = teacher.encode_images(torch.stack(pixels)) if pixels else None
+    sizes = [size for tokens, _ in batch for size in tokens.sizes]
+    features = teacher.encode_images(pixels, sizes) if pixels else None
     if teacher.attention_layers:
-        teacher.forward(**pad_tokens([tokens for tokens, _ in batch]), vision=vision)
+        teacher.forward(pad_tokens([tokens for tokens, _ in batch], image_token_id), features)
     if teacher.device.type == "cuda":
         torch.cuda.synchronize(teacher.device)

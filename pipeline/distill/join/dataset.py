@@ -17,15 +17,15 @@ from pipeline.data.conversation import TokenizedSample
 from pipeline.data.preparation import Preparation, pad_tokens
 from pipeline.data.shard_identity import check_unchanged
 from pipeline.data.shards import expand_shards, part_name
-from pipeline.distill.join.memory import BoundedCache, TensorCache
+from pipeline.distill.join.memory import BoundedCache
 from pipeline.distill.join.missing import join_rows
 from pipeline.distill.join.rank_batches import Draw
 from pipeline.distill.join.rows import Row
-from pipeline.distill.join.sample import JoinedSample, compare_text, pop_tokens, read_pixels
+from pipeline.distill.join.sample import JoinedSample, by_image, compare_text, read_pixels
 from pipeline.distill.join.stores import Stores
 from pipeline.errors import ConfigError, JoinError, PipelineError
 from pipeline.positions import Counts
-from pipeline.targets.target import Target, TeacherFacts
+from pipeline.targets.target import Arrays, Target, TeacherFacts
 
 PIXEL_CACHE_BYTES = 256 * 2**20
 STORED_CACHE_BYTES = 256 * 2**20
@@ -36,12 +36,21 @@ class StoredSample:
     """A sample as the store holds it, decoded."""
 
     tokens: TokenizedSample
-    arrays: dict[str, np.ndarray]
+    arrays: Arrays
 
     @property
     def nbytes(self) -> int:
         # Two Python integers a token, with their places in tuples.
-        return 80 * len(self.tokens.input_ids) + sum(array.nbytes for array in self.arrays.values())
+        arrays = (part for array in self.arrays.values() for part in (array if isinstance(array, list) else [array]))
+        return 80 * len(self.tokens.input_ids) + sum(array.nbytes for array in arrays)
+
+
+class Pixels(dict[str, torch.Tensor]):
+    """The pixel inputs of one image, which know their size in bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.values())
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ class JoinedDataset(Dataset[JoinedSample]):
             )
         self.names = [source.arrays(targets) for source in self.stores.sources]
         self.verified = np.zeros(len(self.rows), dtype=np.bool_)
-        self.pixels = TensorCache(PIXEL_CACHE_BYTES)
+        self.pixels: BoundedCache[Pixels] = BoundedCache(PIXEL_CACHE_BYTES)
         self.stored: BoundedCache[StoredSample] = BoundedCache(STORED_CACHE_BYTES)
 
     def __len__(self) -> int:
@@ -148,29 +157,29 @@ class JoinedDataset(Dataset[JoinedSample]):
         """Return the stored samples by key; those not in memory are read together."""
         found = {key: held for key in rows if (held := self.stored.get(key)) is not None}
         fresh = [key for key in rows if key not in found]
-        for key, arrays in zip(fresh, self.stores.read_many(fresh, self.names), strict=True):
-            found[key] = self.stored.put(key, self._checked(*rows[key], arrays))
+        for key, (tokens, arrays) in zip(fresh, self.stores.read_many(fresh, self.names), strict=True):
+            found[key] = self.stored.put(key, self._checked(*rows[key], tokens, arrays))
         return found
 
-    def _checked(self, index: int, row: Row, arrays: dict[str, np.ndarray]) -> StoredSample:
+    def _checked(self, index: int, row: Row, tokens: TokenizedSample, arrays: Arrays) -> StoredSample:
         part, entry = row
-        tokens = pop_tokens(arrays)
         if not self.verified[index]:
             compare_text(self.shards[part], entry, tokens, self.preparation)
             self.verified[index] = True
-        arrays["num_images"] = np.array(len(entry.images))
+        arrays = by_image(arrays, self.targets, len(entry.images))
         if lacking := self.lacking(index):
-            counts = Counts.of(pad_tokens([tokens]))
+            counts = Counts.of(pad_tokens([tokens], self.preparation.image_token_id))
             for name in lacking:
-                target, facts = self.targets[name], TeacherFacts.of(self.stores.giving(name).store.manifest)
-                arrays |= target.blank(facts, int(target.num_rows(counts)))
+                facts = TeacherFacts.of(self.stores.giving(name).store.manifest)
+                arrays |= self.targets[name].blank(facts, tokens.sizes, int(counts.text_rows))
         return StoredSample(tokens, arrays)
 
-    def _pixels(self, part: str, entry: SampleEntry, number: int) -> torch.Tensor:
+    def _pixels(self, part: str, entry: SampleEntry, number: int) -> Pixels:
         digest = entry.images[number]
         if (known := self.pixels.get(digest)) is not None:
             return known
-        return self.pixels.put(digest, read_pixels(self.shards[part], entry, number, self.preparation))
+        read = read_pixels(self.shards[part], entry, number, self.preparation)
+        return self.pixels.put(digest, Pixels(read))
 
 
 def is_chosen(entry: SampleEntry, fraction: float) -> bool:
@@ -187,12 +196,13 @@ class JoinCollator:
     """Collates joined samples into the batch that `Distiller.forward` takes."""
 
     targets: Mapping[str, Target]
+    image_token_id: int
 
     def __call__(self, samples: Sequence[JoinedSample] | Refused) -> dict[str, Any]:
         """Return a batch:
 
-        `input_ids`, `attention_mask`, `labels`  'B S'
-        `pixel_values`   'I C Y X' or None, with `image_digests`
+        `input_ids`, `attention_mask`, `labels`, `is_vision`  'B S', and `sizes` (see `pad_tokens`)
+        `images`         the pixel inputs of all images in order, with `image_digests`
         `targets`        fields of `TeacherTargets`
         `received`       target -> rows that each sample has, int64 'B'
         `lacking`        target -> whether a sample has zeros in place of rows, bool 'B', where one has
@@ -200,16 +210,15 @@ class JoinCollator:
         """
         if isinstance(samples, Refused):
             return {"refused": samples.reason}
-        pixels = [sample.pixels[digest] for sample in samples for digest in sample.image_digests]
-        batch: dict[str, Any] = pad_tokens([sample.tokens for sample in samples])
-        batch["pixel_values"] = torch.stack(pixels) if pixels else None
+        batch = pad_tokens([sample.tokens for sample in samples], self.image_token_id)
+        batch["images"] = [sample.pixels[digest] for sample in samples for digest in sample.image_digests]
         batch["image_digests"] = [digest for sample in samples for digest in sample.image_digests]
         batch["is_filler"] = all(sample.is_filler for sample in samples)
         batch["targets"], batch["received"], batch["lacking"] = {}, {}, {}
         for name, target in self.targets.items():
             arrays = [sample.arrays for sample in samples]
             batch["targets"] |= target.collate(arrays)
-            rows = torch.tensor([len(sample[target.first_array]) for sample in arrays])
+            rows = torch.tensor([target.rows_in(of_sample) for of_sample in arrays])
             lacks = torch.tensor([name in sample.lacking for sample in samples])
             batch["received"][name] = rows.masked_fill(lacks, 0)
             if bool((needed := lacks & (rows > 0)).any()):

@@ -46,11 +46,11 @@ class TensorCache(BoundedCache[Tensor]):
             self[name] = value.detach().clone()
         return value
 
-    def of_images(self, batch: Mapping[str, Any], compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the features of a batch's images, in order; `compute` makes missing ones from pixels 'I C Y X'."""
+    def of_images(self, batch: Mapping[str, Any], compute: Callable[[list[Any]], Tensor]) -> Tensor:
+        """Return the features of a batch's images, in order; `compute` makes missing ones from their pixel inputs."""
         digests = batch["image_digests"]
-        row = {digest: number for number, digest in enumerate(digests)}
-        return self.stack(digests, lambda fresh: compute(batch["pixel_values"][[row[d] for d in fresh]]))
+        pixels = dict(zip(digests, batch["images"], strict=True))
+        return self.stack(digests, lambda fresh: compute([pixels[digest] for digest in fresh]))
 
     def stack(self, names: Sequence[str], compute: Callable[[list[str]], Tensor]) -> Tensor:
         """Return the tensors of `names`, in order and stacked.

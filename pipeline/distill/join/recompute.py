@@ -16,13 +16,15 @@ from torch import Tensor
 
 from cache import Difference, FingerprintMismatch, Store
 from pipeline.config.config import Config
-from pipeline.distill.join.memory import TensorCache
+from pipeline.distill.join.memory import BoundedCache
 from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.configuration import read_config
-from pipeline.models.mobilevlm import TOWER_PREFIX
+from pipeline.models.mobilevlm import MobileVLMConfig
+from pipeline.models.mobilevlm.model import TOWER_PREFIX
 from pipeline.models.stub import Teacher, load_teacher
 from pipeline.models.teacher_plan import TeacherPlan, plan_teacher
+from pipeline.models.vlm import ImageFeatures
 from pipeline.positions import Counts
 from pipeline.targets.attention import AttentionTarget
 from pipeline.targets.target import Target, TeacherFacts
@@ -44,7 +46,7 @@ class RecomputedTargets:
     teacher: Teacher
     targets: Mapping[str, Target]
     shares_tower: bool
-    vision: TensorCache
+    vision: BoundedCache[HeldFeatures]
     missing: Mapping[str, Target] = field(default_factory=dict)
 
     @property
@@ -66,11 +68,13 @@ class RecomputedTargets:
         of_chosen = chosen.repeat_interleave(counts.images)
         features = None if patch_features is None else patch_features[of_chosen]
         wanted = {name: self.missing[name] for name in lacking}
-        made = self._make(wanted, _part_of(batch, chosen, of_chosen), features)
+        made = self._make(wanted, _part_of(batch, chosen), features)
         targets, received = {**batch["targets"]}, {**batch["received"]}
         if (lacks := lacking.get("vision")) is not None:
-            of_image = lacks.repeat_interleave(counts.images)
-            targets["vision"] = targets["vision"].index_put((of_image,), made["vision"][of_image[of_chosen]])
+            tokens = counts.vision_tokens
+            of_token = lacks.repeat_interleave(tokens)
+            of_made = lacks[chosen].repeat_interleave(tokens[chosen])
+            targets["vision"] = targets["vision"].index_put((of_token,), made["vision"][of_made])
         if (lacks := lacking.get("attention")) is not None:
             targets["attention"] = {
                 layer: _put(stored, lacks, made["attention"][layer][lacks[chosen]])
@@ -83,35 +87,63 @@ class RecomputedTargets:
     def _make(
         self, targets: Mapping[str, Target], batch: Mapping[str, Any], patch_features: Tensor | None
     ) -> dict[str, Any]:
-        """Return the fields of `TeacherTargets` for a batch: `attention` float32 'B H T J', `vision` 'I N D'."""
+        """Return the fields of `TeacherTargets` for a batch: `attention` float32 'B H T J', `vision` 'G D'."""
         vision = self._vision(batch, patch_features)
         fields: dict[str, Any] = {}
         if "vision" in targets and vision is not None:
-            fields["vision"] = vision.float()
+            fields["vision"] = vision.flat.float()
         if isinstance(attention := targets.get("attention"), AttentionTarget):
-            forward = self.teacher.forward(
-                batch["input_ids"], batch["attention_mask"], batch["labels"], vision
-            )
+            forward = self.teacher.forward(batch, vision)
             fields["attention"] = {
                 layer: attention.reduce_heads(block).float() for layer, block in forward.attention.items()
             }
         return fields
 
     @torch.no_grad()
-    def _vision(self, batch: Mapping[str, Any], patch_features: Tensor | None) -> Tensor | None:
-        if batch["pixel_values"] is None:
+    def _vision(self, batch: Mapping[str, Any], patch_features: Tensor | None) -> ImageFeatures | None:
+        """Return the teacher's features of a batch's images, each distinct image computed once or held in memory."""
+        digests = batch["image_digests"]
+        sizes = [size for of_sample in batch["sizes"] for size in of_sample]
+        if not digests:
             return None
-        if self.shares_tower:
-            assert patch_features is not None
-            return self.teacher.model.encode_images(patch_features=patch_features)
-        return self.vision.of_images(batch, self.teacher.encode_images)
+        if self.shares_tower and patch_features is not None:
+            return self.teacher.vlm.encode((), sizes, patch_features=patch_features)
+        found = {digest: held for digest in digests if (held := self.vision.get(digest)) is not None}
+        row = {digest: number for number, digest in enumerate(digests)}
+        if fresh := [digest for digest in row if digest not in found]:
+            images, of_fresh = ([part[row[digest]] for digest in fresh] for part in (batch["images"], sizes))
+            made = self.teacher.encode_images(images, of_fresh)
+            for number, digest in enumerate(fresh):
+                found[digest] = self.vision.put(digest, HeldFeatures.of_one(made, number))
+        return ImageFeatures.joined([found[digest].features for digest in digests])
 
 
-def _part_of(batch: Mapping[str, Any], chosen: Tensor, of_image: Tensor) -> dict[str, Any]:
-    """Return the chosen samples, bool 'B', with their images, bool 'I', as far as a stub reads them."""
-    part = {name: batch[name][chosen] for name in ("input_ids", "attention_mask", "labels")}
-    digests = [d for d, is_of in zip(batch["image_digests"], of_image.tolist(), strict=True) if is_of]
-    return {**part, "pixel_values": batch["pixel_values"][of_image], "image_digests": digests}
+@dataclass(frozen=True)
+class HeldFeatures:
+    """The features of one image, which know their size in bytes; copies: a view would hold its whole batch."""
+
+    features: ImageFeatures
+
+    @classmethod
+    def of_one(cls, images: ImageFeatures, number: int) -> HeldFeatures:
+        return cls(images.of([number]).copied())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.features.tokens, *(t for one in self.features.deepstack for t in one)))
+
+
+def _part_of(batch: Mapping[str, Any], chosen: Tensor) -> dict[str, Any]:
+    """Return the chosen samples, bool 'B', with their images, as far as a stub reads them."""
+    part: dict[str, Any] = {
+        name: batch[name][chosen] for name in ("input_ids", "attention_mask", "labels", "is_vision")
+    }
+    is_chosen = chosen.tolist()
+    owners = [owner for owner, of_sample in enumerate(batch["sizes"]) for _ in of_sample]
+    part["sizes"] = [sizes for sizes, keep in zip(batch["sizes"], is_chosen, strict=True) if keep]
+    for name in ("images", "image_digests"):
+        part[name] = [one for one, owner in zip(batch[name], owners, strict=True) if is_chosen[owner]]
+    return part
 
 
 def _put(stored: Tensor, rows: Tensor, made: Tensor) -> Tensor:
@@ -142,7 +174,7 @@ def load_recomputed(
         teacher=load_teacher(plan, dtype=_dtype_of(like), device=device),
         targets=targets,
         shares_tower=shares_tower(config),
-        vision=TensorCache(config.student.patch_feature_cache_bytes),
+        vision=BoundedCache(config.student.patch_feature_cache_bytes),
         missing=lacking,
     )
 
@@ -184,12 +216,13 @@ def teacher_differences(store: Store, plan: TeacherPlan) -> list[Difference]:
 
 
 def shares_tower(config: Config) -> bool:
-    """Whether both checkpoints hold the same tower, bit for bit, and read the same layer of it."""
+    """Whether both checkpoints are MobileVLM V2's with the same tower, bit for bit, and read the same layer of it."""
     teacher, student = Checkpoint(config.teacher.model), Checkpoint(config.student.model)
     shapes = [read_config(checkpoint.folder) for checkpoint in (teacher, student)]
-    if shapes[0].mm_vision_select_layer != shapes[1].mm_vision_select_layer:
+    if not all(isinstance(shape, MobileVLMConfig) for shape in shapes):
         return False
+    layers = {shape.mm_vision_select_layer for shape in shapes}
     names = [
         [n for n in checkpoint.names() if n.startswith(TOWER_PREFIX)] for checkpoint in (teacher, student)
     ]
-    return names[0] == names[1] and teacher.digest(names[0]) == student.digest(names[1])
+    return len(layers) == 1 and names[0] == names[1] and teacher.digest(names[0]) == student.digest(names[1])

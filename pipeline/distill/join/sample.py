@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import torch
 from blake3 import blake3
 
 from cache import SampleEntry, Store
@@ -14,9 +14,11 @@ from pipeline.data.conversation import TokenizedSample
 from pipeline.data.preparation import Preparation
 from pipeline.data.shard_identity import check_unchanged
 from pipeline.data.shards import parse_record, part_name, read_span
-from pipeline.distill.join.stores import TOKENS, Source, first_difference
+from pipeline.distill.join.stored_tokens import TOKENS, pop_tokens
+from pipeline.distill.join.stores import Source, first_difference
 from pipeline.errors import BadSample, JoinError
-from pipeline.targets.target import Target
+from pipeline.models.processors import Tensors
+from pipeline.targets.target import Arrays, Target
 
 CHANGED = (
     "the shard changed after it was cached: restore it, or run `alignkd teacher-cache --recapture-changed`"
@@ -32,9 +34,9 @@ class JoinedSample:
 
     key: str
     tokens: TokenizedSample
-    pixels: dict[str, torch.Tensor]
+    pixels: dict[str, Tensors]
     image_digests: tuple[str, ...]
-    arrays: dict[str, np.ndarray]
+    arrays: Arrays
     lacking: frozenset[str] = frozenset()
     is_filler: bool = False  # see `RankBatches`
 
@@ -45,26 +47,29 @@ def join_sample(
     """Return one sample, compared with its shard as in `JoinedDataset`; its text only if there is a tokenizer."""
     check_unchanged([store], {part_name(shard): shard})
     arrays = store.read(entry.key, [*TOKENS, *Source(store, tuple(targets)).arrays(targets)])
-    tokens = pop_tokens(arrays)
+    tokens = pop_tokens(arrays, entry, store.manifest)
     if preparation.tokenizer is not None:
         compare_text(shard, entry, tokens, preparation)
     pixels = {
         digest: read_pixels(shard, entry, number, preparation) for number, digest in enumerate(entry.images)
     }
-    arrays["num_images"] = np.array(len(entry.images))
-    return JoinedSample(entry.key, tokens, pixels, entry.images, arrays)
+    return JoinedSample(entry.key, tokens, pixels, entry.images, by_image(arrays, targets, len(entry.images)))
 
 
-def pop_tokens(arrays: dict[str, np.ndarray]) -> TokenizedSample:
-    """Take the token ids and labels out of a sample's stored arrays."""
-    return TokenizedSample(tuple(arrays.pop("input_ids").tolist()), tuple(arrays.pop("labels").tolist()))
+def by_image(arrays: Arrays, targets: Mapping[str, Target], num_images: int) -> Arrays:
+    """Return a sample's arrays with those of its images as a list of blocks, which a store of format 1 holds as one."""
+    for name in {name for target in targets.values() for name in target.of_images()} & arrays.keys():
+        if isinstance(array := arrays[name], np.ndarray):
+            arrays[name] = np.array_split(array, num_images) if num_images else []
+    return arrays
 
 
 def compare_text(shard: str, entry: SampleEntry, stored: TokenizedSample, preparation: Preparation) -> None:
     """Raise `JoinError` unless a sample's text in the shard gives the stored ids and labels."""
     try:
         record = parse_record(read_span(shard, entry.json_span))
-        mine = preparation.tokenize(record.get("conversations"))  # pyright: ignore[reportArgumentType]
+        sizes = preparation.sizes_of([partial(read_span, shard, span) for span in entry.image_spans])
+        mine = preparation.tokenize(record.get("conversations"), sizes)
     except BadSample as error:
         raise JoinError(
             f"sample {entry.key!r} of {shard}: {entry.json_span.file!r} holds no usable text "
@@ -73,6 +78,7 @@ def compare_text(shard: str, entry: SampleEntry, stored: TokenizedSample, prepar
     for what, theirs, ours in (
         ("token ids", stored.input_ids, mine.input_ids),
         ("labels", stored.labels, mine.labels),
+        ("numbers of vision tokens", stored.sizes, mine.sizes),
     ):
         if theirs != ours:
             raise JoinError(
@@ -81,8 +87,8 @@ def compare_text(shard: str, entry: SampleEntry, stored: TokenizedSample, prepar
             )
 
 
-def read_pixels(shard: str, entry: SampleEntry, number: int, preparation: Preparation) -> torch.Tensor:
-    """Return an image of a sample as float32 'C Y X'; raises `JoinError` unless its digest is the stored one."""
+def read_pixels(shard: str, entry: SampleEntry, number: int, preparation: Preparation) -> Tensors:
+    """Return the pixel inputs of an image of a sample; raises `JoinError` unless its digest is the stored one."""
     span, digest = entry.image_spans[number], entry.images[number]
     data = read_span(shard, span)
     if (found := blake3(data).hexdigest()) != digest:

@@ -9,17 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cache import Difference, Fingerprint, FingerprintMismatch, Manifest, Mirror, Store, digest_of
 from pipeline.config.cache_settings import CacheConfig, CachesConfig, OnMissing
 from pipeline.config.config import Config
+from pipeline.data.conversation import TokenizedSample
 from pipeline.data.preparation import Preparation, capture_settings
+from pipeline.distill.join.stored_tokens import TOKENS, pop_tokens
 from pipeline.errors import ConfigError, JoinError
 from pipeline.losses.losses import LOSSES
-from pipeline.targets.target import Target, TeacherFacts
+from pipeline.targets.target import Arrays, Target, TeacherFacts
 
-TOKENS = ("input_ids", "labels")
 REMEDY = (
     "set the config to what the store was made with (`alignkd info` shows it), or set cache.path to a new "
     "store and run `alignkd teacher-cache`; where a field cannot matter, --allow-mismatch FIELD lets it differ"
@@ -81,8 +80,8 @@ class Stores:
 
     def read_many(
         self, keys: Sequence[str], names: Sequence[Sequence[str]]
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Yield for each key `TOKENS` and the arrays named for each source, from the sources that hold the sample.
+    ) -> Iterator[tuple[TokenizedSample, Arrays]]:
+        """Yield for each key the tokens and the arrays named for each source, from the sources that hold the sample.
 
         All keys are asked for at once. Raises `JoinError` if two stores differ in a sample's tokens or images.
         """
@@ -92,13 +91,13 @@ class Stores:
         ]
         for key in keys:
             first, *others = [
-                (source.store, next(stream))
+                Stored.of(source.store, key, next(stream))
                 for source, stream in zip(self.sources, streams, strict=True)
                 if key in source.store
             ]
             for other in others:
                 _check_same_sample(key, first, other)
-            yield dict(ChainMap(first[1], *(arrays for _, arrays in others)))
+            yield first.tokens, dict(ChainMap(first.arrays, *(other.arrays for other in others)))
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the path, targets and fingerprint of each store, for provenance.json."""
@@ -144,19 +143,34 @@ def check_fingerprint(
     """
     read = targets_read(config).intersection(source.targets)
     stored = _with_targets(source.store.manifest, read)
-    # The teacher and its dtype were stage 1's choice: stage 2 has no other to compare with.
+    # The teacher, its family and its dtype were stage 1's choice: stage 2 has no other to compare with.
     capture = capture_settings(config, dtype=str(stored.capture.get("dtype")))
     capture["targets"] = _only(capture, read)
     mine = Fingerprint(
-        teacher=stored.fingerprint.teacher, capture=digest_of(capture), **preparation.digests()
+        teacher=stored.fingerprint.teacher,
+        family=stored.fingerprint.family,
+        capture=digest_of(capture),
+        **preparation.digests(),
     )
     differences = stored.differences(replace(stored, fingerprint=mine, capture=capture))
-    if refused := [d for d in differences if d.field not in cache.allow_mismatch]:
+    free = {*cache.allow_mismatch, *_free_between_families(source, read, preparation)}
+    if refused := [d for d in differences if d.field not in free]:
         remedy = REMEDY if config.caches is None else REMEDY_OF_SEVERAL
         raise FingerprintMismatch(source.store.path, refused, remedy=remedy)
     for d in differences:
         print(f"{source.place}.allow_mismatch (stored -> mine): {d}", file=sys.stderr)
     return differences
+
+
+def _free_between_families(source: Source, read: Collection[str], preparation: Preparation) -> set[str]:
+    """Return the fields that may differ because the student is of another family than the teacher.
+
+    Their towers read pixels in their own ways: the numbers of vision tokens must agree, sample by sample. Vision
+    features alone do not depend on the text either.
+    """
+    if source.facts.family == preparation.family:
+        return set()
+    return {"image_preprocessing"} | ({"tokenizer", "template"} if set(read) <= {"vision"} else set())
 
 
 def targets_read(config: Config) -> set[str]:
@@ -224,19 +238,33 @@ def _held(store: Store) -> list[str]:
     return list(store.manifest.capture.get("targets", {}))
 
 
-StoredArrays = tuple[Store, dict[str, np.ndarray]]
+@dataclass(frozen=True)
+class Stored:
+    """What one store holds of a sample."""
+
+    store: Store
+    tokens: TokenizedSample
+    arrays: Arrays
+    images: tuple[str, ...]
+
+    @classmethod
+    def of(cls, store: Store, key: str, arrays: Arrays) -> Stored:
+        """Wrap what a store returned of a sample; its tokens are taken out of `arrays`."""
+        _, entry = store.locate(key)
+        return cls(store, pop_tokens(arrays, entry, store.manifest), arrays, entry.images)
 
 
-def _check_same_sample(key: str, mine: StoredArrays, theirs: StoredArrays) -> None:
+def _check_same_sample(key: str, mine: Stored, theirs: Stored) -> None:
     """Raise `JoinError` unless two stores hold the same tokens and images under a key."""
-    compared = [
-        (what, mine[1][name].tolist(), theirs[1][name].tolist())
-        for what, name in (("token ids", "input_ids"), ("labels", "labels"))
-    ]
-    for what, one, other in (*compared, ("images", *(of[0].locate(key)[1].images for of in (mine, theirs)))):
+    for what, one, other in (
+        ("token ids", mine.tokens.input_ids, theirs.tokens.input_ids),
+        ("labels", mine.tokens.labels, theirs.tokens.labels),
+        ("images", mine.images, theirs.images),
+        ("numbers of vision tokens", mine.tokens.sizes, theirs.tokens.sizes),
+    ):
         if one != other:
             raise JoinError(
-                f"sample {key!r}: its {what} in {theirs[0].path} are not those in {mine[0].path} "
+                f"sample {key!r}: its {what} in {theirs.store.path} are not those in {mine.store.path} "
                 f"({first_difference(other, one, ('there', 'here'))}); "
                 "the stores were cached from different data: cache one of them again, or leave it out of `caches`"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ from torch import nn
 
 from pipeline.config.model_settings import LoraConfig
 from pipeline.errors import ConfigError, did_you_mean, needing
-from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
+from pipeline.models.anatomy import empty_network
+from pipeline.models.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:
     from peft import LoraModel  # pyright: ignore[reportMissingImports]
@@ -23,7 +25,8 @@ def add_adapters(student: Any, settings: LoraConfig) -> LoraModel:
     """
     with needing("lora", by="student.lora", otherwise="remove the section to train all weights"):
         import peft
-    first = student.model.layers[0].named_modules()
+    layers = student.get_decoder().layers
+    first = layers[0].named_modules()
     known = {name.rpartition(".")[2] for name, module in first if isinstance(module, nn.Linear)}
     for name in settings.target_modules:
         if name not in known:
@@ -32,14 +35,18 @@ def add_adapters(student: Any, settings: LoraConfig) -> LoraModel:
                 f"{did_you_mean(name, known)}"
             )
     chosen = "|".join(settings.target_modules)
+    [prefix] = [name for name, module in student.named_modules() if module is layers]
+    connector = VisionLanguageModel(student).connector_names
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType] - divided by the rank, so no whole number
         lora_dropout=settings.dropout,
-        target_modules=rf"model\.layers\.\d+\..*\.({chosen})",  # the tower has layers of these names, too
+        target_modules=rf"{re.escape(prefix)}\.\d+\..*\.({chosen})",  # the tower has layers of these names, too
     )
     adapted = peft.LoraModel(student, config, "default")
-    student.model.mm_projector.requires_grad_(True)
+    for name, parameter in student.named_parameters():
+        if name in connector:
+            parameter.requires_grad_(True)
     return adapted
 
 
@@ -49,11 +56,11 @@ def adapter_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def merged_tensors(
-    state: Mapping[str, torch.Tensor], config: MobileVLMConfig, settings: LoraConfig
+    state: Mapping[str, torch.Tensor], config: Any, settings: LoraConfig
 ) -> dict[str, torch.Tensor]:
     """Return the state of a student without adapters: W + alpha / rank * B A, under the names of the plain model."""
+    student = empty_network(config)
     with torch.device("meta"):
-        student = MobileVLMForCausalLM(config)
         adapted = add_adapters(student, settings)
     # Copies, because peft adds to W in place and training continues with the W in `state`. In float32, because peft
     # rounds B A to their dtype before it adds them: the sum is rounded once, at the end.

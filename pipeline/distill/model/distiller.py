@@ -14,8 +14,7 @@ from pipeline.errors import JoinError
 from pipeline.losses.heads import HeadMixer, VisionMap
 from pipeline.losses.inputs import StudentOutputs, TeacherTargets
 from pipeline.losses.losses import LOSSES
-from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.models.tap import attention_of_layers, record_layer_inputs
+from pipeline.models.vlm import VisionLanguageModel
 from pipeline.positions import IGNORE_INDEX, Counts
 from pipeline.shapes import expect_shape
 from pipeline.targets.target import TeacherFacts
@@ -32,12 +31,13 @@ Recompute = Callable[[Mapping[str, Any], Tensor | None], Mapping[str, Any]]
 class Distiller(nn.Module):
     """A student and its losses. The trained heads are parameters of this module, never of the student.
 
-    `facts` are those of the teacher that each target comes from, by target.
+    `student` is the network of a `VisionLanguageModel`. `facts` are those of the teacher that each target comes from,
+    by target.
     """
 
     def __init__(
         self,
-        student: MobileVLMForCausalLM,
+        student: nn.Module,
         losses: Mapping[str, Any],
         *,
         facts: Mapping[str, TeacherFacts],
@@ -45,9 +45,10 @@ class Distiller(nn.Module):
         recompute: Recompute | None = None,
     ):
         super().__init__()
-        self.student = student
+        self.student: Any = student
+        self.vlm = VisionLanguageModel(student)
         self.losses = dict(losses)
-        self.heads = build_heads(self.losses, student, facts)
+        self.heads = build_heads(self.losses, self.vlm, facts)
         self.patch_feature_cache = TensorCache(patch_feature_cache_bytes)
         self.recompute = recompute  # no module, so nothing of a teacher is trained or saved
 
@@ -76,29 +77,27 @@ class Distiller(nn.Module):
     def _student_outputs(
         self, batch: Mapping[str, Any], patch_features: Tensor | None, teacher: TeacherTargets
     ) -> StudentOutputs:
-        vision = None if patch_features is None else self.student.encode_images(patch_features=patch_features)
-        merged = self.student.merge_inputs(
-            batch["input_ids"], vision, attention_mask=batch["attention_mask"], labels=batch["labels"]
-        )
-        with record_layer_inputs(self.student.model.layers, self._tapped_layers()) as inputs:
-            hidden = self.student.model(
-                inputs_embeds=merged.inputs_embeds,
-                attention_mask=merged.attention_mask.long(),
-                use_cache=False,
-            ).last_hidden_state
-        predicts = merged.labels[:, 1:] != IGNORE_INDEX
-        # The head runs where labels are: an answer is a few positions of a sequence, and a vocabulary is wide.
-        logits = self.student.lm_head(hidden[:, :-1][predicts]) + self._zero_of_unused(patch_features)
-        labels = merged.labels[:, 1:][predicts]
+        sizes = [size for of_sample in batch["sizes"] for size in of_sample]
+        features = self.vlm.encode(batch["images"], sizes, patch_features=patch_features) if sizes else None
+        predicts = batch["labels"][:, 1:] != IGNORE_INDEX
+        # The last position predicts nothing.
+        answers = nn.functional.pad(predicts, (0, 1))
+        made = self.vlm.forward(batch, features, layers=self._tapped_layers(), answers=answers)
+        assert made.logits is not None
         return StudentOutputs(
             # One pass over the vocabulary for all losses: a pass costs one exponential a logit in each direction.
-            scores=score_answers(logits, labels, teacher.top_ids, teacher.draw_ids),
-            slots=merged.slots,
-            vision=vision,
-            attention=attention_of_layers(self.student.model, inputs, merged),
+            scores=score_answers(
+                made.logits + self._zero_of_unused(features is not None),
+                batch["labels"][:, 1:][predicts],
+                teacher.top_ids,
+                teacher.draw_ids,
+            ),
+            slots=made.slots,
+            vision=None if features is None else features.flat,
+            attention=made.attention,
         )
 
-    def _zero_of_unused(self, patch_features: Tensor | None) -> Tensor | float:
+    def _zero_of_unused(self, has_images: bool) -> Tensor | float:
         """Zero that puts heads, and the projector, into the graph of a batch that has no image for them.
 
         Processes add up their gradients parameter by parameter, and the batch of another may have images: a parameter
@@ -108,29 +107,32 @@ class Distiller(nn.Module):
             return 0.0
         heads: Any = self.heads.values()
         zero = sum(0.0 * head(*head.nothing()).sum() for head in heads)
-        if patch_features is not None:
+        if has_images:
             return zero
-        config = self.student.config
-        blank = torch.zeros(
-            1, config.num_vision_tokens, config.vision_config.hidden_size, device=self.student.device
-        )
-        return zero + 0.0 * self.student.encode_images(patch_features=blank).sum()
+        return zero + sum(0.0 * parameter.sum() for parameter in self._connector())
+
+    def _connector(self) -> list[nn.Parameter]:
+        """The projector's trained parameters."""
+        names = self.vlm.connector_names
+        return [p for name, p in self.student.named_parameters() if name in names and p.requires_grad]
 
     def of_images(self) -> list[nn.Parameter]:
         """The trained parameters that a batch without an image gives no gradient in one process."""
-        modules = [self.student.model.mm_projector]
-        modules += [head for head in self.heads.values() if isinstance(head, VisionMap)]
-        return [parameter for module in modules for parameter in module.parameters()]
+        maps = [head for head in self.heads.values() if isinstance(head, VisionMap)]
+        return [*self._connector(), *(parameter for head in maps for parameter in head.parameters())]
 
     def _tapped_layers(self) -> list[int]:
         attention = self.losses.get("attention")
         return sorted({student_layer for _, student_layer in attention.layers}) if attention else []
 
     def _patch_features(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """The frozen tower's features 'I M W' of the batch's images, from memory where they are held."""
-        if batch["pixel_values"] is None:
+        """The frozen tower's features 'I M W' of the batch's images, from memory where they are held.
+
+        None where the family's tower and projector are one step.
+        """
+        if not batch["images"] or not self.vlm.splits_tower:
             return None
-        return self.patch_feature_cache.of_images(batch, self.student.encode_patches)
+        return self.patch_feature_cache.of_images(batch, self.vlm.patch_features)
 
 
 def check_num_rows(batch: Mapping[str, Any]) -> None:
@@ -147,15 +149,15 @@ def check_num_rows(batch: Mapping[str, Any]) -> None:
 
 
 def build_heads(
-    losses: Mapping[str, Any], student: MobileVLMForCausalLM, facts: Mapping[str, TeacherFacts]
+    losses: Mapping[str, Any], student: VisionLanguageModel, facts: Mapping[str, TeacherFacts]
 ) -> nn.ModuleDict:
     """Return the heads that the losses share, by kind: at most one vision map and one head mixer."""
     heads = nn.ModuleDict()
     if "vision_map" in {LOSSES[name].head for name in losses}:
-        heads["vision_map"] = VisionMap(facts["vision"].hidden_size, student.config.hidden_size)
+        heads["vision_map"] = VisionMap(facts["vision"].hidden_size, student.text_config.hidden_size)
     attention = losses.get("attention")
     if attention is not None and attention.heads == "mix":
         heads["head_mixer"] = HeadMixer(
-            len(attention.layers), facts["attention"].num_heads, student.config.num_attention_heads
+            len(attention.layers), facts["attention"].num_heads, student.text_config.num_attention_heads
         )
     return heads

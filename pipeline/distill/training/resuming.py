@@ -25,18 +25,20 @@ from pipeline.errors import building, writing
 from pipeline.models.broken_files import named_if_broken
 from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
-from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.loading import load_network
 
 RUN_FILE = "run.json"  # of a checkpoint: the run that it belongs to, and the sums that are not logged yet
 HEADS_FILE = "heads.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"  # of a checkpoint with LoRA: its model has them merged
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "preprocessor_config.json")  # fmt: skip
+# Of the student's checkpoint, all that a processor is made of; `save_pretrained` writes config and weights alone.
+PROCESSOR_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+                   "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+                   "chat_template*")  # fmt: skip
 CORRECT_TRAIN = "correct the `train` section"
 
 
 class ResumingTrainer(Trainer):
-    """A Trainer whose checkpoint is the student in MobileVLM's layout, its heads, and the log line under way."""
+    """A Trainer whose checkpoint is the student in its family's layout, its heads, and the log line under way."""
 
     def __init__(self, *, settings: Config, identity: RunIdentity, **kwargs: Any):
         super().__init__(**kwargs)
@@ -94,11 +96,8 @@ class ResumingTrainer(Trainer):
             )
             self.distiller.student.save_pretrained(folder, state_dict=tensors)
             source = checkpoint_folder(self.settings.student.model)
-            for name in TOKENIZER_FILES:
-                if (source / name).is_file():
-                    shutil.copyfile(
-                        source / name, folder / name
-                    )  # not its mode: saved files follow the umask
+            for file in (file for pattern in PROCESSOR_FILES for file in source.glob(pattern)):
+                shutil.copyfile(file, folder / file.name)  # not its mode: saved files follow the umask
         return student, heads
 
     def sum_of_ranks(self, values: list[float]) -> list[float]:
@@ -140,11 +139,12 @@ class ResumingTrainer(Trainer):
         has_adapters = self.settings.student.lora is not None
         read_config(folder)
         with named_if_broken(folder):
-            student = MobileVLMForCausalLM.from_pretrained(folder, dtype=self.settings.student.dtype)
+            student = load_network(str(folder), dtype=self.settings.student.dtype)
             tensors = student.state_dict()
             if has_adapters:
                 # The other weights hold the adapters merged. Training does not change them: they stay as loaded.
-                projector = {name: value for name, value in tensors.items() if ".mm_projector." in name}
+                connector = self.distiller.vlm.connector_names
+                projector = {name: value for name, value in tensors.items() if name in connector}
                 tensors = projector | load_file(str(folder / ADAPTERS_FILE))
             heads = load_file(str(folder / HEADS_FILE))
             whole = StateDictOptions(full_state_dict=True, strict=not has_adapters)

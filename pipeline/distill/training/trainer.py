@@ -109,7 +109,7 @@ class DistillTrainer(ResumingTrainer):
         counts = torch.tensor([count_terms(batch, self.losses) for batch in batches], dtype=torch.float32)
         # In the same exchange: whether to stop after this step, as all processes must do at once, and whether
         # any of them has images.
-        shown = any(batch["pixel_values"] is not None and not batch["is_filler"] for batch in batches)
+        shown = any(batch["images"] and not batch["is_filler"] for batch in batches)
         mine = torch.cat([counts.sum(dim=0), torch.tensor([float(self.stop.is_asked), float(shown)])])
         *summed, num_asked, num_shown = self.accelerator.reduce(mine.to(device), reduction="sum")
         if self.args.world_size > 1:
@@ -159,15 +159,14 @@ class DistillTrainer(ResumingTrainer):
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         student = self.settings.student
-        rates = {
-            "student.model.mm_projector.": student.projector_learning_rate,
-            "heads.": student.head_learning_rate,
-        }
+        connector = {f"student.{name}" for name in self.distiller.vlm.connector_names}
         decayed = set(self.get_decay_parameter_names(self.distiller))
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.distiller.named_parameters():
             if parameter.requires_grad:
-                rate = next((r for prefix, r in rates.items() if name.startswith(prefix) and r), None)
+                rate = student.head_learning_rate if name.startswith("heads.") else None
+                if name in connector:
+                    rate = student.projector_learning_rate
                 decay = self.args.weight_decay if name in decayed else 0.0
                 groups.setdefault((rate or self.args.learning_rate, decay), []).append(parameter)
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from transformers.utils import logging
 
 from pipeline.config.config import load_config
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.errors import PipelineError
 from pipeline.evaluation.scores import evaluate_checkpoint
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
@@ -96,7 +96,7 @@ def card(config: Path = CONFIG) -> None:
 @app.command()
 def layers(model: Path = MODELS / "teacher", scenes: Path = STUDY / "data", num_questions: int = 48) -> None:
     """Print where a model looks as its answer begins, layer by layer, on validation scenes."""
-    preparation = Preparation.of(str(model), load_config(CONFIG).data)
+    preparation = load_preparation(str(model), load_config(CONFIG).data)
     asked = questions_about_cells(scenes / "validation.json", num_questions)
     network = MobileVLMForCausalLM.from_pretrained(model).eval()
     looks = where_it_looks(network, preparation, asked, scenes / "images")

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.data.preparation import Preparation, pad_tokens
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.models.tap import attention_of_layers, record_layer_inputs
+from pipeline.models.vlm import VisionLanguageModel
 from pipeline.positions import IGNORE_INDEX
 from pipeline.studies.emoji.alignment import TOKENS_OF_CELLS
 from pipeline.studies.emoji.scenes import PLACES
@@ -41,21 +41,17 @@ def where_it_looks(
     model: MobileVLMForCausalLM, preparation: Preparation, records: Sequence[Mapping[str, Any]], images: Path
 ) -> list[Look]:
     """Return for each layer the mean over heads at the position that predicts the answer's first token."""
-    batch = pad_tokens([preparation.tokenize(record["conversations"]) for record in records])
-    pixels = torch.stack(
-        [preparation.preprocess((images / record["image"]).read_bytes()) for record in records]
-    )
-    ids, masks = batch["input_ids"], {name: batch[name] for name in ("attention_mask", "labels")}
-    merged = model.merge_inputs(ids, model.encode_images(pixels), **masks)
-    with record_layer_inputs(model.model.layers, range(len(model.model.layers))) as inputs:
-        model.model(
-            inputs_embeds=merged.inputs_embeds, attention_mask=merged.attention_mask.long(), use_cache=False
-        )
-    before_answer = (merged.labels != IGNORE_INDEX).int().argmax(dim=1) - 1
-    rows = (merged.slots.text == before_answer[:, None]).int().argmax(dim=1)
+    samples = [preparation.tokenize(record["conversations"]) for record in records]
+    batch = pad_tokens(samples, preparation.image_token_id)
+    pixels = [preparation.preprocess((images / record["image"]).read_bytes()) for record in records]
+    vlm = VisionLanguageModel(model)
+    features = vlm.encode(pixels, [size for sample in samples for size in sample.sizes])
+    seen = vlm.forward(batch, features, layers=range(len(model.model.layers)))
+    before_answer = (batch["labels"] != IGNORE_INDEX).int().argmax(dim=1) - 1
+    rows = (seen.slots.text == before_answer[:, None]).int().argmax(dim=1)
     cells = torch.tensor([TOKENS_OF_CELLS[_asked_cell(record)] for record in records])
     looks = []
-    for attention in attention_of_layers(model.model, inputs, merged).values():
+    for attention in seen.attention.values():
         to_image = attention.mean(dim=1)[torch.arange(len(records)), rows]  # 'B N'
         on_image = to_image.sum(dim=1)
         on_cell = to_image.gather(1, cells).sum(dim=1) / on_image

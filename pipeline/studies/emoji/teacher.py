@@ -43,7 +43,7 @@ def train_teacher(
     asked = group_by_image(records, tokenizer, template="chatml")
     images = (preprocess((data / "images" / item.image).read_bytes()) for item in asked)
     # The tower is frozen: its patch features 'I M W' are computed once for the whole training.
-    features = torch.cat([model.encode_patches(image[None]) for image in images])
+    features = torch.cat([model.get_patch_features(image[None]) for image in images])
     words = embed_words(model, tokenizer, all_concepts())
     align_projector(model, features, facts_of_scenes(), words, num_steps=align_steps)
     return train_answers(model, asked, features, epochs=epochs)

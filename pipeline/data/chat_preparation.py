@@ -1,0 +1,253 @@
+"""Preparation by a checkpoint's own processor and chat template, for every family but MobileVLM V2."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+from jinja2 import TemplateError
+from PIL import Image
+
+from pipeline.data.conversation import TokenizedSample, answered_turns, checked_turns
+from pipeline.data.decoding import DECODING_RULES, ImageSize, decode_image
+from pipeline.data.preparation import Preparation
+from pipeline.data.templates import IMAGE_TOKEN, Turn
+from pipeline.data.tokenizer import tokenizer_digest
+from pipeline.errors import BadSample, ConfigError
+from pipeline.models.configuration import image_token_of
+from pipeline.models.families import FAMILIES, Family
+from pipeline.models.processors import Tensors, expansion_of, load_processor
+from pipeline.positions import IGNORE_INDEX
+
+ROLES = {"human": "user", "gpt": "assistant"}
+CANNOT_TELL = "prompts and answers cannot be told apart"
+PROBED_SIZES = ((32, 32), (640, 480), (300, 900))
+# Of an image processor's settings: its names, which differ between releases and backends and change no pixel.
+ONLY_NAMES = ("image_processor_type", "processor_class", "feature_extractor_type", "_name_or_path", "transformers_version")
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What a processor writes for an image: the text, its number N of vision tokens, their rows and columns."""
+
+    text: str
+    size: int
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ChatPreparation(Preparation):
+    """A processor with its chat template. Turns become one text, whose images are expanded as the processor does.
+
+    Labels are found by prefixes: the text up to an answer, with the template's call to answer, must be the beginning
+    of the text with the answer.
+    """
+
+    processor: Any
+    generation_stops: tuple[int, ...] = ()
+    expansions: dict[ImageSize, Expansion] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, folder: Path, config: Any, data: Any) -> ChatPreparation:
+        """Return the preparation of a checkpoint's folder; opens no weights."""
+        if data.template != "chat":
+            raise ConfigError(
+                f"data.template: {data.template!r} is MobileVLM V2's, but {folder} is of the family "
+                f"{config.model_type!r}; set data.template: chat to use the checkpoint's own chat template"
+            )
+        processor = load_processor(folder)
+        made = cls(
+            tokenizer=processor.tokenizer,
+            template="chat",
+            max_length=data.max_length,
+            max_pixels=data.max_image_pixels,
+            image_token_id=image_token_of(config),
+            processor=processor,
+            family=config.model_type,
+            generation_stops=_stops(folder),
+        )
+        if made.chat_template is None:
+            raise ConfigError(
+                f"{folder}: no chat template (chat_template.jinja, or the field chat_template of "
+                "processor_config.json or tokenizer_config.json); add the one the model was trained with"
+            )
+        return made
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text that turns messages into one text."""
+        own = getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        return own or FAMILIES.get(self.family, Family()).chat_template
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return sorted({self.tokenizer.eos_token_id, *self.generation_stops} - {None})
+
+    def digests(self) -> dict[str, str]:
+        settings = self.processor.image_processor.to_dict()
+        images = {
+            "decoding": DECODING_RULES,
+            "settings": {name: value for name, value in settings.items() if name not in ONLY_NAMES},
+            "expansions": [self._expansion(size).text for size in PROBED_SIZES],
+        }
+        return {
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "template": _digest(["chat", self.chat_template]),
+            "image_preprocessing": _digest(images),
+        }
+
+    def preprocess(self, data: bytes) -> Tensors:
+        return expansion_of(self.processor, decode_image(data, max_pixels=self.max_pixels))[1]
+
+    def picture(self, data: bytes) -> Image.Image:
+        return decode_image(data, max_pixels=self.max_pixels)
+
+    def prompt(self, conversations: Sequence[Turn], images: Sequence[ImageSize]) -> TokenizedSample:
+        turns = checked_turns(conversations)
+        if turns[-1]["from"] == "gpt":
+            turns = turns[:-1]
+        text, _, expansions = self._expand(self._render(turns, calls_to_answer=True), images)
+        ids = self._ids(text)
+        return self._sample(ids, [IGNORE_INDEX] * len(ids), expansions)
+
+    def _tokenized(self, conversations: Any, images: Sequence[ImageSize]) -> TokenizedSample:
+        turns = answered_turns(conversations)
+        whole = self._render(turns)
+        whole += self._missing_end(whole)
+        text, place, expansions = self._expand(whole, images)
+        encoded = self.tokenizer(text, add_special_tokens=self._adds_special(text), return_offsets_mapping=True)
+        ids, labels = encoded["input_ids"], [IGNORE_INDEX] * len(encoded["input_ids"])
+        ends = [end for _, end in encoded["offset_mapping"]]
+        for number in range(1, len(turns), 2):
+            prefix = self._render(turns[:number], calls_to_answer=True)
+            answered = self._render(turns[: number + 1]) if number + 1 < len(turns) else whole
+            if not answered.startswith(prefix) or not whole.startswith(answered.rstrip()):
+                raise BadSample(CANNOT_TELL, "the chat template writes a turn in another way once others follow")
+            before = self._ids(text[: place(len(prefix))])
+            if ids[: len(before)] != before:
+                raise BadSample(CANNOT_TELL, f"the first characters of answer {number // 2 + 1} join its header")
+            stop = place(len(answered.rstrip()))
+            for at in range(len(before), len(ids)):
+                if ends[at] > stop:
+                    break
+                labels[at] = ids[at]
+        return self._sample(ids, labels, expansions)
+
+    def _sample(
+        self, ids: Sequence[int], labels: Sequence[int], expansions: Sequence[Expansion]
+    ) -> TokenizedSample:
+        sizes = tuple(one.size for one in expansions)
+        if (found := sum(number == self.image_token_id for number in ids)) != sum(sizes):
+            raise BadSample(
+                "number of image tokens differs", f"the text has {found}, its {len(sizes)} images have {sum(sizes)}"
+            )
+        return TokenizedSample(tuple(ids), tuple(labels), sizes, tuple(one.grid for one in expansions))
+
+    # Text
+
+    def _render(self, turns: Sequence[Turn], *, calls_to_answer: bool = False) -> str:
+        """Return the chat template's text of some turns, a placeholder for each image."""
+        messages = [{"role": ROLES[turn["from"]], "content": self._content(turn["value"])} for turn in turns]
+        try:
+            return self.processor.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=calls_to_answer,
+            )
+        except TemplateError as error:
+            raise BadSample("the chat template refuses the conversation", str(error)) from error
+
+    def _content(self, value: str) -> list[dict[str, str]]:
+        """Return a turn's value as text and image parts. A newline beside <image> belongs to LLaVA's form of it."""
+        if found := next((mark for mark in self._marks if mark in value), None):
+            raise BadSample(CANNOT_TELL, f"a turn holds {found!r}")
+        parts: list[dict[str, str]] = []
+        for number, text in enumerate(value.split(IMAGE_TOKEN)):
+            if number:
+                parts.append({"type": "image"})
+            if text := (text.strip("\n") if IMAGE_TOKEN in value else text):
+                parts.append({"type": "text", "text": text})
+        return parts
+
+    @cached_property
+    def _marks(self) -> list[str]:
+        """The special tokens, which no turn may hold; <image> is the data's own mark of an image."""
+        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return sorted({*self.tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN})
+
+    def _missing_end(self, text: str) -> str:
+        """Return the end-of-text token where the template does not end an answer: without it none learns to stop."""
+        ends = text.rstrip().endswith(tuple(self._marks))
+        return "" if ends else self.tokenizer.eos_token
+
+    def _adds_special(self, text: str) -> bool:
+        """Whether the tokenizer must add its first token; transformers' rule for chat templates."""
+        bos = self.tokenizer.bos_token
+        return not (bos is not None and text.startswith(bos))
+
+    def _ids(self, text: str) -> list[int]:
+        """Return the ids of the beginning of a text: what a tokenizer adds at the end is left out."""
+        ids = self.tokenizer(text, add_special_tokens=self._adds_special(text))["input_ids"]
+        return ids
+
+    # Images
+
+    def _expand(self, text: str, images: Sequence[ImageSize]) -> tuple[str, Any, list[Expansion]]:
+        """Put each image's expansion in the place of its placeholder.
+
+        Also return a function from positions in `text` to positions in the result, and the expansions in order.
+        """
+        placeholder = self.processor.image_token
+        pieces = text.split(placeholder)
+        if len(pieces) - 1 != len(images):
+            raise BadSample(
+                "number of images differs", f"the chat template writes {len(pieces) - 1}, the sample has {len(images)}"
+            )
+        expansions = [self._expansion(size) for size in images]
+        made, starts, grown = pieces[0], [], []
+        for expansion, piece in zip(expansions, pieces[1:], strict=True):
+            starts.append(len(made) - sum(grown))
+            grown.append(len(expansion.text) - len(placeholder))
+            made += expansion.text + piece
+
+        def place(position: int) -> int:
+            return position + sum(by for start, by in zip(starts, grown, strict=True) if start < position)
+
+        return made, place, expansions
+
+    def _expansion(self, size: ImageSize) -> Expansion:
+        """Return what the processor writes for an image of this size: it looks at the size alone."""
+        if size not in self.expansions:
+            text, pixels = expansion_of(self.processor, Image.new("RGB", size))
+            number = self.tokenizer(text, add_special_tokens=False)["input_ids"].count(self.image_token_id)
+            self.expansions[size] = Expansion(text, number, _grid(number, pixels))
+        return self.expansions[size]
+
+
+def _grid(number: int, pixels: Tensors) -> tuple[int, int]:
+    """Return the rows and columns of an image's vision tokens; (0, 0) where they are several tiles or no rectangle."""
+    if "image_grid_thw" in pixels:
+        _, rows, columns = pixels["image_grid_thw"][0].tolist()
+        merged = round((rows * columns / number) ** 0.5)  # patches along a side that become one token
+        return rows // merged, columns // merged
+    values = pixels["pixel_values"]
+    num_tiles = values.shape[:-3].numel()  # all axes before colour, height and width
+    side = round(number**0.5)
+    return (side, side) if num_tiles == 1 and side * side == number else (0, 0)
+
+
+def _stops(folder: Path) -> tuple[int, ...]:
+    """Return the ids that end an answer by the checkpoint's generation_config.json."""
+    file = folder / "generation_config.json"
+    found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+
+
+def _digest(value: object) -> str:
+    return blake3(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -148,6 +148,28 @@ def test_one_join_serves_a_batch_of_texts(family, processor, folders):
     assert torch.equal(found, expected)
 
 
+def test_the_rule_of_lfm2_vl_keeps_the_features_of_each_image(folders):
+    """Its processor needs torchvision, so the rule is compared with the model alone."""
+    model = AutoModelForImageTextToText.from_pretrained(folders["lfm2_vl"])
+    images = [_lfm2_tiles((4, 4), seed=0), _lfm2_tiles((2, 4), (4, 2), seed=1)]
+    with torch.no_grad():
+        joined = model.get_image_features(**join_images("lfm2_vl", images)).pooler_output
+        alone = [tile for image in images for tile in model.get_image_features(**image).pooler_output]
+    assert len(joined) == len(alone) == 3
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(joined, alone, strict=True))
+
+
+def _lfm2_tiles(*grids: tuple[int, int], seed: int) -> dict[str, torch.Tensor]:
+    """The tensors of an image: patches of each tile, padded to 16, which of them are real, and their grid."""
+    real = torch.stack([torch.arange(16) < rows * columns for rows, columns in grids])
+    patches = torch.randn(len(grids), 16, 48, generator=torch.Generator().manual_seed(seed))
+    return {
+        "pixel_values": patches * real[..., None],
+        "pixel_attention_mask": real.int(),
+        "spatial_shapes": torch.tensor(grids),
+    }
+
+
 def test_paligemmas_training_text_is_prefix_and_answer(folders):
     """What the processor makes of `suffix`, said with expansions: the answer alone has type 1 and labels."""
     processor = load_processor(folders["paligemma"])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from family_images import picture
+from family_images import SIZES, picture, write_shards
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, PARTS, write_checkpoint
 from tiny_tokenizers import SPECIAL_TOKENS
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+from pipeline.data.shards import Sample, expand_shards, read_shard
 from pipeline.models.processors import load_processor
 
 WITH_PROCESSOR = tuple(family for family in PARTS if family != "lfm2_vl")  # that one's needs torchvision
@@ -147,3 +150,19 @@ def test_lfm2_vl_runs_on_inputs_that_no_processor_made(folders):
         logits = model(input_ids=ids, **images).logits
     assert sum(len(image) for image in features) == 4
     assert logits.isfinite().all()
+
+
+def test_the_shards_hold_images_of_three_sizes_and_samples_with_none_one_and_two(tmp_path):
+    shards = expand_shards(str(write_shards(tmp_path)))
+    samples = [sample for shard in shards for sample in read_shard(shard)]
+    assert all(isinstance(sample, Sample) for sample in samples)
+    sizes = {s.key.split("/")[-1]: [Image.open(io.BytesIO(i)).size for i in s.images] for s in samples}
+    wide, tall, square = SIZES
+    assert sizes == {
+        "wide": [wide],
+        "tall": [tall],
+        "square": [square],
+        "text": [],
+        "two": [wide, tall],
+        "late": [square],
+    }

@@ -202,7 +202,7 @@ JOINS: dict[str, Callable[[Sequence[torch.Tensor]], torch.Tensor]] = {
     "gemma3": _one_after_another,
     "idefics3": _in_one_row,
     "internvl": _one_after_another,
-    "lfm2_vl": _one_after_another,
+    "lfm2_vl": _one_after_another,  # read from its image processor, which needs torchvision
     "llava": _one_after_another,
     "llava_next": _padded_tiles,
     "paligemma": _one_after_another,

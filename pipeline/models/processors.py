@@ -1,0 +1,212 @@
+"""Processors of checkpoints: text and images to the inputs of a model, without torchvision.
+
+A processor writes each image as a run of tokens in the text, and turns its pixels into tensors. Both depend on this
+image alone, so they can be made one image at a time (`expansion_of`) and be put together later (`join_images`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    PROCESSOR_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+)
+
+from pipeline.errors import ConfigError, building, reason_of
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+PARTS = {"image_processor", "tokenizer"}
+# What a processor returns about the text. Everything else that it returns is about the images.
+OF_TEXT = {
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "labels",
+    "text_replacement_offsets",
+}
+
+Tensors = dict[str, torch.Tensor]
+
+
+class ImagesOnly(ProcessorMixin):
+    """Makes a processor do without its video part, which needs torchvision.
+
+    Stands before a family's own class among the bases of a class that `_images_only` makes.
+    """
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Return the names of the parts."""
+        return [name for name in super().get_attributes() if name != "video_processor"]
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """Accept every part: transformers' Auto classes made them.
+
+        The original imports mistral_common if that is there, and fails if that package lacks a dependency.
+        """
+        return type(argument)
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """Render a conversation; SmolVLM's own method reads settings of the video part."""
+        return ProcessorMixin.apply_chat_template(self, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self).__bases__[1], vars(self))  # a made class has no name to pickle by
+
+
+@cache
+def _images_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    return type(kind.__name__, (ImagesOnly, kind), {})
+
+
+def _restored(kind: type[ProcessorMixin], state: dict[str, Any]) -> ProcessorMixin:
+    processor = object.__new__(_images_only(kind))
+    vars(processor).update(state)
+    return processor
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the processor of a checkpoint folder, with an image processor that needs PIL alone if there is one.
+
+    So pixels do not depend on whether torchvision is installed. Code that came with the checkpoint never runs. Raises
+    `ConfigError` for a folder without tokenizer or image processor, for a kind of model without processor, and for a
+    missing package.
+    """
+    kind = _processor_class(folder)
+    _check_files(folder)
+    with _loading(folder, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with _loading(folder, "image processor"):
+        images = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    parts = {"tokenizer": tokenizer, "image_processor": images}
+    with _loading(folder, "processor"):
+        settings, _ = kind.get_processor_dict(folder)
+        in_order = [parts[name] for name in kind.get_attributes()]
+        return kind.from_args_and_dict(in_order, settings | {"video_processor": None})
+
+
+@contextmanager
+def _loading(folder: Path, part: str) -> Iterator[None]:
+    """Turn the error of a part that cannot be loaded into one sentence."""
+    with building(f"{folder}: the {part}", then="use all files of the published checkpoint"):
+        try:
+            yield
+        except ImportError as error:
+            reason = reason_of(error).partition(". ")[0]
+            raise ConfigError(
+                f"{folder}: the {part} needs a package: {reason}; install that package"
+            ) from error
+
+
+def _processor_class(folder: Path) -> type[ProcessorMixin]:
+    with building(f"{folder}: config.json", then="name a folder that holds a checkpoint"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kind = PROCESSOR_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ConfigError(
+            f"{folder}: a processor was asked for, but transformers has none for models of type {config.model_type!r}"
+        )
+    kind = _images_only(kind)
+    if foreign := set(kind.get_attributes()) - PARTS:
+        raise ConfigError(
+            f"{folder}: {kind.__name__} has parts that are neither text nor images ({', '.join(sorted(foreign))}); "
+            "use a model that takes text and images alone"
+        )
+    return kind
+
+
+def _check_files(folder: Path) -> None:
+    """Raise `ConfigError` if a part has no file. From such a folder transformers may build an empty tokenizer."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ConfigError(
+            f"{folder}: no tokenizer, expected one of {', '.join(TOKENIZER_FILES)}; copy the tokenizer of the "
+            "published checkpoint"
+        )
+    if not any(_describes_images(folder / name) for name in IMAGE_FILES):
+        raise ConfigError(
+            f"{folder}: no image processor, expected {IMAGE_FILES[0]}; copy it from the published checkpoint"
+        )
+
+
+def _describes_images(file: Path) -> bool:
+    if not file.is_file() or file.name == IMAGE_FILES[0]:
+        return file.is_file()
+    with building(str(file), then="copy it from the published checkpoint"):
+        return "image_processor" in json.loads(file.read_text())
+
+
+def expansion_of(processor: Any, image: Image.Image) -> tuple[str, Tensors]:
+    """Return the text that stands for an image in the model's input, and the tensors of its pixels.
+
+    The text depends on the image's size alone. Tokenise it together with its surroundings, never alone: a newline at
+    its border may become one token with another.
+    """
+    inputs = processor(
+        text=[processor.image_token],
+        images=[image],
+        return_text_replacement_offsets=True,
+        return_tensors="pt",
+    )
+    [[replaced]] = inputs["text_replacement_offsets"]
+    return replaced["replacement"], {name: value for name, value in inputs.items() if name not in OF_TEXT}
+
+
+def join_images(family: str, images: Sequence[Mapping[str, torch.Tensor]]) -> Tensors:
+    """Put the pixels of several images together, in order, as the model of a family takes them.
+
+    `family` is the `model_type` of the config. Raises `ConfigError` for a family whose way is not known here.
+    """
+    if family not in JOINS:
+        raise ConfigError(
+            f"model_type: no rule joins the images of {family!r}; known are {', '.join(sorted(JOINS))}"
+        )
+    return {name: JOINS[family]([image[name] for image in images]) for name in images[0]} if images else {}
+
+
+def _one_after_another(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join along the first axis: images, tiles or patches."""
+    return torch.cat(list(tensors))
+
+
+def _in_one_row(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join tiles along the second axis, '1 tiles ...'. The processor's own rows, one a text, are padded with zeros.
+
+    The model drops these zeros and numbers the tiles through, so that one row serves any number of texts.
+    """
+    return torch.cat(list(tensors), dim=1)
+
+
+def _padded_tiles(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join along the first axis, images, after zeros for the tiles (second axis) that an image has too few."""
+    if tensors[0].ndim != 5:  # image_sizes
+        return _one_after_another(tensors)
+    most = max(tensor.shape[1] for tensor in tensors)
+    padded = [torch.cat([t, t.new_zeros(1, most - t.shape[1], *t.shape[2:])], dim=1) for t in tensors]
+    return _one_after_another(padded)
+
+
+JOINS: dict[str, Callable[[Sequence[torch.Tensor]], torch.Tensor]] = {
+    "gemma3": _one_after_another,
+    "idefics3": _in_one_row,
+    "internvl": _one_after_another,
+    "lfm2_vl": _one_after_another,  # read from its image processor, which needs torchvision
+    "llava": _one_after_another,
+    "llava_next": _padded_tiles,
+    "paligemma": _one_after_another,
+    "qwen2_5_vl": _one_after_another,
+    "qwen3_vl": _one_after_another,
+    "smolvlm": _in_one_row,
+}

@@ -28,7 +28,13 @@ ROLES = {"human": "user", "gpt": "assistant"}
 CANNOT_TELL = "prompts and answers cannot be told apart"
 PROBED_SIZES = ((32, 32), (640, 480), (300, 900))
 # Of an image processor's settings: its names, which differ between releases and backends and change no pixel.
-ONLY_NAMES = ("image_processor_type", "processor_class", "feature_extractor_type", "_name_or_path", "transformers_version")
+ONLY_NAMES = (
+    "image_processor_type",
+    "processor_class",
+    "feature_extractor_type",
+    "_name_or_path",
+    "transformers_version",
+)
 
 
 @dataclass(frozen=True)
@@ -120,17 +126,23 @@ class ChatPreparation(Preparation):
         whole = self._render(turns)
         whole += self._missing_end(whole)
         text, place, expansions = self._expand(whole, images)
-        encoded = self.tokenizer(text, add_special_tokens=self._adds_special(text), return_offsets_mapping=True)
+        encoded = self.tokenizer(
+            text, add_special_tokens=self._adds_special(text), return_offsets_mapping=True
+        )
         ids, labels = encoded["input_ids"], [IGNORE_INDEX] * len(encoded["input_ids"])
         ends = [end for _, end in encoded["offset_mapping"]]
         for number in range(1, len(turns), 2):
             prefix = self._render(turns[:number], calls_to_answer=True)
             answered = self._render(turns[: number + 1]) if number + 1 < len(turns) else whole
             if not answered.startswith(prefix) or not whole.startswith(answered.rstrip()):
-                raise BadSample(CANNOT_TELL, "the chat template writes a turn in another way once others follow")
+                raise BadSample(
+                    CANNOT_TELL, "the chat template writes a turn in another way once others follow"
+                )
             before = self._ids(text[: place(len(prefix))])
             if ids[: len(before)] != before:
-                raise BadSample(CANNOT_TELL, f"the first characters of answer {number // 2 + 1} join its header")
+                raise BadSample(
+                    CANNOT_TELL, f"the first characters of answer {number // 2 + 1} join its header"
+                )
             stop = place(len(answered.rstrip()))
             for at in range(len(before), len(ids)):
                 if ends[at] > stop:
@@ -144,7 +156,8 @@ class ChatPreparation(Preparation):
         sizes = tuple(one.size for one in expansions)
         if (found := sum(number == self.image_token_id for number in ids)) != sum(sizes):
             raise BadSample(
-                "number of image tokens differs", f"the text has {found}, its {len(sizes)} images have {sum(sizes)}"
+                "number of image tokens differs",
+                f"the text has {found}, its {len(sizes)} images have {sum(sizes)}",
             )
         return TokenizedSample(tuple(ids), tuple(labels), sizes, tuple(one.grid for one in expansions))
 
@@ -207,7 +220,8 @@ class ChatPreparation(Preparation):
         pieces = text.split(placeholder)
         if len(pieces) - 1 != len(images):
             raise BadSample(
-                "number of images differs", f"the chat template writes {len(pieces) - 1}, the sample has {len(images)}"
+                "number of images differs",
+                f"the chat template writes {len(pieces) - 1}, the sample has {len(images)}",
             )
         expansions = [self._expansion(size) for size in images]
         made, starts, grown = pieces[0], [], []

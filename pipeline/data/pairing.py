@@ -27,7 +27,9 @@ def check_student(config: Config) -> None:
         _note(config, "is not on this machine; it is not checked before stage 2")
         return
     shape = read_config(folder)
-    check_pair(config, shape, facts_of_config(config.teacher.model, read_config(teacher)), of=config.teacher.model)
+    check_pair(
+        config, shape, facts_of_config(config.teacher.model, read_config(teacher)), of=config.teacher.model
+    )
     asked, given = (load_preparation(str(place), config.data).digests() for place in (teacher, folder))
     allowed = {field for cache in config.all_caches() for field in cache.allow_mismatch}
     if differing := [name for name, digest in asked.items() if digest != given[name] and name not in allowed]:

@@ -99,12 +99,11 @@ def pad_tokens(
 
     `sizes` are the numbers of vision tokens of each sample's images. Padding has the id 0 and is masked.
     """
-    rows = [
-        (sample.input_ids, [1] * len(sample.input_ids), sample.labels) for sample in samples
-    ]
+    rows = [(sample.input_ids, [1] * len(sample.input_ids), sample.labels) for sample in samples]
     side = "left" if on_the_left else "right"
     ids, mask, labels = (
-        _pad(part, value, side) for part, value in zip(zip(*rows, strict=True), (0, 0, IGNORE_INDEX), strict=True)
+        _pad(part, value, side)
+        for part, value in zip(zip(*rows, strict=True), (0, 0, IGNORE_INDEX), strict=True)
     )
     return {
         "input_ids": ids,

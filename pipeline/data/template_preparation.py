@@ -37,7 +37,10 @@ class TemplatePreparation(Preparation):
         file = folder / "preprocessor_config.json"
         with building(f"{file}", then="use the tower's own file, or remove it for CLIP's"):
             images = ImagePreprocessor.from_pretrained(
-                folder, aspect_ratio=data.image_aspect_ratio, image_size=size, max_pixels=data.max_image_pixels
+                folder,
+                aspect_ratio=data.image_aspect_ratio,
+                image_size=size,
+                max_pixels=data.max_image_pixels,
             )
         return cls.with_images(
             images, data, tokenizer=load_tokenizer(folder), num_vision_tokens=config.num_vision_tokens

@@ -19,8 +19,8 @@ from cache import Store
 from pipeline.config.config import Config
 from pipeline.config.provenance import mark_finished, save_provenance
 from pipeline.config.training_arguments import NO_FLOAT16
-from pipeline.data.pairing import check_pair
 from pipeline.data.load_preparation import load_preparation
+from pipeline.data.pairing import check_pair
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.recompute import load_recomputed
 from pipeline.distill.join.stores import open_stores, targets_read

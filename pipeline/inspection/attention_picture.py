@@ -139,7 +139,9 @@ class AttentionFigure:
             left += self.panel + GAP
 
     def _outline(self, image: int, place: Square) -> None:
-        outline(self.sheet.axes, self.inspection.focus[image].tolist(), place, grid=self.inspection.grids[image])
+        outline(
+            self.sheet.axes, self.inspection.focus[image].tolist(), place, grid=self.inspection.grids[image]
+        )
 
     def _wrap_words(self) -> list[tuple[str, dict[str, Any]]]:
         """Return the lines beside the first image: key, conversation (a long turn is cut), and legend."""

@@ -36,7 +36,9 @@ def _sentencepiece(piece: str) -> str:
 
 def _is_byte_level(tokenizer: Any) -> bool:
     """Whether the characters of a tokenizer's pieces stand for bytes, as GPT-2's do."""
-    return SPACE not in "".join(tokenizer.convert_ids_to_tokens(tokenizer("a b", add_special_tokens=False).input_ids))
+    return SPACE not in "".join(
+        tokenizer.convert_ids_to_tokens(tokenizer("a b", add_special_tokens=False).input_ids)
+    )
 
 
 def _byte_level(piece: str) -> str:

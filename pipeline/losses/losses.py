@@ -142,7 +142,9 @@ def vision_focus(student: StudentOutputs, teacher: TeacherTargets, head: Head, s
     focus = focus_tokens(teacher.attention[settings.layer], student.slots, settings.k)
     attended = attended_images(student.slots)
     of_images = per_token.split(list(student.slots.sizes))
-    per_image = torch.stack([of_image[chosen].mean() for of_image, chosen in zip(of_images, focus, strict=True)])
+    per_image = torch.stack(
+        [of_image[chosen].mean() for of_image, chosen in zip(of_images, focus, strict=True)]
+    )
     return (per_image * attended).sum(), _count(int(attended.sum()), per_token)
 
 

@@ -45,7 +45,9 @@ class Anatomy:
         with_attention = {number: n for n, number in enumerate(self.layer_of)}
         found = {}
         for name in self.text | self.vision:
-            found[name] = "vision" if name in self.vision else "embeddings" if name in self.embeddings else "head"
+            found[name] = (
+                "vision" if name in self.vision else "embeddings" if name in self.embeddings else "head"
+            )
             if name in self.text and name.startswith(self.layers):
                 number = int(name.removeprefix(self.layers).partition(".")[0])
                 n = with_attention.get(number)
@@ -74,7 +76,9 @@ def _traced(kind: type[PreTrainedConfig], fields: str) -> Anatomy:
     with torch.enable_grad(), _tracing(decoder.layers) as seen:
         embeds = network.get_input_embeddings()(torch.zeros(1, 2, dtype=torch.long, device="meta"))
         logits = head(decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state)
-    every_name = dict(network.named_parameters(remove_duplicate=False))  # a tied head has the name of the embeddings, too
+    every_name = dict(
+        network.named_parameters(remove_duplicate=False)
+    )  # a tied head has the name of the embeddings, too
     name_of = {id(parameter): name for name, parameter in network.named_parameters()}
     text = _leaves([logits], name_of)
     never = set(network.names_never_read()) if hasattr(network, "names_never_read") else set()

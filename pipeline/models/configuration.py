@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from pipeline.errors import ConfigError, building
+from pipeline.errors import ConfigError
 from pipeline.models.broken_files import named_if_broken
 from pipeline.models.families import FAMILIES
 from pipeline.models.mobilevlm.configuration import USE_ITS_CONFIG, read_mobilevlm_config
@@ -57,7 +57,9 @@ def _check_numbers(file: Path, config: Any) -> None:
     text = config.get_text_config()
     for name in ("vocab_size", "hidden_size", "num_attention_heads"):
         if not isinstance(found := getattr(text, name, None), int) or found < 1:
-            raise ConfigError(f"{file}: {name} of the language model: expected a number from 1 on, found {found!r}")
+            raise ConfigError(
+                f"{file}: {name} of the language model: expected a number from 1 on, found {found!r}"
+            )
     if not isinstance(image_token_of(config), int):
         raise ConfigError(f"{file}: no image_token_id; {USE_ITS_CONFIG}")
 

@@ -6,11 +6,12 @@ empty. `alignkd models check PATH` runs the suite's checks on any checkpoint, of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from pipeline.models.image_batches import in_one_row, one_after_another, padded_tiles
 from pipeline.positions import IGNORE_INDEX
 
 # `token_type_ids` 'B S' of a batch, from its masks of vision tokens and its labels, both 'B S'.
@@ -42,21 +43,23 @@ class Family:
 
     `token_types`      makes `token_type_ids`, where the family reads them
     `trained_in_tower` modules inside the vision tower that belong to the projector: they are trained, the tower is not
+    `join`             puts tensors of single images together, as `get_image_features` takes those of several
     `chat_template`    Jinja text, of a family whose checkpoints have none
     """
 
     token_types: TokenTypes | None = None
     trained_in_tower: tuple[str, ...] = ()
+    join: Callable[[Sequence[Tensor]], Tensor] = one_after_another
     chat_template: str | None = None
 
 
 FAMILIES: dict[str, Family] = {
     "mobilevlm": Family(),
     "llava": Family(),
-    "llava_next": Family(),
+    "llava_next": Family(join=padded_tiles),
     "internvl": Family(),
-    "smolvlm": Family(),
-    "idefics3": Family(),
+    "smolvlm": Family(join=in_one_row),
+    "idefics3": Family(join=in_one_row),
     "qwen2_5_vl": Family(trained_in_tower=("merger",)),
     "qwen3_vl": Family(trained_in_tower=("merger", "deepstack_merger_list")),
     "gemma3": Family(token_types=_images_are_one),

@@ -36,7 +36,9 @@ def load_network(name: str, *, dtype: Any, let_in_only: bool = True) -> Any:
         )
     if missing := sorted(info["missing_keys"]):
         unknown = sorted(info["unexpected_keys"])
-        also = f", and has {len(unknown)} that the model does not know, first {unknown[0]!r}" if unknown else ""
+        also = (
+            f", and has {len(unknown)} that the model does not know, first {unknown[0]!r}" if unknown else ""
+        )
         raise ConfigError(
             f"{name}: the checkpoint lacks {len(missing)} tensors of the model, first {missing[0]!r}{also}; use a "
             "complete checkpoint with its own config.json"

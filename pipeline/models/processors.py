@@ -1,13 +1,13 @@
 """Processors of checkpoints: text and images to the inputs of a model, without torchvision.
 
 A processor writes each image as a run of tokens in the text, and turns its pixels into tensors. Both depend on this
-image alone, so they can be made one image at a time (`expansion_of`) and be put together later (`join_images`).
+image alone, so they can be made one image at a time (`expansion_of`) and be put together later (image_batches.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -162,51 +162,3 @@ def expansion_of(processor: Any, image: Image.Image) -> tuple[str, Tensors]:
     )
     [[replaced]] = inputs["text_replacement_offsets"]
     return replaced["replacement"], {name: value for name, value in inputs.items() if name not in OF_TEXT}
-
-
-def join_images(family: str, images: Sequence[Mapping[str, torch.Tensor]]) -> Tensors:
-    """Put the pixels of several images together, in order, as the model of a family takes them.
-
-    `family` is the `model_type` of the config. Raises `ConfigError` for a family whose way is not known here.
-    """
-    if family not in JOINS:
-        raise ConfigError(
-            f"model_type: no rule joins the images of {family!r}; known are {', '.join(sorted(JOINS))}"
-        )
-    return {name: JOINS[family]([image[name] for image in images]) for name in images[0]} if images else {}
-
-
-def _one_after_another(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Join along the first axis: images, tiles or patches."""
-    return torch.cat(list(tensors))
-
-
-def _in_one_row(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Join tiles along the second axis, '1 tiles ...'. The processor's own rows, one a text, are padded with zeros.
-
-    The model drops these zeros and numbers the tiles through, so that one row serves any number of texts.
-    """
-    return torch.cat(list(tensors), dim=1)
-
-
-def _padded_tiles(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Join along the first axis, images, after zeros for the tiles (second axis) that an image has too few."""
-    if tensors[0].ndim != 5:  # image_sizes
-        return _one_after_another(tensors)
-    most = max(tensor.shape[1] for tensor in tensors)
-    padded = [torch.cat([t, t.new_zeros(1, most - t.shape[1], *t.shape[2:])], dim=1) for t in tensors]
-    return _one_after_another(padded)
-
-
-JOINS: dict[str, Callable[[Sequence[torch.Tensor]], torch.Tensor]] = {
-    "gemma3": _one_after_another,
-    "idefics3": _in_one_row,
-    "internvl": _one_after_another,
-    "lfm2_vl": _one_after_another,  # read from its image processor, which needs torchvision
-    "llava": _one_after_another,
-    "llava_next": _padded_tiles,
-    "paligemma": _one_after_another,
-    "qwen2_5_vl": _one_after_another,
-    "qwen3_vl": _one_after_another,
-    "smolvlm": _in_one_row,
-}

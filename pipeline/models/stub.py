@@ -46,7 +46,11 @@ class Teacher:
         }
         predicts = batch["labels"][:, 1:] != IGNORE_INDEX
         if self.plan.deepest == -1:  # no decoder layer is needed, so the embeddings were not loaded
-            slots, attention, logits = find_slots(batch["is_vision"], batch["attention_mask"], batch["sizes"]), {}, None
+            slots, attention, logits = (
+                find_slots(batch["is_vision"], batch["attention_mask"], batch["sizes"]),
+                {},
+                None,
+            )
         else:
             # The last position predicts nothing.
             answers = None if self.plan.is_stub else nn.functional.pad(predicts, (0, 1))

@@ -132,7 +132,9 @@ def text_to_vision_attention(kept: QueryAndKey, slots: Slots) -> Tensor:
     to the share of attention that falls on images. Padding rows and columns (-1 in `slots`) are zero.
     """
     rows = slots.text.clamp(min=0)  # a padding row reads position 0, and is zeroed at the end
-    query = kept.query.gather(2, rows[:, None, :, None].expand(-1, kept.query.shape[1], -1, kept.query.shape[3]))
+    query = kept.query.gather(
+        2, rows[:, None, :, None].expand(-1, kept.query.shape[1], -1, kept.query.shape[3])
+    )
     key = kept.key.repeat_interleave(kept.query.shape[1] // kept.key.shape[1], dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * kept.scaling
     scores = _masked(scores, kept, rows)

@@ -65,7 +65,9 @@ def plan_teacher(
         others = _within(deepest_layer(vouching_for), facts) if vouching_for else -1
         wanted = {*needed_tensors(config, deepest=deepest), *needed_tensors(config, deepest=others)}
         sources = source_names(config, checkpoint.names())
-    found = {name: sources.get(name, name) for name in wanted}  # a name that is not there is reported when it is read
+    found = {
+        name: sources.get(name, name) for name in wanted
+    }  # a name that is not there is reported when it is read
     digests = checkpoint.tensor_digests(found.values())
     known = {name: digests[source] for name, source in found.items()}
     needed = needed_tensors(config, deepest=deepest)

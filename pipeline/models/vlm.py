@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.anatomy import anatomy_of
 from pipeline.models.configuration import image_token_of
 from pipeline.models.families import FAMILIES, Family
-from pipeline.models.processors import Tensors, join_images
+from pipeline.models.processors import Tensors
 from pipeline.models.tap import TAPPED, attention_of_layers, recording
 from pipeline.positions import Slots, find_slots
 
@@ -43,17 +43,22 @@ class ImageFeatures:
 
     def of(self, chosen: Sequence[int]) -> ImageFeatures:
         """Return those of the images of these numbers, in this order."""
-        parts = (tuple(part[n] for n in chosen) if part else () for part in (self.tokens, self.deepstack, self.grids))
-        tokens, deepstack, grids = parts
-        return ImageFeatures(tokens, deepstack, self.is_list, grids)
+        return ImageFeatures(
+            tokens=tuple(self.tokens[n] for n in chosen),
+            deepstack=tuple(self.deepstack[n] for n in chosen) if self.deepstack else (),
+            is_list=self.is_list,
+            grids=tuple(self.grids[n] for n in chosen) if self.grids else (),
+        )
 
     @classmethod
     def joined(cls, images: Sequence[ImageFeatures]) -> ImageFeatures:
         """Return several as one, in order."""
-        of_each = ([*one.tokens] for one in images)
-        tokens = tuple(tensor for part in of_each for tensor in part)
-        deepstack = tuple(layers for one in images for layers in one.deepstack)
-        return cls(tokens, deepstack, images[0].is_list, tuple(grid for one in images for grid in one.grids))
+        return cls(
+            tokens=tuple(tokens for one in images for tokens in one.tokens),
+            deepstack=tuple(layers for one in images for layers in one.deepstack),
+            is_list=images[0].is_list,
+            grids=tuple(grid for one in images for grid in one.grids),
+        )
 
     def copied(self) -> ImageFeatures:
         """Return copies of the tensors, without gradient."""
@@ -121,7 +126,9 @@ class VisionLanguageModel:
         [prefix] = [name for name, module in self.network.named_modules() if module is tower]
         kept = tuple(f"{prefix}.{name}." for name in self.family.trained_in_tower)
         named = {name for name, _ in self.network.named_parameters()}
-        in_tower = {name for name in named if name.startswith(f"{prefix}.") and not name.startswith(kept or "\0")}
+        in_tower = {
+            name for name in named if name.startswith(f"{prefix}.") and not name.startswith(kept or "\0")
+        }
         text = anatomy_of(self.config).text
         return frozenset(named - in_tower - text)
 
@@ -161,7 +168,8 @@ class VisionLanguageModel:
         return self._features(output, sizes, inputs)
 
     def _on_device(self, images: Sequence[Tensors]) -> dict[str, Tensor]:
-        joined = join_images(self.config.model_type, images)
+        names = images[0] if images else ()
+        joined = {name: self.family.join([image[name] for image in images]) for name in names}
         return {name: to_device(tensor, self.device) for name, tensor in joined.items()}
 
     def _features(self, output: Any, sizes: Sequence[int], inputs: Mapping[str, Tensor]) -> ImageFeatures:

@@ -74,7 +74,9 @@ class AttentionTarget(Target):
                 samples, attention, rows, columns, forward.sizes, strict=True
             ):
                 stored = block[:, :num_rows, :num_columns].transpose(0, 1).float().cpu()  # 'H T J' -> 'T H J'
-                sample[_name(layer)] = [of_image.contiguous().numpy() for of_image in stored.split(list(sizes), dim=2)]
+                sample[_name(layer)] = [
+                    of_image.contiguous().numpy() for of_image in stored.split(list(sizes), dim=2)
+                ]
         return samples
 
     def reduce_heads(self, attention: Tensor) -> Tensor:

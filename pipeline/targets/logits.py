@@ -89,7 +89,9 @@ class LogitsTarget(Target):
         return fields
 
     def blank(self, facts: TeacherFacts, sizes: Sequence[int], num_text_rows: int) -> Arrays:
-        raise ConfigError("logits cannot be recomputed by a stub; complete the store, or set on_missing: skip")
+        raise ConfigError(
+            "logits cannot be recomputed by a stub; complete the store, or set on_missing: skip"
+        )
 
     @classmethod
     def num_rows(cls, counts: Counts) -> Tensor:

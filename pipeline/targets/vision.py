@@ -47,7 +47,11 @@ class VisionTarget(Target):
 
     def collate(self, samples: Sequence[Arrays]) -> dict[str, Any]:
         """`vision`: float32 'G D', the vision tokens of all images of the batch in order."""
-        images = [torch.from_numpy(image.reshape(image.shape[-2:])).T for sample in samples for image in sample["vision"]]
+        images = [
+            torch.from_numpy(image.reshape(image.shape[-2:])).T
+            for sample in samples
+            for image in sample["vision"]
+        ]
         return {"vision": torch.cat(images) if images else torch.zeros(0, 1)}
 
     def blank(self, facts: TeacherFacts, sizes: Sequence[int], num_text_rows: int) -> Arrays:

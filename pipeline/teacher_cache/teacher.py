@@ -23,8 +23,8 @@ from cache import (
 )
 from pipeline.config.config import Config
 from pipeline.config.provenance import provenance
-from pipeline.data.pairing import check_student
 from pipeline.data.load_preparation import load_preparation
+from pipeline.data.pairing import check_student
 from pipeline.data.preparation import Preparation, capture_settings
 from pipeline.data.shards import expand_shards, part_name
 from pipeline.errors import ConfigError, ShardError
@@ -203,7 +203,12 @@ def build_manifest(
     arrays = [spec for target in config.targets.cached().values() for spec in target.arrays(plan.facts)]
     return Manifest(
         format_version=FORMAT_VERSION,
-        fingerprint=Fingerprint(teacher=plan.digest, capture=digest_of(capture), family=family_digest(plan.config), **preparation.digests()),
+        fingerprint=Fingerprint(
+            teacher=plan.digest,
+            capture=digest_of(capture),
+            family=family_digest(plan.config),
+            **preparation.digests(),
+        ),
         arrays=(*TOKEN_ARRAYS, *arrays),
         teacher=asdict(plan.facts)
         | {"num_tensors_used": len(plan.tensors), "is_stub": plan.is_stub, "digests": plan.digests},

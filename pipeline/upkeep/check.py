@@ -120,15 +120,21 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
         dtype=plan.manifest.capture["dtype"],
         arrays=tuple(_compare_arrays(plan, *arrays)),
         logits=_compare_logits(*arrays),
-        losses=tuple(_compare_losses(config, store, plan.preparation.image_token_id, stored, live)) if with_losses else (),
+        losses=tuple(_compare_losses(config, store, plan.preparation.image_token_id, stored, live))
+        if with_losses
+        else (),
         losses_absent="" if with_losses else "not asked for",
     )
 
 
-def captured_again(plan: CapturePlan, teacher: Teacher, samples: Sequence[JoinedSample]) -> list[JoinedSample]:
+def captured_again(
+    plan: CapturePlan, teacher: Teacher, samples: Sequence[JoinedSample]
+) -> list[JoinedSample]:
     """Return the samples with the arrays that the live teacher gives, not encoded."""
     pixels = {digest: image for sample in samples for digest, image in sample.pixels.items()}
-    sizes = {d: s for sample in samples for d, s in zip(sample.image_digests, sample.tokens.sizes, strict=True)}
+    sizes = {
+        d: s for sample in samples for d, s in zip(sample.image_digests, sample.tokens.sizes, strict=True)
+    }
     vision: dict[str, ImageFeatures] = {}
     if pixels:
         features = teacher.encode_images(list(pixels.values()), [sizes[digest] for digest in pixels])

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from textwrap import indent
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cache import Summary
 from pipeline.errors import ConfigError

@@ -41,7 +41,9 @@ class StoredSample:
     @property
     def nbytes(self) -> int:
         # Two Python integers a token, with their places in tuples.
-        arrays = (part for array in self.arrays.values() for part in (array if isinstance(array, list) else [array]))
+        arrays = (
+            part for array in self.arrays.values() for part in (array if isinstance(array, list) else [array])
+        )
         return 80 * len(self.tokens.input_ids) + sum(array.nbytes for array in arrays)
 
 

@@ -130,7 +130,9 @@ class HeldFeatures:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.features.tokens, *(t for one in self.features.deepstack for t in one)))
+        return sum(
+            t.nbytes for t in (*self.features.tokens, *(t for one in self.features.deepstack for t in one))
+        )
 
 
 def _part_of(batch: Mapping[str, Any], chosen: Tensor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config.config import Config
 from pipeline.config.provenance import read_mark
-from pipeline.distill.training.resuming import HEADS_FILE, RUN_FILE, TOKENIZER_FILES
+from pipeline.distill.training.resuming import HEADS_FILE, PROCESSOR_FILES, RUN_FILE
 from pipeline.distill.training.run_identity import OPEN_SCHEDULES, Change, RunIdentity, is_longer
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ MODEL_FOLDER = "model"
 FINISHED = "finished.json"
 STATE_FILE = "trainer_state.json"  # transformers' own name for it
 OF_A_MODEL = ("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
-              *TOKENIZER_FILES)  # fmt: skip
+              *PROCESSOR_FILES)  # fmt: skip
 ANSWERS = "predictions.*"  # of the student, and their stamp
 RESUME = "train.resume_from_checkpoint=true"
 ELSEWHERE = "give another output_dir"

@@ -21,7 +21,12 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from pipeline.errors import ConfigError, building
 from pipeline.models.checkpoint import checkpoint_folder, loading
-from pipeline.models.mobilevlm.configuration import IMAGE_TOKEN_ID, MobileVLMConfig, check_tower_is_here, read_mobilevlm_config
+from pipeline.models.mobilevlm.configuration import (
+    IMAGE_TOKEN_ID,
+    MobileVLMConfig,
+    check_tower_is_here,
+    read_mobilevlm_config,
+)
 from pipeline.models.mobilevlm.vision import LDPNetV2, VisionTower, build_tower
 from pipeline.shapes import expect_shape
 
@@ -79,7 +84,7 @@ class ImageCountError(ValueError):
 class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
     """MobileVLM V2 with a language-model head."""
 
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]
@@ -103,7 +108,9 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
         """
         want_info = kwargs.pop("output_loading_info", False)
         if "config" not in kwargs:
-            read_mobilevlm_config(checkpoint_folder(str(pretrained_model_name_or_path)))  # raises the clearer errors
+            read_mobilevlm_config(
+                checkpoint_folder(str(pretrained_model_name_or_path))
+            )  # raises the clearer errors
         with loading(pretrained_model_name_or_path):
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path,

@@ -16,7 +16,6 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionE
 from pipeline.models.mobilevlm.efficientnet import EfficientNetLiteConfig, EfficientNetLiteTower
 from pipeline.shapes import expect_shape
 
-
 TOWER_LAYER = re.compile(r".*\.encoder\.layers\.(\d+)\.")
 
 
@@ -66,7 +65,6 @@ class VisionTower(nn.Module):
         expect_shape("pixel_values", pixel_values, f"I {self.config.num_channels} {size} {size}")
         hidden_states = self.vision_tower.vision_model(pixel_values, num_layers=self.num_layers)
         return hidden_states[:, self.first_token :]
-
 
     def reads(self, name: str) -> bool:
         """Whether a forward reads the tensor of this name."""

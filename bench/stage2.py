@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from bench.models import Case, config_of, write_inputs
 from bench.turns import Work, stage_app
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.join.stores import open_stores
 from pipeline.distill.student import build_trainer, needed_targets
@@ -46,7 +46,7 @@ def prepare(case: Case) -> None:
 def _trainer(case: Case, losses: Mapping[str, Any]) -> Any:
     """The Trainer of stage 2 with its optimizer and its data set."""
     config = config_of(case, losses)
-    preparation = Preparation.of(config.student.model, config.data)
+    preparation = load_preparation(config.student.model, config.data)
     stores = open_stores(config, preparation)
     dataset = JoinedDataset(stores, config.data.shards, preparation, targets=needed_targets(config))
     trainer = build_trainer(

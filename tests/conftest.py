@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from servers import s3_server
 from small_experiment import Experiment, build_experiment
 
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
-from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.positions import IGNORE_INDEX
 
 IMAGE = IMAGE_TOKEN_INDEX
 

@@ -116,19 +116,18 @@ def stored_arrays(store: Path) -> dict[str, np.ndarray]:
 def generate(checkpoint: Path) -> list[int]:
     """Return the ids of a greedy answer to a question about a picture."""
     from pipeline.config.config import load_config
-    from pipeline.data.conversation import tokenize_prompt
-    from pipeline.data.preparation import Preparation
-    from pipeline.models.mobilevlm import MobileVLMForCausalLM
+    from pipeline.data.load_preparation import load_preparation
+    from pipeline.data.preparation import pad_tokens
+    from pipeline.models.loading import load_network
+    from pipeline.models.vlm import VisionLanguageModel
 
-    model = MobileVLMForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    preparation = Preparation.of(str(checkpoint), load_config(checkpoint.parent.parent / "config.yaml").data)
+    vlm = VisionLanguageModel(load_network(str(checkpoint), dtype=torch.float32).eval())
+    preparation = load_preparation(str(checkpoint), load_config(checkpoint.parent.parent / "config.yaml").data)
     record = small_experiment.one("", 0, PROMPT, "")
-    prompt = tokenize_prompt(record["conversations"], preparation.tokenizer, template=preparation.template)
-    answer = model.generate(
-        torch.tensor([prompt]),
-        pixel_values=preparation.preprocess(small_experiment.picture(0))[None],
-        max_new_tokens=8,
-        do_sample=False,
+    prompt = preparation.prompt(record["conversations"], [(0, 0)])
+    features = vlm.encode([preparation.preprocess(small_experiment.picture(0))], prompt.sizes)
+    answer = vlm.generate(
+        pad_tokens([prompt], preparation.image_token_id), features, max_new_tokens=8, do_sample=False
     )
     return answer[0].tolist()
 

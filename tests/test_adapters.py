@@ -12,7 +12,7 @@ from test_resume import TEN_STEPS, assert_same_run
 from watched import train_until
 
 from pipeline.config.model_settings import LoraConfig
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.join.stores import open_stores
 from pipeline.distill.model.adapters import add_adapters, merged_tensors
@@ -27,7 +27,7 @@ LORA = "student.lora={rank: 2, alpha: 3, target_modules: [q_proj, down_proj]}"
 
 def test_only_adapters_projector_and_heads_move(experiment, tmp_path):
     config = experiment.config(tmp_path, LORA)
-    preparation = Preparation.of(config.student.model, config.data)
+    preparation = load_preparation(config.student.model, config.data)
     stores = open_stores(config, preparation)
     dataset = JoinedDataset(stores, config.data.shards, preparation, targets=needed_targets(config))
     trainer = build_trainer(

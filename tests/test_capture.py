@@ -19,10 +19,11 @@ from small_experiment import (
 )
 
 from cache import Store, summarise, verify
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import read_shard
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.positions import IGNORE_INDEX
 from pipeline.teacher_cache.teacher import cache_teacher
 
 
@@ -77,7 +78,7 @@ def eager(experiment) -> MobileVLMForCausalLM:
 def whole_sequences(experiment, eager):
     """Of every sample alone: key, role of each merged position, labels, logits and eager attention."""
     config = experiment.config(experiment.file.parent)
-    preparation = Preparation.of(config.teacher.model, config.data)
+    preparation = load_preparation(config.teacher.model, config.data)
     for number in range(3):
         for sample in read_shard(experiment.shard(number)):
             tokens = preparation.tokenize(sample.conversations)

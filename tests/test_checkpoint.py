@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 from pipeline.errors import ConfigError
 from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
-from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMConfig, MobileVLMForCausalLM
+from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
+from pipeline.models.mobilevlm.model import TOWER_PREFIX
 from pipeline.models.stub import load_teacher
 from pipeline.models.teacher_plan import plan_teacher
 from pipeline.targets.targets import LogitsTarget

@@ -14,11 +14,12 @@ from small_experiment import picture, rewrite_store, shard_members, stored_array
 from torch.utils.data import DataLoader
 
 from cache import SampleEntry, Span, Store
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import read_shard
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset, is_chosen
 from pipeline.errors import ConfigError, JoinError, ShardError
-from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.positions import IGNORE_INDEX
 from pipeline.teacher_cache.teacher import cache_teacher
 
 
@@ -30,7 +31,7 @@ def join(experiment, tmp_path):
         store: Path = experiment.store, shards: Path = experiment.shards, fraction: float = 1.0
     ) -> JoinedDataset:
         config = experiment.config(tmp_path)
-        preparation = Preparation.of(config.student.model, config.data)
+        preparation = load_preparation(config.student.model, config.data)
         return JoinedDataset(
             Store(store), str(shards), preparation, targets=config.targets.active(), fraction=fraction
         )

@@ -9,14 +9,14 @@ from torch import nn
 from watched import results_of
 
 from cache import Store
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.model.distiller import Distiller, build_heads
 from pipeline.distill.training.trainer import count_terms
 from pipeline.errors import JoinError
 from pipeline.losses.losses import LOSSES
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.models.vision import VisionTower
+from pipeline.models.mobilevlm.vision import VisionTower
 from pipeline.shapes import ShapeError
 from pipeline.targets.target import TeacherFacts
 from pipeline.targets.targets import TARGETS
@@ -38,7 +38,7 @@ def config(experiment):
 @pytest.fixture(scope="module")
 def joined(config):
     """Makes a batch of the samples of given keys."""
-    preparation = Preparation.of(config.student.model, config.data)
+    preparation = load_preparation(config.student.model, config.data)
     store = Store(config.one_cache.path)
     dataset = JoinedDataset(store, config.data.shards, preparation, targets=config.targets.active())
     samples = {sample.key: sample for sample in (dataset[index] for index in range(len(dataset)))}
@@ -101,7 +101,7 @@ def test_under_lossy_codecs_the_same_student_is_within_their_stated_errors(confi
     step = lossy.targets.vision.step
     for key, arrays in stored_arrays(tmp_path / "store").items():
         assert abs(arrays["vision"] - exact[key]["vision"]).max(initial=0) <= step / 2 + 1e-6
-    preparation = Preparation.of(lossy.student.model, lossy.data)
+    preparation = load_preparation(lossy.student.model, lossy.data)
     targets = lossy.targets.active()
     dataset = JoinedDataset(Store(lossy.one_cache.path), lossy.data.shards, preparation, targets=targets)
     batch = JoinCollator(targets)([dataset[index] for index in range(5)])

@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ConfigError
-from pipeline.models.configuration import MobileVLMConfig
-from pipeline.models.efficientnet import (
+from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
+from pipeline.models.mobilevlm.efficientnet import (
     EfficientNetLiteConfig,
     EfficientNetLiteLayers,
     FrozenBatchNorm,
     SameConvolution,
 )
-from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMForCausalLM
+from pipeline.models.mobilevlm.model import TOWER_PREFIX
 from pipeline.models.stub import load_teacher
 from pipeline.models.teacher_plan import plan_teacher
 from pipeline.shapes import ShapeError
@@ -82,7 +82,7 @@ def test_lite0_makes_64_patches_of_an_image_of_256_pixels():
 
 
 def test_patches_are_in_reading_order_and_without_gradient(model, pixels):
-    features = model.encode_patches(pixels.requires_grad_())
+    features = model.get_patch_features(pixels.requires_grad_())
     grid = model.model.vision_tower.vision_tower(pixels)
     assert features.shape == (2, 16, 8) and not features.requires_grad
     assert torch.equal(features[:, 5], grid[:, :, 1, 1])
@@ -94,7 +94,7 @@ def test_a_checkpoint_with_this_tower_reads_back_the_same(model, pixels, tmp_pat
     again = MobileVLMForCausalLM.from_pretrained(tmp_path).eval()
     assert again.config.tower.blocks == model.config.tower.blocks and again.config.tower.image_size == 32
     assert torch.equal(again.encode_images(pixels), model.encode_images(pixels))
-    assert torch.equal(again.train().encode_patches(pixels), model.encode_patches(pixels))
+    assert torch.equal(again.train().get_patch_features(pixels), model.get_patch_features(pixels))
 
 
 def test_the_stub_loads_the_whole_tower_with_its_statistics_and_equals_the_teacher(model, pixels, tmp_path):
@@ -124,7 +124,7 @@ def test_a_tower_that_is_not_in_the_checkpoint_is_told(model, tmp_path):
 
 def test_images_of_another_size_are_refused(model):
     with pytest.raises(ShapeError, match="pixel_values: expected axes 'I 3 32 32'"):
-        model.encode_patches(torch.zeros(1, 3, 64, 64))
+        model.get_patch_features(torch.zeros(1, 3, 64, 64))
 
 
 def test_an_unknown_tower_is_answered_with_the_known_ones():

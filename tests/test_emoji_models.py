@@ -16,11 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config.config import DataConfig
 from pipeline.data.images import ImagePreprocessor
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import ConfigError
-from pipeline.models.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.mobilevlm.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
 from pipeline.studies.emoji.alignment import (
     TOKENS_OF_CELLS,
     Vocabulary,
@@ -243,7 +243,7 @@ def test_a_model_that_looks_everywhere_looks_at_a_quarter_of_the_image(model, la
         for kind, (q, a) in questions.items()
     ]))  # fmt: skip
     data = DataConfig(shards="none", template="chatml", max_length=512)
-    preparation = Preparation.of(str(tmp_path / "model"), data)
+    preparation = load_preparation(str(tmp_path / "model"), data)
     asked = questions_about_cells(tmp_path / "set.json", 9)
     assert [record["question_type"] for record in asked] == ["name", "kind"]
     looks = where_it_looks(model, preparation, asked, tmp_path)

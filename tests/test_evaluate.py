@@ -13,7 +13,7 @@ from small_experiment import held_out_records, picture, shard_members, write_sha
 from small_store import flip_bit
 from transformers import GenerationConfig
 
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import read_shard
 from pipeline.errors import BadSample, PipelineError, ShardError
 from pipeline.evaluation.evaluate import (
@@ -93,7 +93,7 @@ def test_a_model_can_answer_in_bfloat16(answers):
 
 def test_answers_are_those_of_plain_greedy_decoding(experiment, answers, tmp_path):
     config = experiment.config(tmp_path)
-    preparation = Preparation.of(config.student.model, config.data)
+    preparation = load_preparation(config.student.model, config.data)
     model = MobileVLMForCausalLM.from_pretrained(experiment.student, dtype=torch.float32).eval()
     prompts = {}
     for sample in read_shard(experiment.held_out / "shard-000000.tar"):
@@ -149,7 +149,7 @@ def test_a_test_sample_that_cannot_be_asked_stops_the_evaluation(answers, tmp_pa
 
 def test_questions_hold_no_image_and_read_it_again_when_it_is_asked_about(experiment, tmp_path):
     config = experiment.config(tmp_path)
-    preparation = Preparation.of(config.student.model, config.data)
+    preparation = load_preparation(config.student.model, config.data)
     questions = list(read_questions(config.evaluate, preparation, config.data))
     assert [len(question.image_spans) for question in questions] == [1, 1, 1, 0, 2, 1]
     members = dict(shard_members(experiment.held_out / "shard-000000.tar"))
@@ -160,7 +160,7 @@ def test_questions_hold_no_image_and_read_it_again_when_it_is_asked_about(experi
 def test_an_image_that_changed_while_it_was_evaluated_is_told(experiment, tmp_path):
     write_shard(tmp_path / "s" / "a.tar", shard_members(experiment.held_out / "shard-000000.tar"))
     config = experiment.config(tmp_path, f"evaluate.shards={tmp_path}/s")
-    preparation = Preparation.of(config.student.model, config.data)
+    preparation = load_preparation(config.student.model, config.data)
     question = next(read_questions(config.evaluate, preparation, config.data))
     flip_bit(tmp_path / "s" / "a.tar", offset=question.image_spans[0].offset + 20)
     with pytest.raises(ShardError, match=r"a.tar: h0.png changed while it was evaluated; evaluate again"):

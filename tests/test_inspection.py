@@ -17,12 +17,13 @@ from torch import Tensor
 from cache import FingerprintMismatch, KeyNotInStore, Store
 from cache.format.documents import document_bytes, read_document
 from pipeline.config.config import Config
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import Sample, read_shard
 from pipeline.errors import BadSample, ConfigError, JoinError, PipelineError
 from pipeline.inspection.sample import attention_distance, inspect_sample, paired_layer, student_attention
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
-from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.positions import IGNORE_INDEX
 from pipeline.studies.demo import write_tokenizer
 from pipeline.teacher_cache.teacher import cache_teacher
 
@@ -84,7 +85,7 @@ def test_the_text_after_the_first_image_are_the_rows_of_the_attention(experiment
 
 
 def test_the_images_are_what_the_tower_reads(experiment, originals, tmp_path):
-    preparation = Preparation.of(str(experiment.teacher), experiment.config(tmp_path).data)
+    preparation = load_preparation(str(experiment.teacher), experiment.config(tmp_path).data)
     seen = inspect_sample(experiment.store, "two")
     for image, data in zip(seen.images, originals["two"].images, strict=True):
         clip = preparation.preprocess.clip
@@ -127,7 +128,7 @@ def test_the_focus_is_as_large_as_the_config_says_or_as_is_asked(experiment, tmp
 
 def test_an_answer_has_the_teachers_likeliest_tokens_beside_it(experiment, tmp_path):
     seen, stored = inspect_sample(experiment.store, "a2"), stored_arrays(experiment.store)["a2"]
-    tokenizer = Preparation.of(str(experiment.student), experiment.config(tmp_path).data).tokenizer
+    tokenizer = load_preparation(str(experiment.student), experiment.config(tmp_path).data).tokenizer
     trained = [n for n, label in enumerate(seen.labels) if label != IGNORE_INDEX]
     assert [answer.place for answer in seen.answers] == trained
     assert "".join(seen.tokens[n] for n in trained) == " a black circle and a line</s>"
@@ -323,7 +324,7 @@ def eager_attention(folder: Path, seen, experiment, layer: int) -> Tensor:
     """'T J' of the whole model, from transformers' own eager attention, head mean."""
     model = MobileVLMForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.set_attn_implementation("eager")
-    preparation = Preparation.of(str(folder), seen.config.data)
+    preparation = load_preparation(str(folder), seen.config.data)
     files = next(s for n in range(3) for s in read_shard(experiment.shard(n)) if s.key == seen.key).images
     pixels = torch.stack([preparation.preprocess(data) for data in files])
     with torch.no_grad():

@@ -21,8 +21,9 @@ from pipeline.losses.losses import (
     VisionFocusLoss,
     focus_tokens,
 )
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
 from pipeline.models.tap import record_layer_inputs, text_to_vision_attention
-from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Counts, Slots
+from pipeline.positions import IGNORE_INDEX, Counts, Slots
 from pipeline.targets.tail_draws import draw_tail
 from pipeline.targets.targets import TARGETS
 

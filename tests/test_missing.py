@@ -14,7 +14,7 @@ from small_mixture import another_teacher, losses_of, mixing, part_of_store
 from cache import FingerprintMismatch, Store
 from pipeline.config.config import labels_only
 from pipeline.config.provenance import finished_identity
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.stores import open_stores
 from pipeline.distill.student import build_trainer, needed_targets, train_student
@@ -52,7 +52,7 @@ def mixed(experiment, stores, tmp_path):
 
 
 def opened(config) -> JoinedDataset:
-    preparation = Preparation.of(config.student.model, config.data)
+    preparation = load_preparation(config.student.model, config.data)
     stores = open_stores(config, preparation)
     data = config.data
     return JoinedDataset(

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from pipeline.models.merge import ImageCountError
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.tap import text_to_vision_attention
-from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.positions import IGNORE_INDEX
 from pipeline.shapes import ShapeError
 
 IMAGE = IMAGE_TOKEN_INDEX
@@ -160,7 +161,7 @@ def test_image_features_are_those_of_clip_and_the_projector_by_hand(select_layer
         by_hand = positioned.flatten(2).transpose(1, 2)
         torch.testing.assert_close(model.encode_images(pixels), by_hand, atol=1e-5, rtol=1e-5)
         assert torch.equal(
-            model.encode_images(patch_features=model.encode_patches(pixels)), model.encode_images(pixels)
+            model.encode_images(patch_features=model.get_patch_features(pixels)), model.encode_images(pixels)
         )
 
 

@@ -13,8 +13,8 @@ from watched import results_of
 from cache import FingerprintMismatch, Store
 from pipeline.distill.join.recompute import load_recomputed, shares_tower
 from pipeline.distill.student import train_student
-from pipeline.models.mobilevlm import TOWER_PREFIX
-from pipeline.models.vision import VisionTower
+from pipeline.models.mobilevlm.model import TOWER_PREFIX
+from pipeline.models.mobilevlm.vision import VisionTower
 from pipeline.teacher_cache.teacher import cache_teacher
 
 BOTH = ["targets.attention.source=recompute", "targets.vision.source=recompute"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.positions import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.positions import IGNORE_INDEX
 from pipeline.studies.shared_prefix import ImageQuestions, answer_loss, group_by_image, shared_prefix_row
 
 IMAGE = IMAGE_TOKEN_INDEX

@@ -16,7 +16,7 @@ import cli
 from cache import FingerprintMismatch, Store
 from pipeline.config.config import labels_only, load_config, to_yaml
 from pipeline.config.provenance import finished_identity
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.join.stores import open_stores
 from pipeline.distill.student import needed_targets, train_student
@@ -47,7 +47,7 @@ def of_other_teacher(experiment, tiny_model, tmp_path_factory):
 
 
 def opened(config) -> JoinedDataset:
-    preparation = Preparation.of(config.student.model, config.data)
+    preparation = load_preparation(config.student.model, config.data)
     stores = open_stores(config, preparation)
     return JoinedDataset(stores, config.data.shards, preparation, targets=needed_targets(config))
 

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ConfigError
-from pipeline.models.mobilevlm import TOWER_PREFIX, MobileVLMForCausalLM
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.mobilevlm.model import TOWER_PREFIX
 from pipeline.models.stub import load_teacher
 from pipeline.models.teacher_plan import plan_teacher
-from pipeline.positions import IMAGE_TOKEN_INDEX
 from pipeline.targets.targets import AttentionTarget, LogitsTarget, VisionTarget
 
 IMAGE = IMAGE_TOKEN_INDEX

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
 from pipeline.models.tap import record_layer_inputs, text_to_vision_attention
-from pipeline.positions import IMAGE_TOKEN_INDEX
 
 IMAGE = IMAGE_TOKEN_INDEX
 LAYOUTS = ([3, IMAGE, 5], [6], [IMAGE, 1, IMAGE, 4], [2, IMAGE, IMAGE, 3])

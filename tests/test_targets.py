@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from cache import CODECS
 from cache.format.codecs import decode_rows, encode_rows
 from pipeline.errors import ConfigError
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
 from pipeline.models.stub import load_teacher
 from pipeline.models.teacher_plan import plan_teacher
-from pipeline.positions import IMAGE_TOKEN_INDEX, Counts
 from pipeline.targets.attention import AttentionTarget
 from pipeline.targets.logits import LogitsTarget
 from pipeline.targets.target import Target, TeacherFacts

@@ -16,10 +16,10 @@ from small_experiment import copy_of_teacher, picture, snapshot, stored_arrays, 
 from watched import before_forward
 
 from cache import FingerprintMismatch, Store, summarise, verify
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import read_shard
 from pipeline.errors import BadSample, ConfigError, ShardError
-from pipeline.models.vision import VisionTower
+from pipeline.models.mobilevlm.vision import VisionTower
 from pipeline.teacher_cache.teacher import cache_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +98,7 @@ def test_every_sample_of_a_foreign_shard_is_cached_or_rejected_with_its_reason(f
 
 def test_a_sample_is_too_long_by_its_positions_with_vision_tokens(experiment, tmp_path):
     config = experiment.config(tmp_path)
-    preparation = Preparation.of(config.teacher.model, config.data)
+    preparation = load_preparation(config.teacher.model, config.data)
     lengths = {
         sample.key: preparation.merged_length(preparation.tokenize(sample.conversations).input_ids)
         for number in range(3)
@@ -148,7 +148,7 @@ KILLED = """
 import os, signal, sys, time
 import pipeline.teacher_cache.progress
 from pipeline.config.config import load_config
-from pipeline.models.vision import VisionTower
+from pipeline.models.mobilevlm.vision import VisionTower
 from pipeline.teacher_cache.teacher import cache_teacher
 advance = pipeline.teacher_cache.progress.Progress.advance
 def advance_or_die(self, item):

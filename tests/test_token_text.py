@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.inspection.token_text import token_text, visible
-from pipeline.positions import IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
 
 
 @pytest.fixture(scope="module")

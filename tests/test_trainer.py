@@ -14,7 +14,7 @@ from small_experiment import rewrite_store, snapshot, weights
 from watched import before_forward
 
 from cache import Store
-from pipeline.data.preparation import Preparation
+from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.model.distiller import Distiller
 from pipeline.distill.student import build_trainer, needed_targets, train_student
@@ -45,7 +45,7 @@ def trainer_of(experiment, tmp_path):
 
     def build(*overrides: str, folder: str = "run") -> DistillTrainer:
         config = experiment.config(tmp_path, *overrides)
-        preparation = Preparation.of(config.student.model, config.data)
+        preparation = load_preparation(config.student.model, config.data)
         store = Store(config.one_cache.path)
         dataset = RecordedDataset(store, config.data.shards, preparation, targets=needed_targets(config))
         return build_trainer(

@@ -217,16 +217,16 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
         )
 
     def embed(self, input_ids: torch.Tensor, vision_tokens: torch.Tensor | None) -> torch.Tensor:
-        """Embed token ids 'B S' and put the vision tokens 'I N D' in the places of the image tokens: 'B S D'."""
+        """Embed token ids 'B S' and put vision tokens 'I N D' or 'G D' in the places of the image tokens: 'B S D'."""
         expect_shape("input_ids", input_ids, "B S")
         is_image = input_ids == IMAGE_TOKEN_ID
         embeds = self.model.embed_tokens(input_ids.masked_fill(is_image, 0))
-        given = 0 if vision_tokens is None else vision_tokens.shape[0] * vision_tokens.shape[1]
-        if int(is_image.sum()) != given:
+        found, given = int(is_image.sum()), 0 if vision_tokens is None else vision_tokens.shape[:-1].numel()
+        if found != given:
             size = self.config.num_vision_tokens
             raise ImageCountError(
-                f"the batch holds {int(is_image.sum())} image tokens ({IMAGE_TOKEN_ID}), {given // size} images have "
-                f"{given}; write {size} for each image, in order, as MobileVLMProcessor does"
+                f"the batch holds {found} image tokens ({IMAGE_TOKEN_ID}), its images have {given} vision tokens; "
+                f"write {size} for each image, in order, as MobileVLMProcessor does"
             )
         if vision_tokens is None:
             return embeds

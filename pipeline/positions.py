@@ -55,8 +55,9 @@ def _padded_positions(chosen: Tensor) -> Tensor:
 class Counts:
     """What each sample of a batch has, int64 'B' each, known before any forward.
 
-    `vision_tokens` are those of all images of a sample; `text_rows` are the unpadded text tokens after the sample's first vision token: the rows T of its attention;
-    `attended_images` are the images that some text of their sample follows.
+    `vision_tokens` are those of all images of a sample. `text_rows` are the unpadded text tokens after the sample's
+    first vision token: the rows T of its attention. `attended_images` are the images that some text of their sample
+    follows.
     """
 
     images: Tensor

@@ -245,7 +245,7 @@ class ChatPreparation(Preparation):
 
 
 def _grid(number: int, pixels: Tensors) -> tuple[int, int]:
-    """Return the rows and columns of an image's vision tokens; (0, 0) where they are several tiles or no rectangle."""
+    """Return the rows and columns of an image's vision tokens; (0, 0) of several tiles or of no rectangle."""
     if "image_grid_thw" in pixels:
         _, rows, columns = pixels["image_grid_thw"][0].tolist()
         merged = round((rows * columns / number) ** 0.5)  # patches along a side that become one token

@@ -37,7 +37,7 @@ class TokenizedSample:
 def tokenize(
     conversations: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, template: str
 ) -> TokenizedSample:
-    """Return ids, one image token for each image, and labels; raises `BadSample` if the template cannot express it."""
+    """Return ids, one image token for each image, and labels; raises `BadSample` where the template has no form."""
     rules = _template(template, tokenizer)
     text = rules.render(answered_turns(conversations))
     ids = token_ids(text, tokenizer)

@@ -194,8 +194,8 @@ def _check(inspection: Inspection, output: Path, max_tokens: int) -> None:
         )
     if (0, 0) in inspection.grids:
         raise PipelineError(
-            f"sample {inspection.key!r}: the vision tokens of its image {inspection.grids.index((0, 0)) + 1} are several "
-            "tiles, which no one grid shows; `alignkd inspect sample` lists them"
+            f"sample {inspection.key!r}: the vision tokens of its image {inspection.grids.index((0, 0)) + 1} are "
+            "several tiles, which no one grid shows; `alignkd inspect sample` lists them"
         )
     if not inspection.attention:
         raise PipelineError(

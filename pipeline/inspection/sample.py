@@ -54,11 +54,11 @@ class Inspection:
     """One sample as the teacher saw it, and what the store holds of the teacher.
 
     `tokens` is the text of every id, or the id itself where `note` says why there is no tokenizer. `images` are what
-    the vision tower sees. `sizes` are their numbers of vision tokens, and `grids` their rows and columns, (0, 0) where
-    these are no single rectangle. `slots` are '1 T' and '1 J'. `attention` is layer -> float32 'H T J' (H is 1 for a
-    stored mean of the heads), empty if the store has none. `focus`, int64 'k' of each image, are the vision tokens that
-    the text attends most in `layer`, the most attended first. `answers` are the trained tokens, without `likeliest` if
-    the store has no logits.
+    the vision tower sees. `sizes` are their numbers of vision tokens, and `grids` their rows and columns, (0, 0)
+    where these are no single rectangle. `slots` are '1 T' and '1 J'. `attention` is layer -> float32 'H T J' (H is 1
+    for a stored mean of the heads), empty if the store has none. `focus`, int64 'k' of each image, are the vision
+    tokens that the text attends most in `layer`, the most attended first. `answers` are the trained tokens, without
+    `likeliest` if the store has no logits.
     """
 
     store: str

@@ -85,8 +85,8 @@ def find_preparation(config: Config, store: Store) -> tuple[Preparation, str]:
     facts = TeacherFacts.of(store.manifest)
     if facts.num_vision_tokens is None:
         raise ConfigError(
-            f"{store.path}: its samples are read by the processor of a model, and none is here: {'; '.join(reasons)}; "
-            "copy the processor's files of the teacher or the student to this machine"
+            f"{store.path}: its samples are read by the processor of a model, and none is here: "
+            f"{'; '.join(reasons)}; copy the processor's files of the teacher or the student to this machine"
         )
     # MobileVLM V2's images can be read without a model, by the constants of CLIP, which published checkpoints use.
     data = config.data

@@ -1,4 +1,4 @@
-"""The names of a model's tensors in its checkpoint: older checkpoints of many families have other names than the model."""
+"""The names of a model's tensors in its checkpoint: older checkpoints of many families have other ones."""
 
 from __future__ import annotations
 

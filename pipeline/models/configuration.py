@@ -19,7 +19,7 @@ MOBILEVLM = ("mobilevlm", "mobile_llama", "llava_llama", None)
 
 
 def read_config(folder: Path, *, let_in_only: bool = True) -> PreTrainedConfig:
-    """Return the config of a checkpoint folder. Raises `ConfigError` naming the file, or the family if it is not let in.
+    """Return the config of a checkpoint folder. Raises `ConfigError` naming the file, or a family that is not let in.
 
     With `let_in_only=False` any family that transformers loads as an image-text-to-text model is read.
     """

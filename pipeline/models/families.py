@@ -1,7 +1,7 @@
 """FAMILIES: the model families that are let in, and what of each differs from transformers' conventions.
 
-A family is let in by its `model_type` and by the conformance suite (tests/test_families.py), not by code: most rows are
-empty. `alignkd models check PATH` runs the suite's checks on any checkpoint, of a family in the table or not.
+A family is let in by its `model_type` and by the conformance suite (tests/test_families.py), not by code: most rows
+are empty. `alignkd models check PATH` runs the suite's checks on any checkpoint, of a family in the table or not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _answers_are_one(is_vision: Tensor, labels: Tensor) -> Tensor:
 
 # PaliGemma was trained on one exchange: images, a first token, the question, a newline, the answer, a last token.
 PALIGEMMA_TEMPLATE = (
-    "{%- if messages | length > 2 -%}{{ raise_exception('PaliGemma takes one question and one answer') }}{%- endif -%}"
+    "{%- if messages | length > 2 -%}{{ raise_exception('PaliGemma takes one exchange') }}{%- endif -%}"
     "{%- for part in messages[0].content if part.type == 'image' -%}<image>{%- endfor -%}<bos>"
     "{%- for part in messages[0].content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}{{ '\\n' }}"
     "{%- if messages | length == 2 -%}{{ messages[1].content[0].text }}<eos>{%- endif -%}"
@@ -42,7 +42,7 @@ class Family:
     """What of a family differs.
 
     `token_types`      makes `token_type_ids`, where the family reads them
-    `trained_in_tower` modules inside the vision tower that belong to the projector: they are trained, the tower is not
+    `trained_in_tower` modules inside the vision tower that belong to the projector: they are trained, it is not
     `join`             puts tensors of single images together, as `get_image_features` takes those of several
     `chat_template`    Jinja text, of a family whose checkpoints have none
     """

@@ -1,4 +1,4 @@
-"""The ways in which the models of families take the pixel inputs of several images: tensors of one name -> one tensor."""
+"""How the models of families take the pixel inputs of several images: tensors of one name -> one tensor."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The tap: text-to-vision attention of chosen layers, with gradient, from whatever a family does before its softmax.
 
-The decoder runs an attention function of ours, registered with transformers' `AttentionInterface`. It keeps query, key
-and mask of the chosen layers, which come to it after every projection, norm and rotation of the family, and hands all
-of them on to SDPA. The rows of softmax(q k^T) are computed when the forward is over: the text rows alone, of which
-only the vision columns are kept.
+The decoder runs an attention function of ours, registered with transformers' `AttentionInterface`. It keeps query,
+key and mask of the chosen layers, which come to it after every projection, norm and rotation of the family, and hands
+all of them on to SDPA. The rows of softmax(q k^T) are computed when the forward is over: the text rows alone, of
+which only the vision columns are kept.
 
 So nothing is kept twice under gradient checkpointing: the backward pass runs the layers again, but no recording is
 open then. And what the backward pass needs of the tap lies outside the checkpointed layers.
@@ -128,8 +128,8 @@ def attention_of_layers(kept: Mapping[int, QueryAndKey], slots: Slots) -> dict[i
 def text_to_vision_attention(kept: QueryAndKey, slots: Slots) -> Tensor:
     """Return the attention of a layer's text rows to the vision columns: float32 'B H T J'.
 
-    Each row is a softmax over all keys that the model lets it see. Only the vision columns are returned, so a row sums
-    to the share of attention that falls on images. Padding rows and columns (-1 in `slots`) are zero.
+    Each row is a softmax over all keys that the model lets it see. Only the vision columns are returned, so a row
+    sums to the share of attention that falls on images. Padding rows and columns (-1 in `slots`) are zero.
     """
     rows = slots.text.clamp(min=0)  # a padding row reads position 0, and is zeroed at the end
     query = kept.query.gather(

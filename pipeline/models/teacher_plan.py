@@ -108,7 +108,7 @@ def family_digest(config: Any) -> str:
 
 
 def needed_tensors(config: Any, *, deepest: int | None) -> list[str]:
-    """Return the sorted names of what a teacher reads up to the attention of layer `deepest` (None: the whole model)."""
+    """Return the sorted names of what a teacher reads up to the attention of layer `deepest` (None: all)."""
     return anatomy_of(config).needed(deepest)
 
 

@@ -22,8 +22,8 @@ DEFAULT_STEP = 2**-12
 class AttentionTarget(Target):
     """Text-to-vision attention of the teacher's `layers`: of each head, or the mean over heads.
 
-    Stored per layer as float 'R H N' with R = images x text rows, image after image, and N of each image; `step` belongs
-    to `fixed_point`.
+    Stored per layer as float 'R H N' with R = images x text rows, image after image, and N of each image; `step`
+    belongs to `fixed_point`.
     """
 
     source: Source = "cache"

@@ -207,7 +207,7 @@ def _compare_arrays(plan: CapturePlan, stored: _AllRows, live: _AllRows) -> Iter
         is_of_ids = spec.name in (IDS, DRAW_IDS)
         limit = likeliest
         if not is_of_ids:
-            # Of the draws that both drew `ours` is a part; of others the limit of each block, whose rows have a scale.
+            # Block by block, whose rows have a scale; of the draws that both drew `ours` is a part.
             blocks = [ours] if spec.name == DRAW_LOG_PROBS else live.blocks(spec.name)
             limits = [codec.max_error(block, spec.options).reshape(-1, *ours.shape[1:]) for block in blocks]
             limit = np.concatenate([*limits, ours[:0]]) + rounding * np.abs(ours).max(initial=0)
@@ -277,18 +277,15 @@ def _kl(live: Arrays, stored: Arrays) -> np.ndarray:
 
 
 def _compare_losses(
-    config: Config,
-    store: Store,
-    image_token_id: int,
-    stored: Sequence[JoinedSample],
-    live: Sequence[JoinedSample],
+    plan: CapturePlan, store: Store, stored: Sequence[JoinedSample], live: Sequence[JoinedSample]
 ) -> Iterator[LossCheck]:
     """Each loss of the config's student, at its first weights, over all samples."""
+    config = plan.config
     losses = {name: loss for name, loss in config.losses.active().items() if LOSSES[name].targets}
     torch.manual_seed(0)  # of the trained heads' first weights
     facts = dict.fromkeys(config.targets.active(), TeacherFacts.of(store.manifest))
     distiller = Distiller(load_student(config, store), losses, facts=facts).float()
-    collate = JoinCollator(config.targets.cached(), image_token_id)
+    collate = JoinCollator(config.targets.cached(), plan.preparation.image_token_id)
     theirs, ours = (loss_terms(distiller, collate, samples) for samples in (stored, live))
     for name in losses:
         (value, gradient), (live_value, live_gradient) = theirs[name], ours[name]

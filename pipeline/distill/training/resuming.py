@@ -31,8 +31,8 @@ RUN_FILE = "run.json"  # of a checkpoint: the run that it belongs to, and the su
 HEADS_FILE = "heads.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"  # of a checkpoint with LoRA: its model has them merged
 # Of the student's checkpoint, all that a processor is made of; `save_pretrained` writes config and weights alone.
-PROCESSOR_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-                   "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+PROCESSOR_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+                   "merges.txt", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
                    "chat_template*")  # fmt: skip
 CORRECT_TRAIN = "correct the `train` section"
 

@@ -190,8 +190,8 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return logits 'B S V' and, with `labels`, the mean cross entropy per valid token.
 
-        In `input_ids` every image is N times the image token, as the processor writes it. `pixel_values` 'I C Y X', or
-        what `get_image_features` returned of them, are all images of the batch in order.
+        In `input_ids` every image is N times the image token, as the processor writes it. `pixel_values` 'I C Y X',
+        or what `get_image_features` returned of them, are all images of the batch in order.
         Raises `ImageCountError` if image tokens and images do not correspond.
         """
         if inputs_embeds is None:

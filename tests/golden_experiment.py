@@ -122,7 +122,9 @@ def generate(checkpoint: Path) -> list[int]:
     from pipeline.models.vlm import VisionLanguageModel
 
     vlm = VisionLanguageModel(load_network(str(checkpoint), dtype=torch.float32).eval())
-    preparation = load_preparation(str(checkpoint), load_config(checkpoint.parent.parent / "config.yaml").data)
+    preparation = load_preparation(
+        str(checkpoint), load_config(checkpoint.parent.parent / "config.yaml").data
+    )
     record = small_experiment.one("", 0, PROMPT, "")
     prompt = preparation.prompt(record["conversations"], [(0, 0)])
     features = vlm.encode([preparation.preprocess(small_experiment.picture(0))], prompt.sizes)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from pipeline.errors import ConfigError
-from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
+from pipeline.models.files.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.mobilevlm.model import TOWER_PREFIX
 from pipeline.models.stub import load_teacher

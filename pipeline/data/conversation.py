@@ -87,6 +87,7 @@ def _template(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Te
 
 
 def answered_turns(conversations: Any) -> list[Turn]:
+    """Return the turns of a conversation that ends with an answer. Raises `BadSample` as `checked_turns`."""
     turns = checked_turns(conversations)
     if turns[-1]["from"] != "gpt":
         raise BadSample("no answer", "the last turn is human's")

@@ -6,8 +6,8 @@ from pipeline.config.config import DataConfig
 from pipeline.data.chat_preparation import ChatPreparation
 from pipeline.data.preparation import Preparation
 from pipeline.data.template_preparation import TemplatePreparation
-from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
+from pipeline.models.files.checkpoint import checkpoint_folder
 from pipeline.models.mobilevlm import MobileVLMConfig
 
 

@@ -9,8 +9,8 @@ from pipeline.config.config import Config
 from pipeline.data.load_preparation import load_preparation
 from pipeline.errors import ConfigError
 from pipeline.losses.losses import LOSSES
-from pipeline.models.checkpoint import checkpoint_folder, small_files
 from pipeline.models.configuration import read_config
+from pipeline.models.files.checkpoint import checkpoint_folder, small_files
 from pipeline.models.teacher_plan import facts_of_config
 from pipeline.targets.target import TeacherFacts
 

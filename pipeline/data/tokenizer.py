@@ -14,8 +14,8 @@ from blake3 import blake3
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError
-from pipeline.models.broken_files import named_if_broken
-from pipeline.models.checkpoint import checkpoint_folder
+from pipeline.models.files.broken_files import named_if_broken
+from pipeline.models.files.checkpoint import checkpoint_folder
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # in order of preference, as in the original
 SPACE = "\u2581"  # stands for a space in sentencepiece

@@ -41,8 +41,8 @@ from pipeline.distill.training.training_folder import (
     start_of,
 )
 from pipeline.errors import ConfigError, TrainingStopped, building, needing, writing
-from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
+from pipeline.models.files.checkpoint import checkpoint_folder
 from pipeline.models.loading import load_network
 from pipeline.models.vlm import VisionLanguageModel
 from pipeline.targets.target import Target, TeacherFacts

@@ -15,7 +15,7 @@ from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import expand_shards
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import PREDICTIONS_FILE, Prediction, evaluate_model, read_predictions
-from pipeline.models.checkpoint import WEIGHT_FILES, Checkpoint, digest_of_tensors
+from pipeline.models.files.checkpoint import WEIGHT_FILES, Checkpoint, digest_of_tensors
 from pipeline.models.teacher_plan import whole_model_digests
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", *WEIGHT_FILES)

@@ -29,8 +29,8 @@ from pipeline.inspection.sources import (
 )
 from pipeline.inspection.token_text import token_text
 from pipeline.losses.losses import AttentionLoss, VisionFocusLoss, focus_tokens, row_kl
-from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
+from pipeline.models.files.checkpoint import checkpoint_folder
 from pipeline.models.stub import load_teacher
 from pipeline.models.teacher_plan import facts_of_config, plan_teacher
 from pipeline.positions import IGNORE_INDEX, Slots, find_slots

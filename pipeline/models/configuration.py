@@ -10,8 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from pipeline.errors import ConfigError
-from pipeline.models.broken_files import named_if_broken
 from pipeline.models.families import FAMILIES
+from pipeline.models.files.broken_files import named_if_broken
 from pipeline.models.mobilevlm.configuration import USE_ITS_CONFIG, read_mobilevlm_config
 
 # MobileVLM V2's own names: published configs have one of the first two, or no `model_type` at all.

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import AutoModelForImageTextToText
 
 from pipeline.errors import ConfigError
-from pipeline.models.checkpoint import checkpoint_folder, loading
 from pipeline.models.configuration import read_config
+from pipeline.models.files.checkpoint import checkpoint_folder, loading
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from cache import digest_of
 from pipeline.errors import building
 from pipeline.models.anatomy import anatomy_of
-from pipeline.models.checkpoint import Checkpoint, digest_of_tensors
 from pipeline.models.checkpoint_names import source_names
 from pipeline.models.configuration import read_config
+from pipeline.models.files.checkpoint import Checkpoint, digest_of_tensors
 from pipeline.models.mobilevlm.configuration import USE_ITS_CONFIG
 from pipeline.targets.target import Target, TeacherFacts
 from pipeline.targets.targets import deepest_layer

@@ -11,7 +11,7 @@ from pipeline.config.training_arguments import samples_per_step
 from pipeline.distill.training.processes import num_processes
 from pipeline.distill.training.run_identity import settings_of_weights
 from pipeline.evaluation.scores import held_out_digests
-from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.files.checkpoint import Checkpoint
 
 
 def run_identity(config: Config) -> str:

@@ -6,7 +6,7 @@ of a student with its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,14 +27,13 @@ from pipeline.models.vlm import ImageFeatures
 from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.capture import captured_arrays
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture
+from pipeline.upkeep.check_rows import AllRows, Arrays
 
 BATCH_SIZE = 8
 # By how much one computation may differ between batch sizes, as a share of an array's largest value.
 ROUNDING = {"float32": 1e-4, "float16": 2.0**-8, "bfloat16": 2.0**-5}
 IDS, LOG_PROBS = "logits/ids", "logits/log_probs"
 DRAW_IDS, DRAW_LOG_PROBS = "logits/draw_ids", "logits/draw_log_probs"
-
-Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
     stored = [dataset[int(number)] for number in sorted(chosen)]
     teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
     live = [sample for batch in _batches(stored) for sample in captured_again(plan, teacher, batch)]
-    arrays = [_AllRows(samples) for samples in (stored, live)]
+    arrays = [AllRows(samples) for samples in (stored, live)]
     return Check(
         samples=len(stored),
         teacher=config.teacher.model,
@@ -120,9 +119,7 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
         dtype=plan.manifest.capture["dtype"],
         arrays=tuple(_compare_arrays(plan, *arrays)),
         logits=_compare_logits(*arrays),
-        losses=tuple(_compare_losses(config, store, plan.preparation.image_token_id, stored, live))
-        if with_losses
-        else (),
+        losses=tuple(_compare_losses(plan, store, stored, live)) if with_losses else (),
         losses_absent="" if with_losses else "not asked for",
     )
 
@@ -158,37 +155,7 @@ def captured_again(
     return again
 
 
-class _AllRows(Mapping[str, np.ndarray]):
-    """Array -> its values of all samples, concatenated when asked for: all arrays at once would double the memory.
-
-    Of arrays with a block for each image it is one flat vector, since the blocks differ in their columns; codecs
-    that scale rows are compared block by block (`blocks`).
-    """
-
-    def __init__(self, samples: Sequence[JoinedSample]):
-        self.samples = samples
-
-    def blocks(self, name: str) -> list[np.ndarray]:
-        """Return the array of each sample, or of each image of each sample."""
-        arrays = (sample.arrays[name] for sample in self.samples)
-        return [part for array in arrays for part in (array if isinstance(array, list) else [array])]
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.samples[0].arrays:
-            raise KeyError(name)
-        blocks = self.blocks(name)
-        if isinstance(self.samples[0].arrays[name], list):
-            return np.concatenate([np.empty(0, np.float32), *(block.ravel() for block in blocks)])
-        return np.concatenate(blocks)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.samples[0].arrays)
-
-    def __len__(self) -> int:
-        return len(self.samples[0].arrays)
-
-
-def _compare_arrays(plan: CapturePlan, stored: _AllRows, live: _AllRows) -> Iterator[ArrayCheck]:
+def _compare_arrays(plan: CapturePlan, stored: AllRows, live: AllRows) -> Iterator[ArrayCheck]:
     rounding = ROUNDING[plan.manifest.capture["dtype"]]
     likeliest = rounding * np.abs(live[LOG_PROBS]).max(initial=0) if LOG_PROBS in live else 0.0
     for spec in plan.manifest.arrays:

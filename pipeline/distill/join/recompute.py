@@ -18,8 +18,8 @@ from cache import Difference, FingerprintMismatch, Store
 from pipeline.config.config import Config
 from pipeline.distill.join.memory import BoundedCache
 from pipeline.errors import ConfigError
-from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.configuration import read_config
+from pipeline.models.files.checkpoint import Checkpoint
 from pipeline.models.mobilevlm import MobileVLMConfig
 from pipeline.models.mobilevlm.model import TOWER_PREFIX
 from pipeline.models.stub import Teacher, load_teacher

@@ -57,7 +57,7 @@ def join_sample(
 
 
 def by_image(arrays: Arrays, targets: Mapping[str, Target], num_images: int) -> Arrays:
-    """Return a sample's arrays with those of its images as a list of blocks; a store of format 1 holds them as one."""
+    """Return a sample's arrays with those of its images as lists of blocks; a store of format 1 has one array."""
     for name in {name for target in targets.values() for name in target.of_images()} & arrays.keys():
         if isinstance(array := arrays[name], np.ndarray):
             arrays[name] = np.array_split(array, num_images) if num_images else []

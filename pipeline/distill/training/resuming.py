@@ -22,9 +22,9 @@ from pipeline.distill.model.distiller import Distiller
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.distill.training.term_log import TermLog
 from pipeline.errors import building, writing
-from pipeline.models.broken_files import named_if_broken
-from pipeline.models.checkpoint import checkpoint_folder
 from pipeline.models.configuration import read_config
+from pipeline.models.files.broken_files import named_if_broken
+from pipeline.models.files.checkpoint import checkpoint_folder
 from pipeline.models.loading import load_network
 
 RUN_FILE = "run.json"  # of a checkpoint: the run that it belongs to, and the sums that are not logged yet
@@ -32,8 +32,8 @@ HEADS_FILE = "heads.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"  # of a checkpoint with LoRA: its model has them merged
 # Of the student's checkpoint, all that a processor is made of; `save_pretrained` writes config and weights alone.
 PROCESSOR_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-                   "merges.txt", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-                   "chat_template*")  # fmt: skip
+                   "merges.txt", "preprocessor_config.json", "processor_config.json",
+                   "video_preprocessor_config.json", "chat_template*")  # fmt: skip
 CORRECT_TRAIN = "correct the `train` section"
 
 

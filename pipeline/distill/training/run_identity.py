@@ -17,8 +17,8 @@ from pipeline.config.training_arguments import HOW_IT_RUNS, OF_THE_LOG, samples_
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.join.stores import TOKENS
 from pipeline.distill.training.processes import num_processes
-from pipeline.models.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.configuration import read_config
+from pipeline.models.files.checkpoint import Checkpoint, checkpoint_folder
 
 NOT_SET = object()
 DIGEST = re.compile(r"[0-9a-f]{64}")

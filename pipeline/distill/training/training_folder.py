@@ -13,8 +13,8 @@ from pipeline.config.provenance import read_mark
 from pipeline.distill.training.resuming import HEADS_FILE, PROCESSOR_FILES, RUN_FILE
 from pipeline.distill.training.run_identity import OPEN_SCHEDULES, Change, RunIdentity, is_longer
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.configuration import read_config
+from pipeline.models.files.checkpoint import Checkpoint
 
 MODEL_FOLDER = "model"
 FINISHED = "finished.json"

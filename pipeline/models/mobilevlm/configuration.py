@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 
 from pipeline.errors import ConfigError
-from pipeline.models.broken_files import named_if_broken
+from pipeline.models.files.broken_files import named_if_broken
 from pipeline.models.mobilevlm.efficientnet import EfficientNetLiteConfig
 
 # Stands for an image in `input_ids`: outside of every vocabulary, as in the published code.

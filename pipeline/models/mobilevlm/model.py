@@ -20,7 +20,7 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from pipeline.errors import ConfigError, building
-from pipeline.models.checkpoint import checkpoint_folder, loading
+from pipeline.models.files.checkpoint import checkpoint_folder, loading
 from pipeline.models.mobilevlm.configuration import (
     IMAGE_TOKEN_ID,
     MobileVLMConfig,

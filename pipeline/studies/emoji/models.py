@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from pipeline.errors import ConfigError
-from pipeline.models.broken_files import named_if_broken
+from pipeline.models.files.broken_files import named_if_broken
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.mobilevlm.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
 

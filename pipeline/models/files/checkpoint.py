@@ -12,7 +12,7 @@ from blake3 import blake3
 from safetensors import safe_open
 
 from pipeline.errors import ConfigError, PipelineError, building, is_of_the_machine, is_ours, reason_of
-from pipeline.models.broken_files import named_if_broken
+from pipeline.models.files.broken_files import named_if_broken
 
 # In transformers' order, so that teacher and student read the same files.
 WEIGHT_FILES = (

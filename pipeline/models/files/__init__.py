@@ -1,0 +1,1 @@
+"""The files of a checkpoint: which tensors they hold, and what is wrong with them."""

@@ -25,7 +25,7 @@ COLOURS = ("red", "green", "blue", "brown", "black", "teal")
 SHAPES = ("circle", "triangle", "rectangle", "line")
 RARE = "zebra"  # said in the sample "rare" alone
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]  # of one that depends on the images a list with the block of each image
 Change = Callable[[str, Arrays], Arrays]
 
 
@@ -241,7 +241,12 @@ def rewrite_store(
                 arrays = old.read(entry.key, list(specs))
                 for number, digest in enumerate(entry.images):
                     if not part.has_image(digest):
-                        part.add_image(digest, {n: arrays[n][number : number + 1] for n in of_image})
+                        part.add_image(
+                            digest,
+                            {n: arrays[n][number][None] for n in of_image},
+                            tokens=entry.tokens[number],
+                            grid=entry.grids[number],
+                        )
                 part.add(entry, change(entry.key, {n: arrays[n] for n in specs if n not in of_image}))
             part.commit()
     return target

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from pipeline.commands import experiments, inspect, share, stages, store
+from pipeline.commands import experiments, inspect, models, share, stages, store
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a check failed or the work could not be done; 2 a wrong command line or config;
@@ -36,6 +36,7 @@ class CommandGroups(typer.core.TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         names = {heading: [_name(command) for command in group] for heading, group in COMMANDS.items()}
         names["Experiments"].append("inspect")
+        names["Stages"].insert(0, "models")
         for heading, group in names.items():
             with formatter.section(heading):
                 formatter.write_dl([(n, self.commands[n].get_short_help_str(limit=1000)) for n in group])
@@ -59,6 +60,7 @@ for commands in COMMANDS.values():
     for command in commands:
         app.command(_name(command))(command)
 app.add_typer(inspect.app, name="inspect")
+app.add_typer(models.app, name="models")
 
 
 @app.callback()

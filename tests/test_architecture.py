@@ -20,12 +20,14 @@ MAX_FUNCTION_LINES = 60
 # the ground that a package stands on (cache/errors.py, pipeline/errors.py, ...), are free to all above.
 ROOMS: dict[str, str] = {
     "cli": "pipeline/commands",
-    "pipeline/commands": "report sweep upkeep inspection evaluation teacher_cache distill/training data config",
+    "pipeline/commands": "report sweep upkeep conformance inspection evaluation teacher_cache distill/training "
+    "data config models",
     "pipeline/report": "sweep upkeep evaluation distill/training losses",
     "pipeline/sweep": "evaluation distill distill/training distill/join data config models/files",
     "pipeline/upkeep": "teacher_cache distill distill/model distill/join data config losses models targets",
     "pipeline/studies/emoji": "studies evaluation data config models models/mobilevlm models/files",
-    "pipeline/studies": "evaluation data config models models/mobilevlm",
+    "pipeline/studies": "evaluation data config models/mobilevlm",
+    "pipeline/conformance": "data config models models/mobilevlm models/files targets",
     "pipeline/inspection": "distill/join data config losses models models/files targets",
     "pipeline/evaluation": "distill distill/training distill/join data config models models/files",
     "pipeline/teacher_cache": "data config models targets",

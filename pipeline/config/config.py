@@ -37,7 +37,7 @@ class DataConfig(Section):
 
     shards: Shards
     fraction: float = Field(default=1.0, gt=0, le=1)
-    template: Literal["plain", "v1", "chatml"] = "v1"
+    template: Literal["plain", "v1", "chatml", "chat"] = "v1"
     max_length: int = Field(default=2048, ge=1)
     max_image_pixels: int = Field(default=64_000_000, ge=1)
     image_aspect_ratio: Literal["pad", "square"] = "pad"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from pipeline.config.config import DataConfig
 from pipeline.data.chat_preparation import ChatPreparation
 from pipeline.data.preparation import Preparation
@@ -14,7 +17,11 @@ from pipeline.models.mobilevlm import MobileVLMConfig
 def load_preparation(model: str, data: DataConfig) -> Preparation:
     """Return the preparation of a checkpoint (folder or hub id); opens no weights."""
     folder = checkpoint_folder(model)
-    config = read_config(folder)
+    return preparation_of(folder, read_config(folder), data)
+
+
+def preparation_of(folder: Path, config: Any, data: DataConfig) -> Preparation:
+    """Return the preparation of a checkpoint's folder whose config is read already."""
     if isinstance(config, MobileVLMConfig):
         return TemplatePreparation.of(folder, config, data)
     return ChatPreparation.of(folder, config, data)

@@ -58,7 +58,21 @@ def plan_teacher(
     Raises `ConfigError` if the checkpoint lacks a tensor.
     """
     checkpoint = Checkpoint(name)
-    config = read_config(checkpoint.folder)
+    return plan_tensors(
+        checkpoint, read_config(checkpoint.folder), targets, name=name, vouching_for=vouching_for
+    )
+
+
+def plan_tensors(
+    checkpoint: Checkpoint,
+    config: Any,
+    targets: Mapping[str, Target],
+    *,
+    name: str = "",
+    vouching_for: Mapping[str, Target] | None = None,
+) -> TeacherPlan:
+    """Return `plan_teacher`'s plan for a config that is read already, such as one of fewer layers."""
+    name = name or str(checkpoint.folder)
     with building(f"teacher {name}", then=USE_ITS_CONFIG):
         facts = facts_of_config(name, config)
         deepest = _within(deepest_layer(targets), facts)

@@ -148,7 +148,7 @@ class VisionLanguageModel:
 
     def patch_features(self, images: Sequence[Tensors]) -> Tensor:
         """Return what the frozen tower gives of images: 'I M W'."""
-        return self.network.get_patch_features(self._on_device(images)["pixel_values"])
+        return self.network.get_patch_features(self.joined(images)["pixel_values"])
 
     def encode(
         self, images: Sequence[Tensors], sizes: Sequence[int], *, patch_features: Tensor | None = None
@@ -160,14 +160,15 @@ class VisionLanguageModel:
         if patch_features is not None:
             output = self.network.get_image_features(patch_features=patch_features)
             return self._features(output, sizes, {})
-        inputs = self._on_device(images)
+        inputs = self.joined(images)
         taken = inspect.signature(self.network.get_image_features).parameters
         output = self.network.get_image_features(
             **{name: value for name, value in inputs.items() if name in taken}, return_dict=True
         )
         return self._features(output, sizes, inputs)
 
-    def _on_device(self, images: Sequence[Tensors]) -> dict[str, Tensor]:
+    def joined(self, images: Sequence[Tensors]) -> dict[str, Tensor]:
+        """Return the pixel inputs of several images as the family takes them, on the model's device."""
         names = images[0] if images else ()
         joined = {name: self.family.join([image[name] for image in images]) for name in names}
         return {name: to_device(tensor, self.device) for name, tensor in joined.items()}
@@ -204,10 +205,10 @@ class VisionLanguageModel:
         logits = None
         head = self._at(answers) if answers is not None else nullcontext()
         with recording(layers, stop_at=stop_at) as kept, head:
-            logits = self.network(**self._inputs(batch, features), use_cache=False).logits
+            logits = self.network(**self.inputs(batch, features), use_cache=False).logits
         return Forward(slots, logits, attention_of_layers(kept.kept, slots))
 
-    def _inputs(self, batch: Mapping[str, Any], features: ImageFeatures | None) -> dict[str, Any]:
+    def inputs(self, batch: Mapping[str, Any], features: ImageFeatures | None) -> dict[str, Any]:
         """Return the arguments of the family's forward."""
         inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
         if self.family.token_types is not None and "token_type_ids" in self.accepted:
@@ -236,7 +237,7 @@ class VisionLanguageModel:
     @torch.no_grad()
     def generate(self, batch: Mapping[str, Any], features: ImageFeatures | None, **settings: Any) -> Tensor:
         """Return the new ids 'B S' that follow prompts padded on the left."""
-        inputs = self._inputs(batch, features)
+        inputs = self.inputs(batch, features)
         made = self.network.generate(**inputs, **settings)
         return made[:, batch["input_ids"].shape[1] :]
 

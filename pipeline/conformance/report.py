@@ -1,0 +1,58 @@
+"""`alignkd models check`: everything that the suite says of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import transformers
+
+from pipeline.conformance.checks import CHECKS, Check
+from pipeline.conformance.names import wrong_names
+from pipeline.conformance.specimen import Specimen, specimen_of
+from pipeline.models.configuration import read_config
+from pipeline.models.families import FAMILIES
+from pipeline.models.files.checkpoint import Checkpoint, checkpoint_folder
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the report, and whether what it says is good."""
+
+    text: str
+    passed: bool = True
+
+
+def check_model(name: str) -> Iterator[Line]:
+    """Yield what is found of a checkpoint, a folder or hub id, line by line. Raises what loading it would raise."""
+    folder = checkpoint_folder(name)
+    config = read_config(folder, let_in_only=False)
+    is_in = config.model_type in FAMILIES
+    yield Line(f"family {config.model_type}, {'let in' if is_in else 'not let in'}; transformers "
+               f"{transformers.__version__}")  # fmt: skip
+    wrong = wrong_names(Checkpoint(str(folder)), config)
+    yield Line("; ".join(wrong) or "the checkpoint has every tensor of the model, and no other", not wrong)
+    if wrong:
+        return
+    specimen = specimen_of(folder)
+    yield Line(_description(specimen))
+    results = [check(specimen) for check in CHECKS]
+    yield from (_line(result) for result in results)
+    if not is_in and all(result.passed for result in results):
+        yield Line(
+            f"to let it in, add {config.model_type!r} to FAMILIES in pipeline/models/families.py, and a tiny "
+            "checkpoint of it to tests/tiny_families.py"
+        )
+
+
+def _description(specimen: Specimen) -> str:
+    sizes = sorted({size for sample in specimen.samples for size in sample.sizes})
+    refused = f"; the template refuses {' and '.join(specimen.refused)}" if specimen.refused else ""
+    return (
+        f"{len(specimen.samples)} made-up samples through its first {specimen.num_attentions} layers with attention; "
+        f"images of {', '.join(map(str, sizes))} vision tokens{refused}"
+    )
+
+
+def _line(check: Check) -> Line:
+    return Line(f"{check.name} ({check.found:.1e}, at most {check.allowed:.0e})", check.passed)

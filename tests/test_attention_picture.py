@@ -169,7 +169,7 @@ def test_a_pale_shape_is_seen_below_its_heat_map():
 def test_the_focus_is_outlined_in_black_within_white():
     sheet = Sheet(2, 2)
     draw_image(sheet.axes, Image.new("RGB", (8, 8), (0, 0, 255)), WHOLE)
-    outline(sheet.axes, [5], WHOLE, grid=4)
+    outline(sheet.axes, [5], WHOLE, grid=(4, 4))
     shown = pixels(sheet)
     for place in (50, 100):  # left and right edge of the second cell, in its second row
         assert shown[75, place].max() < 60

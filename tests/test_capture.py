@@ -21,8 +21,7 @@ from small_experiment import (
 from cache import Store, summarise, verify
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import read_shard
-from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
-from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID, MobileVLMForCausalLM
 from pipeline.positions import IGNORE_INDEX
 from pipeline.teacher_cache.teacher import cache_teacher
 
@@ -52,7 +51,9 @@ def test_stored_values_do_not_depend_on_batch_size_or_neighbours(
         for name, values in found[key].items():
             # Logits are kept in float16: two values on both sides of a rounding differ by one step.
             relative = 2**-10 if name.startswith("logits/") else 0
-            np.testing.assert_allclose(values, reference[key][name], atol=1e-5, rtol=relative, err_msg=name)
+            assert len(values) == len(reference[key][name])
+            for mine, theirs in zip(values, reference[key][name], strict=True):
+                np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=relative, err_msg=name)
 
 
 def test_an_image_is_stored_once_within_a_shard(experiment):
@@ -76,46 +77,41 @@ def eager(experiment) -> MobileVLMForCausalLM:
 
 
 def whole_sequences(experiment, eager):
-    """Of every sample alone: key, role of each merged position, labels, logits and eager attention."""
+    """Of every sample alone: key, whether each position is an image's, labels, logits and eager attention."""
     config = experiment.config(experiment.file.parent)
     preparation = load_preparation(config.teacher.model, config.data)
     for number in range(3):
         for sample in read_shard(experiment.shard(number)):
             tokens = preparation.tokenize(sample.conversations)
-            roles, labels = [], []
-            for token, label in zip(tokens.input_ids, tokens.labels, strict=True):
-                width = 4 if token == IMAGE_TOKEN_INDEX else 1
-                roles += ["vision" if width == 4 else "text"] * width
-                labels += [label] * width
-            pixels = [preparation.preprocess(image) for image in sample.images]
+            is_vision = [token == IMAGE_TOKEN_ID for token in tokens.input_ids]
+            pixels = [preparation.preprocess(image)["pixel_values"] for image in sample.images]
             with torch.no_grad():
-                vision = eager.encode_images(torch.stack(pixels)) if pixels else None
-                merged = eager.merge_inputs(torch.tensor([tokens.input_ids]), vision)
-                outputs = eager.model(inputs_embeds=merged.inputs_embeds, output_attentions=True)
-                logits = eager.lm_head(outputs.last_hidden_state)[0]
-            yield sample.key, roles, labels, logits, outputs.attentions, vision
+                vision = eager.get_image_features(torch.cat(pixels)) if pixels else None
+                outputs = eager(
+                    torch.tensor([tokens.input_ids]),
+                    mm_encoder_outputs={"image": vision},
+                    output_attentions=True,
+                )
+            features = [] if vision is None else vision.pooler_output
+            yield sample.key, is_vision, tokens.labels, outputs.logits[0], outputs.attentions, features
 
 
 def test_stored_attention_and_vision_are_those_of_eager_attention(experiment, eager):
     store = Store(experiment.store)
-    for key, roles, _, _, attentions, vision in whole_sequences(experiment, eager):
-        columns = [n for n, role in enumerate(roles) if role == "vision"]
-        rows = [n for n, role in enumerate(roles) if role == "text" and columns and n > columns[0]]
+    for key, is_vision, _, _, attentions, vision in whole_sequences(experiment, eager):
+        columns = [n for n, is_image in enumerate(is_vision) if is_image]
+        rows = [n for n, is_image in enumerate(is_vision) if not is_image and columns and n > columns[0]]
+        assert len(columns) == 4 * len(vision)
         names = ["attention/layer_0", "attention/layer_1", "vision"]
         stored = store.read(key, names)
         for layer in (0, 1):
-            # R H N: image after image, each with all rows.
-            expected = [
-                attentions[layer][0][:, row, columns[4 * image : 4 * image + 4]].numpy()
-                for image in range(len(columns) // 4)
-                for row in rows
-            ]
             found = stored[f"attention/layer_{layer}"]
-            assert found.shape == (len(expected), 4, 4)
-            if expected:
-                np.testing.assert_allclose(found, np.stack(expected), atol=1e-5, err_msg=key)
-        if vision is not None:
-            np.testing.assert_allclose(stored["vision"], vision.transpose(1, 2).numpy(), atol=1e-5)
+            assert len(found) == len(vision)
+            for image, block in enumerate(found):  # 'T H N'
+                expected = attentions[layer][0][:, rows][:, :, columns[4 * image : 4 * image + 4]]
+                np.testing.assert_allclose(block, expected.transpose(0, 1).numpy(), atol=1e-5, err_msg=key)
+        for block, features in zip(stored["vision"], vision, strict=True):
+            np.testing.assert_allclose(block, features.T.numpy(), atol=1e-5)
 
 
 def test_stored_logits_are_the_top_of_the_full_distribution_and_the_mass_of_the_rest(experiment, eager):
@@ -142,7 +138,8 @@ def test_a_stub_stores_the_same_attention_and_vision_as_the_whole_teacher(experi
     for key, arrays in stored_arrays(tmp_path / "store").items():
         assert "logits/ids" not in arrays and "vision" in arrays
         for name, values in arrays.items():
-            np.testing.assert_allclose(values, reference[key][name], atol=1e-6, err_msg=f"{key} {name}")
+            for mine, theirs in zip(values, reference[key][name], strict=True):
+                np.testing.assert_allclose(mine, theirs, atol=1e-6, err_msg=f"{key} {name}")
 
 
 # Values that cannot be stored

@@ -18,7 +18,7 @@ from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import read_shard
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset, is_chosen
 from pipeline.errors import ConfigError, JoinError, ShardError
-from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID
 from pipeline.positions import IGNORE_INDEX
 from pipeline.teacher_cache.teacher import cache_teacher
 
@@ -54,8 +54,10 @@ def test_every_sample_joins_its_own_text_images_and_targets_in_any_order(experim
         assert sample.tokens == expected
         assert sample.image_digests == original.image_digests
         for digest, data in zip(original.image_digests, original.images, strict=True):
-            assert torch.equal(sample.pixels[digest], dataset.preparation.preprocess(data))
-        assert int(sample.arrays["num_images"]) == len(original.images)
+            mine, theirs = sample.pixels[digest], dataset.preparation.preprocess(data)
+            assert mine.keys() == theirs.keys() == {"pixel_values"}
+            assert torch.equal(mine["pixel_values"], theirs["pixel_values"])
+        assert sample.tokens.sizes == (4,) * len(original.images)
         for name in ("attention/layer_0", "attention/layer_1", "vision", "logits/ids"):
             assert np.array_equal(sample.arrays[name], stored[sample.key][name])
 
@@ -63,31 +65,31 @@ def test_every_sample_joins_its_own_text_images_and_targets_in_any_order(experim
 def test_a_batch_holds_every_target_beside_its_sample(experiment, join):
     dataset = join()
     samples = [next(s for s in read_all(dataset) if s.key == key) for key in ("two", "t0", "a0", "late")]
-    batch = JoinCollator(dataset.targets)(samples)
-    images = (batch["input_ids"] == IMAGE_TOKEN_INDEX).sum(dim=1)
-    assert images.tolist() == [2, 0, 1, 1]
-    assert batch["pixel_values"].shape == (4, 3, 56, 56)
+    batch = JoinCollator(dataset.targets, IMAGE_TOKEN_ID)(samples)
+    assert batch["sizes"] == [(4, 4), (), (4,), (4,)]
+    assert batch["is_vision"].sum(dim=1).tolist() == [8, 0, 4, 4]
+    assert torch.equal(batch["is_vision"], batch["input_ids"] == IMAGE_TOKEN_ID)
+    assert [image["pixel_values"].shape for image in batch["images"]] == [(1, 3, 56, 56)] * 4
     assert batch["image_digests"] == [digest for sample in samples for digest in sample.image_digests]
     assert batch["received"]["vision"].tolist() == [2, 0, 1, 1]
     answers = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)
     assert batch["received"]["logits"].tolist() == answers.tolist()
     vision = batch["targets"]["vision"]
-    assert vision.shape == (4, 4, 32)
-    assert torch.equal(vision[3].T, torch.from_numpy(samples[3].arrays["vision"][0]))
+    assert vision.shape == (16, 32)
+    assert torch.equal(vision[12:].T, torch.from_numpy(samples[3].arrays["vision"][0]))
     attention = batch["targets"]["attention"][0]
-    num_rows = len(samples[0].arrays["attention/layer_0"]) // 2
-    for row in range(num_rows):
-        first, second = (samples[0].arrays["attention/layer_0"][image * num_rows + row] for image in (0, 1))
-        np.testing.assert_array_equal(attention[0, :, row], np.concatenate([first, second], axis=-1))
+    for row, blocks in enumerate(zip(*samples[0].arrays["attention/layer_0"], strict=True)):
+        np.testing.assert_array_equal(attention[0, :, row], np.concatenate(blocks, axis=-1))
     assert not attention[1].any() and not attention[2, :, :, 4:].any()
 
 
 def test_a_batch_of_text_alone_has_no_pixels(join):
     dataset = join()
-    batch = JoinCollator(dataset.targets)([s for s in read_all(dataset) if s.key in ("t0", "t1")])
-    assert batch["pixel_values"] is None and batch["image_digests"] == []
-    assert batch["targets"]["vision"].shape == (0, 4, 32)
-    assert batch["targets"]["attention"][0].shape == (2, 4, 0, 0)
+    samples = [sample for sample in read_all(dataset) if sample.key in ("t0", "t1")]
+    batch = JoinCollator(dataset.targets, IMAGE_TOKEN_ID)(samples)
+    assert batch["images"] == [] and batch["image_digests"] == [] and batch["sizes"] == [(), ()]
+    assert not len(batch["targets"]["vision"]) and not batch["is_vision"].any()
+    assert batch["targets"]["attention"][0].shape == (2, 1, 0, 0)
 
 
 def test_a_forked_worker_joins_the_same(join):
@@ -98,7 +100,8 @@ def test_a_forked_worker_joins_the_same(join):
     for mine, theirs in zip(alone, loader, strict=True):
         assert mine.key == theirs.key and mine.tokens == theirs.tokens
         assert np.array_equal(mine.arrays["attention/layer_0"], theirs.arrays["attention/layer_0"])
-        assert all(torch.equal(mine.pixels[d], theirs.pixels[d]) for d in mine.image_digests)
+        for digest in mine.image_digests:
+            assert torch.equal(mine.pixels[digest]["pixel_values"], theirs.pixels[digest]["pixel_values"])
 
 
 def test_a_pickled_join_reads_on(join):

@@ -101,8 +101,8 @@ def test_answers_are_those_of_plain_greedy_decoding(experiment, answers, tmp_pat
         ids = preparation.tokenize(turns).input_ids
         # The prompt ends with the call to answer, whose last token is the colon before the answer.
         length = next(n for n, label in enumerate(preparation.tokenize(turns).labels) if label != -100)
-        pixels = [preparation.preprocess(image) for image in sample.images]
-        prompts[sample.key] = (list(ids[:length]), torch.stack(pixels) if pixels else None)
+        pixels = [preparation.preprocess(image)["pixel_values"] for image in sample.images]
+        prompts[sample.key] = (list(ids[:length]), torch.cat(pixels) if pixels else None)
     found = {p.key: p for p in answers()}
     for key, (ids, pixels) in prompts.items():
         said = []

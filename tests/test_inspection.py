@@ -21,13 +21,11 @@ from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import Sample, read_shard
 from pipeline.errors import BadSample, ConfigError, JoinError, PipelineError
 from pipeline.inspection.sample import attention_distance, inspect_sample, paired_layer, student_attention
-from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.positions import IGNORE_INDEX
 from pipeline.studies.demo import write_tokenizer
 from pipeline.teacher_cache.teacher import cache_teacher
-
-IMAGE = IMAGE_TOKEN_INDEX
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +66,10 @@ def test_a_sample_is_what_its_shard_and_its_store_hold(key, experiment, original
 def test_the_tokens_together_are_the_text_of_the_conversation(experiment):
     seen = inspect_sample(experiment.store, "late")
     assert "".join(seen.tokens).endswith(
-        " USER: What do you know? ASSISTANT: much</s> USER: <image> \nAnd of ? ASSISTANT: a teal shape</s>"
+        " USER: What do you know? ASSISTANT: much</s> USER: <image><image><image><image> \n"
+        "And of ? ASSISTANT: a teal shape</s>"
     )
-    assert [seen.tokens[n] for n, i in enumerate(seen.input_ids) if i == IMAGE] == ["<image>"]
+    assert [seen.tokens[n] for n, i in enumerate(seen.input_ids) if i == IMAGE] == ["<image>"] * 4
 
 
 def test_the_text_after_the_first_image_are_the_rows_of_the_attention(experiment):
@@ -78,19 +77,18 @@ def test_the_text_after_the_first_image_are_the_rows_of_the_attention(experiment
     first = seen.input_ids.index(IMAGE)
     assert seen.text == tuple(n for n in range(first, len(seen.input_ids)) if seen.input_ids[n] != IMAGE)
     assert seen.attention[0].shape == (4, len(seen.text), 8)
-    assert seen.grid == 2
-    # An image is four positions in the merged sequence, in place of one: three more after it.
+    assert seen.sizes == (4, 4) and seen.grids == ((2, 2), (2, 2))
     assert seen.slots.vision[0, :4].tolist() == [first, first + 1, first + 2, first + 3]
-    assert seen.slots.text[0, 0] == seen.text[0] + 3 and seen.slots.text[0, -1] == seen.text[-1] + 6
+    assert seen.slots.text[0].tolist() == list(seen.text)
 
 
 def test_the_images_are_what_the_tower_reads(experiment, originals, tmp_path):
     preparation = load_preparation(str(experiment.teacher), experiment.config(tmp_path).data)
     seen = inspect_sample(experiment.store, "two")
     for image, data in zip(seen.images, originals["two"].images, strict=True):
-        clip = preparation.preprocess.clip
+        clip = preparation.images.clip
         mean, std = (torch.tensor(values)[:, None, None] for values in (clip.image_mean, clip.image_std))
-        colours = preparation.preprocess(data) * std + mean
+        colours = preparation.preprocess(data)["pixel_values"][0] * std + mean
         shown = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
         assert image.size == (56, 56)
         torch.testing.assert_close(shown, colours.clamp(0, 1), atol=0.5 / 255 + 1e-6, rtol=0)
@@ -101,9 +99,7 @@ def test_the_images_are_what_the_tower_reads(experiment, originals, tmp_path):
 def test_the_attention_is_the_stored_one_with_the_images_side_by_side(experiment):
     seen, stored = inspect_sample(experiment.store, "two"), stored_arrays(experiment.store)["two"]
     for layer in (0, 1):
-        rows = stored[f"attention/layer_{layer}"]  # all rows of the first image, then all of the second
-        first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-        expected = np.concatenate([first, second], axis=2).transpose(1, 0, 2)
+        expected = np.concatenate(stored[f"attention/layer_{layer}"], axis=2).transpose(1, 0, 2)
         np.testing.assert_array_equal(seen.attention[layer].numpy(), expected)
 
 
@@ -111,17 +107,17 @@ def test_the_attention_is_the_stored_one_with_the_images_side_by_side(experiment
 def test_the_focus_is_what_the_text_attends_most(layer, experiment):
     seen = inspect_sample(experiment.store, "apart", layer=layer, k=3)
     mass = seen.attention[layer].numpy().mean(axis=0).sum(axis=0).reshape(2, 4)
-    assert seen.focus.tolist() == np.argsort(-mass, axis=1)[:, :3].tolist()
+    assert [of_image.tolist() for of_image in seen.focus] == np.argsort(-mass, axis=1)[:, :3].tolist()
 
 
 def test_the_focus_is_as_large_as_the_config_says_or_as_is_asked(experiment, tmp_path):
-    assert inspect_sample(experiment.store, "a0").focus.shape == (1, 2)
+    def sizes(**options) -> list[int]:
+        return [len(of_image) for of_image in inspect_sample(experiment.store, "a0", **options).focus]
+
+    assert sizes() == [2]
     config = experiment.config(tmp_path, "losses.vision_focus=null")
-    assert inspect_sample(experiment.store, "a0", config=config).focus.shape == (
-        1,
-        4,
-    )  # 16, of which it has 4
-    assert inspect_sample(experiment.store, "a0", config=config, k=1).focus.shape == (1, 1)
+    assert sizes(config=config) == [4]  # 16, of which it has 4
+    assert sizes(config=config, k=1) == [1]
     with pytest.raises(ConfigError, match=r"k: expected a number of focus tokens from 1 on, found 0"):
         inspect_sample(experiment.store, "a0", k=0)
 
@@ -143,8 +139,8 @@ def test_an_answer_has_the_teachers_likeliest_tokens_beside_it(experiment, tmp_p
 
 def test_a_text_alone_has_no_image_to_look_at(experiment):
     seen = inspect_sample(experiment.store, "t0")
-    assert seen.images == () and seen.text == () and seen.focus.shape == (0, 2)
-    assert seen.attention[0].shape == (4, 0, 0) and len(seen.answers) > 2
+    assert seen.images == () and seen.text == () and seen.focus == ()
+    assert seen.attention[0].numel() == 0 and len(seen.answers) > 2
 
 
 def test_what_the_store_does_not_keep_is_left_out(experiment, tmp_path):
@@ -152,7 +148,7 @@ def test_what_the_store_does_not_keep_is_left_out(experiment, tmp_path):
     config = experiment.config(tmp_path, f"cache.path={tmp_path}/store", "losses.vision_focus=null", *off)
     cache_teacher(config)
     seen = inspect_sample(tmp_path / "store", "a0")
-    assert seen.attention == {} and seen.focus.numel() == 0
+    assert seen.attention == {} and seen.focus == ()
     assert seen.answers and all(answer.likeliest == () for answer in seen.answers)
 
 
@@ -306,10 +302,11 @@ def test_a_text_that_is_none_any_more_is_refused_without_a_tokenizer_too(
 def test_a_sample_that_lost_rows_is_refused(experiment, tmp_path):
     def shorten(key, arrays):
         name = "attention/layer_1"
-        return arrays | {name: arrays[name][:-1]} if key == "a0" else arrays
+        return arrays | {name: [block[:-1] for block in arrays[name]]} if key == "a0" else arrays
 
     store = rewrite_store(experiment.store, tmp_path / "store", shorten)
-    rows = len(stored_arrays(experiment.store)["a0"]["attention/layer_1"])
+    [block] = stored_arrays(experiment.store)["a0"]["attention/layer_1"]
+    rows = len(block)
     with pytest.raises(
         JoinError,
         match=rf"sample 'a0': .* keeps {rows - 1} rows of attention to 4 vision tokens, .* for {rows} to 4",
@@ -326,14 +323,11 @@ def eager_attention(folder: Path, seen, experiment, layer: int) -> Tensor:
     model.set_attn_implementation("eager")
     preparation = load_preparation(str(folder), seen.config.data)
     files = next(s for n in range(3) for s in read_shard(experiment.shard(n)) if s.key == seen.key).images
-    pixels = torch.stack([preparation.preprocess(data) for data in files])
+    pixels = torch.cat([preparation.preprocess(data)["pixel_values"] for data in files])
+    ids = torch.tensor([seen.input_ids])
     with torch.no_grad():
-        merged = model.merge_inputs(torch.tensor([seen.input_ids]), model.encode_images(pixels))
-        hidden = model.model(
-            inputs_embeds=merged.inputs_embeds, attention_mask=merged.attention_mask.long(), output_attentions=True
-        )  # fmt: skip
-    whole = hidden.attentions[layer][0].mean(dim=0)
-    return whole[merged.slots.text[0]][:, merged.slots.vision[0]]
+        whole = model(ids, pixel_values=pixels, output_attentions=True).attentions[layer][0].mean(dim=0)
+    return whole[list(seen.text)][:, ids[0] == IMAGE]
 
 
 @pytest.mark.parametrize("key", ["a0", "two", "apart"])
@@ -405,7 +399,8 @@ def test_without_a_layer_the_one_that_the_losses_read_is_shown(experiment, tmp_p
     deep = ["losses.attention.layers=[[1, 0]]", "losses.vision_focus.layer=1"]
     inspection = inspect_sample(experiment.store, "a0", config=experiment.config(tmp_path, *deep))
     assert inspection.layer == 1 and paired_layer(inspection) == 0
-    assert torch.equal(inspection.focus, inspect_sample(experiment.store, "a0", layer=1).focus)
+    [mine], [theirs] = inspection.focus, inspect_sample(experiment.store, "a0", layer=1).focus
+    assert torch.equal(mine, theirs)
 
 
 def test_a_layer_without_a_pair_asks_for_the_students(experiment, tmp_path):

@@ -6,11 +6,13 @@ import io
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 from rich.text import Text
 
 from pipeline.inspection.sample import Answer, Inspection, inspect_sample
 from pipeline.inspection.sample_text import GIVEN, IMAGE, TRAINED, describe_sample
+from pipeline.positions import Slots
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +25,13 @@ def small(seen: Inspection, **changes) -> Inspection:
     """A sample of a few tokens, with an image of four vision tokens among them."""
     made = replace(
         seen,
-        input_ids=(1, 7, -200, 8, 9, 10, 2),
-        labels=(-100, -100, -100, -100, -100, 10, 2),
-        tokens=("<s>", " What", "<image>", "\n", " is:", " a b", "</s>"),
+        input_ids=(1, 7, -200, -200, -200, -200, 8, 9, 10, 2),
+        labels=(*[-100] * 8, 10, 2),
+        tokens=("<s>", " What", *["<image>"] * 4, "\n", " is:", " a b", "</s>"),
+        slots=Slots(torch.tensor([[6, 7, 8, 9]]), torch.tensor([[2, 3, 4, 5]]), seen.sizes),
         answers=(
-            Answer(5, ((" a b", 0.75), (" c", 0.2), ("\n", 0.01), (" d", 0.0002), (" e", 0.0001))),
-            Answer(6, ((" c", 0.9), ("</s>", 0.1))),
+            Answer(8, ((" a b", 0.75), (" c", 0.2), ("\n", 0.01), (" d", 0.0002), (" e", 0.0001))),
+            Answer(9, ((" c", 0.9), ("</s>", 0.1))),
         ),
     )
     return replace(made, **changes)
@@ -65,7 +68,7 @@ def test_tokens_images_and_answers_can_be_read_without_colour(inspect):
 
 def test_neighbouring_tokens_trained_tokens_and_images_differ_in_colour(inspect):
     text = describe_sample(small(inspect("a0")))
-    assert styles(text, "␣a␣b") <= {*TRAINED, *GIVEN} and TRAINED[1] in styles(text, "␣a␣b")
+    assert styles(text, "␣a␣b") <= {*TRAINED, *GIVEN} and TRAINED[0] in styles(text, "␣a␣b")
     assert GIVEN[1] in styles(text, "␣What") and TRAINED[0] not in styles(text, "␣What")
     assert styles(text, "[image 1: 2 x 2 vision tokens at 2 to 5]") == {IMAGE}
 
@@ -77,7 +80,7 @@ def test_a_terminal_shows_the_colours_and_a_file_does_not(inspect):
         console = Console(file=file, width=100, force_terminal=colours is not None, color_system=colours)
         console.print(describe_sample(small(inspect("a0"))))
         shown[colours] = file.getvalue()
-    assert "\x1b[1;34m␣a␣b\x1b[0m" in shown["standard"]
+    assert "\x1b[1;36m␣a␣b\x1b[0m" in shown["standard"]
     assert "\x1b" not in shown[None] and "»␣a␣b </s>«" in shown[None]
 
 
@@ -104,7 +107,7 @@ def test_a_text_alone_is_described_too(inspect):
 
 
 def test_a_store_without_logits_says_that_it_knows_no_answers(inspect):
-    seen = small(inspect("a0"), answers=(Answer(5, ()), Answer(6, ())))
+    seen = small(inspect("a0"), answers=(Answer(8, ()), Answer(9, ())))
     assert lines(seen)[-1] == "The store has no logits, so the teacher's answers are not known."
 
 

@@ -121,8 +121,9 @@ def test_weights_of_zero_leave_the_plain_loss_of_transformers(trainer_of):
     trainer = trainer_of(*zeros, "train.max_steps=1")
     batch = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
+        pixels = torch.cat([image["pixel_values"] for image in batch["images"]])
         outputs = trainer.distiller.student(
-            batch["input_ids"], batch["attention_mask"], batch["labels"], batch["pixel_values"]
+            batch["input_ids"], batch["attention_mask"], batch["labels"], pixels
         )
         mine = trainer.compute_loss(trainer.distiller, batch)
     assert mine.item() == pytest.approx(outputs.loss.item(), rel=1e-5)
@@ -142,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(experiment, traine
 
 def test_a_store_that_lacks_rows_of_a_sample_stops_the_run(experiment, trainer_of, tmp_path):
     def cut(key, arrays):
-        return {n: a[1:] if n == "attention/layer_0" and len(a) else a for n, a in arrays.items()}
+        return {n: [b[1:] for b in a] if n == "attention/layer_0" else a for n, a in arrays.items()}
 
     store = rewrite_store(experiment.store, tmp_path / "store", cut)
     with pytest.raises(JoinError, match=r"sample .* target 'attention' and received"):

@@ -113,7 +113,8 @@ class VisionLanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.network.get_input_embeddings().weight.device
+        """Where the weights are; those that a stub does not read are on the meta device."""
+        return next(parameter.device for parameter in self.network.parameters() if not parameter.is_meta)
 
     @property
     def image_token_id(self) -> int:

@@ -14,9 +14,14 @@ from pipeline.data.packing import pack
 SIZES = ((40, 28), (24, 60), (32, 32))
 
 
+def png(width: int, height: int, seed: int = 0) -> bytes:
+    """Return coarse noise as a file."""
+    return small_experiment.picture(seed, (width, height))
+
+
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """Return coarse noise as an image, another for each seed."""
-    return Image.open(io.BytesIO(small_experiment.picture(seed, (width, height)))).convert("RGB")
+    return Image.open(io.BytesIO(png(width, height, seed))).convert("RGB")
 
 
 def write_shards(folder: Path) -> Path:

@@ -1,0 +1,136 @@
+"""Every family through the door: the conformance suite, and both stages by the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import family_images
+import pytest
+import tiny_families
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText
+
+from cache import Store
+from cli import main
+from pipeline.conformance.checks import CHECKS, Check
+from pipeline.conformance.specimen import Specimen, specimen_of
+from pipeline.config.config import load_config
+from pipeline.data.load_preparation import load_preparation
+from pipeline.data.preparation import pad_tokens
+from pipeline.models.families import FAMILIES
+from pipeline.models.loading import load_network
+from pipeline.models.vlm import VisionLanguageModel
+
+pytestmark = pytest.mark.slow
+
+# LFM2-VL's image processor needs torchvision: its model is checked on inputs made by hand (below).
+WITH_PROCESSOR = [family for family in tiny_families.FAMILIES if family != "lfm2_vl"]
+
+
+def test_the_suite_knows_every_family_that_is_let_in():
+    assert set(tiny_families.FAMILIES) == set(FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("teachers")
+
+    def of(family: str) -> Path:
+        known = folder / family
+        return known if known.is_dir() else tiny_families.write_checkpoint(family, known)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return family_images.write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.mark.parametrize("family", WITH_PROCESSOR)
+def test_a_family_conforms(family, teachers):
+    specimen = specimen_of(teachers(family))
+    assert sum(len(sample.sizes) for sample in specimen.samples) >= 3
+    assert failed(specimen) == []
+
+
+def failed(specimen: Specimen) -> Sequence[Check]:
+    return [result for check in CHECKS if not (result := check(specimen)).passed]
+
+
+def config_of(family: str, teacher: Path, shards: Path, folder: Path) -> Path:
+    """Write a config of both stages: a smaller student of the teacher's family, every loss, two steps."""
+    smaller = {"hidden_size": 16, "num_hidden_layers": 3} if family == "mobilevlm" else {"num_hidden_layers": 3}
+    student = tiny_families.write_checkpoint(family, folder / "student", seed=1, **smaller)
+    config = {
+        "output_dir": str(folder / "run"),
+        "teacher": {"model": str(teacher), "batch_size": 3},
+        "student": {"model": str(student), "gradient_checkpointing": True},
+        "data": {"shards": str(shards), "template": "v1" if family == "mobilevlm" else "chat"},
+        "cache": {"path": str(folder / "store")},
+        "targets": {
+            "attention": {"layers": [0, 1], "heads": "each"},
+            "vision": {"codec": "float16"},
+            "logits": {"top_k": 8, "tail_samples": 4},
+        },
+        "losses": {
+            "attention": {"layers": [[0, 0], [1, 1]], "heads": "mix"},
+            "vision_all": {},
+            "vision_focus": {"k": 3},
+            "logits": {"direction": "forward"},
+        },
+        "train": {
+            "max_steps": 2,
+            "per_device_train_batch_size": 3,
+            "learning_rate": 1e-3,
+            "report_to": "none",
+            "logging_steps": 1,
+        },
+        "evaluate": {"shards": str(shards), "max_new_tokens": 3},
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+@pytest.mark.parametrize("family", WITH_PROCESSOR)
+def test_both_stages_run_by_the_command_line(family, teachers, shards, tmp_path):
+    config = config_of(family, teachers(family), shards, tmp_path)
+    alignkd("teacher-cache", "--config", config)
+    store = Store(tmp_path / "store")
+    rejected = [reason for part in store.parts for _, reason in store.rejects(part)]
+    # PaliGemma takes one exchange, and one sample has two.
+    assert (len(store), len(rejected)) == ((5, 1) if family == "paligemma" else (6, 0)), rejected
+    alignkd("distill", "--config", config)
+    state = json.loads((tmp_path / "run" / "align_kd" / "trainer_state.json").read_text())
+    terms = {name for line in state["log_history"] for name in line if name.startswith("loss/") and not name.endswith("_weighted")}
+    assert terms == {f"loss/{name}" for name in ("supervised", "attention", "vision_all", "vision_focus", "logits")}
+    alignkd("check", "--config", config, "--samples", 4)
+    key = next(iter(store.keys()))
+    alignkd("inspect", "sample", tmp_path / "store", key)
+    model = tmp_path / "run" / "align_kd" / "model"
+    assert AutoModelForImageTextToText.from_pretrained(model) is not None
+    assert generated(config, model)
+
+
+def alignkd(*arguments: object) -> None:
+    """Run a command line that must end well."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert not ended.value.code
+
+
+def generated(config: Path, model: Path) -> list[int]:
+    """Return three greedy ids about an image, of the student as it was written."""
+    preparation = load_preparation(str(model), load_config(config).data)
+    vlm = VisionLanguageModel(load_network(str(model), dtype=torch.float32).eval())
+    image = family_images.png(40, 28)
+    prompt = preparation.prompt(
+        [{"from": "human", "value": "<image>\nWhat is it?"}], preparation.sizes_of([image])
+    )
+    features = vlm.encode([preparation.preprocess(image)], prompt.sizes)
+    batch = pad_tokens([prompt], preparation.image_token_id)
+    return vlm.generate(batch, features, max_new_tokens=3, min_new_tokens=3, do_sample=False)[0].tolist()

@@ -18,6 +18,7 @@ from cache.errors import (
     DuplicateKey,
     FingerprintMismatch,
     ForeignPart,
+    FormatMismatch,
     HoldsFewer,
     KeyNotInStore,
     MisusedWriter,

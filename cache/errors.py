@@ -5,6 +5,7 @@ CacheError
 ├── StoreUnreachable        a server does not answer, or refuses
 ├── NotThere                a folder where a URL was asked for, or a URL where a folder was
 ├── UnsupportedFormat       the store was written in a format version this code does not read
+├── FormatMismatch          a store is of another format than what is to be written into it or joined with it
 ├── FingerprintMismatch     the store holds something else than what was asked for
 ├── SchemaError             a field of a record has a wrong value
 ├── UnsafeName              a part or array name that could leave the store's directory
@@ -61,12 +62,17 @@ class NotThere(CacheError):
 
 
 class UnsupportedFormat(CacheError):
-    def __init__(self, file: str | AnyPath, *, found: object, readable: int) -> None:
+    def __init__(self, file: str | AnyPath, *, found: object, readable: Iterable[int]) -> None:
         self.file, self.found = file, found
         super().__init__(
-            f"{file} is of store format {found!r}, this version reads format {readable}; "
+            f"{file} is of store format {found!r}, this version reads formats {' and '.join(map(str, readable))}; "
             "use the alignkd version that wrote the store, or write the store again."
         )
+
+
+class FormatMismatch(CacheError):
+    def __init__(self, path: AnyPath, *, found: int, asked: int, remedy: str) -> None:
+        super().__init__(f"The store at {path} is of format {found}, asked for was format {asked}; {remedy}.")
 
 
 class FingerprintMismatch(CacheError):

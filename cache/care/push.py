@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cache.errors import CorruptPart, FingerprintMismatch, NotThere, PartConflict
+from cache.errors import CorruptPart, FingerprintMismatch, FormatMismatch, NotThere, PartConflict
 from cache.files.any_path import AnyPath, Range, RemotePath, any_path, find_ranges, local, read_file
 from cache.files.durable import hash_file
 from cache.files.remote import upload
@@ -32,8 +32,8 @@ def push_store(
 ) -> Pushed:
     """Send the finished parts of a store to a URL, and call `each` with every part; an interrupted push resumes.
 
-    Every file's hash is compared before it is sent. Raises `FingerprintMismatch` if another store is there,
-    `PartConflict` if a part is there with other content, `CorruptPart` before a damaged part is sent.
+    Every file's hash is compared before it is sent. Raises `FingerprintMismatch` or `FormatMismatch` if another store
+    is there, `PartConflict` if a part is there with other content, `CorruptPart` before a damaged part is sent.
     """
     folder = local(source.path, doing="pushed from")
     target = any_path(url)
@@ -67,6 +67,9 @@ def _united(target: RemotePath, source: Store) -> Manifest:
     planned = set(source.parts)
     if (data := read_file(target / MANIFEST)) is not None:
         there = Manifest.from_json(read_document(target / MANIFEST, data))
+        found, mine = there.format_version, source.manifest.format_version
+        if found != mine:
+            raise FormatMismatch(target, found=found, asked=mine, remedy="push to another URL")
         if differences := there.differences(source.manifest):
             raise FingerprintMismatch(target, differences, remedy="Push to another URL.")
         planned |= set(there.planned_parts)

@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cache.errors import CorruptPart, FingerprintMismatch, PartConflict, UnknownArray, UnknownPart
+from cache.errors import (
+    CorruptPart,
+    FingerprintMismatch,
+    FormatMismatch,
+    PartConflict,
+    UnknownArray,
+    UnknownPart,
+)
 from cache.files.any_path import AnyPath, any_path, copy_files
 from cache.files.durable import hash_file, sync_file
 from cache.format.codecs import stored_arrays
@@ -57,11 +64,14 @@ def slice_store(
 def merge_stores(sources: Sequence[Store], target: str | Path) -> Store:
     """Copy all parts of stores of one fingerprint into a new store.
 
-    Raises `FingerprintMismatch` if they hold different things, `PartConflict` if two have a part that differs,
-    `DuplicateKey` if two parts hold one key; nothing is written then.
+    Raises `FormatMismatch` if they are of different formats, `FingerprintMismatch` if they hold different things,
+    `PartConflict` if two have a part that differs, `DuplicateKey` if two parts hold one key; nothing is written then.
     """
     first = sources[0]
     for other in sources[1:]:
+        found, asked = other.manifest.format_version, first.manifest.format_version
+        if found != asked:
+            raise FormatMismatch(other.path, found=found, asked=asked, remedy="merge stores of one format")
         if differences := first.manifest.differences(other.manifest):
             remedy = f"Merge stores made as {first.path} was."
             raise FingerprintMismatch(other.path, differences, remedy=remedy)

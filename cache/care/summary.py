@@ -22,7 +22,7 @@ class ArraySummary:
 
     name: str
     axes: str
-    row_shape: tuple[int, ...]
+    row_shape: tuple[int | None, ...]  # None: the vision tokens of the row's image
     owner: str
     codec: str
     options: dict[str, Any]

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal, TypeVar
 
-import numpy as np
-
 from cache.errors import CorruptFile, CorruptPart, ForeignPart, UnreadableFile, UnsafeName, UnsupportedFormat
 from cache.files.any_path import AnyPath, any_path, hash_of, sizes_below
 from cache.format.codec import StoredArray
-from cache.format.codecs import holds_fill, stored_arrays
+from cache.format.codecs import first_fill, holds_fill, stored_arrays
 from cache.format.index import PartIndex
 from cache.format.layout import INDEX, PART_RECORD, PARTS, REJECTS, ZARR_METADATA
 from cache.format.records import FileRecord, PartRecord, read_part_record, read_rejects
@@ -207,18 +205,8 @@ def _check_array(audit: PartAudit, part: FinishedPart, *, spec: ArraySpec, store
         if rows is None:
             return
         if holds_fill(stored, rows):
-            inside = next(
-                i for i, values in enumerate(rows.reshape(len(rows), -1)) if holds_fill(stored, values)
-            )
-            row = number * array.chunk_rows + inside
-            detail = f"row {row}, of {_owner_of(part.index, spec, row)}, holds {stored.fill_value} "
+            place = number * array.chunk_rows + first_fill(stored, rows)
+            where = f"{'element' if stored.is_flat else 'row'} {place}"
+            detail = f"{where}, of {part.rows.owner_at(spec, stored, place)}, holds {stored.fill_value} "
             audit.found("non-finite", array.shard, detail + "or another value that is not finite")
             return
-
-
-def _owner_of(index: PartIndex, spec: ArraySpec, row: int) -> str:
-    """Return the image or sample that a row of an array belongs to."""
-    if spec.owner == "image":
-        return f"image {index.digests[row]}"
-    sample = int(np.searchsorted(index.rows[spec.name], row, side="right")) - 1
-    return f"sample {index.keys[sample]!r}"

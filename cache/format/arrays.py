@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, cast
 
 import numpy as np
@@ -19,6 +19,11 @@ CHUNK_BYTES = 1 << 15
 """Decompressed. A sample is read by whole chunks: larger ones would hold mostly rows of other samples, more bytes
 than the sample's vision features. Neighbouring chunks are read as one range, so small ones cost little."""
 
+MOST_RAGGED_BYTES = 1 << 18
+CHUNKS_OF_A_BLOCK = 16
+"""Where an image's block has a size of its own, it begins and ends inside chunks, and on average brings one chunk of
+its neighbours: a sixteenth of a large block."""
+
 Compression = tuple[Literal["lz4", "zstd"], int]
 
 FAST: Compression = ("lz4", 5)
@@ -32,15 +37,17 @@ _SHUFFLES = {"shuffle": 1, "bitshuffle": 2}
 _compress = cast(Callable[[Array, bytes, int, int], bytes], blosc.compress)  # pyright: ignore[reportUnknownMemberType]
 
 
-def array_files(stored: StoredArray, *, rows: Array, axes: list[str]) -> dict[str, memoryview]:
-    """Return the files of a Zarr array of `rows`, 'rows *row_shape', by relative path. A chunk holds CHUNK_BYTES.
+def array_files(
+    stored: StoredArray, *, rows: Array, axes: list[str], chunk_rows: int | None = None
+) -> dict[str, memoryview]:
+    """Return the files of a Zarr array of `rows`, 'rows *row_shape', by relative path.
 
-    zarr holds a whole shard in memory while it makes it, so this costs nothing; and the caller can hash the files
-    without reading them back.
+    By default a chunk has as many rows as CHUNK_BYTES hold, at least one. zarr holds a whole shard in memory while
+    it makes it, so this costs nothing; and the caller can hash the files without reading them back.
     """
     num_rows = rows.shape[0]
     row_bytes = np.dtype(stored.dtype).itemsize * math.prod(stored.row_shape)
-    chunk_rows = max(1, min(CHUNK_BYTES // row_bytes, num_rows))
+    chunk_rows = max(1, min(chunk_rows or CHUNK_BYTES // row_bytes, num_rows))
     shard_rows = chunk_rows * max(1, -(-num_rows // chunk_rows))
     files: dict[str, Buffer] = {}
     array = zarr.create_array(  # pyright: ignore[reportUnknownMemberType]
@@ -60,6 +67,20 @@ def array_files(stored: StoredArray, *, rows: Array, axes: list[str]) -> dict[st
         array[...] = rows
     # Views, because a shard may be gigabytes. Arrays are buffers; their types say so only from Python 3.12 on.
     return {name: memoryview(cast(bytes, data.as_numpy_array())) for name, data in files.items()}
+
+
+def ragged_chunk(stored: StoredArray, *, row_sizes: Iterable[int], mean_block: float) -> int:
+    """Return how many elements a chunk of a flat array holds.
+
+    `row_sizes` are the sizes of its rows, `mean_block` is that of what is read at once. Rows of one size are kept in
+    chunks of whole rows, as in an array that is not ragged.
+    """
+    itemsize, sizes = np.dtype(stored.dtype).itemsize, set(row_sizes)
+    if len(sizes) == 1:
+        [size] = sizes
+        return size * max(1, CHUNK_BYTES // (size * itemsize))
+    share = int(mean_block * itemsize) // CHUNKS_OF_A_BLOCK
+    return max(CHUNK_BYTES, min(1 << share.bit_length(), MOST_RAGGED_BYTES)) // itemsize
 
 
 def _compressor(stored: StoredArray, chunk: Array) -> BloscCodec:

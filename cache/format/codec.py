@@ -26,9 +26,20 @@ class StoredArray:
     shuffle: Shuffle
     fill_value: float | int
     fill_is_reserved: bool  # the codec never writes fill_value, so finding it means that something is missing
+    is_flat: bool = (
+        False  # of a ragged array: its elements, block after block, on one axis; `row_shape` is empty
+    )
 
     def name(self, spec: ArraySpec) -> str:
         return f"{spec.name}_{self.suffix}" if self.suffix else spec.name
+
+
+def codes_of(
+    spec: ArraySpec, dtype: str, shuffle: Shuffle, fill: float | int, *, is_reserved: bool
+) -> StoredArray:
+    """Return the stored array with a code for each value."""
+    row_shape = () if spec.is_ragged else spec.shape_of(0)
+    return StoredArray("", dtype, row_shape, shuffle, fill, is_reserved, is_flat=spec.is_ragged)
 
 
 class Codec(ABC):

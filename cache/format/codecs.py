@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from cache.errors import ArrayMismatch, RefusedValue, SchemaError
-from cache.format.codec import Array, Codec, StoredArray, too_large
+from cache.format.codec import Array, Codec, StoredArray, codes_of, too_large
 from cache.format.quantised import FixedPointCodec, Int8Codec, SqrtUint8Codec
 from cache.format.schema import ArraySpec, Options
 
@@ -24,7 +24,7 @@ class FloatCodec(Codec):
         self._dtype = dtype
 
     def stored(self, spec: ArraySpec) -> tuple[StoredArray, ...]:
-        return (StoredArray("", self._dtype, spec.row_shape, "bitshuffle", math.nan, True),)
+        return (codes_of(spec, self._dtype, "bitshuffle", math.nan, is_reserved=True),)
 
     def encode(self, rows: Array, options: Options) -> dict[str, Array]:
         with np.errstate(over="ignore"):
@@ -58,7 +58,7 @@ class IntegerCodec(Codec):
             raise SchemaError(field, expected=expected, found=spec.options["dtype"])
 
     def stored(self, spec: ArraySpec) -> tuple[StoredArray, ...]:
-        return (StoredArray("", str(spec.options["dtype"]), spec.row_shape, "shuffle", 0, False),)
+        return (codes_of(spec, str(spec.options["dtype"]), "shuffle", 0, is_reserved=False),)
 
     def encode(self, rows: Array, options: Options) -> dict[str, Array]:
         limits = np.iinfo(str(options["dtype"]))
@@ -139,6 +139,12 @@ def holds_fill(stored: StoredArray, codes: Array) -> bool:
     if codes.size and stored.fill_value == np.iinfo(codes.dtype).min:
         return bool(codes.min() == stored.fill_value)  # many times as fast as comparing each
     return bool((codes == stored.fill_value).any())
+
+
+def first_fill(stored: StoredArray, codes: Array) -> int:
+    """Return the first row of `codes` that holds the fill value; there must be one."""
+    is_fill = ~np.isfinite(codes) if codes.dtype.kind == "f" else codes == stored.fill_value
+    return int(is_fill.reshape(len(codes), -1).any(axis=1).argmax())
 
 
 def _check_rows(spec: ArraySpec, rows: Array, *, takes: str) -> None:

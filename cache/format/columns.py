@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, FailFast, Field, InstanceOf, PlainSerializer, Strict
+from pydantic import AfterValidator, Field, InstanceOf, PlainSerializer, Strict
 
 from cache.format.schema import Span
 
@@ -101,13 +101,14 @@ if TYPE_CHECKING:
     Numbers = Integers
 else:
     # How columns are read from JSON and written to it. `InstanceOf`: a key may hold half a surrogate pair, which a
-    # plain `str` field may refuse. `FailFast`: there may be millions of wrong elements.
+    # plain `str` field may refuse. `fail_fast`: there may be millions of wrong elements.
+    _FIRST = Field(fail_fast=True)
     _Strings = list[InstanceOf[str]]
     _Int64 = Annotated[int, Strict(), Field(ge=-(2**63), lt=2**63)]
-    Strings = Annotated[_Strings, FailFast(), AfterValidator(Texts), PlainSerializer(list)]
-    Digests = Annotated[_Strings, FailFast(), AfterValidator(digests), PlainSerializer(list)]
+    Strings = Annotated[_Strings, _FIRST, AfterValidator(Texts), PlainSerializer(list)]
+    Digests = Annotated[_Strings, _FIRST, AfterValidator(digests), PlainSerializer(list)]
     Numbers = Annotated[
-        list[_Int64], FailFast(), AfterValidator(integers), PlainSerializer(lambda column: column.tolist())
+        list[_Int64], _FIRST, AfterValidator(integers), PlainSerializer(lambda column: column.tolist())
     ]
 
 

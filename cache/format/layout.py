@@ -10,7 +10,9 @@ from typing import TypeVar, overload
 from cache.errors import UnsafeName
 from cache.files.any_path import AnyPath
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Formats that are read and copied. Format 1 has no ragged arrays, and its index does not count tokens."""
 
 MANIFEST = "manifest.json"
 CARD = "README.md"

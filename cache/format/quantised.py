@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from cache.errors import RefusedValue, SchemaError
-from cache.format.codec import Array, Codec, StoredArray, too_large
+from cache.format.codec import Array, Codec, StoredArray, codes_of, too_large
 from cache.format.schema import ArraySpec, Options
 
 
@@ -25,7 +25,7 @@ class FixedPointCodec(Codec):
             raise SchemaError(field, expected="a power of two, such as 0.0078125", found=step)
 
     def stored(self, spec: ArraySpec) -> tuple[StoredArray, ...]:
-        return (StoredArray("", "int16", spec.row_shape, "bitshuffle", -32768, True),)
+        return (codes_of(spec, "int16", "bitshuffle", -32768, is_reserved=True),)
 
     def encode(self, rows: Array, options: Options) -> dict[str, Array]:
         step = float(options["step"])
@@ -58,8 +58,8 @@ class _ScaledCodec(Codec):
 
     def _stored(self, spec: ArraySpec, dtype: str, fill: int, is_reserved: bool) -> tuple[StoredArray, ...]:
         return (
-            StoredArray("", dtype, spec.row_shape, "bitshuffle", fill, is_reserved),
-            StoredArray("scale", "float16", spec.row_shape[:-1], "bitshuffle", math.nan, True),
+            codes_of(spec, dtype, "bitshuffle", fill, is_reserved=is_reserved),
+            StoredArray("scale", "float16", spec.leading, "bitshuffle", math.nan, True),
         )
 
 

@@ -14,7 +14,7 @@ from cache.files.any_path import AnyPath, read_file
 from cache.files.durable import hash_bytes
 from cache.format.codecs import stored_arrays
 from cache.format.documents import canonical_json, digest_of, read_document, validated
-from cache.format.layout import FORMAT_VERSION, PART_RECORD, REJECTS, check_file_name
+from cache.format.layout import FORMAT_VERSION, PART_RECORD, READABLE, REJECTS, check_file_name
 from cache.format.schema import ArraySpec, check_format
 
 T = TypeVar("T")
@@ -49,6 +49,7 @@ class PartRecord:
     counts: Counts
     seconds: StrictFloat | None  # that it took to make; None if nobody measured
     files: dict[str, FileRecord]  # every file of the part but part.json, by path relative to the part
+    format_version: StrictInt = FORMAT_VERSION
 
     def array_bytes(self, spec: ArraySpec) -> int:
         """Return the bytes on the disk of everything stored for this array."""
@@ -60,7 +61,7 @@ class PartRecord:
         return digest_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> PartRecord:
@@ -100,7 +101,7 @@ def read_part_file(
     except CorruptFile as error:
         raise CorruptPart(error.file, error.detail) from error
     except UnsupportedFormat as error:
-        raise UnsupportedFormat(file, found=error.found, readable=FORMAT_VERSION) from None
+        raise UnsupportedFormat(file, found=error.found, readable=READABLE) from None
     except (SchemaError, UnsafeName) as error:
         raise CorruptPart(file, str(error)) from error
 

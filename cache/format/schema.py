@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,7 @@ from pydantic import StrictFloat, StrictInt
 from cache.differences import NOTHING, Difference, leaf_differences
 from cache.errors import SchemaError, UnsupportedFormat
 from cache.format.documents import digest_of, validated
-from cache.format.layout import FORMAT_VERSION, MANIFEST, check_array_name, check_part_name
+from cache.format.layout import MANIFEST, READABLE, check_array_name, check_part_name
 
 Owner = Literal["sample", "image"]
 Options = Mapping[str, StrictFloat | StrictInt | str]
@@ -27,14 +27,23 @@ class Fingerprint:
     template: str
     image_preprocessing: str
     capture: str
+    family: str = (
+        ""  # of the teacher: its model type and its types of layers; "" in format 1, which does not say
+    )
 
     def differences(self, other: Fingerprint) -> list[Difference]:
-        """Return the fields in which `other` (mine) differs from this one (the stored)."""
+        """Return the fields in which `other` (mine) differs from this one (the stored).
+
+        `family` is compared where both say one.
+        """
         stored, mine = asdict(self), asdict(other)
+        if not (self.family and other.family):
+            del stored["family"]
         return [Difference(name, stored[name], mine[name]) for name in stored if stored[name] != mine[name]]
 
     def to_json(self) -> dict[str, str]:
-        return asdict(self)
+        """Return the fields; `family` is left out where it is "", so that digests of format 1 stay what they were."""
+        return {name: value for name, value in asdict(self).items() if value or name != "family"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,9 @@ class ArraySpec:
 
     name: str
     axes: str  # legend letters, e.g. "R H N"; the first axis is ragged over samples or images
-    row_shape: tuple[StrictInt, ...]  # the sizes of the other axes
+    row_shape: tuple[
+        StrictInt | None, ...
+    ]  # the sizes of the other axes; the last may be None, see `is_ragged`
     owner: Owner  # "image": one row for each distinct image of a part, samples point to it
     codec: str
     options: Options
@@ -53,11 +64,31 @@ class ArraySpec:
         where = f"arrays[{self.name}]"
         if self.owner not in get_args(Owner):
             raise SchemaError(f"{where}.owner", expected="'sample' or 'image'", found=self.owner)
-        if any(size < 1 for size in self.row_shape):
-            raise SchemaError(f"{where}.row_shape", expected="positive integers", found=self.row_shape)
+        fixed = self.row_shape[:-1] if self.is_ragged else self.row_shape
+        if any(size is None or size < 1 for size in fixed):
+            expected = "positive integers, and null for the last one only"
+            raise SchemaError(f"{where}.row_shape", expected=expected, found=self.row_shape)
         if len(self.axes.split()) != 1 + len(self.row_shape):
             expected = f"{1 + len(self.row_shape)} letters, for the rows and row_shape {self.row_shape}"
             raise SchemaError(f"{where}.axes", expected=expected, found=self.axes)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the last axis is as long as the row's image has vision tokens."""
+        return bool(self.row_shape) and self.row_shape[-1] is None
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The sizes between the rows and the last axis."""
+        return tuple(size for size in self.row_shape[:-1] if size is not None)
+
+    def shape_of(self, tokens: int) -> tuple[int, ...]:
+        """Return the shape of a row of an image with so many vision tokens; a fixed shape is the same for all."""
+        return tuple(tokens if size is None else size for size in self.row_shape)
+
+    def with_tokens(self, tokens: int) -> ArraySpec:
+        """Return the spec of rows that are all of images with so many vision tokens."""
+        return replace(self, row_shape=self.shape_of(tokens))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,6 +110,8 @@ class Manifest:
         names = [spec.name for spec in self.arrays]
         if len(set(names)) != len(names):
             raise SchemaError("arrays", expected="each name once", found=names)
+        if self.format_version == 1 and (ragged := [spec.name for spec in self.arrays if spec.is_ragged]):
+            raise SchemaError("arrays", expected="fixed row shapes in format 1", found=ragged)
         for part in self.planned_parts:
             check_part_name(part)
 
@@ -87,9 +120,15 @@ class Manifest:
         return {spec.name: spec for spec in self.arrays}
 
     def contents_digest(self) -> str:
-        """Return the digest of fingerprint and arrays, which every part of the store must match."""
+        """Return the digest of format, fingerprint and arrays, which every part of the store must match.
+
+        That of format 1 is without the format.
+        """
         arrays = [self.specs[name].to_json() for name in sorted(self.specs)]
-        return digest_of({"fingerprint": self.fingerprint.to_json(), "arrays": arrays})
+        contents: dict[str, Any] = {"fingerprint": self.fingerprint.to_json(), "arrays": arrays}
+        return digest_of(
+            contents if self.format_version == 1 else contents | {"format_version": self.format_version}
+        )
 
     def differences(self, other: Manifest) -> list[Difference]:
         """Return every field of fingerprint and arrays in which `other` (mine) differs from this (the stored)."""
@@ -106,7 +145,7 @@ class Manifest:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"fingerprint": self.fingerprint.to_json()}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Manifest:
@@ -115,10 +154,10 @@ class Manifest:
 
 
 def check_format(record: Mapping[str, Any], file: str | Path) -> None:
-    """Raise `UnsupportedFormat` unless the record is of the version that this code reads."""
+    """Raise `UnsupportedFormat` unless the record is of a version that this code reads."""
     found = record.get("format_version")
-    if type(found) is not int or found != FORMAT_VERSION:  # 1.0 and true equal 1
-        raise UnsupportedFormat(file, found=found, readable=FORMAT_VERSION)
+    if type(found) is not int or found not in READABLE:  # 1.0 and true equal 1
+        raise UnsupportedFormat(file, found=found, readable=READABLE)
 
 
 @dataclass(frozen=True)
@@ -132,12 +171,20 @@ class Span:
 
 @dataclass(frozen=True)
 class SampleEntry:
-    """What a part's index says of one sample, beside the rows of its arrays."""
+    """What a part's index says of one sample, beside the rows of its arrays.
+
+    An image's name is the blake3 hex digest of its bytes, or '<digest>:<variant>' where one image is processed in
+    several ways. `tokens` and `grids` are empty in format 1; a writer takes them from `add_image`, not from here.
+    """
 
     key: str
-    images: tuple[str, ...]  # blake3 hex digests of the image bytes, in the sample's order
+    images: tuple[str, ...]  # names, in the sample's order
     image_spans: tuple[Span, ...]
     json_span: Span
+    tokens: tuple[int, ...] = ()  # how many vision tokens each image has; 0 where the writer was not told
+    grids: tuple[
+        tuple[int, int], ...
+    ] = ()  # rows and columns of these; (0, 0) where they form no single rectangle
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.image_spans):

@@ -9,9 +9,10 @@ from functools import cached_property
 from cache.files.any_path import AnyPath, RemotePath
 from cache.files.mirror import Mirror
 from cache.format.codec import StoredArray
-from cache.format.index import PartIndex, read_part_index
+from cache.format.index import PartIndex
 from cache.format.layout import part_path
 from cache.format.records import PartRecord, read_part_record
+from cache.format.rows import PartRows, read_part_rows
 from cache.format.schema import ArraySpec, Manifest
 from cache.read.chunks import OpenArray, Wanted, open_arrays
 
@@ -43,18 +44,27 @@ class FinishedPart:
         self.record_data = None
         return read_part_record(self._path, contents=contents, data=data)
 
-    @cached_property
+    @property
     def index(self) -> PartIndex:
-        return read_part_index(self.path, self._manifest)
+        return self.rows.index
+
+    @cached_property
+    def rows(self) -> PartRows:
+        return read_part_rows(self.path, self._manifest)
+
+    @property
+    def has_index(self) -> bool:
+        """Whether the index was read already."""
+        return "rows" in vars(self)
 
     def read_index(self, data: bytes | None) -> None:
         """Make the index of its file's bytes, where they came with those of other parts."""
-        self.index = read_part_index(self.path, self._manifest, data=data)
+        self.rows = read_part_rows(self.path, self._manifest, data=data)
 
     def arrays(self, wanted: Sequence[tuple[ArraySpec, StoredArray]]) -> list[OpenArray]:
         """Return the stored arrays; those that were not asked for before are opened together."""
         todo = [
-            Wanted(stored.name(spec), stored, self.index.num_rows(spec))
+            Wanted(stored.name(spec), stored, self.rows.length(spec, stored))
             for spec, stored in wanted
             if stored.name(spec) not in self._arrays
         ]

@@ -13,11 +13,13 @@ from cache.errors import CacheError, CorruptFile, KeyNotInStore, StoreNotFound, 
 from cache.files.any_path import AnyPath, Range, any_path, find_ranges, read_file
 from cache.files.local_files import names_in, size_of
 from cache.files.mirror import Mirror
+from cache.format.blocks import decode_blocks
 from cache.format.codec import Array
 from cache.format.codecs import check_specs, decode_rows, stored_arrays
 from cache.format.documents import digest_of, read_document
 from cache.format.layout import INDEX, MANIFEST, PART_RECORD, PARTS, part_path
 from cache.format.records import read_rejects
+from cache.format.rows import Span
 from cache.format.schema import ArraySpec, Manifest, SampleEntry
 from cache.read.chunk_cache import ChunkCache
 from cache.read.chunks import OpenArray
@@ -145,38 +147,46 @@ class Store:
         kept = [file for file in files if file == INDEX or file.startswith(folders)]
         return digest_of({file: files[file].blake3 for file in kept})
 
-    def read(self, key: str, names: Sequence[str]) -> dict[str, Array]:
+    def read(self, key: str, names: Sequence[str]) -> dict[str, Any]:
         """Return decoded arrays of one sample, float32 or integers, within each codec's stated error.
 
-        Sample-owned: 'rows *row_shape'. Image-owned: '<the sample's images, in order> *row_shape'.
+        Sample-owned: 'rows *row_shape'. Image-owned: '<the sample's images, in order> *row_shape'. A ragged array is
+        a list with one array for each image of the sample, in order: 'rows *leading <tokens of the image>', without
+        the rows if it is image-owned.
 
         Raises `KeyNotInStore`, `UnknownArray`, and `CorruptPart` or `UnreadableFile` naming the file.
         """
         [arrays] = self.read_many([key], names)
         return arrays
 
-    def read_many(self, keys: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Array]]:
+    def read_many(self, keys: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield what `read` returns, of each key in turn; all that they need is requested at once."""
         cache, specs = self._chunk_cache(), [self._spec(name) for name in names]
-        rows = cache.rows([wanted for key in keys for wanted in self._rows(key, specs)])
-        for key in keys:
+        found = [self._find_one(key) for key in keys]
+        rows = cache.rows([
+            wanted for key, place in zip(keys, found, strict=True) for wanted in self._rows(key, place, specs)
+        ])  # fmt: skip
+        for key, place in zip(keys, found, strict=True):
             with _naming(key):
-                arrays = {
-                    spec.name: decode_rows(
-                        spec, {stored.suffix: next(rows) for stored in stored_arrays(spec)}
-                    )
-                    for spec in specs
-                }
+                arrays = {spec.name: self._decoded(spec, place, rows) for spec in specs}
             yield arrays
 
-    def _rows(self, key: str, specs: Sequence[ArraySpec]) -> list[tuple[OpenArray, list[tuple[int, int]]]]:
-        """Return a sample's stored arrays, and where its rows lie in each."""
-        part, sample = self._find_one(key)
+    def _rows(self, key: str, place: Found, specs: Sequence[ArraySpec]) -> list[tuple[OpenArray, list[Span]]]:
+        """Return a sample's stored arrays, and where its rows or elements lie in each."""
+        part, sample = place
         stored = [(spec, one) for spec in specs for one in stored_arrays(spec)]
         with _naming(key):
             finished = self._part(part)
-            spans = [finished.index.row_spans(sample, spec) for spec, _ in stored]
+            spans = [finished.rows.spans(sample, *both) for both in stored]
             return list(zip(finished.arrays(stored), spans, strict=True))
+
+    def _decoded(self, spec: ArraySpec, place: Found, rows: Iterator[Array]) -> Array | list[Array]:
+        """Return a sample's array, or blocks, of its stored arrays, which are next among `rows`."""
+        stored = {one.suffix: next(rows) for one in stored_arrays(spec)}
+        if not spec.is_ragged:
+            return decode_rows(spec, stored)
+        part, sample = place
+        return decode_blocks(spec, stored, self._part(part).rows.block_shapes(sample, spec))
 
     def _chunk_cache(self) -> ChunkCache:
         """Return this process's own cache. After a fork the arrays are opened again: files may have changed."""
@@ -202,9 +212,7 @@ class Store:
         """Read every index that was not read yet; from a server many at once. Local ones are read one by one."""
         if isinstance(self.path, Path):
             return
-        todo = [
-            part for part in self._finished.values() if "index" not in vars(part)
-        ]  # it is a cached_property
+        todo = [part for part in self._finished.values() if not part.has_index]
         for start in range(0, len(todo), _INDEXES_AT_ONCE):
             some = todo[start : start + _INDEXES_AT_ONCE]
             for part, data in zip(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cache.errors import ArrayMismatch, DuplicateKey, MisusedWriter
-from cache.format.arrays import array_files
+from cache.errors import DuplicateKey, MisusedWriter
+from cache.format.arrays import array_files, ragged_chunk
 from cache.format.codec import Array
-from cache.format.codecs import encode_rows, stored_arrays
+from cache.format.codecs import stored_arrays
 from cache.format.documents import document_bytes
 from cache.format.index import PartIndex
 from cache.format.layout import INDEX, REJECTS
 from cache.format.records import Counts, PartRecord, rejects_bytes
 from cache.format.schema import ArraySpec, Manifest, Owner, SampleEntry
+from cache.write.encoding import Values, check_tokens, image_codes, sample_codes
 from cache.write.part_folder import PartFolder
 from cache.write.taken_keys import TakenKeys
 
@@ -30,6 +32,12 @@ class PartSummary(Counts):
     part: str
     array_bytes: dict[str, int]  # on the disk, by array name
     already_done: bool
+
+
+class _Image(NamedTuple):
+    tokens: int
+    grid: tuple[int, int]
+    codes: dict[str, Array]  # by stored name
 
 
 class _Sample(NamedTuple):
@@ -59,7 +67,7 @@ class PartWriter:
         self._taken = taken
         self._is_open = False
         self._samples: dict[str, _Sample] = {}  # by key
-        self._images: dict[str, dict[str, Array]] = {}  # codes by stored name, by digest
+        self._images: dict[str, _Image] = {}  # by name
         self._rejects: list[_Reject] = []
 
     def __enter__(self) -> PartWriter:
@@ -71,34 +79,51 @@ class PartWriter:
     ) -> None:
         self._close()
 
-    def has_image(self, digest: str) -> bool:
-        return digest in self._images
+    def has_image(self, name: str) -> bool:
+        return name in self._images
 
-    def add_image(self, digest: str, arrays: Mapping[str, Array]) -> None:
-        """Add the image-owned arrays of one image, each '1 *row_shape'; all or none are kept."""
+    def add_image(
+        self, name: str, arrays: Mapping[str, Array], *, tokens: int = 0, grid: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Add the image-owned arrays of one image, each '1 *row_shape', a ragged one '1 *leading tokens'.
+
+        All or none are kept. `name` is the image's digest, or '<digest>:<variant>'. `tokens` is the number of its
+        vision tokens, `grid` their rows and columns, (0, 0) if they form no single rectangle.
+        """
         self._check_open()
-        if digest in self._images:
+        if name in self._images:
             raise MisusedWriter(
-                f"Image {digest} was already added to part {self._name!r}; ask has_image first: one is stored once."
+                f"Image {name} was already added to part {self._name!r}; ask has_image first: one is stored once."
             )
-        self._images[digest] = self._encode(arrays, owner="image")
+        specs = self._owned("image")
+        check_tokens(
+            name, tokens, grid, ragged=[spec.name for spec in self._manifest.arrays if spec.is_ragged]
+        )
+        self._images[name] = _Image(tokens, grid, image_codes(specs, arrays, tokens=tokens))
 
-    def add(self, entry: SampleEntry, arrays: Mapping[str, Array], *, order: int | None = None) -> None:
+    def add(
+        self,
+        entry: SampleEntry,
+        arrays: Mapping[str, Values],
+        *,
+        order: int | None = None,
+    ) -> None:
         """Add the sample-owned arrays of one sample, each 'rows *row_shape'; all or none are kept.
 
+        A ragged array is a list of blocks 'rows *leading tokens', one for each image in order, of as many rows each.
         `order` sorts the samples of the part; by default they stay in the order in which they come.
         """
         self._check_open()
         if entry.key in self._samples:
             raise DuplicateKey(entry.key, parts=(self._name, self._name))
-        for digest in entry.images:
-            if digest not in self._images:
+        for image in entry.images:
+            if image not in self._images:
                 raise MisusedWriter(
-                    f"Sample {entry.key!r} points at image {digest}, which part {self._name!r} does not hold; "
+                    f"Sample {entry.key!r} points at image {image}, which part {self._name!r} does not hold; "
                     "call add_image before add."
                 )
-        codes = self._encode(arrays, owner="sample")
-        rows = {name: len(array) for name, array in arrays.items()}
+        tokens = [self._images[image].tokens for image in entry.images]
+        codes, rows = sample_codes(self._owned("sample"), arrays, tokens=tokens)
         self._samples[entry.key] = _Sample(self._next(order), entry, codes, rows)
 
     def reject(self, key: str, reason: str, *, order: int | None = None) -> None:
@@ -165,7 +190,14 @@ class PartWriter:
         digests = list(dict.fromkeys(references))
         self._write_arrays(folder, samples, digests)
         row_counts = {name: [sample.rows[name] for sample in samples] for name in self._owned("sample")}
-        index = PartIndex.of(entries, digests, row_counts=row_counts)
+        images = [self._images[digest] for digest in digests]
+        index = PartIndex.of(
+            entries,
+            digests,
+            row_counts=row_counts,
+            tokens=[image.tokens for image in images],
+            grids=[image.grid for image in images],
+        )
         folder.write(INDEX, document_bytes(index.to_json()))
         folder.write(REJECTS, rejects_bytes([(one.key, one.reason) for one in sorted(self._rejects)]))
         cached, rejected = len(samples), len(self._rejects)
@@ -182,30 +214,21 @@ class PartWriter:
         arrays = [(spec, stored) for spec in self._manifest.arrays for stored in stored_arrays(spec)]
         folder.write_groups([stored.name(spec) for spec, stored in arrays])
         by_owner = {
-            "image": [self._images[digest] for digest in digests],
+            "image": [self._images[digest].codes for digest in digests],
             "sample": [sample.codes for sample in samples],
         }
+        tokens = [self._images[digest].tokens for digest in digests]
         for spec, stored in arrays:
             name, empty = stored.name(spec), np.empty((0, *stored.row_shape), dtype=stored.dtype)
             # Taken out as they are written, so that the memory in use falls from here on.
             rows = np.concatenate([empty, *(codes.pop(name) for codes in by_owner[spec.owner])])
-            axes = spec.axes.split()[: rows.ndim]
-            for file, data in array_files(stored, rows=rows, axes=axes).items():
+            chunk_rows, axes = None, spec.axes.split()[: rows.ndim]
+            if stored.is_flat:
+                mean_block = len(rows) / max(1, len(by_owner[spec.owner]))
+                sizes = [math.prod(spec.shape_of(count)) for count in tokens]
+                chunk_rows, axes = ragged_chunk(stored, row_sizes=sizes, mean_block=mean_block), [spec.axes]
+            for file, data in array_files(stored, rows=rows, axes=axes, chunk_rows=chunk_rows).items():
                 folder.write(f"{name}/{file}", data)
-
-    def _encode(self, arrays: Mapping[str, Array], *, owner: Owner) -> dict[str, Array]:
-        """Return the codes of all arrays by stored name; nothing is kept if one of them is refused."""
-        specs = self._owned(owner)
-        for name in sorted(specs.keys() ^ arrays.keys()):
-            expected = f"the arrays of one {owner}: {', '.join(specs) or 'none'}"
-            raise ArrayMismatch(name, expected=expected, found=", ".join(arrays) or "none")
-        encoded: dict[str, Array] = {}
-        for name, spec in specs.items():
-            if owner == "image" and len(arrays[name]) != 1:
-                raise ArrayMismatch(name, expected="one row for one image", found=f"{len(arrays[name])} rows")
-            codes = encode_rows(spec, arrays[name])
-            encoded |= {stored.name(spec): codes[stored.suffix] for stored in stored_arrays(spec)}
-        return encoded
 
     def _owned(self, owner: Owner) -> dict[str, ArraySpec]:
         return {spec.name: spec for spec in self._manifest.arrays if spec.owner == owner}

@@ -11,6 +11,7 @@ from typing import Any
 from cache.errors import (
     CorruptPart,
     FingerprintMismatch,
+    FormatMismatch,
     MisusedWriter,
     StoreNotFound,
     UnreadableFile,
@@ -21,7 +22,7 @@ from cache.files.durable import replace_file, sync_directory
 from cache.format import layout
 from cache.format.codecs import check_specs
 from cache.format.documents import canonical_json, document_bytes, read_document
-from cache.format.layout import MANIFEST, PART_RECORD, part_path
+from cache.format.layout import FORMAT_VERSION, MANIFEST, PART_RECORD, part_path
 from cache.format.records import PartRecord, read_part_record
 from cache.format.schema import Manifest, check_format
 from cache.write.leases import lease, store_lock, sweep_leases
@@ -42,7 +43,8 @@ class StoreWriter:
     def open(cls, path: str | Path, manifest: Manifest) -> StoreWriter:
         """Create the store, or open it if it holds the same; it then plans the parts of both manifests.
 
-        Raises `FingerprintMismatch`, and writes nothing, if fingerprint or arrays differ.
+        Raises `FingerprintMismatch`, and writes nothing, if fingerprint or arrays differ, `FormatMismatch` if the
+        formats do. A manifest of format 1 is for copies of finished parts: no part can be captured for it.
         """
         path = local(path, doing="written by stage 1")
         check_format(manifest.to_json(), "the manifest handed to StoreWriter.open")
@@ -87,6 +89,8 @@ class StoreWriter:
     def part(self, name: str, *, source: Mapping[str, Any]) -> PartWriter:
         """Return a writer of one planned part; `source` says which shard it is made of (name, bytes ...)."""
         part_path(self.path, name)  # raises UnsafeName
+        if self.manifest.format_version != FORMAT_VERSION:
+            raise _mismatch(self.path, found=self.manifest.format_version, asked=FORMAT_VERSION)
         if name not in self.manifest.planned_parts:
             raise MisusedWriter(
                 f"Part {name!r} is not among the {len(self.manifest.planned_parts)} planned parts of the store; "
@@ -110,6 +114,8 @@ def _united(path: Path, manifest: Manifest) -> Manifest:
     stored, planned = manifest, set(manifest.planned_parts)
     if (path / MANIFEST).exists():
         stored = Manifest.from_json(read_document(path / MANIFEST))
+        if stored.format_version != manifest.format_version:
+            raise _mismatch(path, found=stored.format_version, asked=manifest.format_version)
         planned |= set(stored.planned_parts)
         if differences := stored.differences(manifest):
             remedy = "Restore the settings that the store was written with, or write to another directory."
@@ -117,6 +123,11 @@ def _united(path: Path, manifest: Manifest) -> Manifest:
     else:
         planned |= set(parts_present(path, manifest))
     return replace(stored, planned_parts=tuple(sorted(planned)))
+
+
+def _mismatch(path: Path, *, found: int, asked: int) -> FormatMismatch:
+    remedy = "parts are added in a store's own format: write to another directory, or use the version that began it"
+    return FormatMismatch(path, found=found, asked=asked, remedy=remedy)
 
 
 def parts_present(store: Path, manifest: Manifest) -> list[str]:

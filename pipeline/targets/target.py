@@ -97,4 +97,5 @@ class Target(Section):
 
     def blank(self, facts: TeacherFacts, num_rows: int) -> Arrays:
         """Return zeros in the shape of a sample's arrays, to be recomputed during training."""
-        return {spec.name: np.zeros((num_rows, *spec.row_shape), np.float32) for spec in self.arrays(facts)}
+        shapes = {spec.name: spec.shape_of(facts.num_vision_tokens) for spec in self.arrays(facts)}
+        return {name: np.zeros((num_rows, *shape), np.float32) for name, shape in shapes.items()}

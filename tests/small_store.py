@@ -30,6 +30,7 @@ ARRAYS = (
     ArraySpec("input_ids", "T", (), "sample", "integer", {"dtype": "int32"}),
 )
 DIGEST_A, DIGEST_B = "a" * 64, "b" * 64
+TOKENS, GRIDS = {DIGEST_A: 6, DIGEST_B: 6}, {DIGEST_A: (2, 3), DIGEST_B: (0, 0)}
 
 
 def manifest(*parts: str, **changes: Any) -> Manifest:
@@ -51,6 +52,12 @@ def entry(key: str, *digests: str) -> SampleEntry:
     return SampleEntry(key, digests, spans, Span(f"{key}.json", 4096, 90))
 
 
+def entry_read(key: str, *digests: str) -> SampleEntry:
+    """The entry as it is read: with the tokens and grids of the images that `fill_part` writes."""
+    tokens, grids = (tuple(of[digest] for digest in digests) for of in (TOKENS, GRIDS))
+    return replace(entry(key, *digests), tokens=tokens, grids=grids)
+
+
 def image_arrays(seed: int) -> Arrays:
     return {"vision": _random(seed).normal(size=(1, 4, 6)).astype(np.float32)}
 
@@ -68,9 +75,9 @@ def sample_arrays(seed: int, *, num_rows: int = 5, num_answers: int = 2) -> Arra
 
 def fill_part(part: PartWriter, prefix: str) -> None:
     """Three samples: one image, two images (one shared), none; and one reject."""
-    part.add_image(DIGEST_A, image_arrays(1))
+    part.add_image(DIGEST_A, image_arrays(1), tokens=TOKENS[DIGEST_A], grid=GRIDS[DIGEST_A])
     part.add(entry(f"{prefix}0", DIGEST_A), sample_arrays(10))
-    part.add_image(DIGEST_B, image_arrays(2))
+    part.add_image(DIGEST_B, image_arrays(2), tokens=TOKENS[DIGEST_B], grid=GRIDS[DIGEST_B])
     part.add(entry(f"{prefix}1", DIGEST_B, DIGEST_A), sample_arrays(11, num_rows=3))
     part.add(entry(f"{prefix}2"), sample_arrays(12, num_answers=0))
     part.reject(f"{prefix}3", "not an image")

@@ -16,6 +16,7 @@ from small_store import (
     DIGEST_A,
     DIGEST_B,
     entry,
+    entry_read,
     flip_bit,
     image_arrays,
     manifest,
@@ -52,8 +53,12 @@ def test_the_samples_are_listed_in_stored_order(store: Store) -> None:
     assert store.parts == (PART, "shard-000001") and store.missing_parts == ()
     assert list(store.keys()) == ["a0", "a1", "a2", "b0", "b1", "b2"] and len(store) == 6
     assert "b1" in store and "a3" not in store
-    assert store.entries(PART) == [entry("a0", DIGEST_A), entry("a1", DIGEST_B, DIGEST_A), entry("a2")]
-    assert store.locate("b1") == ("shard-000001", entry("b1", DIGEST_B, DIGEST_A))
+    assert store.entries(PART) == [
+        entry_read("a0", DIGEST_A),
+        entry_read("a1", DIGEST_B, DIGEST_A),
+        entry_read("a2"),
+    ]
+    assert store.locate("b1") == ("shard-000001", entry_read("b1", DIGEST_B, DIGEST_A))
     assert store.rejects(PART) == [("a3", "not an image")]
     assert store.manifest == manifest()
 
@@ -304,7 +309,7 @@ def test_a_damaged_or_newer_manifest_is_told(tmp_path: Path) -> None:
     ):
         Store(path)
     (path / "manifest.json").write_bytes(document_bytes(content | {"format_version": 7}))
-    with pytest.raises(UnsupportedFormat, match="of store format 7, this version reads format 1"):
+    with pytest.raises(UnsupportedFormat, match="of store format 7, this version reads formats 1 and 2"):
         Store(path)
 
 

@@ -40,6 +40,16 @@ def test_a_fingerprint_names_every_field_that_differs() -> None:
     assert found == [("tokenizer", "70", "99"), ("template", "7a", "")]
 
 
+def test_families_are_compared_where_both_stores_tell_theirs() -> None:
+    llava, gemma = (replace(FINGERPRINT, family=family) for family in ("11", "99"))
+    assert FINGERPRINT.differences(llava) == llava.differences(FINGERPRINT) == []
+    assert [str(difference) for difference in llava.differences(gemma)] == ["family: 11 -> 99"]
+    assert llava.to_json()["family"] == "11" and "family" not in FINGERPRINT.to_json()
+    assert manifest(fingerprint=llava).contents_digest() != manifest().contents_digest()
+    made = manifest(fingerprint=llava)
+    assert Manifest.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
 def test_of_settings_the_values_alone_that_differ_are_told_with_their_keys() -> None:
     stored = {
         "dtype": "f32",
@@ -70,6 +80,7 @@ def test_the_contents_digest_does_not_know_provenance_or_order() -> None:
     digest = manifest().contents_digest()
     assert digest == manifest(provenance={"command": "other"}, arrays=ARRAYS[::-1]).contents_digest()
     assert digest != manifest(arrays=ARRAYS[1:]).contents_digest()
+    assert digest != manifest(format_version=1).contents_digest()
 
 
 @pytest.mark.parametrize(
@@ -79,7 +90,14 @@ def test_the_contents_digest_does_not_know_provenance_or_order() -> None:
             {"owner": "batch"},
             "arrays[0].owner: expected 'sample' or 'image', found 'batch'; correct this",
         ),
-        ({"row_shape": [0]}, "arrays[hidden].row_shape: expected positive integers, found (0,)"),
+        (
+            {"row_shape": [0]},
+            "arrays[hidden].row_shape: expected positive integers, and null for the last one only, found (0,)",
+        ),
+        (
+            {"row_shape": [None, 4], "axes": "R N D"},
+            "arrays[hidden].row_shape: expected positive integers, and null for the last one only, found (None",
+        ),
         (
             {"axes": "R"},
             "arrays[hidden].axes: expected 2 letters, for the rows and row_shape (4,), found 'R'",
@@ -124,9 +142,11 @@ def test_an_array_twice_is_refused() -> None:
 
 
 def test_a_store_of_another_format_is_told_as_such() -> None:
-    expected = r"manifest.json is of store format 2, this version reads format 1; use the alignkd version"
+    expected = (
+        r"manifest.json is of store format 3, this version reads formats 1 and 2; use the alignkd version"
+    )
     with pytest.raises(UnsupportedFormat, match=expected):
-        Manifest.from_json(manifest().to_json() | {"format_version": 2})
+        Manifest.from_json(manifest().to_json() | {"format_version": 3})
     for equal_to_1 in (True, 1.0):
         with pytest.raises(UnsupportedFormat, match=f"is of store format {equal_to_1}, "):
             check_format({"format_version": equal_to_1}, "part.json")

@@ -183,12 +183,12 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], set[tuple[str, str]]]] = [
     ("no JSON in rejects", lambda s: reject_line(s / PART, "?"), {("metadata", f"{PART}/rejects.jsonl")}),
     (
         "manifest of another format",
-        lambda s: edit(s / "manifest.json", lambda content: content.update(format_version=2)),
+        lambda s: edit(s / "manifest.json", lambda content: content.update(format_version=7)),
         {("metadata", "manifest.json")},
     ),
     (
         "part of another format",
-        lambda s: edit(s / PART / "part.json", lambda content: content.update(format_version=2)),
+        lambda s: edit(s / PART / "part.json", lambda content: content.update(format_version=7)),
         {("metadata", f"{PART}/part.json")},
     ),
     (

@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import ragged_store
+from ragged_store import ARRAYS as RAGGED
+from ragged_store import GRIDS, TOKENS, A, B
 from small_store import ARRAYS, DIGEST_A, entry, image_arrays, manifest, sample_arrays
 
 from cache import StoreWriter, verify
@@ -32,6 +35,21 @@ def smallest(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def smallest_ragged(tmp_path_factory) -> Path:
+    """One part of one sample with two images of different numbers of vision tokens."""
+    arrays = tuple(spec for spec in RAGGED if spec.name in ("attention/layer_0", "vision"))
+    path = tmp_path_factory.mktemp("ragged") / "s"
+    with StoreWriter.open(path, manifest("p", arrays=arrays)).part("p", source={}) as part:
+        for image in (A, B):
+            values = ragged_store.image_arrays(image)["vision"]
+            part.add_image(image, {"vision": values}, tokens=TOKENS[image], grid=GRIDS[image])
+        blocks = ragged_store.sample_arrays(0, [TOKENS[A], TOKENS[B]], 2)["attention/layer_0"]
+        part.add(entry("a", A, B), {"attention/layer_0": blocks})
+        part.commit()
+    return path
+
+
 def files_of(store: Path) -> list[str]:
     return sorted(str(file.relative_to(store)) for file in store.rglob("*") if file.is_file())
 
@@ -53,8 +71,9 @@ def undetected(store: Path, names: list[str]) -> list[tuple[str, int]]:
     return missed
 
 
-def test_every_flipped_byte_is_found(smallest: Path, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(smallest, tmp_path / "s"))
+@pytest.mark.parametrize("name", ["smallest", "smallest_ragged"])
+def test_every_flipped_byte_is_found(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(request.getfixturevalue(name), tmp_path / "s"))
     others = [name for name in files_of(store) if name not in RECORDS]
     assert len(others) > 10 and set(RECORDS) < set(files_of(store))
     assert [undetected(store, names) for names in (others, *([name] for name in RECORDS))] == [[]] * 5

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ragged_store import write_ragged_store
 from small_store import rewrite_record, write_store
 
 from cache import CacheError, Store, summarise, verify
@@ -37,7 +38,8 @@ MEMORY_BYTES = 2 * 2**30
 KINDS = (tarfile.REGTYPE, tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE)
 PART = "parts/shard-000000"
 DOCUMENTS = ("manifest.json", f"{PART}/part.json", f"{PART}/index.json", f"{PART}/rejects.jsonl",
-             f"{PART}/hidden/zarr.json", f"{PART}/vision/zarr.json", f"{PART}/zarr.json")  # fmt: skip
+             f"{PART}/vision/zarr.json", f"{PART}/attention/layer_0/zarr.json", f"{PART}/zarr.json")  # fmt: skip
+STORES = {"rows of one size": write_store, "ragged": write_ragged_store}
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.sampled_from([0, 1, -1, 2**31, 2**40, 2**63]),
     st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=20),
@@ -77,12 +79,15 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     assert [path.name for path in tmp_path.iterdir()] == ["within"]
 
 
+@pytest.mark.parametrize("write", STORES.values(), ids=STORES)
 @many
 @given(data=st.data())
-def test_a_changed_document_is_read_or_refused_with_an_error_of_ours(folder: Path, data: st.DataObject):
+def test_a_changed_document_is_read_or_refused_with_an_error_of_ours(
+    write: Callable[[Path], Path], folder: Path, data: st.DataObject
+):
     sound, case = folder / "sound", folder / "case"
     if not sound.exists():
-        write_store(sound)
+        write(sound)
     shutil.rmtree(case, ignore_errors=True)
     shutil.copytree(sound, case)
     name = data.draw(st.sampled_from(DOCUMENTS))

@@ -31,13 +31,17 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Forward:
-    """Operations of a forward by part; `tap` is attention of layer 0 of the text rows, computed beside SDPA."""
+    """Operations of a forward by part; `tap` is attention of layer 0 of the text rows, computed beside SDPA.
+
+    `queries_and_keys` are the part of the decoder that comes before it.
+    """
 
     tower: int
     projector: int
     decoder: int
     head: int
     tap: int
+    queries_and_keys: int
 
     @property
     def without_tower(self) -> int:
@@ -53,7 +57,7 @@ def forward(size: Size, role: str, sample: Lengths) -> Forward:
     with torch.device("meta"), torch.no_grad():
         model = MobileVLMForCausalLM(config)
         with counter:
-            model.encode_images(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+            model.get_image_features(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
             model.model(
                 inputs_embeds=torch.zeros(1, positions, width),
                 attention_mask=torch.ones(1, 1, positions, positions, dtype=torch.bool),
@@ -62,10 +66,11 @@ def forward(size: Size, role: str, sample: Lengths) -> Forward:
             )
     counts = {name: sum(of.values()) for name, of in counter.get_flop_counts().items()}
     tower, projector = counts["VisionTower"], counts["LDPNetV2"]
-    # Keys of every position, queries and scores of the text rows; a product of m x k by k x n is 2 m k n.
-    tap = 2 * (positions + sample.text_rows) * width**2 + 2 * sample.text_rows * positions * width
+    # A product of m x k by k x n is 2 m k n.
+    tap = 2 * sample.text_rows * positions * width
     head = 2 * sample.answers * width * VOCABULARY
-    return Forward(tower, projector, counts["Global"] - tower - projector, head, tap)
+    decoder = counts["Global"] - tower - projector
+    return Forward(tower, projector, decoder, head, tap, queries_and_keys=4 * positions * width**2)
 
 
 def stage_1(size: Size, sample: Lengths) -> int:
@@ -77,7 +82,7 @@ def stage_1(size: Size, sample: Lengths) -> int:
 def stub(size: Size, sample: Lengths, *, with_tower: bool = True) -> int:
     """Attention of layer 0 and vision alone; without the tower where the student's own gives the patch features."""
     teacher = forward(size, "teacher", sample)
-    return with_tower * teacher.tower + teacher.projector + teacher.tap
+    return with_tower * teacher.tower + teacher.projector + teacher.queries_and_keys + teacher.tap
 
 
 def stage_2(size: Size, sample: Lengths, *, checkpointing: bool = True) -> int:

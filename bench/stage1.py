@@ -27,12 +27,13 @@ from bench.turns import Work, stage_app
 from cache import StoreWriter
 from pipeline.data.preparation import pad_tokens
 from pipeline.data.shards import Sample, read_shard
+from pipeline.models.processors import Tensors
 from pipeline.models.stub import Teacher, load_teacher
 from pipeline.teacher_cache.capture import Capture
 from pipeline.teacher_cache.progress import Progress
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture
 
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]  # ids, mask and labels 'B S' by name; pixels 'B C Y X'
+Batch = tuple[dict[str, Any], list[Tensors]]  # of `pad_tokens`, and the pixel inputs of its images
 
 
 def capturing(case: Case, *, targets: Collection[str] = tuple(TARGETS)) -> Work:
@@ -67,18 +68,20 @@ def batches(case: Case) -> tuple[Teacher, list[Batch]]:
     samples.sort(key=lambda sample: len(sample[0].input_ids), reverse=True)
     starts = range(0, len(samples), case.batch_size)
     cut = (zip(*samples[start : start + case.batch_size], strict=True) for start in starts)
-    return teacher, [(pad_tokens(tokens), torch.stack(pixels)) for tokens, pixels in cut]
+    image_token_id = plan.preparation.image_token_id
+    return teacher, [(pad_tokens(tokens, image_token_id), list(pixels)) for tokens, pixels in cut]
 
 
 def bare(case: Case, *, compiled: bool = False) -> Work:
     """The whole teacher's forward."""
     teacher, prepared = batches(case)
     if compiled:
-        teacher.model.model.compile(dynamic=True)
+        teacher.vlm.decoder.compile(dynamic=True)
 
     def turn() -> Mapping[str, float]:
-        for tokens, pixels in prepared:
-            teacher.forward(**tokens, vision=teacher.encode_images(pixels))
+        for batch, images in prepared:
+            sizes = [size for of_sample in batch["sizes"] for size in of_sample]
+            teacher.forward(batch, teacher.encode_images(images, sizes))
         return {}
 
     return turn
@@ -87,24 +90,26 @@ def bare(case: Case, *, compiled: bool = False) -> Work:
 def obvious(case: Case) -> Work:
     """What one would write first."""
     teacher, prepared = batches(case)
-    model: Any = teacher.model
-    model.set_attn_implementation("eager")
+    network: Any = teacher.vlm.network
+    network.set_attn_implementation("eager")
 
     @torch.no_grad()
     def turn() -> Mapping[str, float]:
-        for tokens, pixels in prepared:
-            tokens = {name: value.to(teacher.device) for name, value in tokens.items()}
-            vision = model.encode_images(pixels.to(teacher.device))
-            ids, mask, labels = tokens["input_ids"], tokens["attention_mask"], tokens["labels"]
-            merged = model.merge_inputs(ids, vision, attention_mask=mask, labels=labels)
-            outputs = model.model(
-                inputs_embeds=merged.inputs_embeds,
-                attention_mask=merged.attention_mask.long(),
+        for batch, images in prepared:
+            pixels = torch.cat([image["pixel_values"] for image in images])
+            vision = network.get_image_features(pixels.to(teacher.device))
+            outputs = network(
+                batch["input_ids"].to(teacher.device),
+                batch["attention_mask"].to(teacher.device),
+                mm_encoder_outputs={"image": vision},
                 output_attentions=True,
                 use_cache=False,
             )
-            logits = model.lm_head(outputs.last_hidden_state)
-            found = {"attention": outputs.attentions[0], "vision": vision, "logits": logits}
+            found = {
+                "attention": outputs.attentions[0],
+                "vision": vision.pooler_output,
+                "logits": outputs.logits,
+            }
             torch.save(
                 {name: value.half().cpu() for name, value in found.items()}, case.folder / "obvious.pt"
             )

@@ -20,7 +20,7 @@ from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
-from torch.nn.functional import cross_entropy
+import torch
 
 from bench.models import Case, config_of, write_inputs
 from bench.turns import Work, stage_app
@@ -30,7 +30,6 @@ from pipeline.distill.join.stores import open_stores
 from pipeline.distill.student import build_trainer, needed_targets
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.models.stub import load_teacher
-from pipeline.positions import IGNORE_INDEX
 from pipeline.teacher_cache.teacher import cache_teacher, plan_capture
 
 LABELS = {"supervised": {}}
@@ -87,14 +86,9 @@ def plain(case: Case) -> Work:
     student = trainer.distiller.student
 
     def loss_of(batch: Any) -> Any:
-        vision = student.encode_images(batch["pixel_values"])
+        pixels = torch.cat([image["pixel_values"] for image in batch["images"]])
         ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
-        merged = student.merge_inputs(ids, vision, attention_mask=mask, labels=labels)
-        hidden = student.model(
-            inputs_embeds=merged.inputs_embeds, attention_mask=merged.attention_mask.long(), use_cache=False
-        )
-        logits = student.lm_head(hidden.last_hidden_state)[:, :-1].float()
-        return cross_entropy(logits.flatten(0, 1), merged.labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
+        return student(ids, mask, labels, pixels).loss
 
     return _over(trainer, loss_of)
 
@@ -125,8 +119,8 @@ def online(case: Case) -> Work:
     teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=trainer.args.device)
 
     def loss_of(batch: Any) -> Any:
-        vision = teacher.encode_images(batch["pixel_values"].to(plan.dtype))
-        teacher.forward(batch["input_ids"], batch["attention_mask"], batch["labels"], vision)
+        sizes = [size for of_sample in batch["sizes"] for size in of_sample]
+        teacher.forward(batch, teacher.encode_images(batch["images"], sizes))
         return trainer.compute_loss(trainer.model, batch)
 
     return _over(trainer, loss_of)

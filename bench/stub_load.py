@@ -22,8 +22,9 @@ from bench.processes import counters
 from bench.tables import print_table
 from bench.turns import own_process
 from cache import drop_from_memory
+from pipeline.models.anatomy import empty_network
 from pipeline.models.stub import load_teacher
-from pipeline.models.teacher_plan import TeacherPlan, empty_model, plan_teacher
+from pipeline.models.teacher_plan import TeacherPlan, plan_teacher
 from pipeline.targets.targets import TARGETS
 
 MODEL = {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 12, "num_attention_heads": 16,
@@ -51,11 +52,11 @@ def row_of(checkpoint: Path) -> dict[str, str]:
 
 def _load(plan: TeacherPlan) -> tuple[int, int, int]:
     """Bytes of the stub's tensors, bytes that the disk gave, and bytes that the process grew by."""
-    empty_model(plan.config)  # imports what models are made of
+    empty_network(plan.config)  # imports what models are made of
     read, resident = counters("io")["read_bytes"], counters("status")["VmRSS"]
     dtype = plan.config.dtype if isinstance(plan.config.dtype, torch.dtype) else torch.float16
     teacher = load_teacher(plan, dtype=dtype, device=torch.device("cpu"))
-    tensors = [tensor for tensor in teacher.model.state_dict().values() if tensor.device.type != "meta"]
+    tensors = [tensor for tensor in teacher.vlm.network.state_dict().values() if not tensor.is_meta]
     for tensor in tensors:
         tensor.flatten()[::512].sum()  # more than one value a page
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -6,9 +6,9 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_models
@@ -18,11 +18,14 @@ from safetensors.torch import load_file
 from servers import s3_server
 from small_experiment import Experiment, build_experiment
 
-from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.data.conversation import TokenizedSample
+from pipeline.data.preparation import pad_tokens
+from pipeline.data.template_preparation import expanded
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
+from pipeline.models.processors import Tensors
+from pipeline.models.vlm import ImageFeatures
 from pipeline.positions import IGNORE_INDEX
-
-IMAGE = IMAGE_TOKEN_INDEX
 
 # How long an example takes says how busy the machine is. CI runs the same examples each time: it judges a change,
 # and new examples are for whoever can look at them.
@@ -45,18 +48,32 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Padded samples on the right, as the collator makes them: ids, mask and labels 'B S', all images in order."""
+class Batch(dict[str, Any]):
+    """A batch as `JoinCollator` makes it, without targets: `pad_tokens`'s tensors, and `images` in order."""
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor
-    pixel_values: torch.Tensor | None
+    def __init__(self, samples: Sequence[tuple[TokenizedSample, Sequence[Tensors]]]):
+        super().__init__(pad_tokens([tokens for tokens, _ in samples], IMAGE))
+        self["images"] = [image for _, images in samples for image in images]
+        self.samples = samples
+
+    def encoded_by(self, encode: Callable[[Sequence[Tensors], Sequence[int]], ImageFeatures]) -> Any:
+        """Return the features of all images in order, None without images."""
+        sizes = [size for of_sample in self["sizes"] for size in of_sample]
+        return encode(self["images"], sizes) if sizes else None
+
+    @property
+    def pixel_values(self) -> torch.Tensor | None:
+        """The pixels of all images in order, 'I C Y X'."""
+        return torch.cat([image["pixel_values"] for image in self["images"]]) if self["images"] else None
 
     def inputs(self) -> dict[str, torch.Tensor | None]:
-        """Keyword arguments of the model's forward."""
-        return vars(self).copy()
+        """Return the arguments of MobileVLM V2's forward."""
+        named = {name: self[name] for name in ("input_ids", "attention_mask", "labels")}
+        return named | {"pixel_values": self.pixel_values}
+
+    def one_by_one(self) -> list[Batch]:
+        """Return a batch of each sample, without padding."""
+        return [Batch([sample]) for sample in self.samples]
 
 
 @pytest.fixture(scope="session")
@@ -125,51 +142,27 @@ def make_batch() -> Callable[..., Batch]:
     The last `answers` tokens of every sample are labels.
     """
 
-    def build(
-        *layouts: list[int], seed: int = 0, answers: int = 2, vocab_size: int = 96, image_size: int = 56
-    ):
+    def build(*layouts: list[int], seed: int = 0, answers: int = 2, num_vision_tokens: int = 4) -> Batch:
         generator = torch.Generator().manual_seed(seed)
-        samples = [_sample(layout, generator, vocab_size) for layout in layouts]
-        length = max(len(ids) for ids in samples)
-        input_ids = torch.zeros(len(samples), length, dtype=torch.long)
-        labels = torch.full_like(input_ids, IGNORE_INDEX)
-        mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        for row, ids in enumerate(samples):
-            input_ids[row, : len(ids)] = ids
-            mask[row, : len(ids)] = True
-            labels[row, len(ids) - answers : len(ids)] = ids[len(ids) - answers :]
-        labels[input_ids == IMAGE] = IGNORE_INDEX
-        num_images = int((input_ids == IMAGE).sum())
-        pixels = (
-            torch.randn(num_images, 3, image_size, image_size, generator=generator) if num_images else None
-        )
-        return Batch(input_ids, mask, labels, pixels)
+        samples = [_sample(layout, answers, num_vision_tokens, generator) for layout in layouts]
+        num_images = sum(len(sample.sizes) for sample in samples)
+        pixels = iter(torch.randn(num_images, 1, 3, 56, 56, generator=generator))
+        return Batch([(s, [{"pixel_values": next(pixels)} for _ in s.sizes]) for s in samples])
 
     return build
 
 
-def _sample(layout: list[int], generator: torch.Generator, vocab_size: int) -> torch.Tensor:
+def _sample(
+    layout: list[int], answers: int, num_vision_tokens: int, generator: torch.Generator
+) -> TokenizedSample:
     parts = [
-        torch.tensor([IMAGE]) if part == IMAGE else torch.randint(3, vocab_size, (part,), generator=generator)
+        torch.tensor([IMAGE]) if part == IMAGE else torch.randint(3, 96, (part,), generator=generator)
         for part in layout
     ]
-    return torch.cat(parts)
-
-
-@pytest.fixture(scope="session")
-def split_batch() -> Callable[[Batch], list[Batch]]:
-    """Cuts a batch into its samples, without padding."""
-
-    def split(batch: Batch) -> list[Batch]:
-        alone, first_image = [], 0
-        for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
-            num_images = int((ids == IMAGE).sum())
-            images = batch.pixel_values[first_image : first_image + num_images] if num_images else None
-            alone.append(Batch(ids[mask][None], mask[mask][None], labels[mask][None], images))
-            first_image += num_images
-        return alone
-
-    return split
+    ids = torch.cat(parts).tolist()
+    first_answer = len(ids) - answers
+    labels = [n if at >= first_answer and n != IMAGE else IGNORE_INDEX for at, n in enumerate(ids)]
+    return expanded(ids, labels, num_vision_tokens)
 
 
 @pytest.fixture(scope="session")

@@ -10,34 +10,45 @@ import torch
 from torch import nn
 from transformers import CLIPVisionModel
 
-from pipeline.models.merge import ImageCountError
-from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.data.preparation import pad_tokens
+from pipeline.data.template_preparation import expanded
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
-from pipeline.models.tap import text_to_vision_attention
+from pipeline.models.mobilevlm.model import ImageCountError
+from pipeline.models.vlm import VisionLanguageModel
 from pipeline.positions import IGNORE_INDEX
 from pipeline.shapes import ShapeError
 
-IMAGE = IMAGE_TOKEN_INDEX
 HEADS = [{"num_key_value_heads": 4}, {"num_key_value_heads": 2}, {"num_key_value_heads": 1}]
 # Early, late and adjacent images, one image, no image; lengths differ, so the batch is padded.
 LAYOUTS = ([3, IMAGE, 5], [6], [IMAGE, 1, IMAGE, 4], [2, IMAGE, IMAGE, 3], [9, IMAGE, 2])
 
 
+def image_features(model, pixel_values):
+    return model.get_image_features(pixel_values).pooler_output
+
+
 @pytest.fixture(scope="module")
-def ours(original, expected):
+def batch(expected):
+    """The original's inputs, one image token for each image, as our preparation writes them."""
+    rows = zip(expected["input_ids"], expected["labels"], expected["attention_mask"].bool(), strict=True)
+    samples = [expanded(ids[real].tolist(), labels[real].tolist(), 144) for ids, labels, real in rows]
+    images = [{"pixel_values": pixels[None]} for pixels in expected["pixel_values"]]
+    return pad_tokens(samples, IMAGE) | {"images": images}
+
+
+@pytest.fixture(scope="module")
+def ours(original, expected, batch):
     """What our model computes from the original's inputs, under the original's names."""
-    labels, mask = expected["labels"], expected["attention_mask"]
+    ids, labels, mask = (batch[name] for name in ("input_ids", "labels", "attention_mask"))
     with torch.no_grad():
-        features = original.encode_images(expected["pixel_values"])
-        merged = original.merge_inputs(expected["input_ids"], features, attention_mask=mask, labels=labels)
-        output = original(
-            expected["input_ids"], mask, labels, expected["pixel_values"], output_hidden_states=True
-        )
+        features = image_features(original, expected["pixel_values"])
+        output = original(ids, mask, labels, expected["pixel_values"], output_hidden_states=True)
     return {
         "image_features": features,
-        "inputs_embeds": merged.inputs_embeds,
-        "merged_labels": merged.labels,
-        "merged_attention_mask": merged.attention_mask.long(),
+        "inputs_embeds": original.embed(ids, features),
+        "merged_labels": labels,
+        "merged_attention_mask": mask,
         "logits": output.logits,
         "loss": output.loss[None],
         "hidden_state_1": output.hidden_states[1],
@@ -57,32 +68,26 @@ def test_equal_to_the_original_code_where_nothing_is_padding(name, ours, expecte
     torch.testing.assert_close(ours[name][real], expected[name][real], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_tapped_attention_is_the_originals(layer, original, expected):
-    features = original.encode_images(expected["pixel_values"])
-    merged = original.merge_inputs(expected["input_ids"], features, attention_mask=expected["attention_mask"])
-    states = merged.inputs_embeds if layer == 0 else expected["hidden_state_1"]
-    positions = torch.arange(states.shape[1])[None]
-    tapped = text_to_vision_attention(
-        original.model.layers[layer],
-        states,
-        position_embeddings=original.model.rotary_emb(states, positions),
-        attention_mask=merged.attention_mask,
-        slots=merged.slots,
-    )
-    whole = expected[f"attention_layer{layer}"]
-    for row, (text, vision) in enumerate(zip(merged.slots.text, merged.slots.vision, strict=True)):
-        text, vision = text[text >= 0], vision[vision >= 0]
-        assert len(text) and len(vision) == 144
-        block = whole[row][:, text][:, :, vision]
-        torch.testing.assert_close(tapped[row, :, : len(text)], block, atol=1e-4, rtol=0)
+@torch.no_grad()
+def test_tapped_attention_is_the_originals(original, expected, batch):
+    vlm = VisionLanguageModel(copy.deepcopy(original))
+    features = vlm.encode(batch["images"], [144] * len(batch["images"]))
+    made = vlm.forward(batch, features, layers=[0, 1])
+    for layer, tapped in made.attention.items():
+        whole = expected[f"attention_layer{layer}"]
+        for row, (text, vision) in enumerate(zip(made.slots.text, made.slots.vision, strict=True)):
+            text, vision = text[text >= 0], vision[vision >= 0]
+            assert len(text) and len(vision) == 144
+            block = whole[row][:, text][:, :, vision]
+            torch.testing.assert_close(tapped[row, :, : len(text)], block, atol=1e-4, rtol=0)
+    assert list(made.attention) == [0, 1]
 
 
 def test_the_towers_geometry_may_be_given_on_loading(fixture_folder, ours, expected):
     geometry = json.loads((fixture_folder / "vision_tower_config.json").read_text())
     model = MobileVLMForCausalLM.from_pretrained(fixture_folder, vision_config=geometry)
     with torch.no_grad():
-        features = model.encode_images(expected["pixel_values"])
+        features = image_features(model, expected["pixel_values"])
     assert torch.equal(features, ours["image_features"])
 
 
@@ -90,7 +95,7 @@ def test_the_tower_can_be_described_after_the_config_was_read(fixture_folder, ex
     config = MobileVLMConfig.from_pretrained(fixture_folder)
     config.vision_config = json.loads((fixture_folder / "vision_tower_config.json").read_text())
     model = MobileVLMForCausalLM.from_pretrained(fixture_folder, config=config)
-    features = model.encode_images(expected["pixel_values"])
+    features = image_features(model, expected["pixel_values"])
     assert (features - expected["image_features"]).abs().max() < 1e-4
 
 
@@ -135,12 +140,12 @@ def test_another_feature_selection_is_refused(tiny_model):
 
 def test_patches_that_fill_no_square_are_refused(tiny_model):
     with pytest.raises(ValueError, match="a square grid of patches, found 17 patches"):
-        tiny_model(mm_vision_select_feature="cls_patch").encode_images(torch.zeros(1, 3, 56, 56))
+        image_features(tiny_model(mm_vision_select_feature="cls_patch"), torch.zeros(1, 3, 56, 56))
 
 
 def test_images_of_another_size_are_refused(tiny_model):
     with pytest.raises(ShapeError, match="pixel_values: expected axes 'I 3 56 56', found shape"):
-        tiny_model().encode_images(torch.zeros(1, 3, 28, 28))
+        image_features(tiny_model(), torch.zeros(1, 3, 28, 28))
 
 
 @pytest.mark.parametrize("select_layer", [-1, -2, -3, 1])
@@ -159,16 +164,16 @@ def test_image_features_are_those_of_clip_and_the_projector_by_hand(select_layer
         kernel, bias = projector["peg.peg.0.weight"], projector["peg.peg.0.bias"]
         positioned = nn.functional.conv2d(pooled, kernel, bias, padding=1, groups=32) + pooled
         by_hand = positioned.flatten(2).transpose(1, 2)
-        torch.testing.assert_close(model.encode_images(pixels), by_hand, atol=1e-5, rtol=1e-5)
-        assert torch.equal(
-            model.encode_images(patch_features=model.get_patch_features(pixels)), model.encode_images(pixels)
-        )
+        found = image_features(model, pixels)
+        torch.testing.assert_close(found, by_hand, atol=1e-5, rtol=1e-5)
+        again = model.get_image_features(patch_features=model.get_patch_features(pixels)).pooler_output
+        assert torch.equal(again, found)
 
 
 def test_tower_layers_after_the_selected_one_never_run_and_do_not_matter(tiny_model):
     model = tiny_model()
     pixels = torch.randn(1, 3, 56, 56)
-    before = model.encode_images(pixels)
+    before = image_features(model, pixels)
     tower = model.model.vision_tower.vision_tower.vision_model
 
     def never(*_):
@@ -178,29 +183,27 @@ def test_tower_layers_after_the_selected_one_never_run_and_do_not_matter(tiny_mo
         module.register_forward_hook(never)
         for parameter in module.parameters():
             parameter.data.normal_(std=100)
-    assert torch.equal(model.encode_images(pixels), before)
+    assert torch.equal(image_features(model, pixels), before)
 
 
 @pytest.mark.parametrize("heads", HEADS)
-def test_a_sample_has_the_same_logits_alone_and_in_a_padded_batch(heads, tiny_model, make_batch, split_batch):
+def test_a_sample_has_the_same_logits_alone_and_in_a_padded_batch(heads, tiny_model, make_batch):
     model, batch = tiny_model(**heads), make_batch(*LAYOUTS)
     with torch.no_grad():
         together = model(**batch.inputs()).logits
-        for row, sample in enumerate(split_batch(batch)):
+        for row, sample in enumerate(batch.one_by_one()):
             alone = model(**sample.inputs()).logits[0]
             torch.testing.assert_close(together[row, : len(alone)], alone, atol=2e-5, rtol=1e-4)
 
 
 def test_what_padding_holds_does_not_matter(tiny_model, make_batch):
     model, batch = tiny_model(), make_batch(*LAYOUTS)
-    garbage = batch.input_ids.masked_fill(~batch.attention_mask, 77)
+    real = batch["attention_mask"].bool()
+    garbage = batch["input_ids"].masked_fill(~real, 77)
     with torch.no_grad():
         clean, dirty = (
-            model(**batch.inputs() | {"input_ids": ids}).logits for ids in (batch.input_ids, garbage)
+            model(**batch.inputs() | {"input_ids": ids}).logits for ids in (batch["input_ids"], garbage)
         )
-        real = model.merge_inputs(
-            garbage, model.encode_images(batch.pixel_values), attention_mask=batch.attention_mask
-        ).attention_mask
     assert not real.all() and torch.equal(clean[real], dirty[real])
 
 
@@ -208,18 +211,11 @@ def test_loss_is_the_mean_over_labels_or_as_the_trainer_counts(tiny_model, make_
     model, batch = tiny_model(), make_batch(*LAYOUTS, answers=2)
     with torch.no_grad():
         output = model(**batch.inputs())
-        merged = model.merge_inputs(
-            batch.input_ids,
-            model.encode_images(batch.pixel_values),
-            attention_mask=batch.attention_mask,
-            labels=batch.labels,
-        )
         accumulated = model(**batch.inputs(), num_items_in_batch=torch.tensor(40)).loss
-    log_probs = output.logits.log_softmax(dim=-1)
+    log_probs, labels = output.logits.log_softmax(dim=-1), batch["labels"]
     terms = [
-        -log_probs[row, column - 1, label]
-        for row, column in (merged.labels != IGNORE_INDEX).nonzero().tolist()
-        if (label := merged.labels[row, column]) >= 0
+        -log_probs[row, column - 1, labels[row, column]]
+        for row, column in (labels != IGNORE_INDEX).nonzero().tolist()
     ]
     assert len(terms) == 2 * len(LAYOUTS)
     torch.testing.assert_close(output.loss, torch.stack(terms).mean())
@@ -240,61 +236,67 @@ def test_half_precision_keeps_its_type(tiny_model, make_batch):
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
 
 
-@pytest.mark.parametrize("drop", [0, 1])
-def test_another_number_of_images_than_placeholders_is_refused(drop, tiny_model, make_batch):
+def test_images_given_as_features_are_the_same_as_pixels(tiny_model, make_batch):
+    model, batch = tiny_model(), make_batch(*LAYOUTS)
+    features = {"image": model.get_image_features(batch.pixel_values)}
+    given = model(batch["input_ids"], batch["attention_mask"], mm_encoder_outputs=features).logits
+    assert torch.equal(given, model(**batch.inputs()).logits)
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+def test_another_number_of_images_than_image_tokens_is_refused(num_images, tiny_model, make_batch):
     batch = make_batch([2, IMAGE, 3], [2, IMAGE, 3])
-    pixels = batch.pixel_values[:drop] if drop else None
-    with pytest.raises(ImageCountError, match=f"2 image placeholders .* but {drop} images"):
+    pixels = torch.zeros(num_images, 3, 56, 56) if num_images else None
+    said = rf"8 image tokens \(-200\), its images have {4 * num_images} vision tokens; write 4 for each image"
+    with pytest.raises(ImageCountError, match=said):
         tiny_model()(**batch.inputs() | {"pixel_values": pixels})
+
+
+def left_padded(batch):
+    return batch | pad_tokens([tokens for tokens, _ in batch.samples], IMAGE, on_the_left=True)
+
+
+def generate(model, batch, **settings):
+    """Return what the door generates of the prompts that a batch's samples are."""
+    vlm = VisionLanguageModel(model)
+    return vlm.generate(left_padded(batch), batch.encoded_by(vlm.encode), do_sample=False, **settings)
 
 
 def greedy(model, sample, num_tokens):
     """Greedy decoding without a cache: the whole prompt again for every token."""
-    ids = sample.input_ids
+    ids = sample["input_ids"]
     for _ in range(num_tokens):
         logits = model(ids, pixel_values=sample.pixel_values, use_cache=False).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(dim=-1)], dim=1)
-    return ids[0, sample.input_ids.shape[1] :].tolist()
+    return ids[0, sample["input_ids"].shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("heads", HEADS[:2])
 @pytest.mark.parametrize("layouts", [LAYOUTS, ([4], [7])], ids=["images", "text only"])
 @torch.no_grad()
 def test_generation_with_a_cache_is_greedy_decoding_of_each_sample_alone(
-    heads, layouts, tiny_model, make_batch, split_batch
+    heads, layouts, tiny_model, make_batch
 ):
     model, batch = tiny_model(**heads, eos_token_id=None), make_batch(*layouts)
-    together = model.generate(
-        batch.input_ids,
-        pixel_values=batch.pixel_values,
-        attention_mask=batch.attention_mask,
-        max_new_tokens=5,
-        do_sample=False,
-    ).tolist()
-    one_by_one = [greedy(model, sample, 5) for sample in split_batch(batch)]
+    together = generate(model, batch, max_new_tokens=5).tolist()
+    one_by_one = [greedy(model, sample, 5) for sample in batch.one_by_one()]
     assert together == one_by_one and len({tuple(tokens) for tokens in together}) > 1
 
 
-def test_prompts_padded_on_the_left_generate_the_same(tiny_model, make_batch):
+def test_generation_takes_pixels_and_returns_the_prompt_with_the_answer(tiny_model, make_batch):
     model, batch = tiny_model(eos_token_id=None), make_batch([3, IMAGE, 5], [6])
-    order = torch.argsort(batch.attention_mask.long(), dim=1, stable=True)
-    left, left_mask = (x.gather(1, order) for x in (batch.input_ids, batch.attention_mask))
-    assert not left_mask[1, 0]
-    from_right, from_left = (
-        model.generate(
-            ids, pixel_values=batch.pixel_values, attention_mask=mask, max_new_tokens=4, do_sample=False
-        )
-        for ids, mask in ((batch.input_ids, batch.attention_mask), (left, left_mask))
-    )
-    assert torch.equal(from_right, from_left)
+    inputs = {name: left_padded(batch)[name] for name in ("input_ids", "attention_mask")}
+    made = model.generate(**inputs, pixel_values=batch.pixel_values, max_new_tokens=4, do_sample=False)
+    prompt, answer = made.split([inputs["input_ids"].shape[1], 4], dim=1)
+    assert torch.equal(prompt, inputs["input_ids"])
+    assert torch.equal(answer, generate(model, batch, max_new_tokens=4))
 
 
 def test_generation_stops_at_the_end_token_and_pads(tiny_model, make_batch):
     model, batch = tiny_model(eos_token_id=None), make_batch([3, IMAGE, 5], [6])
-    inputs = {"pixel_values": batch.pixel_values, "attention_mask": batch.attention_mask, "do_sample": False}
-    free = model.generate(batch.input_ids, max_new_tokens=4, **inputs)
+    free = generate(model, batch, max_new_tokens=4)
     end = int(free[0, 1])
-    stopped = model.generate(batch.input_ids, max_new_tokens=4, eos_token_id=end, pad_token_id=0, **inputs)
+    stopped = generate(model, batch, max_new_tokens=4, eos_token_id=end, pad_token_id=0)
     first_end = free[0].tolist().index(end)
     assert stopped[0, : first_end + 1].tolist() == free[0, : first_end + 1].tolist()
     assert not stopped[0, first_end + 1 :].any()

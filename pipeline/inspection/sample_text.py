@@ -49,10 +49,10 @@ def _counts(inspection: Inspection) -> str:
 def _tokens(inspection: Inspection) -> Iterator[Text]:
     """Yield every token in its style, vision tokens as the positions of each run, an answer between arrows."""
     trained = [label != IGNORE_INDEX for label in inspection.labels]
-    shown = iter(_runs(inspection))
+    shown, vision, firsts = iter(_runs(inspection)), inspection.vision, _firsts(inspection)
     for place, token in enumerate(inspection.tokens):
-        if place in inspection.vision:
-            if place - 1 not in inspection.vision or place in _firsts(inspection):
+        if place in vision:
+            if place - 1 not in vision or place in firsts:
                 yield Text(next(shown), IMAGE)
             continue
         begins = trained[place] and not trained[place - 1]

@@ -110,6 +110,9 @@ class ChatPreparation(Preparation):
     def preprocess(self, data: bytes) -> Tensors:
         return expansion_of(self.processor, decode_image(data, max_pixels=self.max_pixels))[1]
 
+    def vision_tokens(self, size: ImageSize) -> int:
+        return self._expansion(size).size
+
     def picture(self, data: bytes) -> Image.Image:
         return decode_image(data, max_pixels=self.max_pixels)
 

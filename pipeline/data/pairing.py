@@ -7,12 +7,15 @@ from typing import Any
 
 from pipeline.config.config import Config
 from pipeline.data.load_preparation import load_preparation
+from pipeline.data.preparation import Preparation
 from pipeline.errors import ConfigError
 from pipeline.losses.losses import LOSSES
 from pipeline.models.configuration import read_config
 from pipeline.models.files.checkpoint import checkpoint_folder, small_files
 from pipeline.models.teacher_plan import facts_of_config
 from pipeline.targets.target import TeacherFacts
+
+COMPARED_SIZES = ((640, 480), (300, 900))  # of images, in pixels
 
 
 def check_student(config: Config) -> None:
@@ -30,13 +33,29 @@ def check_student(config: Config) -> None:
     check_pair(
         config, shape, facts_of_config(config.teacher.model, read_config(teacher)), of=config.teacher.model
     )
-    asked, given = (load_preparation(str(place), config.data).digests() for place in (teacher, folder))
+    theirs, mine = (load_preparation(str(place), config.data) for place in (teacher, folder))
+    _check_vision_tokens(config, theirs, mine)
+    asked, given = theirs.digests(), mine.digests()
     allowed = {field for cache in config.all_caches() for field in cache.allow_mismatch}
     if differing := [name for name, digest in asked.items() if digest != given[name] and name not in allowed]:
         _note(
             config,
             f"has another {' and '.join(differing)} than the teacher; stage 2 refuses a store for that",
         )
+
+
+def _check_vision_tokens(config: Config, teacher: Preparation, student: Preparation) -> None:
+    """Raise `ConfigError` if a loss compares images token by token, and an image has other numbers of them."""
+    compared = [name for name in config.losses.active() if {"attention", "vision"} & {*LOSSES[name].targets}]
+    for size in COMPARED_SIZES if compared else ():
+        theirs, mine = teacher.vision_tokens(size), student.vision_tokens(size)
+        if theirs != mine:
+            raise ConfigError(
+                f"losses.{compared[0]} compares images token by token, but one of {size[0]} x {size[1]} pixels has "
+                f"{theirs} vision tokens in the teacher and {mine} in student.model {config.student.model}; remove "
+                f"{' and '.join(f'losses.{name}' for name in compared)}, or use a student that sees images as the "
+                "teacher does"
+            )
 
 
 def _note(config: Config, what: str) -> None:
@@ -57,7 +76,7 @@ def check_pair(config: Config, shape: Any, facts: TeacherFacts, *, of: object) -
             "teacher's family"
         )
     compared = ["vocab_size"] if facts.family == mine.family else []
-    if None not in (facts.num_vision_tokens, mine.num_vision_tokens):
+    if None not in (facts.num_vision_tokens, mine.num_vision_tokens) and read != {"logits"}:
         compared.insert(0, "num_vision_tokens")
     for field in compared:
         theirs, ours = getattr(facts, field), getattr(mine, field)

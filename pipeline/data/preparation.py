@@ -54,6 +54,10 @@ class Preparation(ABC):
     @abstractmethod
     def _tokenized(self, conversations: Any, images: Sequence[ImageSize]) -> TokenizedSample: ...
 
+    @abstractmethod
+    def vision_tokens(self, size: ImageSize) -> int:
+        """Return how many vision tokens an image of this size has."""
+
     @property
     def stop_ids(self) -> list[int]:
         """The ids that end an answer."""

@@ -72,6 +72,9 @@ class TemplatePreparation(Preparation):
     def preprocess(self, data: bytes) -> Tensors:
         return {"pixel_values": self.images(data)[None]}
 
+    def vision_tokens(self, size: ImageSize) -> int:
+        return self.num_vision_tokens
+
     def picture(self, data: bytes) -> Image.Image:
         return self.images.picture(data)
 

@@ -21,8 +21,9 @@ from pipeline.distill.join.memory import BoundedCache
 from pipeline.distill.join.missing import join_rows
 from pipeline.distill.join.rank_batches import Draw
 from pipeline.distill.join.rows import Row
-from pipeline.distill.join.sample import JoinedSample, by_image, compare_text, read_pixels
+from pipeline.distill.join.sample import JoinedSample, by_image, read_pixels
 from pipeline.distill.join.stores import Stores
+from pipeline.distill.join.text import compare_text, own_text
 from pipeline.errors import ConfigError, JoinError, PipelineError
 from pipeline.positions import Counts
 from pipeline.targets.target import Arrays, Target, TeacherFacts
@@ -72,8 +73,9 @@ class JoinedDataset(Dataset[JoinedSample]):
     """The samples that the stores hold of the given shards, in the stores' order; map-style.
 
     The first time a sample is read, its text is tokenised and compared with the ids and labels that the teacher saw,
-    in every store, and its image bytes are compared with their digest; later epochs trust that. Raises `JoinError` on
-    any difference, `ConfigError` if there is no sample.
+    in every store, and its image bytes are compared with their digest; later epochs trust that. A student that may
+    read text or images in another way (`Stores.read_alike`) gets its own ids, of which only what the targets are
+    aligned with is compared. Raises `JoinError` on any difference, `ConfigError` if there is no sample.
     """
 
     def __init__(
@@ -165,7 +167,9 @@ class JoinedDataset(Dataset[JoinedSample]):
 
     def _checked(self, index: int, row: Row, tokens: TokenizedSample, arrays: Arrays) -> StoredSample:
         part, entry = row
-        if not self.verified[index]:
+        if not self.stores.read_alike:
+            tokens = own_text(self.shards[part], entry, tokens, self.preparation, self.targets)
+        elif not self.verified[index]:
             compare_text(self.shards[part], entry, tokens, self.preparation)
             self.verified[index] = True
         arrays = by_image(arrays, self.targets, len(entry.images))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from blake3 import blake3
@@ -13,16 +12,13 @@ from cache import SampleEntry, Store
 from pipeline.data.conversation import TokenizedSample
 from pipeline.data.preparation import Preparation
 from pipeline.data.shard_identity import check_unchanged
-from pipeline.data.shards import parse_record, part_name, read_span
+from pipeline.data.shards import part_name, read_span
 from pipeline.distill.join.stored_tokens import TOKENS, pop_tokens
-from pipeline.distill.join.stores import Source, first_difference
-from pipeline.errors import BadSample, JoinError
+from pipeline.distill.join.stores import Source
+from pipeline.distill.join.text import CHANGED, compare_text
+from pipeline.errors import JoinError
 from pipeline.models.processors import Tensors
 from pipeline.targets.target import Arrays, Target
-
-CHANGED = (
-    "the shard changed after it was cached: restore it, or run `alignkd teacher-cache --recapture-changed`"
-)
 
 
 @dataclass(frozen=True)
@@ -62,29 +58,6 @@ def by_image(arrays: Arrays, targets: Mapping[str, Target], num_images: int) -> 
         if isinstance(array := arrays[name], np.ndarray):
             arrays[name] = np.array_split(array, num_images) if num_images else []
     return arrays
-
-
-def compare_text(shard: str, entry: SampleEntry, stored: TokenizedSample, preparation: Preparation) -> None:
-    """Raise `JoinError` unless a sample's text in the shard gives the stored ids and labels."""
-    try:
-        record = parse_record(read_span(shard, entry.json_span))
-        sizes = preparation.sizes_of([partial(read_span, shard, span) for span in entry.image_spans])
-        mine = preparation.tokenize(record.get("conversations"), sizes)
-    except BadSample as error:
-        raise JoinError(
-            f"sample {entry.key!r} of {shard}: {entry.json_span.file!r} holds no usable text "
-            f"({error.reason}), the teacher saw some; {CHANGED}"
-        ) from error
-    for what, theirs, ours in (
-        ("token ids", stored.input_ids, mine.input_ids),
-        ("labels", stored.labels, mine.labels),
-        ("numbers of vision tokens", stored.sizes, mine.sizes),
-    ):
-        if theirs != ours:
-            raise JoinError(
-                f"sample {entry.key!r} of {shard}: its {what} are not those that the teacher saw "
-                f"({first_difference(theirs, ours)}); {CHANGED}"
-            )
 
 
 def read_pixels(shard: str, entry: SampleEntry, number: int, preparation: Preparation) -> Tensors:

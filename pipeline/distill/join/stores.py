@@ -70,6 +70,12 @@ class Stores:
     def opened(self) -> tuple[Store, ...]:
         return tuple(source.store for source in self.sources)
 
+    @property
+    def read_alike(self) -> bool:
+        """Whether the student reads text and images as the teachers did, by the fingerprints of the stores."""
+        reading = ("tokenizer", "template", "image_preprocessing")
+        return not any(difference.field in reading for _, difference in self.allowed)
+
     def giving(self, target: str) -> Source:
         """Return the source of a target; the first one for a target that none gives."""
         return next((source for source in self.sources if target in source.targets), self.sources[0])

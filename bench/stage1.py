@@ -76,6 +76,7 @@ def bare(case: Case, *, compiled: bool = False) -> Work:
     """The whole teacher's forward."""
     teacher, prepared = batches(case)
     if compiled:
+        teacher.vlm.decoder.set_attn_implementation("sdpa")  # the tap breaks graphs
         teacher.vlm.decoder.compile(dynamic=True)
 
     def turn() -> Mapping[str, float]:

@@ -42,7 +42,9 @@ class Size:
 
     def facts(self) -> TeacherFacts:
         """What the store says of its teacher."""
-        return TeacherFacts("", 32, self.num_heads, self.hidden_size, self.grid**2, self.vocab_size)
+        return TeacherFacts(
+            "", 32, self.num_heads, self.hidden_size, self.vocab_size, num_vision_tokens=self.grid**2
+        )
 
     def specs(self) -> tuple[ArraySpec, ...]:
         """The arrays of the store."""

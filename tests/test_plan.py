@@ -96,7 +96,7 @@ def test_reading_and_making_again_are_measured_not_assumed(many, experiment, tmp
     ],
 )
 def test_the_quicker_way_is_advised_and_bytes_weigh_where_they_are_many(reading, forward, size, choice):
-    facts = TeacherFacts("some/teacher", 32, 4, 32, 4, 96)
+    facts = TeacherFacts("some/teacher", 32, 4, 32, 96)
     assert advice(Costs(reading, forward), bytes_each=size, depth=0, facts=facts).startswith(choice)
 
 

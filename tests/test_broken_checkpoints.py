@@ -12,12 +12,12 @@ import torch
 from refusals import without_rights
 from safetensors.torch import load_file, save_file
 
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.configuration import read_config
 from pipeline.models.files.broken_files import named_if_broken
 from pipeline.models.files.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 from pipeline.models.teacher_plan import plan_teacher
 from pipeline.targets.targets import LogitsTarget
 

@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.conversation import tokenize, tokenize_prompt
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import BadSample, ConfigError
 from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 from pipeline.positions import IGNORE_INDEX
 
 START, END = "<|im_start|>", "<|im_end|>"

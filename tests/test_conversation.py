@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 from pipeline.data.conversation import check_conversations, template_digest, tokenize, tokenize_prompt
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import BadSample, ConfigError
 from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 from pipeline.positions import IGNORE_INDEX
 
 CASES = json.loads((Path(__file__).parent / "fixtures/mobilevlm_v2_tiny/tokenization.json").read_text())[

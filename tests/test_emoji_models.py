@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.config.config import DataConfig
 from pipeline.data.images import ImagePreprocessor
 from pipeline.data.load_preparation import load_preparation
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import ConfigError
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.models.mobilevlm.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
+from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 from pipeline.studies.emoji.alignment import (
     TOKENS_OF_CELLS,
     Vocabulary,

@@ -15,9 +15,9 @@ from transformers import AutoModelForImageTextToText
 
 from cache import Store
 from cli import main
+from pipeline.config.config import load_config
 from pipeline.conformance.checks import CHECKS, Check
 from pipeline.conformance.specimen import Specimen, specimen_of
-from pipeline.config.config import load_config
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.preparation import pad_tokens
 from pipeline.models.families import FAMILIES
@@ -63,7 +63,9 @@ def failed(specimen: Specimen) -> Sequence[Check]:
 
 def config_of(family: str, teacher: Path, shards: Path, folder: Path) -> Path:
     """Write a config of both stages: a smaller student of the teacher's family, every loss, two steps."""
-    smaller = {"hidden_size": 16, "num_hidden_layers": 3} if family == "mobilevlm" else {"num_hidden_layers": 3}
+    smaller = (
+        {"hidden_size": 16, "num_hidden_layers": 3} if family == "mobilevlm" else {"num_hidden_layers": 3}
+    )
     student = tiny_families.write_checkpoint(family, folder / "student", seed=1, **smaller)
     config = {
         "output_dir": str(folder / "run"),
@@ -107,8 +109,15 @@ def test_both_stages_run_by_the_command_line(family, teachers, shards, tmp_path)
     assert (len(store), len(rejected)) == ((5, 1) if family == "paligemma" else (6, 0)), rejected
     alignkd("distill", "--config", config)
     state = json.loads((tmp_path / "run" / "align_kd" / "trainer_state.json").read_text())
-    terms = {name for line in state["log_history"] for name in line if name.startswith("loss/") and not name.endswith("_weighted")}
-    assert terms == {f"loss/{name}" for name in ("supervised", "attention", "vision_all", "vision_focus", "logits")}
+    terms = {
+        name
+        for line in state["log_history"]
+        for name in line
+        if name.startswith("loss/") and not name.endswith("_weighted")
+    }
+    assert terms == {
+        f"loss/{name}" for name in ("supervised", "attention", "vision_all", "vision_focus", "logits")
+    }
     alignkd("check", tmp_path / "store", "--samples", 4)
     key = next(iter(store.keys()))
     alignkd("inspect", "sample", tmp_path / "store", key)

@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline.data.decoding import check_image, decode_image
-from pipeline.data.images import ImagePreprocessor, pad_to_square
+from pipeline.data.images import ImagePreprocessor
 from pipeline.errors import BadSample, ConfigError
+from pipeline.models.mobilevlm.images import pad_to_square
 
 FIXTURE = Path(__file__).parent / "fixtures" / "mobilevlm_v2_tiny"
 

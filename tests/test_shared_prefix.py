@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 from pipeline.positions import IGNORE_INDEX
 from pipeline.studies.shared_prefix import ImageQuestions, answer_loss, group_by_image, shared_prefix_row
 

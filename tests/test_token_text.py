@@ -6,9 +6,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.inspection.token_text import token_text, visible
 from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

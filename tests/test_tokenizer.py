@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from pipeline.data.tokenizer import load_tokenizer, tokenizer_digest
+from pipeline.data.tokenizer_digest import tokenizer_digest
 from pipeline.errors import ConfigError
+from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 
 SOURCE = Path(__file__).read_text().splitlines()
 WORDS = [

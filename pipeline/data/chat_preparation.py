@@ -17,7 +17,7 @@ from pipeline.data.conversation import TokenizedSample, answered_turns, checked_
 from pipeline.data.decoding import DECODING_RULES, ImageSize, decode_image
 from pipeline.data.preparation import Preparation
 from pipeline.data.templates import IMAGE_TOKEN, Turn
-from pipeline.data.tokenizer import tokenizer_digest
+from pipeline.data.tokenizer_digest import tokenizer_digest
 from pipeline.errors import BadSample, ConfigError
 from pipeline.models.configuration import image_token_of
 from pipeline.models.families import FAMILIES, Family

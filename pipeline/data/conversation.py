@@ -14,8 +14,8 @@ from blake3 import blake3
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.templates import IMAGE_TOKEN, TEMPLATES, Template, Turn, token_ids
-from pipeline.data.tokenizer import is_chatml
 from pipeline.errors import BadSample, ConfigError
+from pipeline.models.mobilevlm.tokenizer import is_chatml
 
 ROLES = ("human", "gpt")
 

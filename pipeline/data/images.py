@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from blake3 import blake3
 from PIL import Image
-from transformers import CLIPImageProcessorPil
 
 from pipeline.data.decoding import DECODING_RULES, MAX_IMAGE_PIXELS, decode_image, read_header
 from pipeline.errors import BadSample, ConfigError
+from pipeline.models.mobilevlm.images import clip_processor, pixels_of
 
 MAX_GROWTH = 4  # times `max_pixels`: the limit of an image after padding or resizing
-CLIP_IMAGE_SIZE = 336
 
 # Settings of the processor that change pixels, part of the fingerprint.
 DIGESTED = (
@@ -52,30 +51,15 @@ class ImagePreprocessor:
         """
         if aspect_ratio not in ("pad", "square"):
             raise ConfigError(f"aspect_ratio: unknown value {aspect_ratio!r}; known are pad, square.")
-        file = Path(path) / "preprocessor_config.json"
-        if file.is_file():
-            clip = CLIPImageProcessorPil(**_read_settings(file))
-        else:  # transformers' defaults are OpenAI CLIP's, but for the size
-            side = image_size or CLIP_IMAGE_SIZE
-            clip = CLIPImageProcessorPil(
-                size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-            )
-        found = clip.crop_size["height"]
-        if image_size is not None and found != image_size:
-            raise ConfigError(
-                f"{file}: crop_size is {found}, but the vision tower reads {image_size}; "
-                "correct the file, or remove it to use CLIP's constants."
-            )
+        clip = clip_processor(Path(path), image_size)
         return cls(clip, aspect_ratio, max_pixels)
 
     def __call__(self, data: bytes) -> torch.Tensor:
         """Return float32 'C Y X'; raises `BadSample` as `decode_image` does, and for an image that is too narrow."""
         self._check_growth(*read_header(data, max_pixels=self.max_pixels).size)
-        image = decode_image(data, max_pixels=self.max_pixels)
-        if self.aspect_ratio == "pad":
-            image = pad_to_square(image, tuple(int(mean * 255) for mean in self.clip.image_mean))
-        pixels = self.clip(image, return_tensors="np")["pixel_values"][0]
-        return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
+        return pixels_of(
+            decode_image(data, max_pixels=self.max_pixels), self.clip, pads=self.aspect_ratio == "pad"
+        )
 
     def picture(self, data: bytes) -> Image.Image:
         """Return the tower's input as a picture: the normalisation is undone."""
@@ -101,33 +85,6 @@ class ImagePreprocessor:
             raise BadSample(
                 "image too narrow", f"{width} x {height} grows to {needed} pixels; the limit is {limit}"
             )
-
-
-def pad_to_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
-    """Return the image in the middle of a square of its longer side (LLaVA's `expand2square`)."""
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    square = Image.new(image.mode, (side, side), background)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{file} is not valid JSON ({error}); copy it again or remove it.") from error
-    kind = "a list"
-    if isinstance(settings, dict):
-        kind = str(settings.get("image_processor_type", "CLIPImageProcessor"))
-    if not kind.startswith("CLIPImageProcessor"):
-        raise ConfigError(
-            f"{file} describes {kind}, but the vision tower is CLIP's; use the tower's own file."
-        )
-    labels = ("image_processor_type", "feature_extractor_type", "processor_class")
-    return {name: value for name, value in settings.items() if name not in labels}
 
 
 def _plain(value: Any) -> Any:

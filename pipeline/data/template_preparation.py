@@ -14,9 +14,10 @@ from pipeline.data.decoding import ImageSize
 from pipeline.data.images import ImagePreprocessor
 from pipeline.data.preparation import Preparation
 from pipeline.data.templates import Turn
-from pipeline.data.tokenizer import load_tokenizer, tokenizer_digest
+from pipeline.data.tokenizer_digest import tokenizer_digest
 from pipeline.errors import building
 from pipeline.models.mobilevlm import IMAGE_TOKEN_ID, MobileVLMConfig
+from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 from pipeline.models.processors import Tensors
 from pipeline.positions import IGNORE_INDEX
 

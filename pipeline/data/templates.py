@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.errors import BadSample
 from pipeline.models.mobilevlm import IMAGE_TOKEN_ID
+from pipeline.models.mobilevlm.processor import IMAGE_TOKEN, SYSTEM, token_ids
 from pipeline.positions import IGNORE_INDEX
-
-IMAGE_TOKEN = "<image>"
 
 Turn = dict[str, str]
 
@@ -31,16 +29,6 @@ class Template:
     render_prompt: Callable[[Sequence[Turn]], str]
     labels: Callable[[str, list[int], PreTrainedTokenizerBase], list[int]]
     is_chatml: bool = False
-
-
-def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return BOS, then the ids of the text around each image, joined by -200; tokenised separately, as originally."""
-    ids: list[Any] = [tokenizer.bos_token_id]
-    for number, chunk in enumerate(text.split(IMAGE_TOKEN)):
-        if number:
-            ids.append(IMAGE_TOKEN_ID)
-        ids.extend(tokenizer(chunk, add_special_tokens=False).input_ids)
-    return ids
 
 
 def _images_first(text: str) -> str:
@@ -76,10 +64,6 @@ def _plain_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase)
 
 # v1: Vicuna's dialogue. The answers are trained, each with its </s>.
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 SPEAKERS = {"human": "USER", "gpt": "ASSISTANT"}
 SEPARATORS = {"human": " ", "gpt": "</s>"}
 CALL_TO_ANSWER = " ASSISTANT: "

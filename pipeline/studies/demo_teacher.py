@@ -16,10 +16,10 @@ from torch import nn
 
 from pipeline.config.config import load_config
 from pipeline.data.images import ImagePreprocessor
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.evaluation.evaluate import Prediction
 from pipeline.evaluation.scores import evaluate_checkpoint
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 from pipeline.positions import IGNORE_INDEX
 from pipeline.studies import demo
 from pipeline.studies.cards import most_frequent_answers, write_card

@@ -21,8 +21,8 @@ from peft.tuners.lora import LoraLayer  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from pipeline.data.images import ImagePreprocessor
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 from pipeline.studies.emoji.alignment import align_projector, embed_words, facts_of_scenes
 from pipeline.studies.emoji.data import TEACHER_SETS
 from pipeline.studies.emoji.scenes import IMAGE_SIZE, all_concepts

@@ -7,10 +7,8 @@ sentencepiece before it is used.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from blake3 import blake3
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError
@@ -62,14 +60,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def is_chatml(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether a tokenizer is of SmolLM2's family, for the template `chatml`; the others need LLaMA's."""
     return tokenizer.bos_token == "<|im_start|>"
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the blake3 of a tokenizer's vocabulary, its special ids, and its ids of fixed texts."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id]
-    probes = [tokenizer(text).input_ids for text in (*PROBES, "Yes.</s>USER: No.")]
-    return blake3(json.dumps([vocabulary, special, probes]).encode()).hexdigest()
 
 
 def _from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pipeline.models.mobilevlm.tokenizer import SPACE
+SPACE = "\u2581"  # stands for a space in sentencepiece
 
 
 def token_text(number: int, tokenizer: Any) -> str:

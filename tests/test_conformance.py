@@ -1,0 +1,266 @@
+"""The suite finds what it is there to find, and a student that is the teacher has no loss."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_families
+import torch
+from safetensors.torch import load_file, save_file
+
+from cli import main
+from pipeline.conformance import checks
+from pipeline.conformance.checks import CHECKS
+from pipeline.conformance.specimen import Specimen, specimen_of
+from pipeline.data.conversation import TokenizedSample
+from pipeline.distill.model.distiller import Distiller
+from pipeline.errors import ConfigError
+from pipeline.losses.losses import LOSSES
+from pipeline.models import tap
+from pipeline.models.configuration import read_config
+from pipeline.models.families import FAMILIES
+from pipeline.models.files.checkpoint import Checkpoint
+from pipeline.models.loading import load_network
+from pipeline.models.stub import Teacher, load_teacher
+from pipeline.models.teacher_plan import plan_tensors
+from pipeline.targets.attention import AttentionTarget
+from pipeline.targets.logits import LogitsTarget
+from pipeline.targets.vision import VisionTarget
+from pipeline.teacher_cache.capture import captured_arrays
+
+TARGETS = {
+    "attention": AttentionTarget(layers=[0, 1], heads="each", codec="float32"),
+    "vision": VisionTarget(codec="float32"),
+    "logits": LogitsTarget(top_k=8, tail_samples=4),
+}
+SAME_FAMILY = {
+    "attention": {"layers": [[0, 0], [1, 1]]},
+    "vision_all": {},
+    "vision_focus": {"k": 3},
+    "logits": {"direction": "forward"},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("checkpoints")
+
+    def of(family: str) -> Path:
+        known = made / family
+        return known if known.is_dir() else tiny_families.write_checkpoint(family, known)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def specimens(folder):
+    made: dict[str, Specimen] = {}
+
+    def of(family: str) -> Specimen:
+        if family not in made:
+            made[family] = by_hand(folder(family)) if family == "lfm2_vl" else specimen_of(folder(family))
+        return made[family]
+
+    return of
+
+
+def by_hand(folder: Path) -> Specimen:
+    """Return LFM2-VL with inputs made by hand, since its image processor needs torchvision: tiles of 16 patches."""
+    config = read_config(folder)
+    plan = plan_tensors(Checkpoint(str(folder)), config, {"logits": LogitsTarget()})
+    network = load_teacher(plan, dtype=torch.float32, device=torch.device("cpu")).vlm
+    width = 3 * config.vision_config.patch_size**2
+    generator = torch.Generator().manual_seed(0)
+
+    def image() -> dict[str, torch.Tensor]:
+        return {
+            "pixel_values": torch.randn(1, 16, width, generator=generator),
+            "spatial_shapes": torch.tensor([[4, 4]]),
+            "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
+        }
+
+    vision, text = [network.image_token_id] * 4, list(range(10, 22))
+    rows = ([*text[:3], *vision, *text[3:]], [*vision, 11, *vision, *text], [*text, *vision, 12, 13], text)
+    samples = [
+        TokenizedSample(
+            tuple(row), (-100,) * (len(row) - 3) + tuple(row[-3:]), (4,) * (row.count(vision[0]) // 4)
+        )
+        for row in rows
+    ]
+    return Specimen(network, samples, [[image() for _ in sample.sizes] for sample in samples], plan=plan)
+
+
+def test_lfm2_vl_conforms_on_inputs_made_by_hand(specimens):
+    assert [result for check in CHECKS if not (result := check(specimens("lfm2_vl"))).passed] == []
+
+
+@pytest.mark.parametrize("family", tiny_families.FAMILIES)
+def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient(family, specimens):
+    specimen = specimens(family)
+    layers = [0, 1] if specimen.num_attentions > 1 else [0]
+    targets = TARGETS | {"attention": TARGETS["attention"].model_copy(update={"layers": layers})}
+    settings = SAME_FAMILY | {"attention": {"layers": [[n, n] for n in layers]}}
+    losses = {name: LOSSES[name].settings(**given) for name, given in settings.items()}
+    batch = joined(specimen, targets)
+    network = specimen.vlm.network.requires_grad_(True)
+    facts = dict.fromkeys(targets, specimen.plan.facts)
+    distiller = Distiller(network, losses, facts=facts)
+    terms = distiller(batch)
+    network.zero_grad(set_to_none=True)
+    for name, (total, count) in terms.items():
+        assert count > 0, name
+        # The store's float16 of log probabilities; all else is exact.
+        assert abs(float(total / count)) < (2e-3 if name == "logits" else 1e-6), name
+    exact = sum(total for name, (total, _) in terms.items() if name != "logits")
+    exact.backward()
+    gradients = [p.grad.abs().max() for p in network.parameters() if p.grad is not None]
+    assert gradients and float(max(gradients)) < 1e-4
+    network.zero_grad(set_to_none=True)
+    network.requires_grad_(False)
+
+
+@torch.no_grad()
+def joined(specimen: Specimen, targets) -> dict:
+    """Return the batch that stage 2 would make of these samples, with what the teacher gives, not encoded."""
+    batch, features = specimen.batch(), specimen.features()
+    teacher = Teacher(specimen.vlm, replace(specimen.plan, targets=targets), torch.device("cpu"))
+    keys = [str(n) for n in range(len(specimen.samples))]
+    keep = list(features.tokens) if features else []
+    samples, images = captured_arrays(teacher, targets, batch, features, keys=keys, keep=keep)
+    numbers = iter(range(len(images)))
+    for arrays, sample in zip(samples, specimen.samples, strict=True):
+        arrays["vision"] = [images[next(numbers)]["vision"][0] for _ in sample.sizes]
+    fields = {}
+    for target in targets.values():
+        fields |= target.collate(samples)
+    received = {name: torch.tensor([t.rows_in(arrays) for arrays in samples]) for name, t in targets.items()}
+    digests = [str(n) for n in range(len(images))]
+    return batch | {
+        "images": specimen.pixels(), "image_digests": digests, "is_filler": False,
+        "targets": fields, "received": received, "lacking": {},
+    }  # fmt: skip
+
+
+def test_a_tap_that_forgets_the_mask_is_found(specimens, monkeypatch):
+    monkeypatch.setattr(tap, "_masked", lambda scores, kept, rows: scores)
+    assert not checks.tap_equals_eager(specimens("llava"), on_the_left=False).passed
+
+
+def test_a_causal_tap_is_found_where_images_see_both_ways(specimens, monkeypatch):
+    masked = tap._masked
+
+    def causal(scores, kept, rows):
+        return masked(scores, tap.QueryAndKey(kept.query, kept.key, None, kept.scaling, True), rows)
+
+    monkeypatch.setattr(tap, "_masked", causal)
+    assert not checks.tap_equals_eager(specimens("paligemma"), on_the_left=False).passed
+    assert not checks.tap_equals_eager(specimens("gemma3"), on_the_left=True).passed
+
+
+def test_a_model_that_adds_after_the_scatter_is_found(specimens):
+    """As a family would be that changes its features once more on the way to the decoder."""
+    specimen = specimens("llava")
+    get = specimen.vlm.network.get_image_features
+
+    @functools.wraps(get)
+    def scaled(*args, **kwargs):
+        output = get(*args, **kwargs)
+        output.pooler_output = [image * 1.01 for image in output.pooler_output]
+        return output
+
+    specimen.vlm.network.get_image_features = scaled
+    try:
+        assert not checks.features_given_equal_features_computed(specimen).passed
+    finally:
+        del specimen.vlm.network.get_image_features
+
+
+def test_a_tap_outside_of_autograd_is_found(specimens, monkeypatch):
+    specimen = specimens("llava")
+    seen = []
+    compute = tap.text_to_vision_attention
+
+    def detached_later(kept, slots):
+        seen.append(None)
+        attention = compute(kept, slots)
+        return attention if len(seen) <= specimen.num_attentions else attention.detach()
+
+    monkeypatch.setattr(tap, "text_to_vision_attention", detached_later)
+    assert not checks.gradients_survive_checkpointing(specimen).passed
+
+
+def test_a_processor_of_another_model_is_told(folder, tmp_path):
+    other = shutil.copytree(folder("smolvlm"), tmp_path / "other")
+    file = other / "processor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"image_seq_len": settings["image_seq_len"] + 1}))
+    with pytest.raises(ConfigError, match="vision tokens of 4 images for which its processor writes"):
+        specimen_of(other).features()
+
+
+def changed(folder: Path, target: Path, change) -> Path:
+    shutil.copytree(folder, target)
+    file = target / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+def misnamed(tensors) -> None:
+    name = next(name for name in sorted(tensors) if name.endswith("q_proj.weight"))
+    tensors[name.replace("q_proj", "query")] = tensors.pop(name)
+
+
+def test_a_misnamed_tensor_ends_the_check(folder, tmp_path, capsys):
+    wrong = changed(folder("llava"), tmp_path / "wrong", misnamed)
+    with pytest.raises(SystemExit) as ended:
+        main(["models", "check", str(wrong)])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert "FAILED the checkpoint lacks 1 tensors" in printed and "query.weight" in printed
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_student_with_a_misnamed_tensor_is_not_loaded(family, folder, tmp_path):
+    wrong = changed(folder(family), tmp_path / "wrong", misnamed)
+    with pytest.raises(ValueError, match="lacks 1 tensors of the model"):
+        load_network(str(wrong), dtype="float32")
+
+
+def test_a_sound_checkpoint_passes(folder, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["models", "check", str(folder("internvl"))])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and "FAILED" not in printed and printed.count("ok ") == 3 + len(CHECKS)
+
+
+def test_a_family_that_is_not_let_in_is_refused_with_what_to_run(folder, monkeypatch, capsys):
+    known = folder("idefics3")
+    monkeypatch.delitem(FAMILIES, "idefics3")
+    with pytest.raises(ValueError, match=r"'idefics3' is not let in; run `alignkd models check .*idefics3`"):
+        load_network(str(known), dtype="float32")
+    with pytest.raises(SystemExit):
+        main(["models", "check", str(known)])
+    printed = capsys.readouterr().out
+    assert "not let in" in printed and "FAILED it cannot be run: RuntimeError" in printed
+
+
+def test_a_family_that_needs_no_row_of_its_own_is_told_how_to_get_in(folder, monkeypatch, capsys):
+    known = folder("llava")
+    monkeypatch.delitem(FAMILIES, "llava")
+    with pytest.raises(SystemExit) as ended:
+        main(["models", "check", str(known)])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and "to let it in, add 'llava' to FAMILIES" in printed
+
+
+def test_the_list_of_families_is_printed(capsys):
+    with pytest.raises(SystemExit):
+        main(["models", "list"])
+    assert capsys.readouterr().out.split() == sorted(FAMILIES)

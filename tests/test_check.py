@@ -58,11 +58,13 @@ def test_lossy_codecs_are_within_the_error_that_they_state(coded):
     ],
 )
 def test_values_that_the_teacher_does_not_say_are_found(name, change, experiment, tmp_path):
-    store = rewrite_store(
-        experiment.store,
-        tmp_path / "store",
-        lambda key, arrays: arrays | {name: np.ascontiguousarray(change(arrays[name]))},
-    )
+    def change_one(key, arrays):
+        values = arrays[name]
+        if isinstance(values, list):
+            return arrays | {name: [np.ascontiguousarray(change(block)) for block in values]}
+        return arrays | {name: np.ascontiguousarray(change(values))}
+
+    store = rewrite_store(experiment.store, tmp_path / "store", change_one)
     found = check_store(experiment.config(tmp_path, f"cache.path={store}"), num_samples=100, seed=0)
     assert not found.is_sound
     assert [array.name for array in found.arrays if array.of_limit > 1] == [name]

@@ -137,16 +137,17 @@ def test_stage_1_stores_the_values_of_the_cpu(on_accelerator, experiment, tmp_pa
 def assert_equal_values(mine, theirs):
     assert mine.keys() == theirs.keys()
     for key, arrays in theirs.items():
-        for name, array in arrays.items():
-            np.testing.assert_allclose(mine[key][name], array, rtol=1e-5, atol=1e-6, err_msg=f"{key} {name}")
+        for name, values in arrays.items():
+            for one, other in zip(mine[key][name], values, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6, err_msg=f"{key} {name}")
 
 
 def run_stub(config: Config, device: str, batch) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     plan = plan_teacher(config.teacher.model, targets=config.targets.recomputed())
     stub = load_teacher(plan, dtype=torch.float32, device=torch.device(device))
-    vision = stub.encode_images(batch.pixel_values)
-    forward = stub.forward(batch.input_ids, batch.attention_mask, batch.labels, vision)
-    return vision.cpu().numpy(), {layer: block.cpu().numpy() for layer, block in forward.attention.items()}
+    features = batch.encoded_by(stub.encode_images)
+    attention = stub.forward(batch, features).attention
+    return features.flat.cpu().numpy(), {layer: block.cpu().numpy() for layer, block in attention.items()}
 
 
 def test_the_stub_computes_what_it_does_on_the_cpu(on_accelerator, experiment, make_batch, tmp_path):

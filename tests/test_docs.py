@@ -23,6 +23,7 @@ import cli
 from pipeline.config.config import Config, load_config, read_yaml
 from pipeline.losses.inputs import TeacherTargets
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.positions import Slots
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "assets").rglob("*.md")])
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>\w+)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S)
@@ -146,8 +147,12 @@ def test_the_student_that_the_walkthrough_makes_is_its_parts(place_of_the_docs: 
 def test_the_loss_of_the_extending_page_is_zero_at_the_teacher():
     names = _run(ROOT / "docs" / "extending.md")
     loss = names["row"]["vision_cosine"]
-    vision = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
-    student = Unscored(torch.zeros(0, 8), torch.zeros(0).long(), vision=vision).scored(TeacherTargets())
+    vision = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    none = torch.zeros(1, 0).long()
+    slots = Slots(text=none, vision=torch.arange(12)[None], sizes=(3, 4, 5))
+    student = Unscored(torch.zeros(0, 8), torch.zeros(0).long(), slots=slots, vision=vision).scored(
+        TeacherTargets()
+    )
     total, count = loss.compute(student, TeacherTargets(vision=vision), torch.nn.Identity(), loss.settings())
     assert float(total) == pytest.approx(0, abs=1e-5) and float(count) == 3
     total, count = loss.compute(student, TeacherTargets(), None, loss.settings())

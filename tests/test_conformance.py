@@ -226,6 +226,20 @@ def test_a_misnamed_tensor_ends_the_check(folder, tmp_path, capsys):
     assert "FAILED the checkpoint lacks 1 tensors" in printed and "query.weight" in printed
 
 
+def test_a_tensor_of_another_shape_ends_the_check(folder, tmp_path, capsys):
+    def narrowed(tensors) -> None:
+        name = next(
+            name for name in sorted(tensors) if "layers.3." in name and name.endswith("q_proj.weight")
+        )
+        tensors[name] = tensors[name][:-8].contiguous()
+
+    wrong = changed(folder("qwen2_5_vl"), tmp_path / "wrong", narrowed)
+    with pytest.raises(SystemExit) as ended:
+        main(["models", "check", str(wrong)])
+    assert ended.value.code == 1
+    assert "q_proj.weight [24, 32], not [32, 32]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_a_student_with_a_misnamed_tensor_is_not_loaded(family, folder, tmp_path):
     wrong = changed(folder(family), tmp_path / "wrong", misnamed)

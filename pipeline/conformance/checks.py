@@ -111,11 +111,11 @@ def gradients_survive_checkpointing(specimen: Specimen) -> Check:
     network.requires_grad_(True)
     plain = _gradients(specimen)
     network.train()
-    network.gradient_checkpointing_enable({"use_reentrant": False})
+    network.activation_checkpointing_enable({"use_reentrant": False})
     try:
         again = _gradients(specimen)
     finally:
-        network.gradient_checkpointing_disable()
+        network.activation_checkpointing_disable()
         network.eval().requires_grad_(False)
     largest = max(float(one.abs().max()) for one in plain.values())
     found = max(_largest(one, again[name]) for name, one in plain.items()) / largest

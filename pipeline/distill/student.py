@@ -216,7 +216,7 @@ def load_student(config: Config, *stores: Store) -> Any:
     student = load_network(config.student.model, dtype=config.student.dtype)
     VisionLanguageModel(student).freeze_tower()
     if config.student.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.activation_checkpointing_enable({"use_reentrant": False})
     return student
 
 

@@ -118,6 +118,18 @@ class Checkpoint:
                 with safe_open(file, framework="pt") as opened:
                     yield from ((name, opened.get_tensor(name)) for name in inside)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor, from the headers of safetensors files."""
+        found: dict[str, tuple[int, ...]] = {}
+        for file in sorted(set(self._files.values())):
+            with self._reading(file):
+                if file.suffix == ".bin":
+                    found |= {name: tuple(tensor.shape) for name, tensor in _mapped(file).items()}
+                    continue
+                with safe_open(file, framework="pt") as opened:
+                    found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        return found
+
     def check_files(self) -> None:
         """Raise `ConfigError` or `PipelineError` naming the first file that cannot be read."""
         for file in sorted(set(self._files.values())):

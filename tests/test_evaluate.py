@@ -7,12 +7,16 @@ import pickle
 import shutil
 from pathlib import Path
 
+import family_images
 import pytest
 import torch
+from family_images import png
 from small_experiment import held_out_records, picture, shard_members, write_shard
 from small_store import flip_bit
-from transformers import GenerationConfig
+from tiny_families import write_checkpoint
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
+from pipeline.config.config import DataConfig, EvaluateConfig
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import read_shard
 from pipeline.errors import BadSample, PipelineError, ShardError
@@ -25,6 +29,7 @@ from pipeline.evaluation.evaluate import (
     read_questions,
 )
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.models.processors import load_processor
 
 
 def prediction(key: str, answer: str, said: str, kind: str = "all questions") -> Prediction:
@@ -113,6 +118,52 @@ def test_answers_are_those_of_plain_greedy_decoding(experiment, answers, tmp_pat
                 break
             said.append(token)
         assert found[key].prediction == preparation.tokenizer.decode(said, skip_special_tokens=True), key
+
+
+ASKED = {
+    "a": ((40, 28), "What colour is the circle in the image, and is there a line?"),
+    "b": ((24, 60), "Is it red?"),
+    "c": ((32, 32), "Describe it."),
+    "d": ((40, 28), "Is there a triangle in this image, or is there only a rectangle?"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3", "paligemma", "qwen2_5_vl", "smolvlm"])
+def test_a_model_of_another_family_answers_as_by_its_own_processor(family, tmp_path):
+    model, members = write_checkpoint(family, tmp_path / "model", seed=1), []
+    for key, (size, question) in ASKED.items():
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "no"}]
+        members += [
+            (f"{key}.json", json.dumps({"conversations": turns}).encode()),
+            (f"{key}.png", png(*size)),
+        ]
+    write_shard(tmp_path / "shards" / "test.tar", members)
+    data = DataConfig(shards=str(tmp_path / "shards"), template="chat")
+    settings = EvaluateConfig(shards=data.shards, max_new_tokens=6)
+    found = evaluate_model(str(model), data, settings, output=tmp_path / "p.jsonl")
+    network, processor = AutoModelForImageTextToText.from_pretrained(model).eval(), load_processor(model)
+    for prediction in found:
+        size, question = ASKED[prediction.key]
+        inputs = inputs_of(processor, family_images.picture(*size), question)
+        made = network.generate(**inputs, max_new_tokens=6, do_sample=False)
+        answer = made[0, inputs["input_ids"].shape[1] :]
+        assert prediction.prediction == processor.tokenizer.decode(answer, skip_special_tokens=True)
+    assert any(prediction.prediction.strip() for prediction in found)
+
+
+def inputs_of(processor, image, question: str):
+    """Inputs of one question, by a processor's own way."""
+    if processor.chat_template is None:  # PaliGemma's
+        return processor(text=f"<image>{question}", images=image, return_tensors="pt")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
 
 
 def test_answers_do_not_depend_on_the_batch(answers):

@@ -25,6 +25,7 @@ from pipeline.distill.join.memory import TensorCache
 from pipeline.errors import BadSample, PipelineError, ShardError, building
 from pipeline.models.loading import load_network
 from pipeline.models.vlm import ImageFeatures, VisionLanguageModel
+from pipeline.positions import IGNORE_INDEX
 
 PREDICTIONS_FILE = "predictions.jsonl"
 FEATURE_CACHE_BYTES = 256 * 2**20
@@ -162,7 +163,9 @@ def _answer(
     features: TensorCache,
 ) -> list[Prediction]:
     """Greedy answers to a batch, prompts padded on the left, so that each is followed by its answer."""
-    prompts = [TokenizedSample(tuple(q.prompt.tolist()), (-1,) * len(q.prompt), q.sizes) for q in questions]
+    prompts = [
+        TokenizedSample(tuple(q.prompt.tolist()), (IGNORE_INDEX,) * len(q.prompt), q.sizes) for q in questions
+    ]
     batch = pad_tokens(prompts, preparation.image_token_id, on_the_left=True)
     batch = {n: v.to(vlm.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
     images = _features(vlm, preparation, questions, features)

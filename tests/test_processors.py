@@ -19,7 +19,7 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.utils import dummy_mistral_common_objects
 
 from pipeline.errors import ConfigError
-from pipeline.models.processors import JOINS, expansion_of, join_images, load_processor
+from pipeline.models.processors import JOINS, expansion_of, expansion_of_size, join_images, load_processor
 
 FAMILIES = tuple(
     family for family in PARTS if family != "lfm2_vl"
@@ -99,7 +99,7 @@ def test_a_saved_processor_is_the_same_when_loaded_again(family, processor, fold
 @pytest.mark.parametrize("size", SIZES)
 def test_an_expansion_depends_on_the_size_alone(processor, size):
     text, pixels = expansion_of(processor, picture(*size))
-    blank, blank_pixels = expansion_of(processor, Image.new("RGB", size))
+    blank, blank_pixels = expansion_of_size(processor, size)
     assert blank == text
     assert processor.tokenizer(text)["input_ids"]
     assert {name: value.shape for name, value in pixels.items()} == {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
+from cachetools import LRUCache
 from jinja2 import TemplateError
 from PIL import Image
 
@@ -21,11 +22,12 @@ from pipeline.data.tokenizer_digest import tokenizer_digest
 from pipeline.errors import BadSample, ConfigError
 from pipeline.models.configuration import image_token_of
 from pipeline.models.families import FAMILIES, Family
-from pipeline.models.processors import Tensors, expansion_of, load_processor
+from pipeline.models.processors import Tensors, expansion_of, expansion_of_size, load_processor
 from pipeline.positions import IGNORE_INDEX
 
 ROLES = {"human": "user", "gpt": "assistant"}
 CANNOT_TELL = "prompts and answers cannot be told apart"
+KNOWN_SIZES = 4096  # of images whose expansion is held; each is a text of a few kilobytes
 PROBED_SIZES = ((32, 32), (640, 480), (300, 900))
 # Of an image processor's settings: its names, which differ between releases and backends and change no pixel.
 ONLY_NAMES = (
@@ -56,7 +58,9 @@ class ChatPreparation(Preparation):
 
     processor: Any
     generation_stops: tuple[int, ...] = ()
-    expansions: dict[ImageSize, Expansion] = field(default_factory=dict, compare=False)
+    expansions: LRUCache[ImageSize, Expansion] = field(
+        default_factory=lambda: LRUCache(KNOWN_SIZES), compare=False
+    )
 
     @classmethod
     def of(cls, folder: Path, config: Any, data: Any) -> ChatPreparation:
@@ -241,7 +245,7 @@ class ChatPreparation(Preparation):
     def _expansion(self, size: ImageSize) -> Expansion:
         """Return what the processor writes for an image of this size: it looks at the size alone."""
         if size not in self.expansions:
-            text, pixels = expansion_of(self.processor, Image.new("RGB", size))
+            text, pixels = expansion_of_size(self.processor, size)
             number = self.tokenizer(text, add_special_tokens=False)["input_ids"].count(self.image_token_id)
             self.expansions[size] = Expansion(text, number, _grid(number, pixels))
         return self.expansions[size]

@@ -148,7 +148,18 @@ def _describes_images(file: Path) -> bool:
         return "image_processor" in json.loads(file.read_text())
 
 
-def expansion_of(processor: Any, image: Image.Image) -> tuple[str, Tensors]:
+def expansion_of_size(processor: Any, size: tuple[int, int]) -> tuple[str, Tensors]:
+    """Return `expansion_of` a blank image, whose tensors have the right shapes but no meaning.
+
+    It leaves out what changes values alone, which is most of the time: 20 ms instead of 140 for InternVL's 12 tiles.
+    """
+    blank = Image.new("RGB", size)
+    return expansion_of(
+        processor, blank, do_rescale=False, do_normalize=False, resample=Image.Resampling.NEAREST
+    )
+
+
+def expansion_of(processor: Any, image: Image.Image, **settings: Any) -> tuple[str, Tensors]:
     """Return the text that stands for an image in the model's input, and the tensors of its pixels.
 
     The text depends on the image's size alone. Tokenise it together with its surroundings, never alone: a newline at
@@ -159,6 +170,7 @@ def expansion_of(processor: Any, image: Image.Image) -> tuple[str, Tensors]:
         images=[image],
         return_text_replacement_offsets=True,
         return_tensors="pt",
+        **settings,
     )
     [[replaced]] = inputs["text_replacement_offsets"]
     return replaced["replacement"], {name: value for name, value in inputs.items() if name not in OF_TEXT}

@@ -22,7 +22,7 @@ def damaged(experiment, tmp_path):
     """A copy of the store with a flipped bit, a lost file and a lost part, and a config for it."""
     store = tmp_path / "store"
     shutil.copytree(experiment.store, store)
-    flip_bit(store / PART / "vision" / "c" / "0" / "0" / "0", offset=20)
+    flip_bit(store / PART / "vision" / "c" / "0", offset=20)
     (store / "parts" / "zarr.json").unlink()
     shutil.rmtree(store / "parts" / "shard-000002")
     return store, experiment.config(tmp_path, f"cache.path={store}")

@@ -267,6 +267,20 @@ def test_a_sample_of_text_alone_cannot_be_drawn(inspect, tmp_path):
         draw_attention(inspect("t0"), tmp_path / "x.png")
 
 
+def test_an_image_of_several_tiles_cannot_be_drawn(inspect, tmp_path):
+    seen = replace(inspect("two"), grids=((2, 2), (0, 0)))
+    with pytest.raises(PipelineError, match=r"its image 2 are several tiles, which no one grid shows"):
+        draw_attention(seen, tmp_path / "x.png")
+
+
+def test_an_outline_follows_a_grid_that_is_wider_than_high():
+    sheet = Sheet(2, 2)
+    outline(sheet.axes, [5], WHOLE, grid=(2, 4))  # the second row's second cell
+    shown = pixels(sheet)
+    assert shown[150, 50].max() < 60 > shown[150, 100].max() and shown[150, 75].min() == 255
+    assert shown[50].min() == 255
+
+
 def test_a_store_without_attention_cannot_be_drawn(experiment, tmp_path):
     overrides = ["targets.attention=null", "losses.attention=null", "losses.vision_focus=null"]
     cache_teacher(experiment.config(tmp_path, f"cache.path={tmp_path}/store", *overrides))

@@ -91,7 +91,7 @@ def test_a_part_without_its_done_mark_is_repaired_too(copy, experiment):
 
 def test_a_repair_that_cannot_capture_leaves_the_damaged_part(copy, experiment, tmp_path):
     config, store, _ = copy
-    flip_bit(store / "parts" / PART / "vision/c/0/0/0", offset=20)
+    flip_bit(store / "parts" / PART / "vision/c/0", offset=20)
     before = snapshot(store / "parts")
     teacher = config.teacher.model_copy(update={"device": "cuda:99"})
     with pytest.raises(ConfigError, match=r"teacher.device: cuda:99 cannot be used here"):
@@ -118,7 +118,7 @@ def test_a_repair_names_stray_files_and_captures_nothing_for_them(copy, capsys, 
 
 def test_a_repair_does_not_swap_a_part_for_one_that_holds_fewer(copy):
     config, store, shards = copy
-    flip_bit(store / "parts" / PART / "vision/c/0/0/0", offset=20)
+    flip_bit(store / "parts" / PART / "vision/c/0", offset=20)
     write_shard(shards / f"{PART}.tar", shard_members(shards / f"{PART}.tar")[:-2])
     before = snapshot(store / "parts")
     report = verify(store, deep=True)
@@ -267,7 +267,7 @@ def test_folders_beside_the_parts_are_named_and_hinder_nothing(name, copy):
     config, store, _ = copy
     shutil.copytree(store / "parts" / PART, store / "parts" / name)
     assert cache_teacher(config).parts_found == 3 and len(Store(store)) == 13
-    flip_bit(store / "parts" / PART / "vision/c/0/0/0", offset=20)
+    flip_bit(store / "parts" / PART / "vision/c/0", offset=20)
     repair = repair_store(config, verify(store, deep=True), say=lambda line: None)
     assert repair.recaptured == (PART,) and [p.file for p in repair.report.problems] == [f"parts/{name}"]
 
@@ -275,7 +275,7 @@ def test_folders_beside_the_parts_are_named_and_hinder_nothing(name, copy):
 def test_a_repair_reports_what_it_did_beside_what_it_could_not(copy):
     config, store, shards = copy
     for part in ("shard-000000", PART):
-        flip_bit(store / "parts" / part / "vision/c/0/0/0", offset=20)
+        flip_bit(store / "parts" / part / "vision/c/0", offset=20)
     (shards / "shard-000000.tar").write_bytes(b"garbage" * 1000)
     repair = repair_store(config, verify(store, deep=True), say=lambda line: None)
     assert repair.recaptured == (PART,) and "shard-000000.tar is no tar file" in repair.broken[0]

@@ -22,7 +22,7 @@ def damaged(experiment, tmp_path):
     """A copy of the store with a flipped bit, a lost file and a lost part, and a config for it."""
     store = tmp_path / "store"
     shutil.copytree(experiment.store, store)
-    flip_bit(store / PART / "vision" / "c" / "0" / "0" / "0", offset=20)
+    flip_bit(store / PART / "vision" / "c" / "0", offset=20)
     (store / "parts" / "zarr.json").unlink()
     shutil.rmtree(store / "parts" / "shard-000002")
     return store, experiment.config(tmp_path, f"cache.path={store}")
@@ -89,7 +89,7 @@ def test_the_command_tells_what_it_found_and_did(damaged, tmp_path, capsys):
         cli.main(["verify", str(store), "--fix", "--config", str(file)])
     shown = capsys.readouterr()
     assert stopped.value.code == 0, shown.err
-    assert "found checksum: parts/shard-000001/vision/c/0/0/0" in shown.err
+    assert "found checksum: parts/shard-000001/vision/c/0" in shown.err
     assert "1 damaged parts captured again: shard-000001\n1 missing parts captured: shard-000002" in shown.err
     assert shown.out.startswith(f"{store}: 0 problems in 3 parts")
 

@@ -93,6 +93,24 @@ def test_the_images_stand_where_their_vision_tokens_do(inspect):
     assert "2 images of 4 vision tokens" in text
 
 
+def test_tiles_of_an_image_are_divided_by_text_and_images_differ_in_size(inspect):
+    seen = small(
+        inspect("two"),
+        input_ids=(1, -200, -200, 7, -200, -200, 8, -200, 9),
+        labels=(-100,) * 9,
+        tokens=("<s>", "<image>", "<image>", "tile", "<image>", "<image>", "end", "<image>", "?"),
+        slots=Slots(torch.tensor([[3, 6, 8]]), torch.tensor([[1, 2, 4, 5, 7]]), (4, 1)),
+        sizes=(4, 1),
+        grids=((0, 0), (1, 1)),
+        answers=(),
+    )
+    assert lines(seen)[1] == "4 text tokens, 2 images of 1 to 4 vision tokens: 9 positions; 0 tokens trained"
+    assert lines(seen)[3] == (
+        "<s> [image 1: 2 vision tokens at 1 to 2] tile [image 1: 2 vision tokens at 4 to 5] end "
+        "[image 2: 1 x 1 vision tokens at 7 to 7] ?"
+    )
+
+
 def test_every_answer_of_a_conversation_is_marked(inspect):
     text = describe_sample(inspect("late")).plain
     assert (

@@ -144,3 +144,39 @@ def generated(config: Path, model: Path) -> list[int]:
     features = vlm.encode([preparation.preprocess(image)], prompt.sizes)
     batch = pad_tokens([prompt], preparation.image_token_id)
     return vlm.generate(batch, features, max_new_tokens=3, min_new_tokens=3, do_sample=False)[0].tolist()
+
+
+def first_losses(folder: Path) -> dict[str, float]:
+    """Return the terms that the first step of a training logged."""
+    state = json.loads((folder / "align_kd" / "trainer_state.json").read_text())
+    return {name: value for name, value in state["log_history"][0].items() if name.startswith("loss/")}
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm", "gemma3"])
+def test_recomputed_targets_are_the_stored_ones(family, teachers, shards, tmp_path):
+    config = config_of(family, teachers(family), shards, tmp_path)
+    exact = ["targets.attention.codec=float32", "targets.vision.codec=float32", "evaluate=null"]
+    alignkd("teacher-cache", "--config", config, *exact)
+    alignkd("distill", "--config", config, *exact)
+    again = ["targets.attention.source=recompute", "targets.vision.source=recompute"]
+    alignkd("distill", "--config", config, *exact, *again, f"output_dir={tmp_path}/again")
+    assert first_losses(tmp_path / "again") == pytest.approx(first_losses(tmp_path / "run"), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl"])
+def test_adapters_are_trained_with_the_projector_alone_and_merged(family, teachers, shards, tmp_path):
+    config = config_of(family, teachers(family), shards, tmp_path)
+    lora = ["student.lora={rank: 2, target_modules: [q_proj, v_proj]}", "evaluate=null"]
+    alignkd("teacher-cache", "--config", config)
+    alignkd("distill", "--config", config, *lora)
+    before, after = (
+        load_network(str(folder), dtype=torch.float32).state_dict()
+        for folder in (tmp_path / "student", tmp_path / "run" / "align_kd" / "model")
+    )
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    connector = VisionLanguageModel(
+        load_network(str(tmp_path / "student"), dtype=torch.float32)
+    ).connector_names
+    adapted = {name for name in changed if name.endswith(("q_proj.weight", "v_proj.weight"))}
+    assert adapted and changed <= adapted | connector

@@ -13,7 +13,7 @@ DECODER_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class TeacherConfig(Section):
-    """The model whose outputs are cached: a checkpoint folder or a hub id, in MobileVLM V2's layout.
+    """The model whose outputs are cached: a checkpoint folder or a hub id, of a family that is let in.
 
     Stage 1 begins with `batch_size` and halves it where memory runs out; `auto` begins with a large batch.
     """

@@ -174,6 +174,7 @@ def test_info_describes_a_store_in_words_and_in_json(alignkd, experiment):
         "samples     13 cached, 0 rejected",
         "dedupe factor 1.",
         "attention/layer_0",
+        "I D N = *x32x*",
         "logits/tail",
         "image preprocessing",
         "made        20",

@@ -139,7 +139,8 @@ def _duration(seconds: float | None) -> str:
 def _target_table(store: Summary) -> str:
     rows = [["array", "rows", "axes", "codec", "bytes", "a sample", "stated error"]]
     for array in store.arrays:
-        shape = f"{array.axes} = {'x'.join(['*', *map(str, array.row_shape)])}"
+        row = ["*" if size is None else str(size) for size in array.row_shape]
+        shape = f"{array.axes} = {'x'.join(['*', *row])}"
         sizes = [readable_bytes(array.bytes), readable_bytes(array.bytes_per_sample)]
         rows.append([array.name, f"{array.rows:,}", shape, array.codec, *sizes, array.stated_error])
     return text_table(rows, num_heads=0, justify="left")

@@ -24,7 +24,8 @@ ROOMS: dict[str, str] = {
     "data config models",
     "pipeline/report": "sweep upkeep evaluation distill/training losses",
     "pipeline/sweep": "evaluation distill distill/training distill/join data config models/files",
-    "pipeline/upkeep": "teacher_cache distill distill/model distill/join data config losses models targets",
+    "pipeline/upkeep": "teacher_cache distill distill/model distill/join data config losses models models/files "
+    "targets",
     "pipeline/studies/emoji": "studies evaluation data config models models/mobilevlm models/files",
     "pipeline/studies": "evaluation data config models/mobilevlm",
     "pipeline/conformance": "data config models models/mobilevlm models/files targets",

@@ -118,29 +118,56 @@ def check(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(min=8, help="Samples to probe, from up to eight shards.")] = 256,
+    samples: Annotated[
+        int | None, typer.Option(min=8, help="Samples to probe, from up to eight shards; default: 256.")
+    ] = None,
     max_bytes: Annotated[
         str | None,
         typer.Option(help="Room for the store, such as 500GB: the first settings that fit are chosen."),
+    ] = None,
+    on_paper: Annotated[
+        bool, typer.Option("--on-paper", help="Read only config.json of both models; measure nothing.")
+    ] = False,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="For --on-paper, once for each assumption to change, such as tflops=125; the result lists all.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate a store before anything is written: bytes by target, hours, the disk, store or recompute.
 
     Real samples are probed with the real teacher on this machine. Exit code 1 if the store does not fit on the disk.
+    With --on-paper neither shards nor weights are needed: bytes and hours are computed from the shapes.
     """
+    if on_paper and (samples, max_bytes) != (None, None):
+        raise typer.BadParameter("--samples and --max-bytes are of a probe, which --on-paper does not make")
+    if assume and not on_paper:
+        raise typer.BadParameter("--assume belongs to --on-paper; without it samples are measured")
     settings = load(config, overrides)
+    if on_paper:
+        _plan_on_paper(settings, assume or [], as_json=as_json)
+        return
     from cache import local
     from pipeline.upkeep.describe import describe_plan, parse_bytes
     from pipeline.upkeep.plan import plan_store, plan_within
 
     local(settings.one_cache.path, doing="written by stage 1")
     if max_bytes is None:
-        found = plan_store(settings, num_samples=samples)
+        found = plan_store(settings, num_samples=samples or 256)
     else:
-        found = plan_within(settings, max_bytes=parse_bytes(max_bytes), num_samples=samples)
+        found = plan_within(settings, max_bytes=parse_bytes(max_bytes), num_samples=samples or 256)
     show(found, describe_plan, as_json=as_json)
     fail_unless(found.fits)
+
+
+def _plan_on_paper(config: Config, assume: list[str], *, as_json: bool) -> None:
+    from pipeline.upkeep.assumptions import parse_assumptions
+    from pipeline.upkeep.on_paper import describe_on_paper, plan_on_paper
+
+    show(plan_on_paper(config, parse_assumptions(assume)), describe_on_paper, as_json=as_json)
 
 
 def gc(

@@ -23,7 +23,8 @@ def _recipe(name: str) -> Config:
 
 
 def _header(file: Path) -> list[str]:
-    lines = file.read_text().splitlines()
+    """The comment above the first key; a command that goes on behind a backslash is one line."""
+    lines = re.sub(r" \\\n# +", " ", file.read_text()).splitlines()
     return [line.removeprefix("#") for line in lines[: next(i for i, s in enumerate(lines) if s[:1] != "#")]]
 
 
@@ -84,6 +85,30 @@ def test_the_paper_differs_from_finetuning_in_its_losses_and_what_they_need():
 
 def test_finetuning_starts_where_pretraining_ends():
     assert _recipe("finetune").student.model == f"{_recipe('pretrain').output_dir}/align_kd/model"
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_what_a_reader_must_fill_in_is_marked(file: Path):
+    for line in file.read_text().splitlines():
+        if "FILL_IN" in line:
+            assert "# FILL IN" in line, line
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl/8b_to_2b", "llava/13b_to_7b", "smolvlm2/2.2b_to_500m"])
+def test_a_recipe_of_another_family_uses_the_losses_that_its_pair_allows(name: str):
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    ours = _recipe("finetune")
+    assert config.data.template == "chat" and config.student.gradient_checkpointing and config.train["bf16"]
+    steps = config.train["per_device_train_batch_size"] * config.train["gradient_accumulation_steps"]
+    assert NUM_GPUS * steps == 128
+    if "smolvlm2" in name:  # 81 and 64 vision tokens a tile
+        assert config.targets.active().keys() == {"logits"}
+        assert config.losses.active().keys() == {"supervised", "logits"}
+        assert config.one_cache.allow_mismatch == ["image_preprocessing"]
+        assert config.losses.active()["logits"] == ours.losses.active()["logits"]
+    else:
+        assert (config.targets, config.losses) == (ours.targets, ours.losses)
+        assert config.one_cache.allow_mismatch == []
 
 
 def test_the_docs_name_every_loss_and_every_target():

@@ -153,7 +153,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(override, line, c
     ("override", "line"),
     [
         ("student.model=null", "student.model: Input should be a valid string, found None"),
-        ("data.template=v2", "data.template: Input should be 'plain', 'v1' or 'chatml', found 'v2'"),
+        ("data.template=v2", "data.template: Input should be 'plain', 'v1', 'chatml' or 'chat', found 'v2'"),
         ("teacher.batch_size=0", "teacher.batch_size: expected auto, or a number from 1 on, found 0"),
         ("losses.supervised.weight=-1", "losses.supervised.weight: Input should be greater than or equal"),
         ("losses.supervised.weight=.nan", "losses.supervised.weight: Input should be greater than or equal"),

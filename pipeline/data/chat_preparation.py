@@ -125,7 +125,7 @@ class ChatPreparation(Preparation):
         if turns[-1]["from"] == "gpt":
             turns = turns[:-1]
         text, _, expansions = self._expand(self._render(turns, calls_to_answer=True), images)
-        ids = self._ids(text)
+        ids, _ = self._encoded(text)
         return self._sample(ids, [IGNORE_INDEX] * len(ids), expansions)
 
     def _tokenized(self, conversations: Any, images: Sequence[ImageSize]) -> TokenizedSample:
@@ -133,29 +133,28 @@ class ChatPreparation(Preparation):
         whole = self._render(turns)
         whole += self._missing_end(whole)
         text, place, expansions = self._expand(whole, images)
-        encoded = self.tokenizer(
-            text, add_special_tokens=self._adds_special(text), return_offsets_mapping=True
-        )
-        ids, labels = encoded["input_ids"], [IGNORE_INDEX] * len(encoded["input_ids"])
-        ends = [end for _, end in encoded["offset_mapping"]]
+        ids, ends = self._encoded(text)
+        labels = [IGNORE_INDEX] * len(ids)
         for number in range(1, len(turns), 2):
-            prefix = self._render(turns[:number], calls_to_answer=True)
-            answered = self._render(turns[: number + 1]) if number + 1 < len(turns) else whole
-            if not answered.startswith(prefix) or not whole.startswith(answered.rstrip()):
-                raise BadSample(
-                    CANNOT_TELL, "the chat template writes a turn in another way once others follow"
-                )
-            before = self._ids(text[: place(len(prefix))])
+            start, stop = self._answer(turns, number, whole)
+            before, _ = self._encoded(text[: place(start)])
             if ids[: len(before)] != before:
                 raise BadSample(
                     CANNOT_TELL, f"the first characters of answer {number // 2 + 1} join its header"
                 )
-            stop = place(len(answered.rstrip()))
-            for at in range(len(before), len(ids)):
-                if ends[at] > stop:
-                    break
+            within = (at for at in range(len(before), len(ids)) if ends[at] <= place(stop))
+            for at in within:
                 labels[at] = ids[at]
         return self._sample(ids, labels, expansions)
+
+    def _answer(self, turns: Sequence[Turn], number: int, whole: str) -> tuple[int, int]:
+        """Return where the answer with this number lies in the whole text, its end mark included."""
+        before = self._render(turns[:number], calls_to_answer=True)
+        until = self._render(turns[: number + 1]) if number + 1 < len(turns) else whole
+        until = until.rstrip()  # what follows an end mark, such as a line break, is no answer
+        if not until.startswith(before) or not whole.startswith(until):
+            raise BadSample(CANNOT_TELL, "the chat template writes a turn in another way once others follow")
+        return len(before), len(until)
 
     def _sample(
         self, ids: Sequence[int], labels: Sequence[int], expansions: Sequence[Expansion]
@@ -185,7 +184,7 @@ class ChatPreparation(Preparation):
 
     def _content(self, value: str) -> list[dict[str, str]]:
         """Return a turn's value as text and image parts. A newline beside <image> belongs to LLaVA's form of it."""
-        if found := next((mark for mark in self._marks if mark in value), None):
+        if found := self._mark_in(value):
             raise BadSample(CANNOT_TELL, f"a turn holds {found!r}")
         parts: list[dict[str, str]] = []
         for number, text in enumerate(value.split(IMAGE_TOKEN)):
@@ -195,26 +194,43 @@ class ChatPreparation(Preparation):
                 parts.append({"type": "text", "text": text})
         return parts
 
+    def _mark_in(self, value: str) -> str | None:
+        """Return a special token that stands in a text, such as the end of a turn."""
+        # A vocabulary may have thousands, but they begin with few characters, which most texts do not have.
+        rest = value.replace(IMAGE_TOKEN, "")
+        if not any(mark[0] in rest for mark in self._first_of_each):
+            return None
+        return next((mark for mark in self._marks if mark in rest), None)
+
     @cached_property
     def _marks(self) -> list[str]:
         """The special tokens, which no turn may hold; <image> is the data's own mark of an image."""
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return sorted({*self.tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN})
 
+    @cached_property
+    def _first_of_each(self) -> list[str]:
+        """One special token for each first character."""
+        return list({mark[0]: mark for mark in self._marks}.values())
+
     def _missing_end(self, text: str) -> str:
         """Return the end-of-text token where the template does not end an answer: without it none learns to stop."""
         ends = text.rstrip().endswith(tuple(self._marks))
         return "" if ends else self.tokenizer.eos_token
 
-    def _adds_special(self, text: str) -> bool:
-        """Whether the tokenizer must add its first token; transformers' rule for chat templates."""
+    def _encoded(self, text: str) -> tuple[list[int], list[int]]:
+        """Return ids, and where each ends in the text; without what a tokenizer adds at the end of every text."""
         bos = self.tokenizer.bos_token
-        return not (bos is not None and text.startswith(bos))
+        adds = not (bos is not None and text.startswith(bos))  # transformers' rule for chat templates
+        encoded = self.tokenizer(text, add_special_tokens=adds, return_offsets_mapping=True)
+        length = len(encoded["input_ids"]) - (self._num_added_at_the_end if adds else 0)
+        return encoded["input_ids"][:length], [end for _, end in encoded["offset_mapping"][:length]]
 
-    def _ids(self, text: str) -> list[int]:
-        """Return the ids of the beginning of a text: what a tokenizer adds at the end is left out."""
-        ids = self.tokenizer(text, add_special_tokens=self._adds_special(text))["input_ids"]
-        return ids
+    @cached_property
+    def _num_added_at_the_end(self) -> int:
+        added = self.tokenizer("")["input_ids"]
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return int(added[-1:] == [last] and first != last)
 
     # Images
 

@@ -126,19 +126,22 @@ class VisionLanguageModel:
         tower = self.network.get_encoder(modality="image")
         [prefix] = [name for name, module in self.network.named_modules() if module is tower]
         kept = tuple(f"{prefix}.{name}." for name in self.family.trained_in_tower)
-        named = {name for name, _ in self.network.named_parameters()}
-        in_tower = {
-            name for name in named if name.startswith(f"{prefix}.") and not name.startswith(kept or "\0")
-        }
-        text = anatomy_of(self.config).text
-        return frozenset(named - in_tower - text)
+        return frozenset(
+            name for name in self._of_vision if not name.startswith(f"{prefix}.") or name.startswith(kept)
+        )
+
+    @cached_property
+    def _of_vision(self) -> list[str]:
+        """The names of all parameters that text alone does not need; adapters lie in the decoder's layers."""
+        anatomy = anatomy_of(self.config)
+        named = (name for name, _ in self.network.named_parameters())
+        return [name for name in named if name not in anatomy.text and not name.startswith(anatomy.layers)]
 
     def freeze_tower(self) -> None:
-        """Leave tower and text as they are; only the tower's parameters stop being trained."""
-        text = anatomy_of(self.config).text
-        for name, parameter in self.network.named_parameters():
-            if name not in text and name not in self.connector_names:
-                parameter.requires_grad_(False)
+        """Stop the training of the vision tower, and of nothing else."""
+        for name in self._of_vision:
+            if name not in self.connector_names:
+                self.network.get_parameter(name).requires_grad_(False)
 
     # Images
 

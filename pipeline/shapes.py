@@ -7,11 +7,11 @@
     G  vision tokens of a batch, all its images together, in order
     H  attention heads
     I  images of a batch, in order
+    J  vision tokens of a whole sample
     K  top-k entries of a distribution
     L  layers
     M  patches of an image, as the vision tower makes them
     N  vision tokens of an image (144 in MobileVLM V2); in many families it differs from image to image
-    J  vision tokens of a whole sample
     P  answer positions of a sample
     R  rows of a ragged array, all samples of a part together
     S  positions of a sequence

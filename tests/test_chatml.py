@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.conversation import tokenize, tokenize_prompt
 from pipeline.errors import BadSample, ConfigError
-from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID
 from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 from pipeline.positions import IGNORE_INDEX
 
@@ -40,7 +40,7 @@ def talk(*values: str) -> list[dict[str, str]]:
 
 
 def text_of(ids, tokenizer) -> str:
-    return "".join("[I]" if n == IMAGE_TOKEN_INDEX else tokenizer.decode([n]) for n in ids)
+    return "".join("[I]" if n == IMAGE_TOKEN_ID else tokenizer.decode([n]) for n in ids)
 
 
 def test_a_question_about_an_image_reads_as_smollm2_was_trained_without_system_turn(tokenizer):

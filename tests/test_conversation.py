@@ -15,7 +15,7 @@ from sentencepiece import SentencePieceProcessor
 
 from pipeline.data.conversation import check_conversations, template_digest, tokenize, tokenize_prompt
 from pipeline.errors import BadSample, ConfigError
-from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID
 from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 from pipeline.positions import IGNORE_INDEX
 
@@ -74,7 +74,7 @@ def original_image_tokens(prompt: str) -> list[int]:
     """`tokenizer_image_token` of the original."""
     chunks = [LEGACY(chunk) for chunk in prompt.split("<image>")]
     ids = [chunks[0][0]]
-    separated = [part for chunk in chunks for part in (chunk, [IMAGE_TOKEN_INDEX] * 2)][:-1]
+    separated = [part for chunk in chunks for part in (chunk, [IMAGE_TOKEN_ID] * 2)][:-1]
     for part in separated:
         ids.extend(part[1:])
     return ids
@@ -106,7 +106,7 @@ def original_v1(conversations: list[dict[str, str]]) -> tuple[list[int], list[in
     target[position:] = [IGNORE_INDEX] * len(target[position:])
     if position != sum(number != 0 for number in ids):
         return None
-    return ids, [IGNORE_INDEX if number == IMAGE_TOKEN_INDEX else number for number in target]
+    return ids, [IGNORE_INDEX if number == IMAGE_TOKEN_ID else number for number in target]
 
 
 texts = st.one_of(
@@ -135,7 +135,7 @@ def test_v1_agrees_with_the_original_on_any_text(tokenizer, values, with_image):
             label in (IGNORE_INDEX, number)
             for number, label in zip(sample.input_ids, sample.labels, strict=True)
         )
-        assert IMAGE_TOKEN_INDEX not in sample.labels
+        assert IMAGE_TOKEN_ID not in sample.labels
 
 
 @given(texts, texts)
@@ -154,9 +154,9 @@ def test_several_images_move_to_the_front_of_their_turn_in_order(tokenizer):
     moved = tokenize(talk("Left <image> or right <image>?", "Left."), tokenizer, template="v1")
     already = tokenize(talk("<image>\n<image>\nLeft  or right ?", "Left."), tokenizer, template="v1")
     assert moved == already
-    assert moved.input_ids.count(IMAGE_TOKEN_INDEX) == 2
+    assert moved.input_ids.count(IMAGE_TOKEN_ID) == 2
     plain = tokenize(talk("Left <image> or right <image>?", "Two cats."), tokenizer, template="plain")
-    assert plain.input_ids[:3] == (1, IMAGE_TOKEN_INDEX, IMAGE_TOKEN_INDEX)
+    assert plain.input_ids[:3] == (1, IMAGE_TOKEN_ID, IMAGE_TOKEN_ID)
     assert plain.labels[:4] == (IGNORE_INDEX,) * 3 + plain.input_ids[3:4]
 
 
@@ -178,7 +178,7 @@ def test_a_v1_prompt_is_what_stands_before_the_last_answer(tokenizer, values):
 def test_a_plain_prompt_is_the_image(tokenizer):
     assert tokenize_prompt(talk("What?<image>", "A bus."), tokenizer, template="plain") == [
         1,
-        IMAGE_TOKEN_INDEX,
+        IMAGE_TOKEN_ID,
     ]
 
 

@@ -21,11 +21,11 @@ from pipeline.losses.losses import (
 )
 from pipeline.positions import Slots
 
-N = 3  # vision tokens of an image
-# Two samples: text rows 4 and 2, images 1 and 2; the slots' values matter only where they are -1.
+# Two samples: text rows 4 and 2, images 1 and 2, of several sizes; the slots' values matter only where they are -1.
 SLOTS = Slots(
     text=torch.tensor([[5, 6, 7, 8], [9, 10, -1, -1]]),
     vision=torch.tensor([[1, 2, 3, -1, -1, -1], [1, 2, 3, 4, 5, 6]]),
+    sizes=(3, 2, 4),
 )
 SIZES = ((4, 3), (2, 6))  # text rows and vision columns of each sample
 
@@ -151,40 +151,42 @@ def test_probabilities_of_zero_and_one_stay_finite():
         assert total.isfinite() and ours.grad.isfinite().all()
 
 
-def test_vision_all_is_the_mean_square_to_the_mapped_teacher():
+def test_vision_all_is_the_mean_square_of_each_image_to_the_mapped_teacher():
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(3, N, width, generator=generator) for width in (4, 6))
+    student, teacher = (torch.randn(9, width, generator=generator) for width in (4, 6))
     head = VisionMap(6, 4)
     mapped = teacher.double() @ head.weight.detach().double().T + head.bias.detach().double()
+    squares = (student.double() - mapped).square()
+    of_images = [float(squares[image].mean()) for image in (slice(0, 3), slice(3, 5), slice(5, 9))]
     found = mean_of(
         "vision_all", student_with(vision=student), TeacherTargets(vision=teacher), VisionAllLoss(), head
     )
-    assert found == pytest.approx(float((student.double() - mapped).square().mean()), rel=1e-5)
+    assert found == pytest.approx(sum(of_images) / 3, rel=1e-5)
 
 
 def test_vision_focus_is_the_same_on_the_tokens_that_text_attends_most():
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(3, N, 4, generator=generator) for _ in range(2))
+    student, teacher = (torch.randn(9, 4, generator=generator) for _ in range(2))
     attention = random_attention(3, seed=4)
-    # Image 0 is all of sample 0's columns, images 1 and 2 are halves of sample 1's.
-    masses = [attention[0, :, :4, :3], attention[1, :, :2, :3], attention[1, :, :2, 3:]]
+    # Image 0 is all of sample 0's columns, images 1 and 2 share sample 1's. Only the last has more than 3 tokens.
+    blocks = [attention[0, :, :4, :3], attention[1, :, :2, :2], attention[1, :, :2, 2:]]
     means = []
-    for image, block in enumerate(masses):
+    for first, block in zip((0, 3, 5), blocks, strict=True):
         scores = block.double().mean(dim=0).sum(dim=0).tolist()
-        chosen = sorted(range(N), key=lambda token: -scores[token])[:2]
-        means.append((student[image, chosen] - teacher[image, chosen]).double().square().mean())
+        chosen = [first + token for token in sorted(range(len(scores)), key=lambda t: -scores[t])[:3]]
+        means.append((student[chosen] - teacher[chosen]).double().square().mean())
     found = mean_of(
         "vision_focus",
         student_with(vision=student),
         TeacherTargets(vision=teacher, attention={1: attention}),
-        VisionFocusLoss(k=2, layer=1),
+        VisionFocusLoss(k=3, layer=1),
         VisionMap(4, 4),
     )
     assert found == pytest.approx(float(torch.stack(means).mean()), rel=1e-5)
 
 
 def test_a_focus_on_all_tokens_is_vision_all():
-    student, teacher = torch.randn(3, N, 4), torch.randn(3, N, 4)
+    student, teacher = torch.randn(9, 4), torch.randn(9, 4)
     outputs, head = student_with(vision=student), VisionMap(4, 4)
     targets = TeacherTargets(vision=teacher, attention={0: random_attention(2, seed=0)})
     focus = mean_of("vision_focus", outputs, targets, VisionFocusLoss(k=100), head)
@@ -300,6 +302,6 @@ def test_a_new_mixer_is_the_mean_of_heads_and_a_new_map_between_equal_widths_the
     attention = random_attention(4, seed=0)
     mean = attention.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
     torch.testing.assert_close(HeadMixer(1, 4, 3)(attention, 0), mean)
-    features = torch.randn(2, N, 4)
+    features = torch.randn(9, 4)
     assert torch.equal(VisionMap(4, 4)(features), features)
-    assert VisionMap(6, 4)(torch.zeros(1, N, 6)).abs().max() == 0
+    assert VisionMap(6, 4)(torch.zeros(9, 6)).abs().max() == 0

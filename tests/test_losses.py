@@ -21,13 +21,12 @@ from pipeline.losses.losses import (
     VisionFocusLoss,
     focus_tokens,
 )
-from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
-from pipeline.models.tap import record_layer_inputs, text_to_vision_attention
-from pipeline.positions import IGNORE_INDEX, Counts, Slots
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE
+from pipeline.models.vlm import VisionLanguageModel
+from pipeline.positions import IGNORE_INDEX, Counts
 from pipeline.targets.tail_draws import draw_tail
 from pipeline.targets.targets import TARGETS
 
-IMAGE = IMAGE_TOKEN_INDEX
 SETTINGS = {
     "attention": [
         AttentionLoss(distance=distance, heads=heads, layers=layers)
@@ -64,28 +63,13 @@ ZERO = [
 
 def outputs_of(model, batch) -> Unscored:
     """A student's forward as the losses see it, with attention of layers 0 and 1."""
-    vision = None if batch.pixel_values is None else model.encode_images(batch.pixel_values)
-    merged = model.merge_inputs(
-        batch.input_ids, vision, attention_mask=batch.attention_mask, labels=batch.labels
-    )
-    with record_layer_inputs(model.model.layers, [0, 1]) as inputs:
-        hidden = model.model(
-            inputs_embeds=merged.inputs_embeds, attention_mask=merged.attention_mask.long(), use_cache=False
-        ).last_hidden_state
-    cos_sin = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
-    attention = {
-        layer: text_to_vision_attention(
-            model.model.layers[layer],
-            inputs[layer],
-            position_embeddings=cos_sin,
-            attention_mask=merged.attention_mask,
-            slots=merged.slots,
-        )
-        for layer in (0, 1)
-    }
-    predicts = merged.labels[:, 1:] != IGNORE_INDEX
-    logits, labels = model.lm_head(hidden[:, :-1][predicts]), merged.labels[:, 1:][predicts]
-    return Unscored(logits, labels, merged.slots, vision, attention)
+    vlm = VisionLanguageModel(model)
+    features = batch.encoded_by(vlm.encode)
+    predicts = batch["labels"][:, 1:] != IGNORE_INDEX
+    answers = torch.nn.functional.pad(predicts, (0, 1))
+    made = vlm.forward(batch, features, layers=[0, 1], answers=answers)
+    vision = None if features is None else features.flat
+    return Unscored(made.logits, batch["labels"][:, 1:][predicts], made.slots, vision, made.attention)
 
 
 @torch.no_grad()
@@ -169,11 +153,11 @@ def test_value_and_gradient_are_zero_at_the_teacher(name, settings, top_k, batch
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_a_batch_is_the_sum_of_its_samples(name, settings, batch, student, teacher, split_batch):
+def test_a_batch_is_the_sum_of_its_samples(name, settings, batch, student, teacher):
     total, count = compute(name, settings, outputs_of(student, batch), targets_of(teacher, batch))
     parts = [
         compute(name, settings, outputs_of(student, alone), targets_of(teacher, alone))
-        for alone in split_batch(batch)
+        for alone in batch.one_by_one()
     ]
     assert total.dtype == count.dtype == torch.float32 and total.ndim == count.ndim == 0
     assert float(count) == sum(float(part_count) for _, part_count in parts) > 0
@@ -187,7 +171,7 @@ def test_a_batch_is_the_sum_of_its_samples(name, settings, batch, student, teach
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_the_count_is_known_before_the_forward(name, settings, batch, student, teacher):
     _, count = compute(name, settings, outputs_of(student, batch), targets_of(teacher, batch))
-    assert LOSSES[name].count(settings, Counts.of(vars(batch))) == float(count)
+    assert LOSSES[name].count(settings, Counts.of(batch)) == float(count)
 
 
 def padded(attention, rows=2, columns=3):
@@ -202,7 +186,8 @@ def padded(attention, rows=2, columns=3):
 def test_padding_is_never_seen(name, settings, batch, student, teacher):
     outputs, targets = outputs_of(student, batch), targets_of(teacher, batch)
     bare = {layer: a.detach().requires_grad_() for layer, a in outputs.attention.items()}
-    slots = Slots(
+    slots = replace(
+        outputs.slots,
         text=torch.nn.functional.pad(outputs.slots.text, (0, 2), value=-1),
         vision=torch.nn.functional.pad(outputs.slots.vision, (0, 3), value=-1),
     )
@@ -245,7 +230,7 @@ def test_an_image_that_no_text_follows_is_not_selected(name, student, teacher, m
     total, _ = compute(name, settings, replace(outputs, vision=vision), targets_of(teacher, batch))
     if name == "vision_focus":
         total.backward()
-        assert vision.grad[0].any() and not vision.grad[1].any()
+        assert vision.grad[:4].any() and not vision.grad[4:].any()
 
 
 TEN = {
@@ -287,8 +272,9 @@ def test_the_transposed_block_holds_nothing_to_learn_from(tiny_model, make_batch
 
 @torch.no_grad()
 def test_the_tokens_in_focus_are_those_that_text_attends_and_not_all_rows(tiny_model, make_batch):
-    model, batch = tiny_model(mm_projector_grid=4), make_batch([9, IMAGE, 4, IMAGE, 5], [7], [2, IMAGE, 8])
-    chosen = focus_tokens(outputs_of(model, batch).attention[0], outputs_of(model, batch).slots, 16, 5)
+    model = tiny_model(mm_projector_grid=4)
+    batch = make_batch([9, IMAGE, 4, IMAGE, 5], [7], [2, IMAGE, 8], num_vision_tokens=16)
+    chosen = focus_tokens(outputs_of(model, batch).attention[0], outputs_of(model, batch).slots, 5)
     model.set_attn_implementation("eager")
     whole = model(**batch.inputs(), output_attentions=True).attentions[0].mean(dim=1)
     by_text, by_all = [], []

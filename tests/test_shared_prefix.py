@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.data.template_preparation import expanded
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE
 from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 from pipeline.positions import IGNORE_INDEX
 from pipeline.studies.shared_prefix import ImageQuestions, answer_loss, group_by_image, shared_prefix_row
 
-IMAGE = IMAGE_TOKEN_INDEX
 FIRST = ImageQuestions("a", (1, IMAGE, 9), (((3, 4), (-100, 4)), ((5, 6, 7), (-100, 6, 7))))
 SECOND = ImageQuestions("b", (1, IMAGE, 9), (((8, 10, 11, 12), (-100, -100, 11, 12)),))
 
@@ -39,13 +39,13 @@ def test_the_loss_is_that_of_one_sample_a_question(tiny_model, features):
     model = tiny_model()
     total, count = 0.0, 0
     for item, patches in zip((FIRST, SECOND), features, strict=True):
-        vision = model.encode_images(patch_features=patches[None])
+        vision = {"image": model.get_image_features(patch_features=patches[None])}
         for ids, labels in item.branches:
-            input_ids = torch.tensor([[*item.prefix, *ids]])
-            wanted = torch.tensor([[IGNORE_INDEX] * len(item.prefix) + list(labels)])
-            merged = model.merge_inputs(input_ids, vision, labels=wanted)
+            wanted = [IGNORE_INDEX] * len(item.prefix) + list(labels)
+            sample = expanded([*item.prefix, *ids], wanted, num_vision_tokens=4)
             num_labels = sum(label != IGNORE_INDEX for label in labels)
-            loss = model(inputs_embeds=merged.inputs_embeds, labels=merged.labels).loss
+            input_ids, labels_of_all = torch.tensor([sample.input_ids]), torch.tensor([sample.labels])
+            loss = model(input_ids, labels=labels_of_all, mm_encoder_outputs=vision).loss
             total, count = total + loss.item() * num_labels, count + num_labels
     assert count == 5
     assert answer_loss(model, [FIRST, SECOND], features).item() == pytest.approx(total / count, abs=1e-5)

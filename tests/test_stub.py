@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import ConfigError
-from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.models.mobilevlm.model import TOWER_PREFIX
 from pipeline.models.stub import load_teacher
 from pipeline.models.teacher_plan import plan_teacher
 from pipeline.targets.targets import AttentionTarget, LogitsTarget, VisionTarget
 
-IMAGE = IMAGE_TOKEN_INDEX
 LAYOUTS = ([3, IMAGE, 5], [6], [IMAGE, 1, IMAGE, 4], [2, IMAGE, IMAGE, 3])
 TOWER = f"{TOWER_PREFIX}vision_tower.vision_model."
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -36,8 +35,9 @@ def load(folder, layers=None, *, logits=False, dtype=torch.float32):
 
 
 def forward(teacher, batch):
-    vision = None if batch.pixel_values is None else teacher.encode_images(batch.pixel_values)
-    return vision, teacher.forward(batch.input_ids, batch.attention_mask, batch.labels, vision)
+    """Return the vision features 'G D', None without images, and the teacher's forward."""
+    features = batch.encoded_by(teacher.encode_images)
+    return None if features is None else features.flat, teacher.forward(batch, features)
 
 
 def copy_with(folder, source, change):
@@ -73,7 +73,8 @@ def test_the_stub_equals_eager_attention_of_the_published_model(teacher_folder, 
     stub = load(teacher_folder, [0, 2])
     model = MobileVLMForCausalLM.from_pretrained(teacher_folder, attn_implementation="eager").eval()
     vision, result = forward(stub, batch)
-    torch.testing.assert_close(vision, model.encode_images(batch.pixel_values), atol=1e-5, rtol=0)
+    features = model.get_image_features(batch.pixel_values).pooler_output
+    torch.testing.assert_close(vision, features.flatten(0, 1), atol=1e-5, rtol=0)
     attentions = model(**batch.inputs(), output_attentions=True).attentions
     for layer, tapped in result.attention.items():
         for row, (text, vision_at) in enumerate(zip(result.slots.text, result.slots.vision, strict=True)):
@@ -84,17 +85,17 @@ def test_the_stub_equals_eager_attention_of_the_published_model(teacher_folder, 
 
 
 @torch.no_grad()
-def test_answer_logits_are_those_before_every_label(teacher_folder, batch, split_batch):
+def test_answer_logits_are_those_before_every_label(teacher_folder, batch):
     _, result = forward(load(teacher_folder, logits=True), batch)
     model = MobileVLMForCausalLM.from_pretrained(teacher_folder).eval()
-    one_by_one = [model(**sample.inputs()).logits[0, -3:-1] for sample in split_batch(batch)]
+    one_by_one = [model(**sample.inputs()).logits[0, -3:-1] for sample in batch.one_by_one()]
     torch.testing.assert_close(result.answer_logits, torch.cat(one_by_one), atol=2e-5, rtol=1e-4)
 
 
-def test_a_sample_has_the_same_attention_alone_and_in_a_padded_batch(teacher_folder, batch, split_batch):
+def test_a_sample_has_the_same_attention_alone_and_in_a_padded_batch(teacher_folder, batch):
     stub = load(teacher_folder, [0, 2])
     _, together = forward(stub, batch)
-    for row, sample in enumerate(split_batch(batch)):
+    for row, sample in enumerate(batch.one_by_one()):
         _, alone = forward(stub, sample)
         for layer, attention in alone.attention.items():
             rows, columns = attention.shape[2:]
@@ -148,9 +149,9 @@ def test_logits_need_every_tensor_that_the_forward_reads(teacher_folder):
 @pytest.mark.parametrize("layers", [None, [0], [2]])
 def test_what_is_not_needed_stays_on_the_meta_device(layers, teacher_folder):
     stub = load(teacher_folder, layers)
-    loaded = {name for name, p in stub.model.named_parameters() if p.device.type != "meta"}
+    loaded = {name for name, p in stub.vlm.network.named_parameters() if p.device.type != "meta"}
     assert loaded == set(stub.plan.tensors)
-    assert not any(p.requires_grad for p in stub.model.parameters()) and not stub.model.training
+    assert not any(p.requires_grad for p in stub.vlm.network.parameters()) and not stub.vlm.network.training
 
 
 def test_the_vision_target_alone_needs_no_embeddings(teacher_folder, batch):
@@ -223,7 +224,7 @@ def test_the_types_asked_for_are_those_of_the_loaded_tensors(teacher_folder, tmp
         tmp_path / "half", teacher_folder, lambda w: {n: t.to(torch.bfloat16) for n, t in w.items()}
     )
     stub = load(half, [0])
-    assert {p.dtype for p in stub.model.parameters() if p.device.type != "meta"} == {torch.float32}
+    assert {p.dtype for p in stub.vlm.network.parameters() if p.device.type != "meta"} == {torch.float32}
     vision, result = forward(load(teacher_folder, [0, 2], dtype=torch.bfloat16), batch)
     assert vision.dtype == torch.bfloat16 and result.attention[2].dtype == torch.float32
     _, full = forward(load(teacher_folder, [0]), batch)
@@ -236,12 +237,7 @@ def test_a_teacher_whose_head_is_its_embedding_works_whole(tiny_model, batch, tm
     model.save_pretrained(tmp_path)
     teacher = load(tmp_path, [0], logits=True)
     _, result = forward(teacher, batch)
-    predicts = (
-        model.merge_inputs(batch.input_ids, model.encode_images(batch.pixel_values), labels=batch.labels)
-        .labels[:, 1:]
-        .ge(0)
-    )
-    wanted = model(**batch.inputs()).logits[:, :-1][predicts]
+    wanted = model(**batch.inputs()).logits[:, :-1][batch["labels"][:, 1:] >= 0]
     torch.testing.assert_close(result.answer_logits, wanted, atol=2e-5, rtol=1e-4)
 
 

@@ -253,7 +253,7 @@ def test_a_setting_at_its_default_leaves_stores_and_runs_of_before_as_they_are(e
 
 
 def test_draws_outside_the_whole_vocabulary_are_refused():
-    facts = TeacherFacts("some/teacher", 4, 4, 32, 96)
+    facts = TeacherFacts("some/teacher", num_layers=4, num_heads=4, hidden_size=32, vocab_size=96)
     with pytest.raises(
         ConfigError, match=r"asks for 3 draws outside the top 96, but that is the whole vocabulary"
     ):

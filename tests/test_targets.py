@@ -10,19 +10,19 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cache import CODECS
+from cache import CODECS, ArraySpec
 from cache.format.codecs import decode_rows, encode_rows
 from pipeline.errors import ConfigError
-from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE_TOKEN_INDEX
+from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE
 from pipeline.models.stub import load_teacher
 from pipeline.models.teacher_plan import plan_teacher
+from pipeline.positions import Counts, find_slots
 from pipeline.targets.attention import AttentionTarget
 from pipeline.targets.logits import LogitsTarget
-from pipeline.targets.target import Target, TeacherFacts
+from pipeline.targets.target import Arrays, Target, TeacherFacts, TeacherForward
 from pipeline.targets.targets import TARGETS, deepest_layer
 from pipeline.targets.vision import VisionTarget
 
-IMAGE = IMAGE_TOKEN_INDEX
 LAYOUTS = ([3, IMAGE, 5], [6], [IMAGE, 1, IMAGE, 4], [2, IMAGE, IMAGE, 3], [4, IMAGE])
 ASKED = {
     "attention": AttentionTarget(layers=[0, 2], heads="each"),
@@ -38,7 +38,7 @@ VALUES = [
     for name, row in TARGETS.items()
     for settings in {str(s): s for s in (row(), *ALSO.get(name, ()), ASKED.get(name, row()))}.values()
 ]
-FACTS = TeacherFacts("some/teacher", 4, 4, 32, 4, 96)
+FACTS = TeacherFacts("some/teacher", num_layers=4, num_heads=4, hidden_size=32, vocab_size=96)
 
 
 @pytest.fixture(scope="module")
@@ -48,28 +48,27 @@ def teacher(teacher_folder):
 
 
 def run(teacher, batch):
-    vision = None if batch.pixel_values is None else teacher.encode_images(batch.pixel_values)
-    keys = [
-        str(ids[mask].tolist())
-        for ids, mask in zip(batch.input_ids, batch.attention_mask.bool(), strict=True)
-    ]
-    forward = teacher.forward(batch.input_ids, batch.attention_mask, batch.labels, vision)
-    return vision, replace(forward, keys=keys, vision=vision)
+    features = batch.encoded_by(teacher.encode_images)
+    keys = [str(tokens.input_ids) for tokens, _ in batch.samples]
+    vision = () if features is None else features.tokens
+    return replace(teacher.forward(batch, features), keys=keys, vision=vision)
 
 
-def captured(target: Target, teacher, batch) -> list[dict[str, np.ndarray]]:
-    """Per sample what the store would return for it, `num_images` included."""
-    _, forward = run(teacher, batch)
-    num_images = (batch.input_ids == IMAGE).sum(dim=1).tolist()
-    samples = target.capture(forward)
+def captured(target: Target, teacher, batch) -> list[Arrays]:
+    """Return what the store would give back of each sample."""
+    samples = target.capture(run(teacher, batch))
     if target.owner == "image":
-        images, [spec] = iter(samples), target.arrays(FACTS)
-        nothing = np.zeros((0, *spec.row_shape), dtype=np.float32)
-        samples = [
-            {spec.name: np.concatenate([nothing, *(next(images)[spec.name] for _ in range(n))])}
-            for n in num_images
-        ]
-    return [s | {"num_images": np.array(n)} for s, n in zip(samples, num_images, strict=True)]
+        images = iter(samples)
+        samples = [{"vision": [next(images)["vision"][0] for _ in sizes]} for sizes in batch["sizes"]]
+    return samples
+
+
+def rows_of(spec: ArraySpec, sample: Arrays, sizes) -> list[tuple[ArraySpec, np.ndarray]]:
+    """Return the rows of an array, and the spec that says their shape; of a ragged array, those of each image."""
+    if not spec.is_ragged:
+        return [(spec, sample[spec.name])]
+    blocks = [block[None] if spec.owner == "image" else block for block in sample[spec.name]]
+    return [(spec.with_tokens(size), block) for size, block in zip(sizes, blocks, strict=True)]
 
 
 @pytest.fixture
@@ -81,40 +80,54 @@ def batch(make_batch):
 def test_captured_arrays_are_as_specified(name, settings, teacher, batch):
     samples, specs = captured(settings, teacher, batch), settings.arrays(FACTS)
     assert settings.first_array in {spec.name for spec in specs}
+    assert settings.of_images() == [spec.name for spec in specs if spec.is_ragged]
     for spec in specs:
-        assert spec.codec in CODECS and spec.row_shape == samples[0][spec.name].shape[1:]
-        assert all(sample[spec.name].shape[1:] == spec.row_shape for sample in samples)
-        assert all(np.isfinite(sample[spec.name]).all() for sample in samples)
+        assert spec.codec in CODECS
+        for sample, sizes in zip(samples, batch["sizes"], strict=True):
+            for expected, rows in rows_of(spec, sample, sizes):
+                assert rows.shape[1:] == expected.row_shape and np.isfinite(rows).all()
 
 
 @pytest.mark.parametrize(("name", "settings"), VALUES)
 def test_the_number_of_rows_is_known_from_ids_and_labels(name, settings, teacher, batch):
-    expected = TARGETS[name].num_rows(Counts.of(vars(batch)))
-    samples = captured(settings, teacher, batch)
-    assert [len(sample[settings.first_array]) for sample in samples] == expected.tolist()
-    for sample, num_rows in zip(samples, expected.tolist(), strict=True):
-        blank = settings.blank(FACTS, num_rows)
-        assert {array: zeros.shape for array, zeros in blank.items()} == {
-            array: sample[array].shape for array in blank
+    counts, samples = Counts.of(batch), captured(settings, teacher, batch)
+    found = [settings.rows_in(sample) for sample in samples]
+    assert found == TARGETS[name].num_rows(counts).tolist() and any(found)
+
+
+@pytest.mark.parametrize(("name", "settings"), [case for case in VALUES if case.values[0] != "logits"])
+def test_zeros_to_be_recomputed_have_the_shape_of_what_is_captured(name, settings, teacher, batch):
+    text_rows = Counts.of(batch).text_rows.tolist()
+    for sample, sizes, rows in zip(
+        captured(settings, teacher, batch), batch["sizes"], text_rows, strict=True
+    ):
+        blank = settings.blank(FACTS, sizes, rows)
+        assert {array: [block.shape for block in blocks] for array, blocks in blank.items()} == {
+            array: [block.shape for block in blocks] for array, blocks in sample.items()
         }
+        assert not any(block.any() for blocks in blank.values() for block in blocks)
+
+
+def test_logits_are_never_to_be_recomputed():
+    with pytest.raises(ConfigError, match="logits cannot be recomputed by a stub; complete the store"):
+        LogitsTarget().blank(FACTS, (4,), 3)
 
 
 @pytest.mark.parametrize(("name", "settings"), VALUES)
-def test_a_sample_is_captured_the_same_alone_and_in_a_padded_batch(
-    name, settings, teacher, batch, split_batch
-):
+def test_a_sample_is_captured_the_same_alone_and_in_a_padded_batch(name, settings, teacher, batch):
     together = captured(settings, teacher, batch)
-    for sample, alone in zip(together, split_batch(batch), strict=True):
+    for sample, alone in zip(together, batch.one_by_one(), strict=True):
         [single] = captured(settings, teacher, alone)
+        assert single.keys() == sample.keys()
         for array, values in single.items():
-            np.testing.assert_allclose(sample[array], values, atol=2e-5, rtol=1e-4)
+            for mine, other in zip(sample[array], values, strict=True):
+                np.testing.assert_allclose(mine, other, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("heads", ["each", "mean"])
-@pytest.mark.parametrize("layouts", [LAYOUTS, ([4], [7])], ids=["images", "text alone"])
-def test_attention_comes_back_as_the_tap_gave_it(heads, layouts, teacher, make_batch):
-    batch, settings = make_batch(*layouts), AttentionTarget(layers=[0, 2], heads=heads)
-    _, forward = run(teacher, batch)
+def test_attention_comes_back_as_the_tap_gave_it(heads, teacher, batch):
+    settings = AttentionTarget(layers=[0, 2], heads=heads)
+    forward = run(teacher, batch)
     back = settings.collate(captured(settings, teacher, batch))
     assert list(back["attention"]) == [0, 2]
     for layer, attention in back["attention"].items():
@@ -123,33 +136,59 @@ def test_attention_comes_back_as_the_tap_gave_it(heads, layouts, teacher, make_b
         assert torch.equal(attention, tapped)
 
 
-def test_attention_rows_are_stored_image_after_image(teacher, make_batch):
+def test_attention_of_text_alone_has_no_rows_and_no_columns(teacher, make_batch):
+    settings = AttentionTarget(heads="each")
+    back = settings.collate(captured(settings, teacher, make_batch([4], [7])))
+    assert back["attention"][0].shape == (2, 1, 0, 0)
+
+
+def test_attention_is_stored_image_after_image(teacher, make_batch):
     batch, settings = make_batch([1, IMAGE, 2, IMAGE, 3]), AttentionTarget(heads="each")
-    _, forward = run(teacher, batch)
+    forward = run(teacher, batch)
     [sample] = captured(settings, teacher, batch)
-    stored = sample["attention/layer_0"]
-    assert stored.shape == (2 * 5, 4, 4)
-    for image, text in ((0, 0), (0, 4), (1, 3)):
-        block = forward.attention[0][0, :, text, 4 * image : 4 * image + 4]
-        assert np.array_equal(stored[5 * image + text], block.numpy())
-    assert not stored[5:7].any() and stored[7:].all()
+    first, second = sample["attention/layer_0"]
+    assert first.shape == second.shape == (5, 4, 4)
+    for text in range(5):
+        row = forward.attention[0][0, :, text].numpy()
+        assert np.array_equal(first[text], row[:, :4]) and np.array_equal(second[text], row[:, 4:])
+    assert not second[:2].any() and second[2:].all()
+
+
+def test_images_of_several_sizes_come_back_each_in_its_columns():
+    """One sample with images of 1 and 2 vision tokens, and a shorter one with an image of 2."""
+    is_vision = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0]]).bool()
+    mask, sizes = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]]), [(1, 2), (2,)]
+    slots = find_slots(is_vision, mask, sizes)
+    real = (slots.text >= 0)[:, None, :, None] & (slots.vision >= 0)[:, None, None, :]
+    attention = torch.rand(2, 3, 2, 3) * real
+    vision = [torch.randn(size, 5) for size in (1, 2, 2)]
+    forward = TeacherForward(slots, {0: attention}, None, [0, 0], sizes, vision)
+    settings = AttentionTarget(heads="each")
+    samples = settings.capture(forward)
+    assert [[block.shape for block in sample["attention/layer_0"]] for sample in samples] == [
+        [(2, 3, 1), (2, 3, 2)],
+        [(1, 3, 2)],
+    ]
+    assert torch.equal(settings.collate(samples)["attention"][0], attention)
+    one, two, three = (image["vision"] for image in VisionTarget().capture(forward))
+    back = VisionTarget().collate([{"vision": [one, two]}, {"vision": [three]}])
+    assert torch.equal(back["vision"], torch.cat(vision))
 
 
 def test_vision_features_come_back_in_the_order_of_images(teacher, batch):
-    vision, _ = run(teacher, batch)
     back = VisionTarget().collate(captured(VisionTarget(), teacher, batch))
-    assert torch.equal(back["vision"], vision) and back["vision"].is_contiguous()
+    assert torch.equal(back["vision"], batch.encoded_by(teacher.encode_images).flat)
 
 
 def test_vision_features_of_text_alone_are_none_at_all(teacher, make_batch):
     samples = captured(VisionTarget(), teacher, make_batch([4], [7]))
-    assert VisionTarget().collate(samples)["vision"].shape == (0, 4, 32)
+    assert not len(VisionTarget().collate(samples)["vision"])
 
 
 @pytest.mark.parametrize("top_k", [1, 8, 96, 500])
 def test_logits_come_back_as_the_top_k_and_the_mass_of_the_rest(top_k, teacher, batch):
     settings = LogitsTarget(top_k=top_k)
-    _, forward = run(teacher, batch)
+    forward = run(teacher, batch)
     back = settings.collate(captured(settings, teacher, batch))
     log_probs = forward.answer_logits.double().log_softmax(dim=-1)
     kept = min(top_k, 96)
@@ -163,7 +202,7 @@ def test_logits_come_back_as_the_top_k_and_the_mass_of_the_rest(top_k, teacher, 
 
 
 def test_probabilities_too_small_to_matter_are_stored_finite(teacher, batch):
-    _, forward = run(teacher, batch)
+    forward = run(teacher, batch)
     certain = torch.full_like(forward.answer_logits, -1e4)
     certain[:, 7] = 1e4
     samples = LogitsTarget(top_k=2).capture(replace(forward, answer_logits=certain))
@@ -177,7 +216,7 @@ def test_probabilities_too_small_to_matter_are_stored_finite(teacher, batch):
     [(96, 32, "uint16"), (2**16, 32, "uint16"), (2**16 + 1, 32, "int32"), (5, 5, "uint16")],
 )
 def test_token_ids_are_as_narrow_as_the_vocabulary_allows(vocab_size, top_k, id_type):
-    facts = TeacherFacts("some/teacher", 4, 4, 32, 4, vocab_size)
+    facts = replace(FACTS, vocab_size=vocab_size)
     ids, log_probs, tail = LogitsTarget(top_k=32).arrays(facts)
     assert ids.options == {"dtype": id_type} and ids.row_shape == log_probs.row_shape == (top_k,)
     assert tail.row_shape == ()
@@ -205,10 +244,10 @@ def test_a_target_comes_back_within_what_its_codec_states(name, codec, teacher, 
     settings: Any = TARGETS[name](codec=codec)
     [spec] = settings.arrays(FACTS)
     assert spec.options == ({"step": settings.step} if codec == "fixed_point" else {})
-    for sample in captured(settings, teacher, batch):
-        rows = sample[spec.name]
-        error = np.abs(decode_rows(spec, encode_rows(spec, rows)).astype(np.float64) - rows)
-        assert (error <= CODECS[codec].max_error(rows, spec.options)).all()
+    for sample, sizes in zip(captured(settings, teacher, batch), batch["sizes"], strict=True):
+        for one, rows in rows_of(spec, sample, sizes):
+            error = np.abs(decode_rows(one, encode_rows(one, rows)).astype(np.float64) - rows)
+            assert (error <= CODECS[codec].max_error(rows, spec.options)).all()
     assert CODECS[codec].stated_error(spec.options)
 
 

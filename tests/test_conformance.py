@@ -199,8 +199,18 @@ def test_a_processor_of_another_model_is_told(folder, tmp_path):
     file = other / "processor_config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"image_seq_len": settings["image_seq_len"] + 1}))
-    with pytest.raises(ConfigError, match="vision tokens of 4 images for which its processor writes"):
+    with pytest.raises(ConfigError, match=r"vision tokens of 4 images for which its processor writes"):
         specimen_of(other).features()
+
+
+def test_images_are_not_cut_elsewhere_though_the_total_fits(specimens):
+    """Two images of 54 and 60 tokens: a `view(-1, 57)` would give each a part of the other."""
+    specimen = specimens("qwen3_vl")
+    pixels = specimen.pixels([1])
+    assert [len(image) for image in specimen.vlm.encode(pixels, [54, 60]).tokens] == [54, 60]
+    for wrong in ([57, 57], [60, 54]):
+        with pytest.raises(ConfigError, match=r"makes \[54, 60\] vision tokens of 2 images"):
+            specimen.vlm.encode(pixels, wrong)
 
 
 def changed(folder: Path, target: Path, change) -> Path:

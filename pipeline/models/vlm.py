@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -247,15 +248,19 @@ class VisionLanguageModel:
 
 
 def _by_image(values: Any, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Return features of images, given as a tensor or as a list of images or tiles, as 'N D' of each image."""
-    parts = [values] if isinstance(values, Tensor) else list(values)
-    flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
-    if len(flat) != sum(sizes):
+    """Return features of images, given as a tensor or as a list of images or tiles, as 'N D' of each image.
+
+    Raises `ConfigError` unless every image ends where an image or tile of the model's ends: a total that happens to
+    fit is not enough. Idefics3 and SmolVLM return all tiles as one; of these the total alone can be compared.
+    """
+    parts = [part.reshape(-1, part.shape[-1]) for part in values]
+    ends, asked = list(accumulate(map(len, parts))), list(accumulate(sizes))
+    if ends[-1:] != asked[-1:] or not (len(parts) == 1 or set(asked) <= set(ends)):
         raise ConfigError(
-            f"the model makes {len(flat)} vision tokens of {len(sizes)} images for which its processor writes "
-            f"{sum(sizes)}; use the processor files that belong to the checkpoint"
+            f"the model makes {[len(part) for part in parts]} vision tokens of {len(sizes)} images for which its "
+            f"processor writes {list(sizes)}; use the processor files that belong to the checkpoint"
         )
-    return flat.split(list(sizes))
+    return torch.cat(parts).split(list(sizes))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

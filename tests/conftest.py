@@ -106,6 +106,14 @@ def expected(fixture_folder) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
+def original_batch(expected) -> Batch:
+    """The inputs of the original code, with the 144 image tokens for each image that our preparation writes."""
+    rows = zip(expected["input_ids"], expected["labels"], expected["attention_mask"].bool(), strict=True)
+    samples = [expanded(ids[real].tolist(), labels[real].tolist(), 144) for ids, labels, real in rows]
+    return _with_pixels(samples, expected["pixel_values"])
+
+
+@pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> Path:
     """A folder with the sentencepiece `tokenizer.model` of LLaMA's kind that mistral-common ships."""
     spec = importlib.util.find_spec("mistral_common")
@@ -146,10 +154,15 @@ def make_batch() -> Callable[..., Batch]:
         generator = torch.Generator().manual_seed(seed)
         samples = [_sample(layout, answers, num_vision_tokens, generator) for layout in layouts]
         num_images = sum(len(sample.sizes) for sample in samples)
-        pixels = iter(torch.randn(num_images, 1, 3, 56, 56, generator=generator))
-        return Batch([(s, [{"pixel_values": next(pixels)} for _ in s.sizes]) for s in samples])
+        return _with_pixels(samples, torch.randn(num_images, 3, 56, 56, generator=generator))
 
     return build
+
+
+def _with_pixels(samples: Sequence[TokenizedSample], pixels: torch.Tensor) -> Batch:
+    """Return a batch of samples whose images in order have these pixels 'I C Y X'."""
+    images = iter(pixels.split(1))
+    return Batch([(sample, [{"pixel_values": next(images)} for _ in sample.sizes]) for sample in samples])
 
 
 def _sample(

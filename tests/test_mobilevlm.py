@@ -11,7 +11,6 @@ from torch import nn
 from transformers import CLIPVisionModel
 
 from pipeline.data.preparation import pad_tokens
-from pipeline.data.template_preparation import expanded
 from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.mobilevlm.model import ImageCountError
@@ -29,26 +28,17 @@ def image_features(model, pixel_values):
 
 
 @pytest.fixture(scope="module")
-def batch(expected):
-    """The original's inputs, one image token for each image, as our preparation writes them."""
-    rows = zip(expected["input_ids"], expected["labels"], expected["attention_mask"].bool(), strict=True)
-    samples = [expanded(ids[real].tolist(), labels[real].tolist(), 144) for ids, labels, real in rows]
-    images = [{"pixel_values": pixels[None]} for pixels in expected["pixel_values"]]
-    return pad_tokens(samples, IMAGE) | {"images": images}
-
-
-@pytest.fixture(scope="module")
-def ours(original, expected, batch):
+def ours(original, original_batch):
     """What our model computes from the original's inputs, under the original's names."""
-    ids, labels, mask = (batch[name] for name in ("input_ids", "labels", "attention_mask"))
     with torch.no_grad():
-        features = image_features(original, expected["pixel_values"])
-        output = original(ids, mask, labels, expected["pixel_values"], output_hidden_states=True)
+        features = image_features(original, original_batch.pixel_values)
+        embeds = original.embed(original_batch["input_ids"], features)
+        output = original(**original_batch.inputs(), output_hidden_states=True)
     return {
         "image_features": features,
-        "inputs_embeds": original.embed(ids, features),
-        "merged_labels": labels,
-        "merged_attention_mask": mask,
+        "inputs_embeds": embeds,
+        "merged_labels": original_batch["labels"],
+        "merged_attention_mask": original_batch["attention_mask"],
         "logits": output.logits,
         "loss": output.loss[None],
         "hidden_state_1": output.hidden_states[1],
@@ -69,10 +59,9 @@ def test_equal_to_the_original_code_where_nothing_is_padding(name, ours, expecte
 
 
 @torch.no_grad()
-def test_tapped_attention_is_the_originals(original, expected, batch):
+def test_tapped_attention_is_the_originals(original, expected, original_batch):
     vlm = VisionLanguageModel(copy.deepcopy(original))
-    features = vlm.encode(batch["images"], [144] * len(batch["images"]))
-    made = vlm.forward(batch, features, layers=[0, 1])
+    made = vlm.forward(original_batch, original_batch.encoded_by(vlm.encode), layers=[0, 1])
     for layer, tapped in made.attention.items():
         whole = expected[f"attention_layer{layer}"]
         for row, (text, vision) in enumerate(zip(made.slots.text, made.slots.vision, strict=True)):

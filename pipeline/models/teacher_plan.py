@@ -105,9 +105,11 @@ def _within(deepest: int | None, facts: TeacherFacts) -> int | None:
 def facts_of_config(name: str, config: Any) -> TeacherFacts:
     """Return what stage 2 must know of a teacher, from its config."""
     text = config.get_text_config()
+    with building(f"model {name}", then=USE_ITS_CONFIG):
+        num_layers = len(anatomy_of(config).attention)
     return TeacherFacts(
         name=name,
-        num_layers=len(anatomy_of(config).attention),
+        num_layers=num_layers,
         num_heads=text.num_attention_heads,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,

@@ -177,7 +177,8 @@ def _bytes(store: Store, samples: Sequence[JoinedSample], specs: Sequence[ArrayS
                 entry = store.locate(sample.key)[1]
                 for number, digest in enumerate(entry.images):
                     if not part.has_image(digest):
-                        part.add_image(digest, {n: sample.arrays[n][number : number + 1] for n in of_image})
+                        arrays = {n: sample.arrays[n][number : number + 1] for n in of_image}
+                        part.add_image(digest, arrays, tokens=entry.tokens[number], grid=entry.grids[number])
                 part.add(entry, {name: np.asarray(sample.arrays[name]) for name in of_sample})
             part.commit()
         return sum(sum(part.array_bytes.values()) for part in part_sizes(Path(folder) / "s"))

@@ -75,12 +75,12 @@ def hours(flops: float, gpu: str, utilisation: float) -> float:
 
 def stored_bytes(step: str, profile: str) -> float:
     """Codes of a sample before compression, exact for a sample of mean length."""
-    of = STEPS[step]
+    of, size = STEPS[step], STEPS[step].size(SIZES["full"], profile)
     rows = {"R": of.text_rows, "I": 1, "P": of.answers, "S": of.positions_before + of.text_rows + 1}
     return sum(
         rows[spec.axes[0]] * prod(array.row_shape) * np.dtype(array.dtype).itemsize
-        for spec in of.size(SIZES["full"], profile).specs()
-        for array in stored_arrays(spec)
+        for spec in size.specs()
+        for array in stored_arrays(spec.with_tokens(size.grid**2))
     )
 
 

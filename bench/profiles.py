@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import typer
 
-from bench.synthetic import SIZES, Size, add_sample, manifest, samples
+from bench.synthetic import SIZES, Arrays, Size, add_sample, manifest, rows_of, samples
 from bench.tables import print_table
 from cache import ArraySpec, StoreWriter, part_sizes
 from cache.format.codecs import decode_rows, encode_rows
@@ -79,7 +79,7 @@ def measure(step: str, profile: str, full: Size, number: int) -> dict[str, Any]:
         with StoreWriter.open(store, manifest(size, ["part"])).part("part", source={}) as part:
             for index, arrays in enumerate(samples(size, number)):
                 for spec in lossy:
-                    squares[spec.name] += _squares(spec, arrays[spec.name])
+                    squares[spec.name] += _squares(spec, arrays)
                 rows += len(arrays["input_ids"])
                 answers += int((arrays["labels"] != -100).sum())
                 add_sample(part, index, arrays)
@@ -102,8 +102,9 @@ def measure(step: str, profile: str, full: Size, number: int) -> dict[str, Any]:
     }
 
 
-def _squares(spec: ArraySpec, rows: np.ndarray) -> np.ndarray:
+def _squares(spec: ArraySpec, arrays: Arrays) -> np.ndarray:
     """Sums of squares of what coding changes, and of the values themselves."""
+    spec, rows = rows_of(spec, arrays)
     coded = decode_rows(spec, encode_rows(spec, rows))
     return np.array([np.square(values, dtype=np.float64).sum() for values in (coded - rows, rows)])
 

@@ -2,6 +2,7 @@
 
 python -m bench.reading                          600 samples in MobileVLM V2's shapes, five repeats, all peers
 python -m bench.reading --peers webdataset,lmdb
+python -m bench.reading --shapes mixed           images of 64 to 1,024 vision tokens
 
 Values are synthetic. A peer holds a sample as the integer codes that the store keeps, uncompressed, in one
 safetensors blob, and has an environment of its own below runs/. One process reads a third of the samples. In every
@@ -28,7 +29,7 @@ import numpy as np
 import typer
 from safetensors.numpy import save
 
-from bench.synthetic import SIZES, Size, add_sample, manifest, samples
+from bench.synthetic import SIZES, Arrays, Size, add_sample, manifest, rows_of, samples
 from bench.tables import print_table
 from cache import StoreWriter, drop_from_memory, part_sizes
 from cache.format.codecs import encode_rows, stored_arrays
@@ -62,9 +63,9 @@ def write_samples(folder: Path, size: Size, number: int) -> None:
             part.commit()
 
 
-def _codes(size: Size, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _codes(size: Size, arrays: Arrays) -> dict[str, np.ndarray]:
     """What the store keeps, by the name of the Zarr array that it is kept in."""
-    codes = [(spec, encode_rows(spec, arrays[spec.name])) for spec in size.specs()]
+    codes = [(spec, encode_rows(*rows_of(spec, arrays))) for spec in size.specs()]
     return {
         stored.name(spec): np.ascontiguousarray(coded[stored.suffix])
         for spec, coded in codes
@@ -177,9 +178,9 @@ def bytes_table(found: Readings, folder: Path, number: int) -> list[dict[str, st
 
 
 @app.command(help=__doc__.splitlines()[0])
-def main(samples: int = 600, repeats: int = 5, peers: str = ",".join(PEERS)) -> None:
+def main(samples: int = 600, repeats: int = 5, peers: str = ",".join(PEERS), shapes: str = "full") -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        folder, size = Path(temporary), SIZES["full"]
+        folder, size = Path(temporary), SIZES[shapes]
         pythons = prepared([peer for peer in peers.split(",") if peer], folder, size, samples)
         found = read_all(pythons, folder, size, samples, repeats)
         for mode, files in product(MODES, ("cold", "warm")):

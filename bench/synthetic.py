@@ -8,8 +8,9 @@ channels are 8 to 40 times as strong. Attention: the mean over heads of softmax 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from pipeline.targets.target import TeacherFacts
 from pipeline.targets.targets import TARGETS
 from pipeline.teacher_cache.teacher import TOKEN_ARRAYS
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Any]
 NUM_MAPS = 64
 
 
@@ -28,17 +29,20 @@ NUM_MAPS = 64
 class Size:
     """Shapes of a teacher, and of its samples: one image, rows of text about a mean.
 
-    `targets` are what is kept, each with the settings that are not its defaults.
+    `targets` are what is kept, each with the settings that are not its defaults. With `ragged` arrays each image has
+    the vision tokens of a square grid, whose edge lies between `least_grid` (if there is one) and `grid`.
     """
 
     hidden_size: int
-    grid: int  # vision tokens of an image, along an edge
+    grid: int  # vision tokens of an image, along an edge; the longest where images differ
     num_heads: int
     vocab_size: int
     mean_rows: int
     part_samples: int
     answer_share: float = 0.55  # of the rows of text
     targets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {name: {} for name in TARGETS})
+    ragged: bool = False
+    least_grid: int | None = None
 
     def facts(self) -> TeacherFacts:
         """What the store says of its teacher."""
@@ -49,17 +53,31 @@ class Size:
     def specs(self) -> tuple[ArraySpec, ...]:
         """The arrays of the store."""
         of_targets = [TARGETS[name](**given).arrays(self.facts()) for name, given in self.targets.items()]
-        return (*TOKEN_ARRAYS, *(spec for specs in of_targets for spec in specs))
+        specs = (*TOKEN_ARRAYS, *(spec for specs in of_targets for spec in specs))
+        return tuple(map(_ragged, specs)) if self.ragged else specs
+
+
+def _ragged(spec: ArraySpec) -> ArraySpec:
+    """The spec with rows as long as the image has vision tokens, if its last axis counts these."""
+    last = (None,) if spec.axes.endswith("N") else spec.row_shape[-1:]
+    return replace(spec, row_shape=(*spec.row_shape[:-1], *last))
 
 
 SIZES = {
-    "full": Size(4096, 12, 32, 32000, mean_rows=110, part_samples=200),
+    "full": Size(4096, 12, 32, 32000, mean_rows=110, part_samples=200, ragged=True),
+    "mixed": Size(4096, 32, 32, 32000, mean_rows=110, part_samples=50, ragged=True, least_grid=8),
+    "fixed": Size(4096, 12, 32, 32000, mean_rows=110, part_samples=200),
     "small": Size(64, 4, 4, 500, mean_rows=20, part_samples=16),
+    "small, mixed": Size(64, 6, 4, 500, mean_rows=20, part_samples=16, ragged=True, least_grid=2),
 }
 
 
 def samples(size: Size, number: int) -> Iterator[Arrays]:
-    """Sample after sample: its arrays as a teacher would give them, `vision` of its one image."""
+    """Sample after sample: its arrays as a teacher would give them, `vision` of its one image.
+
+    A ragged array of the sample is a list with the block of its one image.
+    """
+    is_ragged = {spec.name: spec.is_ragged for spec in size.specs()}
     chance = np.random.default_rng(0)
     mixing = chance.normal(size=(size.hidden_size, NUM_MAPS)).astype(np.float32) / NUM_MAPS**0.5
     gains = np.full(size.hidden_size, 0.44, dtype=np.float32)
@@ -68,14 +86,16 @@ def samples(size: Size, number: int) -> Iterator[Arrays]:
     for _ in range(number):
         rows = int(np.clip(chance.lognormal(np.log(size.mean_rows), 0.5), 4, 6 * size.mean_rows))
         answers = max(1, int(rows * size.answer_share))
+        edge = int(chance.integers(size.least_grid, size.grid + 1)) if size.least_grid else size.grid
         arrays = {
             "input_ids": _token_ids(chance, rows, size),
             "labels": np.where(np.arange(rows) < rows - answers, -100, _token_ids(chance, rows, size)),
         }
         if "attention" in size.targets:
-            arrays["attention/layer_0"] = _attention(chance, rows, size)
+            attention = _attention(chance, rows, edge, size)
+            arrays["attention/layer_0"] = [attention] if is_ragged["attention/layer_0"] else attention
         if "vision" in size.targets:
-            arrays["vision"] = _vision(chance, mixing, size)[None] * gains[:, None]
+            arrays["vision"] = _vision(chance, mixing, edge)[None] * gains[:, None]
         yield arrays | (_logits(chance, answers, size) if "logits" in size.targets else {})
 
 
@@ -83,24 +103,31 @@ def _token_ids(chance: np.random.Generator, rows: int, size: Size) -> np.ndarray
     return np.minimum(chance.zipf(1.2, size=rows), size.vocab_size - 1)
 
 
-def _attention(chance: np.random.Generator, rows: int, size: Size) -> np.ndarray:
+def rows_of(spec: ArraySpec, arrays: Arrays) -> tuple[ArraySpec, np.ndarray]:
+    """All rows of a sample's array, and the spec of rows of this one size."""
+    values = arrays[spec.name]
+    rows = values[0] if isinstance(values, list) else values
+    return (spec.with_tokens(rows.shape[-1]) if spec.is_ragged else spec), rows
+
+
+def _attention(chance: np.random.Generator, rows: int, edge: int, size: Size) -> np.ndarray:
     """float32 'R H N', a softmax whose mass on vision tokens is 0.03 to 0.96; 'R 1 N' for the mean of heads."""
     spread = np.geomspace(0.2, 3.5, size.num_heads, dtype=np.float32)[:, None, None]
-    logits = chance.standard_normal((size.num_heads, rows, size.grid**2), dtype=np.float32) * spread
+    logits = chance.standard_normal((size.num_heads, rows, edge**2), dtype=np.float32) * spread
     exponents = np.exp(logits)
     mass = chance.uniform(0.03, 0.96, size=(size.num_heads, rows, 1)).astype(np.float32)
     of_heads = (exponents / exponents.sum(axis=-1, keepdims=True) * mass).transpose(1, 0, 2)
     return of_heads if size.targets["attention"].get("heads") == "each" else of_heads.mean(axis=1)[:, None]
 
 
-def _vision(chance: np.random.Generator, mixing: np.ndarray, size: Size) -> np.ndarray:
+def _vision(chance: np.random.Generator, mixing: np.ndarray, edge: int) -> np.ndarray:
     """float32 'D N' of about unit deviation: maps with a 1/f spectrum, mixed, and a little noise."""
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size.grid), np.fft.fftfreq(size.grid)))
-    falling = 1 / np.maximum(frequency, 1 / size.grid)
-    spectrum = np.fft.fft2(chance.normal(size=(NUM_MAPS, size.grid, size.grid))) * falling
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(edge), np.fft.fftfreq(edge)))
+    falling = 1 / np.maximum(frequency, 1 / edge)
+    spectrum = np.fft.fft2(chance.normal(size=(NUM_MAPS, edge, edge))) * falling
     maps = np.fft.ifft2(spectrum).real.reshape(NUM_MAPS, -1)
     maps = (maps / maps.std(axis=1, keepdims=True)).astype(np.float32)
-    return mixing @ maps + 0.05 * chance.standard_normal((size.hidden_size, size.grid**2), dtype=np.float32)
+    return mixing @ maps + 0.05 * chance.standard_normal((len(mixing), edge**2), dtype=np.float32)
 
 
 def _logits(chance: np.random.Generator, answers: int, size: Size) -> Arrays:
@@ -127,6 +154,8 @@ def add_sample(part: PartWriter, index: int, arrays: Arrays) -> None:
     key, place = f"{index:09d}", 512 + 90_112 * index
     digest = blake3(key.encode()).hexdigest()
     image, text = Span(f"{key}.jpg", place, 80_000), Span(f"{key}.json", place + 81_920, 900)
-    part.add_image(digest, {name: arrays[name] for name in arrays if name == "vision"})
+    tokens = arrays["vision"].shape[-1] if "vision" in arrays else 0
+    of_image = {name: arrays[name] for name in arrays if name == "vision"}
+    part.add_image(digest, of_image, tokens=tokens, grid=(math.isqrt(tokens), math.isqrt(tokens)))
     of_sample = {name: arrays[name] for name in arrays if name != "vision"}
     part.add(SampleEntry(key, (digest,), (image,), text), of_sample)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import numpy as np
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED, EXPECTED_ARRAYS = "expected.json", "expected_arrays.npz"
 PARTS = ("shard-000000", "shard-000001")
-HEADS, HIDDEN, TOKENS, TOP_K, DRAWS = 4, 16, 9, 8, 5
+HEADS, HIDDEN, TOP_K, DRAWS = 4, 16, 8, 5
+GRIDS, TOKENS = ((3, 3), (2, 3), (0, 0)), (9, 6, 4)  # of the images of a part
 # Of each sample of a part: its name, its images, its rows of text after the first image, its answers.
 SAMPLES = (("one", (0,), 7, 3), ("none", (), 5, 2), ("two", (1, 0), 4, 4), ("last", (2,), 9, 1))
 
@@ -46,10 +48,19 @@ def write(folder: Path) -> None:
 
 
 def decoded(store: Any) -> dict[str, np.ndarray]:
-    """Return every array of every sample, by '<key>/<array>'."""
-    names = list(store.manifest.specs)
-    samples = {key: store.read(key, names) for key in store.keys()}  # noqa: SIM118
-    return {f"{key}/{name}": array for key, arrays in samples.items() for name, array in arrays.items()}
+    """Return every array of every sample, by '<key>/<array>', and blocks of ragged ones, '<key>/<array>#<block>'."""
+    found: dict[str, np.ndarray] = {}
+    for key, (name, values) in _everything(store):
+        if isinstance(values, list):
+            found |= {f"{key}/{name}#{number}": block for number, block in enumerate(values)}
+        else:
+            found[f"{key}/{name}"] = values
+    return found
+
+
+def _everything(store: Any) -> Iterator[tuple[str, tuple[str, Any]]]:
+    for key in store.keys():  # noqa: SIM118
+        yield from ((key, item) for item in store.read(key, list(store.manifest.specs)).items())
 
 
 def facts(store: Any) -> dict[str, Any]:
@@ -67,13 +78,14 @@ def facts(store: Any) -> dict[str, Any]:
 
 def _entry(entry: Any) -> dict[str, Any]:
     spans = [vars(span) for span in (*entry.image_spans, entry.json_span)]
-    return {"key": entry.key, "images": list(entry.images), "spans": spans}
+    tokens = {"tokens": entry.tokens, "grids": entry.grids} if entry.tokens else {}  # format 1 has none
+    return {"key": entry.key, "images": list(entry.images), "spans": spans} | tokens
 
 
 def _manifest() -> Any:
     from cache import FORMAT_VERSION, Fingerprint, Manifest
 
-    fingerprint = Fingerprint(*(digit * 64 for digit in "1234"), capture="c" * 64)
+    fingerprint = Fingerprint(*(digit * 64 for digit in "1234"), capture="c" * 64, family="f" * 64)
     teacher, capture = {"name": "teacher", "num_heads": HEADS}, {"dtype": "float32"}
     return Manifest(FORMAT_VERSION, fingerprint, _specs(), teacher, capture, {"command": "golden"}, PARTS)
 
@@ -83,12 +95,12 @@ def _specs() -> tuple[Any, ...]:
 
     codecs = {"sqrt_uint8": {}, "fixed_point": {"step": 2.0**-12}, "float16": {}}
     attention = [
-        ArraySpec(f"attention/{heads}/{codec}", "R H N", (size, TOKENS), "sample", codec, options)
+        ArraySpec(f"attention/{heads}/{codec}", "R H N", (size, None), "sample", codec, options)
         for heads, size in (("each", HEADS), ("mean", 1))
         for codec, options in codecs.items()
     ]
     vision = [
-        ArraySpec(f"vision/{codec}", "I D N", (HIDDEN, TOKENS), "image", codec, options)
+        ArraySpec(f"vision/{codec}", "I D N", (HIDDEN, None), "image", codec, options)
         for codec, options in {"fixed_point": {"step": 2.0**-7}, "int8": {}, "float32": {}}.items()
     ]
     ids, integers = {"dtype": "uint16"}, {"dtype": "int32"}
@@ -110,28 +122,30 @@ def _fill(part: Any, number: int) -> None:
 
     chance = np.random.default_rng(number)
     for image in range(3):
-        part.add_image(_digest(number, image), _image_arrays(chance))
+        tokens, grid = TOKENS[image], GRIDS[image]
+        part.add_image(_digest(number, image), _image_arrays(chance, tokens), tokens=tokens, grid=grid)
     for place, (name, images, rows, answers) in enumerate(SAMPLES):
         key, digests = f"{name}-{number}", tuple(_digest(number, image) for image in images)
         spans = tuple(Span(f"{key}.{n}.png", 512 + 1024 * n, 700 + n) for n in range(len(images)))
         entry = SampleEntry(key, digests, spans, Span(f"{key}.json", 65536 + 1024 * place, 90))
-        part.add(entry, _sample_arrays(chance, len(images), rows, answers))
+        part.add(entry, _sample_arrays(chance, [TOKENS[image] for image in images], rows, answers))
     part.reject(f"long-{number}", "it is too long")
 
 
 def _digest(number: int, image: int) -> str:
-    return f"{number}{image}".ljust(64, "e")
+    """The last image is named as a variant."""
+    return f"{number}{image}".ljust(64, "e") + (":crop" if image == 2 else "")
 
 
-def _image_arrays(chance: np.random.Generator) -> dict[str, Any]:
-    values = chance.normal(size=(1, HIDDEN, TOKENS)).astype(np.float32)
+def _image_arrays(chance: np.random.Generator, tokens: int) -> dict[str, Any]:
+    values = chance.normal(size=(1, HIDDEN, tokens)).astype(np.float32)
     return {spec.name: values for spec in _specs() if spec.owner == "image"}
 
 
-def _sample_arrays(chance: np.random.Generator, images: int, rows: int, answers: int) -> dict[str, Any]:
-    of_heads = chance.random((images * rows, HEADS, TOKENS), dtype=np.float32) / TOKENS
-    attention = {"each": of_heads, "mean": of_heads.mean(axis=1, keepdims=True)}
-    arrays = {
+def _sample_arrays(chance: np.random.Generator, tokens: list[int], rows: int, answers: int) -> dict[str, Any]:
+    of_heads = [chance.random((rows, HEADS, count), dtype=np.float32) / count for count in tokens]
+    attention = {"each": of_heads, "mean": [block.mean(axis=1, keepdims=True) for block in of_heads]}
+    arrays: dict[str, Any] = {
         spec.name: attention[spec.name.split("/")[1]]
         for spec in _specs()
         if spec.name.startswith("attention/")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +26,11 @@ from ragged_store import (  # fmt: skip
     sample_arrays,
     write_ragged_store,
 )
-from small_store import entry, manifest, rewrite_record
+from small_store import entry, manifest
 
 from cache import (
     ArrayMismatch,
     ArraySpec,
-    CorruptPart,
     MisusedWriter,
     RefusedValue,
     SchemaError,
@@ -44,7 +42,6 @@ from cache import (
 from cache.format.arrays import CHUNK_BYTES, MOST_RAGGED_BYTES
 from cache.format.blocks import decode_blocks, encode_blocks
 from cache.format.codecs import CODECS
-from cache.format.documents import document_bytes, read_document
 
 SPECS = {spec.name: spec for spec in ARRAYS}
 
@@ -52,11 +49,6 @@ SPECS = {spec.name: spec for spec in ARRAYS}
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
     return write_ragged_store(tmp_path_factory.mktemp("ragged") / "s")
-
-
-@pytest.fixture
-def copy(sound, tmp_path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "s"))
 
 
 def assert_blocks(spec: ArraySpec, found: list[Any], written: list[Any]) -> None:
@@ -139,17 +131,16 @@ def _write_equal(path: Path, spec: ArraySpec) -> None:
 
 # Any sizes
 
-CODED = st.sampled_from(
-    [("float32", {}), ("float16", {}), ("fixed_point", {"step": 0.5}), ("sqrt_uint8", {}), ("int8", {})]
-)
+OPTIONS: dict[str, dict[str, Any]] = {"fixed_point": {"step": 0.5}}
+CODED = st.sampled_from([name for name, codec in CODECS.items() if codec.takes == "float"])
 
 
 @given(
     st.lists(st.integers(1, 9), max_size=4), st.integers(0, 3), st.lists(st.integers(1, 3), max_size=2), CODED
 )
-def test_blocks_of_any_sizes_come_back_within_the_stated_error(tokens, rows, leading, coded):
-    codec, options = coded
-    spec = ArraySpec("it", " ".join("RHDN"[: 2 + len(leading)]), (*leading, None), "sample", codec, options)
+def test_blocks_of_any_sizes_come_back_within_the_stated_error(tokens, rows, leading, codec):
+    options, axes = OPTIONS.get(codec, {}), " ".join("RHDN"[: 2 + len(leading)])
+    spec = ArraySpec("it", axes, (*leading, None), "sample", codec, options)
     chance = np.random.default_rng(0)
     blocks = [chance.random((rows, *leading, count), dtype=np.float32) * 100 for count in tokens]
     stored = encode_blocks(spec, blocks, tokens)
@@ -261,64 +252,6 @@ def test_an_image_of_other_tokens_than_its_arrays_is_refused(tmp_path):
         ):
             part.add_image(A, image_arrays(A) | {"vision": np.zeros((2, 4, 6), np.float32)}, tokens=6)
         assert not part.has_image(A)
-
-
-# Damage
-
-
-def edit_index(store: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change index.json and make every checksum right again, as a faulty writer could."""
-    file = store / "parts" / PART / "index.json"
-    content = read_document(file)
-    change(content)
-    file.write_bytes(document_bytes(content))
-    rewrite_record(file.parent)
-
-
-WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "one more": (lambda index: index.update(tokens=[6, 4, 6]), "vision/zarr.json"),
-    "swapped": (lambda index: index.update(tokens=[4, 6, 5]), "index.json"),
-    "swapped, without grids": (lambda index: index.update(
-        tokens=[4, 6, 5], grid={"rows": [0] * 3, "columns": [0] * 3}), "attention/layer_0/zarr.json"),
-    "none": (lambda index: index.update(tokens=[6, 4, 0]), "index.json"),
-    "negative": (lambda index: index.update(tokens=[6, 4, -5]), "index.json"),
-    "enormous": (lambda index: index.update(tokens=[6, 4, 2**62]), "index.json"),
-    "large": (lambda index: index.update(tokens=[6, 4, 2**31 - 1]), "vision/zarr.json"),
-    "too few": (lambda index: index.update(tokens=[6, 4]), "index.json"),
-    "text": (lambda index: index.update(tokens=["6", 4, 5]), "index.json"),
-    "no tokens": (lambda index: index.pop("tokens"), "index.json"),
-    "no grids": (lambda index: index.pop("grid"), "index.json"),
-    "another grid": (lambda index: index["grid"].update(rows=[3, 2, 0]), "index.json"),
-    "grid of nothing": (lambda index: index["grid"].update(columns=[0, 2, 0]), "index.json"),
-    "rows of no whole images": (lambda index: index["rows"].update(map=[0, 5, 13, 14, 14, 18]), "index.json"),
-    "rows without an image": (lambda index: index["rows"].update(map=[0, 5, 14, 16, 16, 18]), "index.json"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "file"), WRONG.values(), ids=WRONG)
-def test_a_wrong_column_is_found_and_never_regroups_values(copy, change, file):
-    edit_index(copy, change)
-    for deep in (False, True):
-        problems = verify(copy, deep=deep).problems
-        assert f"parts/{PART}/{file}" in {problem.file for problem in problems}
-        assert {problem.kind for problem in problems} == {"count"}
-    with pytest.raises(CorruptPart, match="damaged"):
-        Store(copy).read("a1", list(SPECS))
-
-
-def test_a_value_that_no_codec_writes_is_named_with_its_image_or_sample(copy):
-    for name, place, value, owner in (
-        ("vision", 4 * 6 + 3, -32768, f"element 27, of image {B}"),
-        ("map", 5 * 6 + 3 * 4 + 2, np.nan, "element 44, of sample 'a1'"),
-        ("vision_int8_scale", 2, np.inf, f"row 2, of image {CROP}"),
-    ):
-        array: Any = zarr.open_array(str(copy / "parts" / PART / name), mode="r+")
-        values = array[...]
-        values[place] = value
-        array[...] = values
-        rewrite_record(copy / "parts" / PART)
-        details = [problem.detail for problem in verify(copy, deep=True).problems]
-        assert any(detail.startswith(f"{owner}, holds") for detail in details), details
 
 
 def test_a_format_1_manifest_holds_no_ragged_array():

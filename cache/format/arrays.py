@@ -19,10 +19,11 @@ CHUNK_BYTES = 1 << 15
 """Decompressed. A sample is read by whole chunks: larger ones would hold mostly rows of other samples, more bytes
 than the sample's vision features. Neighbouring chunks are read as one range, so small ones cost little."""
 
-MOST_RAGGED_BYTES = 1 << 18
+MOST_RAGGED_BYTES = 1 << 17
 CHUNKS_OF_A_BLOCK = 16
-"""Where an image's block has a size of its own, it begins and ends inside chunks, and on average brings one chunk of
-its neighbours: a sixteenth of a large block."""
+"""Where blocks have sizes of their own they begin and end inside chunks, and on average bring one chunk of their
+neighbours: a sixteenth of a block. Measured on vision features of 64 to 1,024 tokens (3.7 MB before compression):
+chunks of 32 KiB take 1.7 times the CPU of 128 KiB; those of 256 KiB take 8% less CPU, but ask for 5% more bytes."""
 
 Compression = tuple[Literal["lz4", "zstd"], int]
 

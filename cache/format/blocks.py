@@ -38,7 +38,7 @@ def decode_blocks(
 
     An image-owned block has one row, which is returned without the axis of rows.
     """
-    blocks: list[Array] = []
+    arrays, blocks = stored_arrays(spec), list[Array]()
     element = row = 0
     for shape in shapes:
         end = element + math.prod(shape)
@@ -46,7 +46,7 @@ def decode_blocks(
             one.suffix: stored[one.suffix][element:end].reshape(shape)
             if one.is_flat
             else stored[one.suffix][row : row + shape[0]]
-            for one in stored_arrays(spec)
+            for one in arrays
         }
         values = decode_rows(spec, codes)
         blocks.append(values[0] if spec.owner == "image" else values)

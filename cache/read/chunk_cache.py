@@ -38,12 +38,13 @@ class ChunkCache:
         missing = {piece.name: piece for piece in pieces if piece.name not in chunks}
         read = zip(missing, read_chunks([(one.array, one.number) for one in missing.values()]), strict=True)
         for (array, _), some in zip(wanted, needed, strict=True):
-            while any(piece.name not in chunks for piece in some):
-                name, chunk = next(read)
-                chunks[name] = chunk
-                if name in shared:
-                    with suppress(ValueError):  # larger than the whole cache
-                        self._chunks[name] = chunk
+            for piece in some:
+                while piece.name not in chunks:
+                    name, chunk = next(read)
+                    chunks[name] = chunk
+                    if name in shared:
+                        with suppress(ValueError):  # larger than the whole cache
+                            self._chunks[name] = chunk
             yield _joined(array, [chunks[piece.name][piece.rows] for piece in some])
             for piece in some:
                 if piece.name not in shared:

@@ -14,7 +14,7 @@ from cache.files.any_path import AnyPath, Range, any_path, find_ranges, read_fil
 from cache.files.local_files import names_in, size_of
 from cache.files.mirror import Mirror
 from cache.format.blocks import decode_blocks
-from cache.format.codec import Array
+from cache.format.codec import Array, StoredArray
 from cache.format.codecs import check_specs, decode_rows, stored_arrays
 from cache.format.documents import digest_of, read_document
 from cache.format.layout import INDEX, MANIFEST, PART_RECORD, PARTS, part_path
@@ -162,31 +162,34 @@ class Store:
     def read_many(self, keys: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield what `read` returns, of each key in turn; all that they need is requested at once."""
         cache, specs = self._chunk_cache(), [self._spec(name) for name in names]
+        stored = [(spec, stored_arrays(spec)) for spec in specs]
         found = [self._find_one(key) for key in keys]
         rows = cache.rows([
-            wanted for key, place in zip(keys, found, strict=True) for wanted in self._rows(key, place, specs)
+            wanted for key, place in zip(keys, found, strict=True) for wanted in self._rows(key, place, stored)
         ])  # fmt: skip
         for key, place in zip(keys, found, strict=True):
             with _naming(key):
-                arrays = {spec.name: self._decoded(spec, place, rows) for spec in specs}
+                codes = [(spec, {one.suffix: next(rows) for one in some}) for spec, some in stored]
+                arrays = {spec.name: self._decoded(spec, place, of_spec) for spec, of_spec in codes}
             yield arrays
 
-    def _rows(self, key: str, place: Found, specs: Sequence[ArraySpec]) -> list[tuple[OpenArray, list[Span]]]:
+    def _rows(
+        self, key: str, place: Found, stored: Sequence[tuple[ArraySpec, Sequence[StoredArray]]]
+    ) -> list[tuple[OpenArray, list[Span]]]:
         """Return a sample's stored arrays, and where its rows or elements lie in each."""
         part, sample = place
-        stored = [(spec, one) for spec in specs for one in stored_arrays(spec)]
+        wanted = [(spec, one) for spec, some in stored for one in some]
         with _naming(key):
             finished = self._part(part)
-            spans = [finished.rows.spans(sample, *both) for both in stored]
-            return list(zip(finished.arrays(stored), spans, strict=True))
+            spans = [finished.rows.spans(sample, spec, one) for spec, one in wanted]
+            return list(zip(finished.arrays(wanted), spans, strict=True))
 
-    def _decoded(self, spec: ArraySpec, place: Found, rows: Iterator[Array]) -> Array | list[Array]:
-        """Return a sample's array, or blocks, of its stored arrays, which are next among `rows`."""
-        stored = {one.suffix: next(rows) for one in stored_arrays(spec)}
+    def _decoded(self, spec: ArraySpec, place: Found, codes: dict[str, Array]) -> Array | list[Array]:
+        """Return a sample's array, or the blocks of its images, from its stored arrays by suffix."""
         if not spec.is_ragged:
-            return decode_rows(spec, stored)
+            return decode_rows(spec, codes)
         part, sample = place
-        return decode_blocks(spec, stored, self._part(part).rows.block_shapes(sample, spec))
+        return decode_blocks(spec, codes, self._part(part).rows.block_shapes(sample, spec))
 
     def _chunk_cache(self) -> ChunkCache:
         """Return this process's own cache. After a fork the arrays are opened again: files may have changed."""

@@ -11,10 +11,13 @@ import pytest
 from golden_experiment import FOLDER
 from small_experiment import log_of, losses_of_steps
 
-from cache import verify
+from cache import Store, verify
 from pipeline.config.config import load_config
 from pipeline.distill.student import train_student
+from pipeline.inspection.sample import inspect_sample
+from pipeline.upkeep.check import check_store
 
+EXPECTED_SAMPLES = 5
 EXPECTED = json.loads((FOLDER / golden_experiment.EXPECTED).read_text())
 
 
@@ -72,3 +75,25 @@ def assert_close(losses, expected):
     assert len(losses) == len(expected)
     for mine, theirs in zip(losses, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_live_teacher_agrees_with_a_store_of_format_1(copy):
+    """The teacher is random by its seed, so that it can be made again; its digest is in the fingerprint."""
+    shutil.rmtree(copy / "student")
+    golden_experiment._write_models()
+    found = check_store(load_config(copy / "config.yaml"), num_samples=8, seed=0)
+    assert Store("store").manifest.format_version == 1
+    assert found.is_sound and found.samples == EXPECTED_SAMPLES and {loss.name for loss in found.losses}
+    for loss in found.losses:
+        assert loss.gradient_cosine > 0.99
+
+
+@pytest.mark.slow
+def test_a_sample_of_a_store_of_format_1_can_be_inspected(copy):
+    store = Store("store")
+    config = load_config(copy / "config.yaml", ["teacher.model=gone"])
+    for key in store.keys():
+        shown = inspect_sample("store", key, config=config)
+        assert sum(shown.sizes) == len(shown.vision) and len(shown.images) == len(shown.sizes)
+        assert all(block.shape[1:] == (len(shown.text), len(shown.vision)) for block in shown.attention.values())

@@ -93,7 +93,8 @@ def measure(config: Config, *, num_samples: int, temperature: float = 1.0) -> It
         torch.manual_seed(0)  # the heads are the same for every choice
         losses = {choice.loss: choice.loss_settings}
         distiller = Distiller(student, losses, facts=dict.fromkeys(TARGETS, facts)).float()
-        terms = loss_terms(distiller, JoinCollator({choice.target: choice.settings}), coded)
+        collate = JoinCollator({choice.target: choice.settings}, plan.preparation.image_token_id)
+        terms = loss_terms(distiller, collate, coded)
         value, gradient = terms[choice.loss][0], terms[choice.loss][1].double()
         values = np.concatenate([_values(choice, sample, specs, facts) for sample in coded])
         of_loss = exact.setdefault(choice.loss_name, (value, gradient, values))
@@ -119,7 +120,7 @@ def _live_samples(config: Config, store: Store, plan: CapturePlan, number: int) 
         config = config.model_copy(update={"targets": config.targets.model_copy(update=whole)})
     stored = [dataset[place] for place in range(min(number, len(dataset)))]
     for start in range(0, len(stored), 8):
-        yield from captured_again(config, teacher, stored[start : start + 8])
+        yield from captured_again(replace(plan, config=config), teacher, stored[start : start + 8])
 
 
 def _tempered(sample: JoinedSample, temperature: float) -> JoinedSample:
@@ -134,7 +135,7 @@ def _kept(choice: Choice, sample: JoinedSample, vocab_size: int) -> JoinedSample
         return sample
     log_probs = torch.from_numpy(_log_probs(sample, vocab_size, missing=-30.0)).float()
     none = torch.zeros(1, 0, dtype=torch.long)
-    forward = TeacherForward(Slots(none, none), {}, log_probs, [len(log_probs)], 0, keys=[sample.key])
+    forward = TeacherForward(Slots(none, none), {}, log_probs, [len(log_probs)], [()], keys=[sample.key])
     [arrays] = choice.settings.capture(forward)
     others = {name: array for name, array in sample.arrays.items() if not name.startswith("logits/")}
     return replace(sample, arrays=others | arrays)
@@ -150,8 +151,20 @@ def _log_probs(sample: JoinedSample, vocab_size: int, *, missing: float) -> np.n
 
 def _decoded(sample: JoinedSample, specs: Sequence[ArraySpec]) -> JoinedSample:
     """The sample as it comes back from these codecs."""
-    coded = {spec.name: decode_rows(spec, encode_rows(spec, sample.arrays[spec.name])) for spec in specs}
+    coded = {
+        spec.name: [_coded(spec, block) for block in array]
+        if isinstance(array := sample.arrays[spec.name], list)
+        else decode_rows(spec, encode_rows(spec, array))
+        for spec in specs
+    }
     return replace(sample, arrays=sample.arrays | coded)
+
+
+def _coded(spec: ArraySpec, block: np.ndarray) -> np.ndarray:
+    """The block of one image, 'T H N' or 'D N', as it comes back from its codec."""
+    spec = spec.with_tokens(block.shape[-1])
+    rows = block.reshape(-1, *spec.row_shape)
+    return decode_rows(spec, encode_rows(spec, rows)).reshape(block.shape)
 
 
 def _values(
@@ -159,7 +172,8 @@ def _values(
 ) -> np.ndarray:
     """What is compared, flat: the values, or what is known of the probabilities over the vocabulary."""
     if choice.target != "logits":
-        return np.concatenate([sample.arrays[spec.name].astype(np.float64).ravel() for spec in specs])
+        blocks = [block for spec in specs for block in sample.arrays[spec.name]]
+        return np.concatenate([np.empty(0), *(block.astype(np.float64).ravel() for block in blocks)])
     known = np.exp(_log_probs(sample, facts.vocab_size, missing=-np.inf))
     if (draws := sample.arrays.get("logits/draw_ids")) is not None:
         share = np.exp(sample.arrays["logits/tail"].astype(np.float64))[:, None] / draws.shape[1]
@@ -177,9 +191,9 @@ def _bytes(store: Store, samples: Sequence[JoinedSample], specs: Sequence[ArrayS
                 entry = store.locate(sample.key)[1]
                 for number, digest in enumerate(entry.images):
                     if not part.has_image(digest):
-                        arrays = {n: sample.arrays[n][number : number + 1] for n in of_image}
+                        arrays = {n: sample.arrays[n][number][None] for n in of_image}
                         part.add_image(digest, arrays, tokens=entry.tokens[number], grid=entry.grids[number])
-                part.add(entry, {name: np.asarray(sample.arrays[name]) for name in of_sample})
+                part.add(entry, {name: sample.arrays[name] for name in of_sample})
             part.commit()
         return sum(sum(part.array_bytes.values()) for part in part_sizes(Path(folder) / "s"))
 

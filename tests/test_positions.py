@@ -82,16 +82,16 @@ def test_counts_before_the_forward_are_those_of_the_slots(samples):
 
 
 def test_images_of_several_sizes_are_kept_apart():
-    """Two images side by side, then none, then one that ends its sample."""
-    is_vision = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 0, 0, 0], [0, 0, 1, 1, 0]]).bool()
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
-    sizes = [(1, 2), (), (2,)]
+    """Two images side by side, one of a single token before the last text, none, and one that ends its sample."""
+    is_vision = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0], [0, 0, 1, 1, 0]]).bool()
+    mask, sizes = torch.ones(4, 5).long(), [(1, 2), (1,), (), (2,)]
+    mask[3, 4] = 0
     slots = find_slots(is_vision, mask, sizes)
-    assert [of_image.tolist() for of_image in slots.by_image(slots.vision)] == [[1], [2, 3], [2, 3]]
+    assert [of_image.tolist() for of_image in slots.by_image(slots.vision)] == [[1], [2, 3], [3], [2, 3]]
     batch = {"is_vision": is_vision, "attention_mask": mask, "sizes": sizes}
-    counts = Counts.of(batch | {"labels": torch.zeros(3, 5)})
-    assert (counts.images.tolist(), counts.vision_tokens.tolist()) == ([2, 0, 1], [3, 0, 2])
-    assert (counts.text_rows.tolist(), counts.attended_images.tolist()) == ([1, 0, 0], [2, 0, 0])
+    counts = Counts.of(batch | {"labels": torch.zeros(4, 5)})
+    assert (counts.images.tolist(), counts.vision_tokens.tolist()) == ([2, 1, 0, 1], [3, 1, 0, 2])
+    assert (counts.text_rows.tolist(), counts.attended_images.tolist()) == ([1, 1, 0, 0], [2, 1, 0, 0])
 
 
 def test_slots_are_padded_with_minus_one():

@@ -6,9 +6,8 @@ from typing import Any
 
 from transformers import AutoModelForImageTextToText
 
-from pipeline.errors import ConfigError
 from pipeline.models.configuration import read_config
-from pipeline.models.files.checkpoint import checkpoint_folder, loading
+from pipeline.models.files.checkpoint import check_loaded, checkpoint_folder, loading
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 
 
@@ -29,23 +28,10 @@ def load_network(name: str, *, dtype: Any, let_in_only: bool = True) -> Any:
             ignore_mismatched_sizes=True,  # checked below
         )
     network, info = loaded
-    for tensor, found, expected in sorted(info["mismatched_keys"]):
-        raise ConfigError(
-            f"{name}: tensor {tensor!r} has shape {tuple(found)}, its config.json asks for {tuple(expected)}; "
-            "use the config.json that belongs to the checkpoint"
-        )
-    if missing := sorted(info["missing_keys"]):
-        unknown = sorted(info["unexpected_keys"])
-        also = (
-            f", and has {len(unknown)} that the model does not know, first {unknown[0]!r}" if unknown else ""
-        )
-        raise ConfigError(
-            f"{name}: the checkpoint lacks {len(missing)} tensors of the model, first {missing[0]!r}{also}; use a "
-            "complete checkpoint with its own config.json"
-        )
-    if unknown := sorted(info["unexpected_keys"]):
-        raise ConfigError(
-            f"{name}: the checkpoint has {len(unknown)} tensors that the model does not know, first {unknown[0]!r}; "
-            "use the config.json that belongs to the checkpoint"
-        )
+    check_loaded(
+        name,
+        mismatched=info["mismatched_keys"],
+        missing=info["missing_keys"],
+        unknown=info["unexpected_keys"],
+    )
     return network

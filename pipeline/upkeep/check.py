@@ -105,7 +105,9 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
     plan = plan_capture(config)
     store = Store(config.one_cache.path)
     expected = plan.manifest
-    if store.manifest.format_version != expected.format_version:  # an older store describes its arrays otherwise
+    if (
+        store.manifest.format_version != expected.format_version
+    ):  # an older store describes its arrays otherwise
         expected = replace(expected, arrays=store.manifest.arrays)
     if differences := store.manifest.differences(expected):
         raise FingerprintMismatch(store.path, differences, remedy=REMEDY)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -88,7 +89,7 @@ class Checkpoint:
         if file is None:
             raise ConfigError(
                 f"{self.folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}; "
-                "name a folder that holds a MobileVLM V2 checkpoint"
+                "name a folder that holds a checkpoint"
             )
         with named_if_broken(file):
             if file.suffix == ".json":
@@ -105,7 +106,7 @@ class Checkpoint:
         for name in names:
             if name not in self._files:
                 raise ConfigError(
-                    f"{self.folder}: the checkpoint has no tensor {name!r}; use a complete MobileVLM V2 checkpoint "
+                    f"{self.folder}: the checkpoint has no tensor {name!r}; use a complete checkpoint "
                     "and the config.json that belongs to it"
                 )
             wanted.setdefault(self._files[name], []).append(name)
@@ -165,13 +166,39 @@ class Checkpoint:
 @contextmanager
 def loading(name: str | Path) -> Iterator[None]:
     """As `building`, for what transformers loads from a checkpoint. If a file is at fault, name it and the cause."""
-    with building(f"model {name}", then="use a complete MobileVLM V2 checkpoint with its own config.json"):
+    with building(f"model {name}", then="use a complete checkpoint with its own config.json"):
         try:
             yield
         except Exception as error:
             if not is_ours(error):
                 Checkpoint(str(name)).check_files()
             raise
+
+
+def check_loaded(
+    name: str | Path,
+    *,
+    mismatched: Iterable[tuple[str, Any, Any]],
+    missing: Collection[str],
+    unknown: Collection[str] = (),
+) -> None:
+    """Raise `ConfigError` naming the first tensor that transformers would leave random, or leave out."""
+    for tensor, found, expected in sorted(mismatched):
+        raise ConfigError(
+            f"{name}: tensor {tensor!r} has shape {tuple(found)}, its config.json asks for {tuple(expected)}; "
+            "use the config.json that belongs to the checkpoint"
+        )
+    also = f", and has {len(unknown)} that the model does not know, first {min(unknown)!r}" if unknown else ""
+    if missing:
+        raise ConfigError(
+            f"{name}: the checkpoint lacks {len(missing)} tensors of the model, first {min(missing)!r}{also}; use a "
+            "complete checkpoint with its own config.json"
+        )
+    if unknown:
+        raise ConfigError(
+            f"{name}: the checkpoint has {len(unknown)} tensors that the model does not know, first "
+            f"{min(unknown)!r}; use the config.json that belongs to the checkpoint"
+        )
 
 
 def _names_in(file: Path) -> list[str]:

@@ -19,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from pipeline.errors import ConfigError, building
-from pipeline.models.files.checkpoint import checkpoint_folder, loading
+from pipeline.errors import building
+from pipeline.models.files.checkpoint import check_loaded, checkpoint_folder, loading
 from pipeline.models.mobilevlm.configuration import (
     IMAGE_TOKEN_ID,
     MobileVLMConfig,
@@ -120,21 +120,12 @@ class MobileVLMForCausalLM(MobileVLMPreTrainedModel, GenerationMixin):
                 **kwargs,
             )
         model, info = loaded
-        for name, found, expected in sorted(info["mismatched_keys"]):
-            raise ConfigError(
-                f"{pretrained_model_name_or_path}: tensor {name!r} has shape {tuple(found)}, its config.json "
-                f"asks for {tuple(expected)}; use the config.json that belongs to the checkpoint"
-            )
         missing = set(info["missing_keys"])
         tower_keys = {key for key in model.state_dict() if key.startswith(TOWER_PREFIX)}
         has_no_tower = tower_keys <= missing and model.config.vision_tower_type == "clip"
         if has_no_tower:
             missing -= tower_keys
-        if missing:
-            raise ConfigError(
-                f"{pretrained_model_name_or_path}: the checkpoint lacks {len(missing)} tensors of the model, "
-                f"first {min(missing)!r}; use a complete MobileVLM V2 checkpoint"
-            )
+        check_loaded(pretrained_model_name_or_path, mismatched=info["mismatched_keys"], missing=missing)
         if has_no_tower:
             _load_tower(model)
         # Loading replaces the parameters, and the new ones are not frozen.

@@ -76,7 +76,7 @@ def hours(flops: float, gpu: str, utilisation: float) -> float:
 def stored_bytes(step: str, profile: str) -> float:
     """Codes of a sample before compression, exact for a sample of mean length."""
     of, size = STEPS[step], STEPS[step].size(SIZES["full"], profile)
-    rows = {"R": of.text_rows, "I": 1, "P": of.answers, "S": of.positions_before + of.text_rows + 1}
+    rows = {"R": of.text_rows, "I": 1, "P": of.answers, "S": sample(step).positions}
     return sum(
         rows[spec.axes[0]] * prod(array.row_shape) * np.dtype(array.dtype).itemsize
         for spec in size.specs()

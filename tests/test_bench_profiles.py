@@ -95,7 +95,7 @@ def test_a_stub_runs_neither_decoder_nor_head():
 
 
 def test_bytes_before_compression_are_shapes_times_widths():
-    tokens, logits = 2 * 4 * (1 + 190 + 1), 190 * (32 * (2 + 2) + 2)
+    tokens, logits = 2 * 4 * (1 + 144 + 190), 190 * (32 * (2 + 2) + 2)
     vision, attention = 4096 * 144 * 2, 190 * (144 + 2)
     assert extrapolate.stored_bytes("pretrain", "logits only") == tokens + logits
     assert extrapolate.stored_bytes("pretrain", "default") == tokens + logits + vision + attention

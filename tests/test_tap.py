@@ -113,7 +113,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, make_batch):
         return gradients(model, [*made.attention.values(), made.logits])
 
     plain = all_gradients()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     assert model.model.layers[0].gradient_checkpointing
     checkpointed = all_gradients()
     assert plain.keys() == checkpointed.keys()

@@ -93,7 +93,9 @@ def test_the_live_teacher_agrees_with_a_store_of_format_1(copy):
 def test_a_sample_of_a_store_of_format_1_can_be_inspected(copy):
     store = Store("store")
     config = load_config(copy / "config.yaml", ["teacher.model=gone"])
-    for key in store.keys():
+    for key in list(store.keys()):
         shown = inspect_sample("store", key, config=config)
         assert sum(shown.sizes) == len(shown.vision) and len(shown.images) == len(shown.sizes)
-        assert all(block.shape[1:] == (len(shown.text), len(shown.vision)) for block in shown.attention.values())
+        assert all(
+            block.shape[1:] == (len(shown.text), len(shown.vision)) for block in shown.attention.values()
+        )

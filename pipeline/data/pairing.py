@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from pipeline.config.config import Config
@@ -37,11 +38,28 @@ def check_student(config: Config) -> None:
     _check_vision_tokens(config, theirs, mine)
     asked, given = theirs.digests(), mine.digests()
     allowed = {field for cache in config.all_caches() for field in cache.allow_mismatch}
+    allowed |= free_between_families(theirs.family, mine.family, targets_read(config))
     if differing := [name for name, digest in asked.items() if digest != given[name] and name not in allowed]:
         _note(
             config,
             f"has another {' and '.join(differing)} than the teacher; stage 2 refuses a store for that",
         )
+
+
+def targets_read(config: Config) -> set[str]:
+    """Return the names of the targets that the configured losses read."""
+    return {target for name in config.losses.active() for target in LOSSES[name].targets}
+
+
+def free_between_families(teacher: str, student: str, targets: Collection[str]) -> set[str]:
+    """Return the fields of the fingerprint that may differ because the two are of different families.
+
+    Their towers read pixels in their own ways: the numbers of vision tokens must agree, sample by sample. Vision
+    features alone do not depend on the text either.
+    """
+    if teacher == student:
+        return set()
+    return {"image_preprocessing"} | ({"tokenizer", "template"} if set(targets) <= {"vision"} else set())
 
 
 def _check_vision_tokens(config: Config, teacher: Preparation, student: Preparation) -> None:
@@ -68,7 +86,7 @@ def check_pair(config: Config, shape: Any, facts: TeacherFacts, *, of: object) -
     How many vision tokens an image has is compared here only where it is always the same; else sample by sample.
     """
     mine = facts_of_config(config.student.model, shape)
-    read = {target for name in config.losses.active() for target in LOSSES[name].targets}
+    read = targets_read(config)
     if facts.family != mine.family and "logits" in read:
         raise ConfigError(
             f"losses.logits compares token by token, but student.model {config.student.model} is of the family "

@@ -20,10 +20,10 @@ from pipeline.config.config import Config
 from pipeline.config.provenance import mark_finished, save_provenance
 from pipeline.config.training_arguments import NO_FLOAT16
 from pipeline.data.load_preparation import load_preparation
-from pipeline.data.pairing import check_pair
+from pipeline.data.pairing import check_pair, targets_read
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.recompute import load_recomputed
-from pipeline.distill.join.stores import open_stores, targets_read
+from pipeline.distill.join.stores import open_stores
 from pipeline.distill.model.adapters import add_adapters
 from pipeline.distill.model.distiller import Distiller
 from pipeline.distill.training.processes import alone_in, check_together, is_first_process, num_processes

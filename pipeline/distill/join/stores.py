@@ -13,6 +13,7 @@ from cache import Difference, Fingerprint, FingerprintMismatch, Manifest, Mirror
 from pipeline.config.cache_settings import CacheConfig, CachesConfig, OnMissing
 from pipeline.config.config import Config
 from pipeline.data.conversation import TokenizedSample
+from pipeline.data.pairing import free_between_families, targets_read
 from pipeline.data.preparation import Preparation, capture_settings
 from pipeline.distill.join.stored_tokens import TOKENS, pop_tokens
 from pipeline.errors import ConfigError, JoinError
@@ -159,29 +160,13 @@ def check_fingerprint(
         **preparation.digests(),
     )
     differences = stored.differences(replace(stored, fingerprint=mine, capture=capture))
-    free = {*cache.allow_mismatch, *_free_between_families(source, read, preparation)}
+    free = {*cache.allow_mismatch, *free_between_families(source.facts.family, preparation.family, read)}
     if refused := [d for d in differences if d.field not in free]:
         remedy = REMEDY if config.caches is None else REMEDY_OF_SEVERAL
         raise FingerprintMismatch(source.store.path, refused, remedy=remedy)
     for d in differences:
         print(f"{source.place}.allow_mismatch (stored -> mine): {d}", file=sys.stderr)
     return differences
-
-
-def _free_between_families(source: Source, read: Collection[str], preparation: Preparation) -> set[str]:
-    """Return the fields that may differ because the student is of another family than the teacher.
-
-    Their towers read pixels in their own ways: the numbers of vision tokens must agree, sample by sample. Vision
-    features alone do not depend on the text either.
-    """
-    if source.facts.family == preparation.family:
-        return set()
-    return {"image_preprocessing"} | ({"tokenizer", "template"} if set(read) <= {"vision"} else set())
-
-
-def targets_read(config: Config) -> set[str]:
-    """Return the names of the targets that the configured losses read."""
-    return {target for name in config.losses.active() for target in LOSSES[name].targets}
 
 
 def _with_targets(stored: Manifest, names: Collection[str]) -> Manifest:

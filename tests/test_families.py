@@ -11,7 +11,7 @@ import pytest
 import tiny_families
 import torch
 import yaml
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cache import Store
 from cli import main
@@ -180,3 +180,55 @@ def test_adapters_are_trained_with_the_projector_alone_and_merged(family, teache
     ).connector_names
     adapted = {name for name in changed if name.endswith(("q_proj.weight", "v_proj.weight"))}
     assert adapted and changed <= adapted | connector
+
+
+def refused(*arguments: object, capsys) -> str:
+    """Run a command line that must be refused, and return what it says."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code in (2, 3)
+    return capsys.readouterr().err
+
+
+def test_two_families_share_vision_features_where_images_have_as_many_tokens(teachers, shards, tmp_path, capsys):
+    """PaliGemma and LLaVA: 16 tokens an image here; their tokenizers, templates and processors differ."""
+    config = config_of("llava", teachers("paligemma"), shards, tmp_path)
+    nothing = ["losses.attention=null", "losses.vision_focus=null", "losses.logits=null"]
+    alone = ["targets.attention=null", "targets.logits=null", *nothing]
+    alignkd("teacher-cache", "--config", config, *alone)
+    capsys.readouterr()
+    alignkd("distill", "--config", config, *alone)
+    assert "allow_mismatch (stored -> mine): tokenizer" in capsys.readouterr().err
+    assert first_losses(tmp_path / "run")["loss/vision_all"] > 0
+    said = refused("teacher-cache", "--config", config, f"cache.path={tmp_path}/other", capsys=capsys)
+    assert "losses.logits compares token by token" in said and "'paligemma'" in said and "'llava'" in said
+    without = ["losses.logits=null", f"cache.path={tmp_path}/third", f"output_dir={tmp_path}/third-run"]
+    alignkd("teacher-cache", "--config", config, *without)
+    said = refused("distill", "--config", config, *without, capsys=capsys)
+    assert "tokenizer" in said and "template" in said
+
+
+def with_more_tokens(student: Path) -> None:
+    """Replace a SmolVLM by one whose tiles have four times the vision tokens, as a student of another size has."""
+    config = AutoConfig.from_pretrained(student)
+    config.scale_factor = 1
+    AutoModelForImageTextToText.from_config(config).save_pretrained(student)
+    file = student / "processor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"image_seq_len": 4 * settings["image_seq_len"]}))
+
+
+def test_a_student_that_sees_images_otherwise_learns_from_the_answers_alone(
+    teachers, shards, tmp_path, capsys
+):
+    """As SmolVLM2 of 2.2B and 500M: one tokenizer, other numbers of vision tokens."""
+    config = config_of("smolvlm", teachers("smolvlm"), shards, tmp_path)
+    with_more_tokens(tmp_path / "student")
+    said = refused("teacher-cache", "--config", config, capsys=capsys)
+    assert "losses.attention compares images token by token" in said
+    answers = [f"losses.{name}=null" for name in ("attention", "vision_all", "vision_focus")]
+    alignkd("teacher-cache", "--config", config, *answers)
+    said = refused("distill", "--config", config, *answers, capsys=capsys)
+    assert "image_preprocessing" in said
+    alignkd("distill", "--config", config, *answers, "cache.allow_mismatch=[image_preprocessing]")
+    assert first_losses(tmp_path / "run")["loss/logits"] > 0

@@ -28,7 +28,7 @@ def memory_for(positions: float, *, pieces: int = 0) -> Iterator[list[int]]:
     asked: list[int] = []
 
     def allocate(layer: LlamaDecoderLayer, hidden_states: torch.Tensor) -> None:
-        if layer.self_attn.layer_idx > 0:
+        if layer.self_attn.layer_idx > 0 or hidden_states.is_meta:  # a trace takes no memory
             return
         num_samples, length, _ = hidden_states.shape
         asked.append(num_samples)

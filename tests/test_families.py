@@ -190,7 +190,9 @@ def refused(*arguments: object, capsys) -> str:
     return capsys.readouterr().err
 
 
-def test_two_families_share_vision_features_where_images_have_as_many_tokens(teachers, shards, tmp_path, capsys):
+def test_two_families_share_vision_features_where_images_have_as_many_tokens(
+    teachers, shards, tmp_path, capsys
+):
     """PaliGemma and LLaVA: 16 tokens an image here; their tokenizers, templates and processors differ."""
     config = config_of("llava", teachers("paligemma"), shards, tmp_path)
     nothing = ["losses.attention=null", "losses.vision_focus=null", "losses.logits=null"]

@@ -27,7 +27,8 @@ from pipeline.models.families import FAMILIES
 from pipeline.models.files.checkpoint import Checkpoint
 from pipeline.models.loading import load_network
 from pipeline.models.stub import Teacher, load_teacher
-from pipeline.models.teacher_plan import plan_tensors
+from pipeline.models.teacher_plan import plan_tensors, whole_model_digests
+from pipeline.models.vlm import VisionLanguageModel
 from pipeline.targets.attention import AttentionTarget
 from pipeline.targets.logits import LogitsTarget
 from pipeline.targets.vision import VisionTarget
@@ -146,6 +147,26 @@ def joined(specimen: Specimen, targets) -> dict:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("family", ["gemma3", "paligemma", "qwen3_vl"])
+def test_a_teacher_in_another_dtype_than_its_config_is_the_loaded_model(family, folder, tmp_path):
+    """Gemma's scale of embeddings is a buffer in the model's dtype: that of the config would be off by 0.2%."""
+    other = shutil.copytree(folder(family), tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    settings["dtype"] = settings.get("text_config", settings)["dtype"] = "bfloat16"
+    (other / "config.json").write_text(json.dumps(settings))
+    specimen = specimen_of(other)
+    whole = VisionLanguageModel(load_network(str(other), dtype=torch.float32).eval())
+    plan = plan_tensors(Checkpoint(str(other)), read_config(other), {"logits": LogitsTarget()})
+    teacher = load_teacher(plan, dtype=torch.float32, device=torch.device("cpu")).vlm
+    batch, sizes = specimen.batch(), [size for sample in specimen.samples for size in sample.sizes]
+    with torch.no_grad():
+        one, two = (
+            vlm.forward(batch, vlm.encode(specimen.pixels(), sizes), answers=checks.answers_of(batch)).logits
+            for vlm in (whole, teacher)
+        )
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
 def test_a_tap_that_forgets_the_mask_is_found(specimens, monkeypatch):
     monkeypatch.setattr(tap, "_masked", lambda scores, kept, rows: scores)
     assert not checks.tap_equals_eager(specimens("llava"), on_the_left=False).passed
@@ -255,6 +276,14 @@ def test_a_student_with_a_misnamed_tensor_is_not_loaded(family, folder, tmp_path
     wrong = changed(folder(family), tmp_path / "wrong", misnamed)
     with pytest.raises(ValueError, match="lacks 1 tensors of the model"):
         load_network(str(wrong), dtype="float32")
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl", "smolvlm"])
+def test_the_digests_of_a_whole_model_are_those_of_its_store(family, folder):
+    checkpoint = Checkpoint(str(folder(family)))
+    plan = plan_tensors(checkpoint, read_config(checkpoint.folder), {"logits": LogitsTarget()})
+    known = checkpoint.tensor_digests(checkpoint.names())
+    assert whole_model_digests(checkpoint.folder, known) == plan.digests
 
 
 def test_a_sound_checkpoint_passes(folder, capsys):

@@ -11,10 +11,12 @@ import pytest
 from golden_experiment import FOLDER
 from small_experiment import log_of, losses_of_steps
 
-from cache import Store, verify
+from cache import FingerprintMismatch, Store, verify
+from cli import main
 from pipeline.config.config import load_config
 from pipeline.distill.student import train_student
 from pipeline.inspection.sample import inspect_sample
+from pipeline.teacher_cache.teacher import cache_teacher
 from pipeline.upkeep.check import check_store
 
 EXPECTED_SAMPLES = 5
@@ -87,6 +89,28 @@ def test_the_live_teacher_agrees_with_a_store_of_format_1(copy):
     assert found.is_sound and found.samples == EXPECTED_SAMPLES and {loss.name for loss in found.losses}
     for loss in found.losses:
         assert loss.gradient_cosine > 0.99
+
+
+@pytest.mark.slow
+def test_stage_1_finds_a_finished_store_of_format_1_done(copy):
+    shutil.rmtree(copy / "student")
+    golden_experiment._write_models()
+    run = cache_teacher(load_config(copy / "config.yaml"))
+    assert (run.parts_written, run.parts_found, run.broken) == (0, 1, ())
+    with pytest.raises(FingerprintMismatch, match=r"top_k"):
+        cache_teacher(load_config(copy / "config.yaml", ["targets.logits.top_k=3"]))
+
+
+@pytest.mark.slow
+def test_the_manifest_of_a_store_of_format_1_is_restored_by_the_command_line(copy, capsys):
+    shutil.rmtree(copy / "student")
+    golden_experiment._write_models()
+    before = Store("store").manifest.contents_digest()
+    (copy / "store" / "manifest.json").unlink()
+    with pytest.raises(SystemExit):
+        main(["verify", "store", "--fix", "--config", "config.yaml"])
+    assert Store("store").manifest.contents_digest() == before, capsys.readouterr()
+    assert verify("store", deep=True).problems == ()
 
 
 @pytest.mark.slow

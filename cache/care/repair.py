@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cache.errors import CacheError, CorruptFile, StoreNotFound
 from cache.files.durable import replace_file
@@ -43,5 +44,11 @@ def _in_format_of_parts(store: Path, manifest: Manifest) -> Manifest:
     for mark in (store / PARTS).glob(f"*/{PART_RECORD}"):
         with suppress(CacheError):
             found.add(read_part_record(mark.parent).format_version)
-    is_older = len(found) == 1 and not any(spec.is_ragged for spec in manifest.arrays)
-    return replace(manifest, format_version=found.pop()) if is_older else manifest
+    if found != {1}:
+        return manifest
+    tokens: Any = manifest.teacher.get("num_vision_tokens")
+    if not isinstance(tokens, int) and any(spec.is_ragged for spec in manifest.arrays):
+        return manifest  # format 1 holds no array whose length differs from image to image
+    arrays = tuple(spec.with_tokens(tokens) if spec.is_ragged else spec for spec in manifest.arrays)
+    fingerprint = replace(manifest.fingerprint, family="")
+    return replace(manifest, format_version=1, arrays=arrays, fingerprint=fingerprint)

@@ -16,12 +16,14 @@ from PIL import Image
 
 from pipeline.data.conversation import TokenizedSample, answered_turns, checked_turns
 from pipeline.data.decoding import DECODING_RULES, ImageSize, decode_image
+from pipeline.data.expansions import Expansion, grid_of, refusing
 from pipeline.data.preparation import Preparation
 from pipeline.data.templates import IMAGE_TOKEN, Turn
 from pipeline.data.tokenizer_digest import tokenizer_digest
-from pipeline.errors import BadSample, ConfigError
+from pipeline.errors import BadSample, ConfigError, reason_of
 from pipeline.models.configuration import image_token_of
 from pipeline.models.families import FAMILIES, Family
+from pipeline.models.files.broken_files import named_if_broken
 from pipeline.models.processors import Tensors, expansion_of, expansion_of_size, load_processor
 from pipeline.positions import IGNORE_INDEX
 
@@ -37,15 +39,6 @@ ONLY_NAMES = (
     "_name_or_path",
     "transformers_version",
 )
-
-
-@dataclass(frozen=True)
-class Expansion:
-    """What a processor writes for an image: the text, its number N of vision tokens, their rows and columns."""
-
-    text: str
-    size: int
-    grid: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,9 @@ class ChatPreparation(Preparation):
         }
 
     def preprocess(self, data: bytes) -> Tensors:
-        return expansion_of(self.processor, decode_image(data, max_pixels=self.max_pixels))[1]
+        image = decode_image(data, max_pixels=self.max_pixels)
+        with refusing(image.size):
+            return expansion_of(self.processor, image)[1]
 
     def vision_tokens(self, size: ImageSize) -> int:
         return self._expansion(size).size
@@ -131,7 +126,8 @@ class ChatPreparation(Preparation):
     def _tokenized(self, conversations: Any, images: Sequence[ImageSize]) -> TokenizedSample:
         turns = answered_turns(conversations)
         whole = self._render(turns)
-        whole += self._missing_end(whole)
+        if end := self._missing_end(whole):
+            whole = whole.rstrip() + end
         text, place, expansions = self._expand(whole, images)
         ids, ends = self._encoded(text)
         labels = [IGNORE_INDEX] * len(ids)
@@ -179,8 +175,8 @@ class ChatPreparation(Preparation):
                 tokenize=False,
                 add_generation_prompt=calls_to_answer,
             )
-        except TemplateError as error:
-            raise BadSample("the chat template refuses the conversation", str(error)) from error
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise BadSample("the chat template refuses the conversation", reason_of(error)) from error
 
     def _content(self, value: str) -> list[dict[str, str]]:
         """Return a turn's value as text and image parts. A newline beside <image> belongs to LLaVA's form of it."""
@@ -192,7 +188,7 @@ class ChatPreparation(Preparation):
                 parts.append({"type": "image"})
             if text := (text.strip("\n") if IMAGE_TOKEN in value else text):
                 parts.append({"type": "text", "text": text})
-        return parts
+        return parts or [{"type": "text", "text": ""}]
 
     def _mark_in(self, value: str) -> str | None:
         """Return a special token that stands in a text, such as the end of a turn."""
@@ -261,28 +257,20 @@ class ChatPreparation(Preparation):
     def _expansion(self, size: ImageSize) -> Expansion:
         """Return what the processor writes for an image of this size: it looks at the size alone."""
         if size not in self.expansions:
-            text, pixels = expansion_of_size(self.processor, size)
+            with refusing(size):
+                text, pixels = expansion_of_size(self.processor, size)
             number = self.tokenizer(text, add_special_tokens=False)["input_ids"].count(self.image_token_id)
-            self.expansions[size] = Expansion(text, number, _grid(number, pixels))
+            self.expansions[size] = Expansion(text, number, grid_of(number, pixels))
         return self.expansions[size]
-
-
-def _grid(number: int, pixels: Tensors) -> tuple[int, int]:
-    """Return the rows and columns of an image's vision tokens; (0, 0) of several tiles or of no rectangle."""
-    if "image_grid_thw" in pixels:
-        _, rows, columns = pixels["image_grid_thw"][0].tolist()
-        merged = round((rows * columns / number) ** 0.5)  # patches along a side that become one token
-        return rows // merged, columns // merged
-    values = pixels["pixel_values"]
-    num_tiles = values.shape[:-3].numel()  # all axes before colour, height and width
-    side = round(number**0.5)
-    return (side, side) if num_tiles == 1 and side * side == number else (0, 0)
 
 
 def _stops(folder: Path) -> tuple[int, ...]:
     """Return the ids that end an answer by the checkpoint's generation_config.json."""
     file = folder / "generation_config.json"
-    found = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    found = None
+    if file.is_file():
+        with named_if_broken(file, kind="a generation config"):
+            found = json.loads(file.read_text()).get("eos_token_id")
     return tuple(found) if isinstance(found, list) else () if found is None else (found,)
 
 

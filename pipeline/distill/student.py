@@ -189,6 +189,12 @@ def build_trainer(
     recompute = None
     if targets_read(config):
         missing = {name: stores.giving(name).store for name in dataset.lacking()}
+        recomputed = sorted({*missing, *targets_read(config).intersection(config.targets.recomputed())})
+        if recomputed and not stores.read_alike:
+            raise ConfigError(
+                f"targets.{recomputed[0]} would be recomputed by a stub of the teacher from what the student sees, "
+                "but it reads text or images in another way; store the target with `alignkd teacher-cache`"
+            )
         recompute = load_recomputed(config, *stores.opened, device=arguments.device, missing=missing)
     distiller = Distiller(
         student,

@@ -71,6 +71,7 @@ def find_preparation(config: Config, store: Store) -> tuple[Preparation, str]:
     `FingerprintMismatch` if the preparation reads text or images in another way than the teacher did.
     """
     reasons = []
+    refused: FingerprintMismatch | None = None
     for name, model in (("student.model", config.student.model), ("teacher.model", config.teacher.model)):
         if (folder := _local_folder(model)) is None:
             reasons.append(f"{name} {model} is not here")
@@ -80,8 +81,14 @@ def find_preparation(config: Config, store: Store) -> tuple[Preparation, str]:
         except PipelineError as error:
             reasons.append(f"{name}: {error}")
             continue
-        check_reading(store, preparation)
+        try:
+            check_reading(store, preparation)
+        except FingerprintMismatch as error:
+            refused = refused or error
+            continue
         return preparation, ""
+    if refused is not None:
+        raise refused
     facts = TeacherFacts.of(store.manifest)
     if facts.num_vision_tokens is None:
         raise ConfigError(

@@ -56,10 +56,16 @@ class Anatomy:
         return found
 
 
-def empty_network(config: PreTrainedConfig, *, attention: str = "sdpa") -> Any:
-    """Build the model of a config without weights: all its parameters are on the meta device."""
+def empty_network(
+    config: PreTrainedConfig, *, attention: str = "sdpa", dtype: torch.dtype | None = None
+) -> Any:
+    """Build the model of a config without weights: all its parameters are on the meta device.
+
+    `dtype` also decides the values of some buffers, such as the scale of Gemma's embeddings; default: the config's.
+    """
+    named = {} if dtype is None else {"dtype": dtype}
     with torch.device("meta"):
-        network = AutoModelForImageTextToText.from_config(config)
+        network = AutoModelForImageTextToText.from_config(config, **named)
     network.get_decoder().set_attn_implementation({"": attention})
     return network
 

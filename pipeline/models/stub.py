@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,12 @@ class Teacher:
     @torch.no_grad()
     def encode_images(self, images: Sequence[Tensors], sizes: Sequence[int]) -> ImageFeatures:
         """Return the projected vision features of images, which have these numbers of vision tokens."""
-        return self.vlm.encode(images, sizes)
+        with self.in_its_own_dtype():
+            return self.vlm.encode(images, sizes)
+
+    def in_its_own_dtype(self) -> AbstractContextManager[Any]:
+        """Switch autocast off: a stub beside a student computes in the dtype of the store."""
+        return torch.autocast(self.device.type, enabled=False)
 
     @torch.no_grad()
     def forward(self, batch: Mapping[str, Any], features: ImageFeatures | None) -> TeacherForward:
@@ -54,9 +60,10 @@ class Teacher:
         else:
             # The last position predicts nothing.
             answers = None if self.plan.is_stub else nn.functional.pad(predicts, (0, 1))
-            made = self.vlm.forward(
-                batch, features, layers=self.attention_layers, stop_at=self.plan.deepest, answers=answers
-            )
+            with self.in_its_own_dtype():
+                made = self.vlm.forward(
+                    batch, features, layers=self.attention_layers, stop_at=self.plan.deepest, answers=answers
+                )
             slots, attention, logits = made.slots, made.attention, made.logits
         return TeacherForward(
             slots=slots,
@@ -72,7 +79,7 @@ def load_teacher(plan: TeacherPlan, *, dtype: torch.dtype, device: torch.device)
 
     Raises `ConfigError` if a tensor's shape is not that of the config, or if the device cannot hold it.
     """
-    network = empty_network(plan.config)
+    network = empty_network(plan.config, dtype=dtype)
     expected = network.state_dict()
     weights: dict[str, Tensor] = {}
     names = {source: name for name, source in plan.tensors.items()}

@@ -131,8 +131,9 @@ def needed_tensors(config: Any, *, deepest: int | None) -> list[str]:
 def whole_model_digests(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
     """Return `TeacherPlan.digests` of a whole model; `known` holds the digest of each of its tensors."""
     config = read_config(folder)
+    sources = source_names(config, known)
     names = needed_tensors(config, deepest=None)
-    return digests_by_group(config, {name: known[name] for name in names if name in known})
+    return digests_by_group(config, {name: known[sources[name]] for name in names if name in sources})
 
 
 def digests_by_group(config: Any, digests: Mapping[str, str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -13,11 +13,14 @@ import torch
 from cache import (
     FORMAT_VERSION,
     ArraySpec,
+    CacheError,
     DuplicateKey,
     Fingerprint,
+    FingerprintMismatch,
     HoldsFewer,
     Manifest,
     PartSummary,
+    Store,
     StoreWriter,
     digest_of,
 )
@@ -118,6 +121,8 @@ def write_parts(
     `may_hold_fewer` or the shard changed.
     """
     config, shards = plan.config, plan.shards
+    if not (recapture or recapture_changed) and (found := _finished_in_older_format(plan)):
+        return found
     store = StoreWriter.open(config.one_cache.path, plan.manifest)
     states = PartStates(store, shards, recapture, recapture_changed)
     todo = [shard for shard in shards if states.needs_capture(shard)]
@@ -134,6 +139,23 @@ def write_parts(
     if run.summaries or worker.world_size > 1:
         store.taken.check()
     return run.summary(config.one_cache.path, parts_found=found)
+
+
+def _finished_in_older_format(plan: CapturePlan) -> CacheSummary | None:
+    """Return that a store of an older format is finished, as which it is used; None where nothing is to be found."""
+    path = plan.config.one_cache.path
+    try:
+        store = Store(path)
+    except CacheError:
+        return None  # whoever opens it to write says what is wrong
+    parts = {part_name(shard) for shard in plan.shards}
+    if store.manifest.format_version == FORMAT_VERSION or not parts <= set(store.parts):
+        return None
+    expected = replace(plan.manifest, arrays=store.manifest.arrays)  # it describes its arrays otherwise
+    if differences := store.manifest.differences(expected):
+        remedy = "Restore the settings that the store was written with, or write to another directory."
+        raise FingerprintMismatch(store.path, differences, remedy=remedy)
+    return CacheSummary(path, 0, len(parts), 0, 0, 0, 0, (), ())
 
 
 class _Run:

@@ -15,6 +15,7 @@ import torch
 
 from cache import CODECS, FingerprintMismatch, Store
 from pipeline.config.config import Config
+from pipeline.data.load_preparation import load_preparation
 from pipeline.data.preparation import pad_tokens
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.sample import JoinedSample
@@ -117,6 +118,7 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
     teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)
     live = [sample for batch in _batches(stored) for sample in captured_again(plan, teacher, batch)]
     arrays = [AllRows(samples) for samples in (stored, live)]
+    absent = _why_without_losses(plan) if with_losses else "not asked for"
     return Check(
         samples=len(stored),
         teacher=config.teacher.model,
@@ -124,9 +126,16 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
         dtype=plan.manifest.capture["dtype"],
         arrays=tuple(_compare_arrays(plan, *arrays)),
         logits=_compare_logits(*arrays),
-        losses=tuple(_compare_losses(plan, store, stored, live)) if with_losses else (),
-        losses_absent="" if with_losses else "not asked for",
+        losses=() if absent else tuple(_compare_losses(plan, store, stored, live)),
+        losses_absent=absent,
     )
+
+
+def _why_without_losses(plan: CapturePlan) -> str:
+    """Return why no student's losses can be compared on the samples as the teacher reads them, or ""."""
+    student = load_preparation(plan.config.student.model, plan.config.data)
+    reads_alike = student.digests() == plan.preparation.digests()
+    return "" if reads_alike else "the student reads text or images in another way than the teacher"
 
 
 def captured_again(

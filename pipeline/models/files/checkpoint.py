@@ -22,6 +22,8 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# What a config, a tokenizer, a processor and a chat template are made of.
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 ADAPTERS = "adapter_config.json"  # peft's
 ZIP = b"PK\x03\x04"
 
@@ -71,7 +73,7 @@ def small_files(name: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "tokenizer.model"]))
+        return Path(snapshot_download(name, allow_patterns=SMALL_FILES))
     except (ValueError, OSError):
         return None
 

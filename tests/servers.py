@@ -161,10 +161,14 @@ def hub_server() -> Iterator[tuple[str, list[list[str]]]]:
         yield url, commits
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # of Python's 5, those who ask at once are dropped, and ask again a second later
+
+
 @contextmanager
 def _serving(handler: Any) -> Iterator[tuple[str, list[Any]]]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     server.requests = []  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,15 @@ def test_a_missing_field_is_named() -> None:
     record |= {"teacher": teacher, "fingerprint": {"teacher": "7e"}}
     with pytest.raises(SchemaError, match=r"^fingerprint\.tokenizer: expected a value, found nothing"):
         Manifest.from_json(record)
+
+
+@pytest.mark.parametrize("field", ["teacher", "capture", "provenance"])
+def test_facts_are_not_nested_without_end(field: str) -> None:
+    """Deeper than this, a walk over the manifest could overflow Python's stack: later, and out of sight."""
+    nested = {"a": functools.reduce(lambda inner, _: [inner], range(30), [])}
+    Manifest.from_json(manifest().to_json() | {field: nested})
+    with pytest.raises(SchemaError, match=rf"^{field}: expected lists and objects nested at most 32 deep"):
+        Manifest.from_json(manifest().to_json() | {field: {"b": nested}})
 
 
 def test_an_array_of_an_unknown_owner_is_refused_before_it_is_written() -> None:

@@ -6,9 +6,11 @@ import errno
 import functools
 import json
 import os
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable
+from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from cache.differences import NOTHING
 from cache.errors import CorruptFile, SchemaError
@@ -16,7 +18,25 @@ from cache.files.any_path import AnyPath, read_file
 from cache.files.durable import hash_bytes
 
 CHECKSUM = "checksum"
+_MAX_DEPTH = 32
 T = TypeVar("T")
+
+
+def _of_bounded_depth(value: Any, levels: int = _MAX_DEPTH) -> Any:
+    """Return a JSON value whose depth no later walk over it, such as `asdict`, has to fear."""
+    if isinstance(value, (dict, list)):
+        if not levels:
+            raise PydanticCustomError(
+                "depth", "lists and objects nested at most {most} deep", {"most": _MAX_DEPTH}
+            )
+        inner = cast(Iterable[Any], value.values() if isinstance(value, dict) else value)
+        for one in inner:
+            _of_bounded_depth(one, levels - 1)
+    return cast(Any, value)
+
+
+Facts = Annotated[dict[str, Any], AfterValidator(_of_bounded_depth)]
+"""A field that holds any JSON object."""
 
 
 def canonical_json(value: object) -> bytes:

@@ -13,7 +13,7 @@ from cache.errors import CorruptFile, CorruptPart, ForeignPart, SchemaError, Uns
 from cache.files.any_path import AnyPath, read_file
 from cache.files.durable import hash_bytes
 from cache.format.codecs import stored_arrays
-from cache.format.documents import canonical_json, digest_of, read_document, validated
+from cache.format.documents import Facts, canonical_json, digest_of, read_document, validated
 from cache.format.layout import FORMAT_VERSION, PART_RECORD, READABLE, REJECTS, check_file_name
 from cache.format.schema import ArraySpec, check_format
 
@@ -45,7 +45,7 @@ class PartRecord:
 
     part: str
     contents: str  # Manifest.contents_digest() of the store that the part was written for
-    source: dict[str, Any]
+    source: Facts
     counts: Counts
     seconds: StrictFloat | None  # that it took to make; None if nobody measured
     files: dict[str, FileRecord]  # every file of the part but part.json, by path relative to the part

@@ -11,7 +11,7 @@ from pydantic import StrictFloat, StrictInt
 
 from cache.differences import NOTHING, Difference, leaf_differences
 from cache.errors import SchemaError, UnsupportedFormat
-from cache.format.documents import digest_of, validated
+from cache.format.documents import Facts, digest_of, validated
 from cache.format.layout import MANIFEST, READABLE, check_array_name, check_part_name
 
 Owner = Literal["sample", "image"]
@@ -101,9 +101,9 @@ class Manifest:
     format_version: StrictInt
     fingerprint: Fingerprint
     arrays: tuple[ArraySpec, ...]
-    teacher: dict[str, Any]  # facts that stage 2 needs, so that no config repeats them
-    capture: dict[str, Any]  # the resolved capture settings
-    provenance: dict[str, Any]  # versions, commit, command, time: may differ between runs
+    teacher: Facts  # facts that stage 2 needs, so that no config repeats them
+    capture: Facts  # the resolved capture settings
+    provenance: Facts  # versions, commit, command, time: may differ between runs
     planned_parts: tuple[str, ...]
 
     def __post_init__(self) -> None:

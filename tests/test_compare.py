@@ -12,6 +12,8 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.compare import Answered, Gain, accuracy_table, paired_gain
 from pipeline.evaluation.evaluate import Prediction
 
+pytestmark = pytest.mark.slow
+
 
 def gain_of(ours: list[list[Prediction]], theirs: list[list[Prediction]]) -> Gain:
     return paired_gain([Answered.of(run) for run in ours], [Answered.of(run) for run in theirs])

@@ -34,6 +34,8 @@ from pipeline.targets.logits import LogitsTarget
 from pipeline.targets.vision import VisionTarget
 from pipeline.teacher_cache.capture import captured_arrays
 
+pytestmark = pytest.mark.slow
+
 TARGETS = {
     "attention": AttentionTarget(layers=[0, 1], heads="each", codec="float32"),
     "vision": VisionTarget(codec="float32"),

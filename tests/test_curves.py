@@ -13,6 +13,8 @@ from small_sweep import SEEDS, write_sweep
 from pipeline.report.curves import MAX_POINTS, Curve, Scale, draw_panel, draw_sweep, thinned
 from pipeline.report.run_folder import read_json
 
+pytestmark = pytest.mark.slow
+
 
 class Elements(HTMLParser):
     """Tags with their attributes, and texts."""

@@ -41,6 +41,8 @@ from pipeline.studies.emoji.models import (
 )
 from pipeline.studies.emoji.scenes import Concept
 
+pytestmark = pytest.mark.slow
+
 LEARNED = Path(__file__).parent.parent / "assets" / "emoji_teacher" / "learned.safetensors"
 PROJECTOR, Q = "model.mm_projector.", "model.layers.1.self_attn.q_proj"
 

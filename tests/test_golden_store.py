@@ -16,6 +16,8 @@ from servers import static_server
 
 from cache import Mirror, Store, merge_stores, push_store, slice_store, summarise, verify
 
+pytestmark = pytest.mark.slow
+
 VERSIONS = (1, 2)
 
 

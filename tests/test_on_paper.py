@@ -14,6 +14,8 @@ from command_lines import ROOT
 import cli
 from pipeline.upkeep.assumptions import Assumptions
 
+pytestmark = pytest.mark.slow
+
 MODELS = ROOT / "tests" / "fixtures" / "configs"
 SAMPLES = 665_000
 TERA = 10**12

@@ -34,6 +34,8 @@ from cache import (
 from cache.files.remote import _unreachable
 from pipeline.distill.student import train_student
 
+pytestmark = pytest.mark.slow
+
 
 def alignkd(*arguments: str) -> None:
     """Run a command that must succeed."""

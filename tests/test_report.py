@@ -28,6 +28,8 @@ from pipeline.sweep.run import run_sweep
 from pipeline.sweep.summary import summarise_sweep
 from pipeline.sweep.variations import parse_vary, plan_runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:

@@ -11,6 +11,8 @@ from parsed_page import page_of
 from small_store import write_store
 from small_sweep import change, write_run, write_sweep, write_timed_store
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:

@@ -10,6 +10,8 @@ from small_sweep import write_run, write_sweep, write_timed_store
 from pipeline.errors import PipelineError
 from pipeline.report.gather import gather
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:

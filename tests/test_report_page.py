@@ -15,6 +15,8 @@ from small_sweep import change, write_run, write_sweep, write_timed_store
 from pipeline.report.gather import gather
 from pipeline.report.page import render_page, write_report
 
+pytestmark = pytest.mark.slow  # each draws a page
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from command_lines import ROOT, check_line
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
 VARIABLES = {
     "CONFIG": "configs/demo.yaml",

@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from pipeline.data.shards import Sample, expand_shards, read_shard
 from pipeline.models.processors import load_processor
 
+pytestmark = pytest.mark.slow
+
 WITH_PROCESSOR = tuple(family for family in PARTS if family != "lfm2_vl")  # that one's needs torchvision
 OF_EACH_SIZE = ("llava_next", "internvl", "smolvlm", "idefics3", "qwen2_5_vl", "qwen3_vl")
 ANY_TEXT = "Hello, {world}!  <html> a\tb\n\n  c' ~ \x01"

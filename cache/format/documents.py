@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError
 
 from cache.differences import NOTHING
 from cache.errors import CorruptFile, SchemaError
@@ -26,9 +25,7 @@ def _of_bounded_depth(value: Any, levels: int = _MAX_DEPTH) -> Any:
     """Return a JSON value whose depth no later walk over it, such as `asdict`, has to fear."""
     if isinstance(value, (dict, list)):
         if not levels:
-            raise PydanticCustomError(
-                "depth", "lists and objects nested at most {most} deep", {"most": _MAX_DEPTH}
-            )
+            raise ValueError(f"lists and objects nested at most {_MAX_DEPTH} deep")
         inner = cast(Iterable[Any], value.values() if isinstance(value, dict) else value)
         for one in inner:
             _of_bounded_depth(one, levels - 1)
@@ -87,7 +84,7 @@ def validated(kind: type[T], value: object) -> T:
         field = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
         if first["type"] == "missing":
             raise SchemaError(field, expected="a value", found=NOTHING) from None
-        expected = first["msg"].removeprefix("Input should be ")
+        expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         raise SchemaError(field, expected=expected, found=first["input"]) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -193,3 +194,25 @@ def experiment(tiny_model, tmp_path_factory) -> Experiment:
     small = build_experiment(tmp_path_factory.mktemp("experiment"), tiny_model)
     cache_teacher(small.config(small.file.parent))
     return small
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory) -> Callable[[str], Path]:
+    """Returns the tiny checkpoint of a family, written once. Tests must not write into it."""
+    from tiny_families import write_checkpoint
+
+    made = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def of(family: str) -> Path:
+        return write_checkpoint(family, made / family)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def family_shards(tmp_path_factory) -> Path:
+    """Shards with images of several sizes. Tests must not write into them."""
+    from family_images import write_shards
+
+    return write_shards(tmp_path_factory.mktemp("family_shards"))

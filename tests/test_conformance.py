@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,24 +51,10 @@ SAME_FAMILY = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("checkpoints")
-
-    def of(family: str) -> Path:
-        known = made / family
-        return known if known.is_dir() else tiny_families.write_checkpoint(family, known)
-
-    return of
-
-
-@pytest.fixture(scope="module")
-def specimens(folder):
-    made: dict[str, Specimen] = {}
-
+def specimens(family_folder) -> Callable[[str], Specimen]:
+    @functools.cache
     def of(family: str) -> Specimen:
-        if family not in made:
-            made[family] = by_hand(folder(family)) if family == "lfm2_vl" else specimen_of(folder(family))
-        return made[family]
+        return (by_hand if family == "lfm2_vl" else specimen_of)(family_folder(family))
 
     return of
 
@@ -150,9 +137,9 @@ def joined(specimen: Specimen, targets) -> dict:
 
 
 @pytest.mark.parametrize("family", ["gemma3", "paligemma", "qwen3_vl"])
-def test_a_teacher_in_another_dtype_than_its_config_is_the_loaded_model(family, folder, tmp_path):
+def test_a_teacher_in_another_dtype_than_its_config_is_the_loaded_model(family, family_folder, tmp_path):
     """Gemma's scale of embeddings is a buffer in the model's dtype: that of the config would be off by 0.2%."""
-    other = shutil.copytree(folder(family), tmp_path / "other")
+    other = shutil.copytree(family_folder(family), tmp_path / "other")
     settings = json.loads((other / "config.json").read_text())
     settings["dtype"] = settings.get("text_config", settings)["dtype"] = "bfloat16"
     (other / "config.json").write_text(json.dumps(settings))
@@ -217,8 +204,8 @@ def test_a_tap_outside_of_autograd_is_found(specimens, monkeypatch):
     assert not checks.gradients_survive_checkpointing(specimen).passed
 
 
-def test_a_processor_of_another_model_is_told(folder, tmp_path):
-    other = shutil.copytree(folder("smolvlm"), tmp_path / "other")
+def test_a_processor_of_another_model_is_told(family_folder, tmp_path):
+    other = shutil.copytree(family_folder("smolvlm"), tmp_path / "other")
     file = other / "processor_config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"image_seq_len": settings["image_seq_len"] + 1}))
@@ -250,8 +237,8 @@ def misnamed(tensors) -> None:
     tensors[name.replace("q_proj", "query")] = tensors.pop(name)
 
 
-def test_a_misnamed_tensor_ends_the_check(folder, tmp_path, capsys):
-    wrong = changed(folder("llava"), tmp_path / "wrong", misnamed)
+def test_a_misnamed_tensor_ends_the_check(family_folder, tmp_path, capsys):
+    wrong = changed(family_folder("llava"), tmp_path / "wrong", misnamed)
     with pytest.raises(SystemExit) as ended:
         main(["models", "check", str(wrong)])
     printed = capsys.readouterr().out
@@ -259,14 +246,14 @@ def test_a_misnamed_tensor_ends_the_check(folder, tmp_path, capsys):
     assert "FAILED the checkpoint lacks 1 tensors" in printed and "query.weight" in printed
 
 
-def test_a_tensor_of_another_shape_ends_the_check(folder, tmp_path, capsys):
+def test_a_tensor_of_another_shape_ends_the_check(family_folder, tmp_path, capsys):
     def narrowed(tensors) -> None:
         name = next(
             name for name in sorted(tensors) if "layers.3." in name and name.endswith("q_proj.weight")
         )
         tensors[name] = tensors[name][:-8].contiguous()
 
-    wrong = changed(folder("qwen2_5_vl"), tmp_path / "wrong", narrowed)
+    wrong = changed(family_folder("qwen2_5_vl"), tmp_path / "wrong", narrowed)
     with pytest.raises(SystemExit) as ended:
         main(["models", "check", str(wrong)])
     assert ended.value.code == 1
@@ -274,29 +261,29 @@ def test_a_tensor_of_another_shape_ends_the_check(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_a_student_with_a_misnamed_tensor_is_not_loaded(family, folder, tmp_path):
-    wrong = changed(folder(family), tmp_path / "wrong", misnamed)
+def test_a_student_with_a_misnamed_tensor_is_not_loaded(family, family_folder, tmp_path):
+    wrong = changed(family_folder(family), tmp_path / "wrong", misnamed)
     with pytest.raises(ValueError, match="lacks 1 tensors of the model"):
         load_network(str(wrong), dtype="float32")
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl", "smolvlm"])
-def test_the_digests_of_a_whole_model_are_those_of_its_store(family, folder):
-    checkpoint = Checkpoint(str(folder(family)))
+def test_the_digests_of_a_whole_model_are_those_of_its_store(family, family_folder):
+    checkpoint = Checkpoint(str(family_folder(family)))
     plan = plan_tensors(checkpoint, read_config(checkpoint.folder), {"logits": LogitsTarget()})
     known = checkpoint.tensor_digests(checkpoint.names())
     assert whole_model_digests(checkpoint.folder, known) == plan.digests
 
 
-def test_a_sound_checkpoint_passes(folder, capsys):
+def test_a_sound_checkpoint_passes(family_folder, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["models", "check", str(folder("internvl"))])
+        main(["models", "check", str(family_folder("internvl"))])
     printed = capsys.readouterr().out
     assert ended.value.code == 0 and "FAILED" not in printed and printed.count("ok ") == 3 + len(CHECKS)
 
 
-def test_a_family_that_is_not_let_in_is_refused_with_what_to_run(folder, monkeypatch, capsys):
-    known = folder("idefics3")
+def test_a_family_that_is_not_let_in_is_refused_with_what_to_run(family_folder, monkeypatch, capsys):
+    known = family_folder("idefics3")
     monkeypatch.delitem(FAMILIES, "idefics3")
     with pytest.raises(ValueError, match=r"'idefics3' is not let in; run `alignkd models check .*idefics3`"):
         load_network(str(known), dtype="float32")
@@ -306,8 +293,8 @@ def test_a_family_that_is_not_let_in_is_refused_with_what_to_run(folder, monkeyp
     assert "not let in" in printed and "FAILED it cannot be run: RuntimeError" in printed
 
 
-def test_a_family_that_needs_no_row_of_its_own_is_told_how_to_get_in(folder, monkeypatch, capsys):
-    known = folder("llava")
+def test_a_family_that_needs_no_row_of_its_own_is_told_how_to_get_in(family_folder, monkeypatch, capsys):
+    known = family_folder("llava")
     monkeypatch.delitem(FAMILIES, "llava")
     with pytest.raises(SystemExit) as ended:
         main(["models", "check", str(known)])

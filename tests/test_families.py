@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import family_images
 import pytest
 import tiny_families
 import torch
-import yaml
+from family_experiment import write_config
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cache import Store
@@ -34,25 +34,9 @@ def test_the_suite_knows_every_family_that_is_let_in():
     assert set(tiny_families.FAMILIES) == set(FAMILIES)
 
 
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("teachers")
-
-    def of(family: str) -> Path:
-        known = folder / family
-        return known if known.is_dir() else tiny_families.write_checkpoint(family, known)
-
-    return of
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return family_images.write_shards(tmp_path_factory.mktemp("shards"))
-
-
 @pytest.mark.parametrize("family", WITH_PROCESSOR)
-def test_a_family_conforms(family, teachers):
-    specimen = specimen_of(teachers(family))
+def test_a_family_conforms(family, family_folder):
+    specimen = specimen_of(family_folder(family))
     assert sum(len(sample.sizes) for sample in specimen.samples) >= 3
     assert failed(specimen) == []
 
@@ -61,47 +45,9 @@ def failed(specimen: Specimen) -> Sequence[Check]:
     return [result for check in CHECKS if not (result := check(specimen)).passed]
 
 
-def config_of(family: str, teacher: Path, shards: Path, folder: Path) -> Path:
-    """Write a config of both stages: a smaller student of the teacher's family, every loss, two steps."""
-    smaller = (
-        {"hidden_size": 16, "num_hidden_layers": 3} if family == "mobilevlm" else {"num_hidden_layers": 3}
-    )
-    student = tiny_families.write_checkpoint(family, folder / "student", seed=1, **smaller)
-    config = {
-        "output_dir": str(folder / "run"),
-        "teacher": {"model": str(teacher), "batch_size": 3},
-        "student": {"model": str(student), "gradient_checkpointing": True},
-        "data": {"shards": str(shards), "template": "v1" if family == "mobilevlm" else "chat"},
-        "cache": {"path": str(folder / "store")},
-        "targets": {
-            "attention": {"layers": [0, 1], "heads": "each"},
-            "vision": {"codec": "float16"},
-            "logits": {"top_k": 8, "tail_samples": 4},
-        },
-        "losses": {
-            "attention": {"layers": [[0, 0], [1, 1]], "heads": "mix"},
-            "vision_all": {},
-            "vision_focus": {"k": 3},
-            "logits": {"direction": "forward"},
-        },
-        "train": {
-            "max_steps": 2,
-            "per_device_train_batch_size": 3,
-            "learning_rate": 1e-3,
-            "report_to": "none",
-            "logging_steps": 1,
-        },
-        # PaliGemma takes one exchange, and one of the questions follows another.
-        "evaluate": None if family == "paligemma" else {"shards": str(shards), "max_new_tokens": 3},
-    }
-    file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(config))
-    return file
-
-
 @pytest.mark.parametrize("family", WITH_PROCESSOR)
-def test_both_stages_run_by_the_command_line(family, teachers, shards, tmp_path):
-    config = config_of(family, teachers(family), shards, tmp_path)
+def test_both_stages_run_by_the_command_line(family, family_folder, family_shards, tmp_path):
+    config = write_config(family, family_folder(family), family_shards, tmp_path)
     alignkd("teacher-cache", "--config", config)
     store = Store(tmp_path / "store")
     rejected = [reason for part in store.parts for _, reason in store.rejects(part)]
@@ -153,8 +99,8 @@ def first_losses(folder: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm", "gemma3"])
-def test_recomputed_targets_are_the_stored_ones(family, teachers, shards, tmp_path):
-    config = config_of(family, teachers(family), shards, tmp_path)
+def test_recomputed_targets_are_the_stored_ones(family, family_folder, family_shards, tmp_path):
+    config = write_config(family, family_folder(family), family_shards, tmp_path)
     exact = ["targets.attention.codec=float32", "targets.vision.codec=float32", "evaluate=null"]
     alignkd("teacher-cache", "--config", config, *exact)
     alignkd("distill", "--config", config, *exact)
@@ -164,8 +110,10 @@ def test_recomputed_targets_are_the_stored_ones(family, teachers, shards, tmp_pa
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "internvl"])
-def test_adapters_are_trained_with_the_projector_alone_and_merged(family, teachers, shards, tmp_path):
-    config = config_of(family, teachers(family), shards, tmp_path)
+def test_adapters_are_trained_with_the_projector_alone_and_merged(
+    family, family_folder, family_shards, tmp_path
+):
+    config = write_config(family, family_folder(family), family_shards, tmp_path)
     lora = ["student.lora={rank: 2, target_modules: [q_proj, v_proj]}", "evaluate=null"]
     alignkd("teacher-cache", "--config", config)
     alignkd("distill", "--config", config, *lora)
@@ -191,10 +139,10 @@ def refused(*arguments: object, capsys) -> str:
 
 
 def test_two_families_share_vision_features_where_images_have_as_many_tokens(
-    teachers, shards, tmp_path, capsys
+    family_folder, family_shards, tmp_path, capsys
 ):
     """PaliGemma and LLaVA: 16 tokens an image here; their tokenizers, templates and processors differ."""
-    config = config_of("llava", teachers("paligemma"), shards, tmp_path)
+    config = write_config("llava", family_folder("paligemma"), family_shards, tmp_path)
     nothing = ["losses.attention=null", "losses.vision_focus=null", "losses.logits=null"]
     alone = ["targets.attention=null", "targets.logits=null", *nothing]
     alignkd("teacher-cache", "--config", config, *alone)
@@ -221,10 +169,10 @@ def with_more_tokens(student: Path) -> None:
 
 
 def test_a_student_that_sees_images_otherwise_learns_from_the_answers_alone(
-    teachers, shards, tmp_path, capsys
+    family_folder, family_shards, tmp_path, capsys
 ):
     """As SmolVLM2 of 2.2B and 500M: one tokenizer, other numbers of vision tokens."""
-    config = config_of("smolvlm", teachers("smolvlm"), shards, tmp_path)
+    config = write_config("smolvlm", family_folder("smolvlm"), family_shards, tmp_path)
     with_more_tokens(tmp_path / "student")
     said = refused("teacher-cache", "--config", config, capsys=capsys)
     assert "losses.attention compares images token by token" in said

@@ -59,6 +59,10 @@ class DeviceTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.on_cpu.tolist()
 
+    def __format__(self, how: str) -> str:
+        """A tensor without axes is written as its number; torch writes a subclass's otherwise, and finds no end."""
+        return format(self.on_cpu, how)
+
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError(f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() first.")
 
@@ -147,13 +151,14 @@ def register() -> None:
         _to_cpu(target).copy_(_to_cpu(source))
         return target
 
-    # Python's indexing makes its index tensors below the dispatch mode, by these.
+    # Python's indexing, and torch.tensor of a list of tensors, run below the dispatch mode, by these.
     library.impl(
         "empty_strided", lambda *a, **k: DeviceTensor(torch.empty_strided(*a, **on_cpu(k))), "PrivateUse1"
     )
     library.impl(
         "empty.memory_format", lambda *a, **k: DeviceTensor(torch.empty(*a, **on_cpu(k))), "PrivateUse1"
     )
+    library.impl("_local_scalar_dense", lambda tensor: _to_cpu(tensor).item(), "PrivateUse1")
     library.impl("copy_", copy, "PrivateUse1")
     library.impl("_copy_from", lambda source, target, _=False: copy(target, source), "PrivateUse1")
     os.environ["ACCELERATE_TORCH_DEVICE"] = DEVICE  # where the Trainer trains

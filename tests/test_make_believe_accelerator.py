@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from family_experiment import write_config
 from make_believe_accelerator import DEVICE, MixedDevicesError, Worker
 from small_experiment import losses_of_steps, rewrite_store, stored_arrays, weights
 from torch import nn
 
-from pipeline.config.config import Config
+from pipeline.config.config import Config, load_config
 from pipeline.distill.student import train_student, training_arguments
 from pipeline.evaluation.evaluate import evaluate_model
 from pipeline.models.stub import load_teacher
@@ -134,12 +136,12 @@ def test_stage_1_stores_the_values_of_the_cpu(on_accelerator, experiment, tmp_pa
     assert_equal_values(stored_arrays(tmp_path / "store"), stored_arrays(experiment.store))
 
 
-def assert_equal_values(mine, theirs):
+def assert_equal_values(mine, theirs, *, atol: float = 1e-6) -> None:
     assert mine.keys() == theirs.keys()
     for key, arrays in theirs.items():
         for name, values in arrays.items():
             for one, other in zip(mine[key][name], values, strict=True):
-                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6, err_msg=f"{key} {name}")
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=atol, err_msg=f"{key} {name}")
 
 
 def run_stub(config: Config, device: str, batch) -> tuple[np.ndarray, dict[int, np.ndarray]]:
@@ -187,13 +189,59 @@ def test_stage_2_trains_for_two_epochs_as_on_the_cpu(case, on_accelerator, exper
     on_accelerator(
         train_there, experiment.config(tmp_path, *overrides, "train.use_cpu=false"), tmp_path / "there"
     )
-    mine, expected = losses_of_steps(tmp_path / "there"), losses_of_steps(tmp_path / "cpu")
-    assert len(mine) == len(expected) == 8  # 13 samples in steps of 4, twice
+    # 13 samples in steps of 4, twice
+    assert_trained_alike(tmp_path / "there", tmp_path / "cpu", num_steps=8)
+
+
+def assert_trained_alike(there: Path, on_cpu: Path, *, num_steps: int) -> None:
+    """Compare the losses of every step, and the trained weights."""
+    mine, expected = losses_of_steps(there), losses_of_steps(on_cpu)
+    assert len(mine) == len(expected) == num_steps
     for step, other in zip(mine, expected, strict=True):
         assert step == pytest.approx(other, rel=1e-4, abs=1e-6)
-    trained, expected_weights = (weights(tmp_path / name / "model") for name in ("there", "cpu"))
+    trained, expected_weights = (weights(folder / "model") for folder in (there, on_cpu))
     for name, tensor in expected_weights.items():
         torch.testing.assert_close(trained[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+# Other families: tiles, and grids with features that are added after decoder layers
+
+
+class FamilyRun(NamedTuple):
+    """The config of a family's experiment, and its store from the CPU's stage 1."""
+
+    file: Path
+    overrides: list[str]
+    store: Path
+
+    def config(self, *overrides: str) -> Config:
+        return load_config(self.file, [*self.overrides, *overrides])
+
+
+@pytest.fixture(scope="module", params=["internvl", "qwen3_vl"])
+def family_run(request, family_folder, family_shards, tmp_path_factory) -> FamilyRun:
+    folder = tmp_path_factory.mktemp(request.param)
+    file = write_config(request.param, family_folder(request.param), family_shards, folder)
+    exact = ["targets.attention.codec=float32", "targets.vision.codec=float32"]
+    on_cpu = ["teacher.device=cpu", "train.use_cpu=true"]
+    run = FamilyRun(file, [*exact, *on_cpu], folder / "store")
+    cache_teacher(run.config())
+    return run
+
+
+def test_stage_1_of_another_family_stores_the_values_of_the_cpu(on_accelerator, family_run, tmp_path):
+    on_accelerator(
+        cache_teacher, family_run.config(f"cache.path={tmp_path}/store", f"teacher.device={DEVICE}")
+    )
+    # Features of theirs reach 5, and attention that runs unfused rounds otherwise.
+    assert_equal_values(stored_arrays(tmp_path / "store"), stored_arrays(family_run.store), atol=1e-5)
+
+
+@pytest.mark.parametrize("overrides", [[], RECOMPUTED], ids=["cached", "recomputed"])
+def test_stage_2_of_another_family_trains_as_on_the_cpu(overrides, on_accelerator, family_run, tmp_path):
+    train_student(family_run.config(*overrides), tmp_path / "cpu")
+    on_accelerator(train_there, family_run.config(*overrides, "train.use_cpu=false"), tmp_path / "there")
+    assert_trained_alike(tmp_path / "there", tmp_path / "cpu", num_steps=2)
 
 
 # Evaluation

@@ -13,6 +13,7 @@ from small_experiment import copy_of_teacher, rewrite_store, weights
 
 import cli
 from cache import FingerprintMismatch
+from pipeline.models.mobilevlm.images import clip_processor
 from pipeline.teacher_cache.teacher import cache_teacher
 from pipeline.upkeep.check import IDS, LOG_PROBS, _kl, _rank_errors, check_store
 
@@ -77,6 +78,18 @@ def test_where_no_logits_are_stored_a_stub_checks(experiment, tmp_path):
     found = check_store(config, num_samples=4, seed=1, with_losses=False)
     assert found.is_stub and found.is_sound and found.samples == 4 and found.logits is None
     assert found.losses == () and found.losses_absent == "not asked for"
+
+
+def test_losses_of_a_student_that_reads_in_another_way_are_not_compared(experiment, tmp_path, capsys):
+    student = shutil.copytree(experiment.student, tmp_path / "student")
+    clip_processor(student, 56).save_pretrained(student)
+    file = student / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5] * 3}))
+    found = check_store(experiment.config(tmp_path, f"student.model={student}"), num_samples=4, seed=0)
+    assert found.is_sound and found.arrays and found.losses == ()
+    assert found.losses_absent == "the student reads text or images in another way than the teacher"
+    assert run("check", experiment.store, "--samples", "1", f"student.model={student}") == 0
+    assert f"losses: {found.losses_absent}" in capsys.readouterr().out
 
 
 def test_large_top_k_are_compared_in_the_memory_of_a_few_copies():

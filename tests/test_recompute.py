@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_experiment import copy_of_teacher, losses_of_steps, weights
+from small_experiment import copy_of_teacher, losses_of_steps, rewrite_store, weights
 from watched import results_of
 
 from cache import FingerprintMismatch, Store
 from pipeline.distill.join.recompute import load_recomputed, shares_tower
 from pipeline.distill.student import train_student
+from pipeline.errors import ConfigError
 from pipeline.models.mobilevlm.model import TOWER_PREFIX
 from pipeline.models.mobilevlm.vision import VisionTower
 from pipeline.teacher_cache.teacher import cache_teacher
@@ -105,6 +107,29 @@ def test_a_layer_that_stage_1_did_not_look_at_is_refused(experiment, tmp_path):
     config = experiment.config(tmp_path, *deeper)
     with pytest.raises(FingerprintMismatch, match="layer 1: not looked at by stage 1 -> "):
         load_recomputed(config, Store(config.one_cache.path), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("field", ["tokenizer", "template", "image_preprocessing"])
+@pytest.mark.parametrize("recomputed", ["every sample", "missing samples"])
+def test_nothing_is_recomputed_for_a_student_that_reads_in_another_way(
+    recomputed, field, experiment, tmp_path
+):
+    other = {field: "0" * 64}
+    if recomputed == "every sample":
+        store = rewrite_store(experiment.store, tmp_path / "store", fingerprint=other)
+        overrides = [f"cache.path={store}", f"cache.allow_mismatch=[{field}]", *BOTH]
+    else:
+        store = rewrite_store(experiment.store, tmp_path / "store", fingerprint=other, without=["a1"])
+        given = [
+            {"path": str(store), "targets": ["attention", "vision"], "allow_mismatch": [field]},
+            {"path": str(experiment.store), "targets": ["logits"]},
+        ]
+        overrides = ["cache=null", f"caches={json.dumps(given)}", "on_missing=recompute"]
+    with pytest.raises(
+        ConfigError, match=r"attention would be recomputed .* reads text or images in another"
+    ):
+        train_student(experiment.config(tmp_path, *overrides), tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
 
 
 # One tower for both

@@ -232,6 +232,19 @@ def test_the_types_asked_for_are_those_of_the_loaded_tensors(teacher_folder, tmp
 
 
 @torch.no_grad()
+def test_a_stub_beside_a_student_under_autocast_computes_in_its_own_dtype(teacher_folder, batch):
+    stub = load(teacher_folder, [0, 1])
+    sizes = [size for of_sample in batch["sizes"] for size in of_sample]
+    patches = stub.vlm.patch_features(batch["images"])
+    vision, result = forward(stub, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same_vision, same = forward(stub, batch)
+        projected = stub.encode_images((), sizes, patch_features=patches).flat
+    assert torch.equal(same_vision, vision) and torch.equal(projected, vision)
+    assert all(torch.equal(same.attention[layer], block) for layer, block in result.attention.items())
+
+
+@torch.no_grad()
 def test_a_teacher_whose_head_is_its_embedding_works_whole(tiny_model, batch, tmp_path):
     model = tiny_model(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)

@@ -34,12 +34,14 @@ class Teacher:
         return attention.layers if isinstance(attention, AttentionTarget) else ()
 
     @torch.no_grad()
-    def encode_images(self, images: Sequence[Tensors], sizes: Sequence[int]) -> ImageFeatures:
-        """Return the projected vision features of images, which have these numbers of vision tokens."""
-        with self.in_its_own_dtype():
-            return self.vlm.encode(images, sizes)
+    def encode_images(
+        self, images: Sequence[Tensors], sizes: Sequence[int], *, patch_features: Tensor | None = None
+    ) -> ImageFeatures:
+        """Return the projected vision features of images, as `VisionLanguageModel.encode`."""
+        with self._in_its_own_dtype():
+            return self.vlm.encode(images, sizes, patch_features=patch_features)
 
-    def in_its_own_dtype(self) -> AbstractContextManager[Any]:
+    def _in_its_own_dtype(self) -> AbstractContextManager[Any]:
         """Switch autocast off: a stub beside a student computes in the dtype of the store."""
         return torch.autocast(self.device.type, enabled=False)
 
@@ -60,7 +62,7 @@ class Teacher:
         else:
             # The last position predicts nothing.
             answers = None if self.plan.is_stub else nn.functional.pad(predicts, (0, 1))
-            with self.in_its_own_dtype():
+            with self._in_its_own_dtype():
                 made = self.vlm.forward(
                     batch, features, layers=self.attention_layers, stop_at=self.plan.deepest, answers=answers
                 )

@@ -107,8 +107,7 @@ class RecomputedTargets:
         if not digests:
             return None
         if self.shares_tower and patch_features is not None:
-            with self.teacher.in_its_own_dtype():
-                return self.teacher.vlm.encode((), sizes, patch_features=patch_features)
+            return self.teacher.encode_images((), sizes, patch_features=patch_features)
         found = {digest: held for digest in digests if (held := self.vision.get(digest)) is not None}
         row = {digest: number for number, digest in enumerate(digests)}
         if fresh := [digest for digest in row if digest not in found]:

@@ -7,13 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny_families
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from pipeline.errors import ConfigError
 from pipeline.models.configuration import read_config
-from pipeline.models.files.checkpoint import Checkpoint, checkpoint_folder
+from pipeline.models.files.checkpoint import SMALL_FILES, Checkpoint, checkpoint_folder
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.mobilevlm.model import TOWER_PREFIX
 from pipeline.models.stub import load_teacher
@@ -284,3 +286,11 @@ def test_a_config_of_another_model_is_told_by_the_first_tensor_that_differs(orig
             dtype=torch.float32,
             device=torch.device("cpu"),
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny_families.FAMILIES)
+def test_the_small_files_of_a_hub_model_are_all_but_its_weights(family, family_folder):
+    files = {file.name for file in family_folder(family).iterdir()}
+    taken = set(filter_repo_objects(files, allow_patterns=SMALL_FILES))
+    assert files - taken == {"model.safetensors"}

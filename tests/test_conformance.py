@@ -293,6 +293,22 @@ def test_a_family_that_is_not_let_in_is_refused_with_what_to_run(family_folder, 
     assert "not let in" in printed and "FAILED it cannot be run: RuntimeError" in printed
 
 
+def test_paligemma_2_is_refused_in_a_sentence(family_folder, tmp_path, capsys):
+    """It has PaliGemma's model type, and a text part whose attention has a soft cap."""
+    other = shutil.copytree(family_folder("paligemma"), tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    settings["text_config"]["model_type"] = "gemma2"
+    (other / "config.json").write_text(json.dumps(settings))
+    capsys.readouterr()  # what writing the checkpoint printed
+    with pytest.raises(SystemExit) as ended:
+        main(["models", "check", str(other)])
+    [said] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert (
+        "'paligemma' was asked for with a text part of type 'gemma2', whose attention does not run on" in said
+    )
+
+
 def test_a_family_that_needs_no_row_of_its_own_is_told_how_to_get_in(family_folder, monkeypatch, capsys):
     known = family_folder("llava")
     monkeypatch.delitem(FAMILIES, "llava")

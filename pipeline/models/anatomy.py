@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from pipeline.errors import ConfigError
+
 TRACED = "alignkd_traced"  # without a mask function of this name transformers makes no mask, which needs real values
 
 
@@ -62,11 +64,18 @@ def empty_network(
     """Build the model of a config without weights: all its parameters are on the meta device.
 
     `dtype` also decides the values of some buffers, such as the scale of Gemma's embeddings; default: the config's.
+    Raises `ConfigError` for a decoder that does not run on SDPA, as the tap does.
     """
     named = {} if dtype is None else {"dtype": dtype}
     with torch.device("meta"):
         network = AutoModelForImageTextToText.from_config(config, **named)
-    network.get_decoder().set_attn_implementation({"": attention})
+    decoder = network.get_decoder()
+    if not decoder._supports_sdpa:
+        raise ConfigError(
+            f"the family {config.model_type!r} was asked for with a text part of type {decoder.config.model_type!r}, "
+            "whose attention does not run on SDPA; use a checkpoint with another text part"
+        )
+    decoder.set_attn_implementation({"": attention})
     return network
 
 

@@ -6,10 +6,20 @@ import sys
 from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from cache import Difference, Fingerprint, FingerprintMismatch, Manifest, Mirror, Store, digest_of
+from cache import (
+    Difference,
+    Fingerprint,
+    FingerprintMismatch,
+    Manifest,
+    Mirror,
+    SampleEntry,
+    Store,
+    digest_of,
+)
 from pipeline.config.cache_settings import CacheConfig, CachesConfig, OnMissing
 from pipeline.config.config import Config
 from pipeline.data.conversation import TokenizedSample
@@ -92,15 +102,16 @@ class Stores:
 
         All keys are asked for at once. Raises `JoinError` if two stores differ in a sample's tokens or images.
         """
+        found = [source.store.find(keys) for source in self.sources]
         streams = [
-            source.store.read_many([key for key in keys if key in source.store], [*TOKENS, *wanted])
-            for source, wanted in zip(self.sources, names, strict=True)
+            source.store.read_many(list(compress(keys, places)), [*TOKENS, *wanted])
+            for source, places, wanted in zip(self.sources, found, names, strict=True)
         ]
-        for key in keys:
+        for key, *places in zip(keys, *found, strict=True):
             first, *others = [
-                Stored.of(source.store, key, next(stream))
-                for source, stream in zip(self.sources, streams, strict=True)
-                if key in source.store
+                Stored.of(source.store, source.store.entry(*place), next(stream))
+                for source, place, stream in zip(self.sources, places, streams, strict=True)
+                if place
             ]
             for other in others:
                 _check_same_sample(key, first, other)
@@ -239,9 +250,8 @@ class Stored:
     images: tuple[str, ...]
 
     @classmethod
-    def of(cls, store: Store, key: str, arrays: Arrays) -> Stored:
+    def of(cls, store: Store, entry: SampleEntry, arrays: Arrays) -> Stored:
         """Wrap what a store returned of a sample; its tokens are taken out of `arrays`."""
-        _, entry = store.locate(key)
         return cls(store, pop_tokens(arrays, entry, store.manifest), arrays, entry.images)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_packing import entry, rejects_of, samples_of, write
+from test_packing import entry, id_of_key, rejects_of, samples_of, write
 
 from pipeline.data.annotations import Record, read_annotations
-from pipeline.data.packing import id_of_key, pack
+from pipeline.data.packing import pack
 from pipeline.errors import PackError
 
 COMPOSED = unicodedata.normalize("NFC", "Größe é.png")

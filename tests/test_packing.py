@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.compat import WebDataset
 
-from pipeline.data.packing import id_of_key, key_of_id, pack
+from pipeline.data.packing import key_of_id, pack
 from pipeline.data.shards import Sample, expand_shards, read_shard
 from pipeline.data.tars import MAX_MEMBER_BYTES
 from pipeline.errors import PackError
@@ -100,6 +101,11 @@ def test_webdataset_itself_reads_a_pack(tmp_path, images):
     found = list(WebDataset(paths, shardshuffle=False, empty_check=False))
     assert [sample["__key__"] for sample in found] == ["b", "b2", "a", "t"]
     assert found[0]["jpg"] == (images / "sub/1.jpg").read_bytes()
+
+
+def id_of_key(key: str) -> str:
+    """Return the id that `key_of_id` made a key of."""
+    return urllib.parse.unquote(key.partition("+")[0])
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))

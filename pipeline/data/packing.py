@@ -159,11 +159,6 @@ def key_of_id(identity: str, repeat: int = 1) -> str:
     return key if repeat == 1 else f"{key}+{repeat}"
 
 
-def id_of_key(key: str) -> str:
-    """Return the id that `key_of_id` made a key of."""
-    return urllib.parse.unquote(key.partition("+")[0])
-
-
 def _asked(
     annotations: Path, image_folder: Path, samples_per_shard: int, policy: str, max_pixels: int
 ) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def wrong_names(checkpoint: Checkpoint, config: Any) -> list[str]:
     expected = network.state_dict()
     tied = set(getattr(network, "all_tied_weights_keys", {}))
     shapes = checkpoint.shapes()
-    sources = source_names(config, shapes)
+    sources = source_names(network, shapes)
     may_lack, may_have = (
         getattr(network, f"_keys_to_ignore_on_load_{kind}", None) or () for kind in ("missing", "unexpected")
     )

@@ -9,15 +9,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from pipeline.errors import ConfigError
-from pipeline.models.anatomy import empty_network
 
 
-def source_names(config: Any, names: Iterable[str]) -> dict[str, str]:
+def source_names(network: Any, names: Iterable[str]) -> dict[str, str]:
     """Return the model's name -> the checkpoint's, of every tensor of a checkpoint, as transformers renames them.
 
-    Raises `ConfigError` for a tensor that transformers makes of several others, such as a mixture of experts.
+    `network` needs no weights. Raises `ConfigError` for a tensor that transformers makes of several others, such as a
+    mixture of experts.
     """
-    network = empty_network(config)
     state = network.state_dict()
     transforms = get_model_conversion_mapping(network)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from cache import digest_of
 from pipeline.errors import building
-from pipeline.models.anatomy import anatomy_of
+from pipeline.models.anatomy import anatomy_of, empty_network
 from pipeline.models.checkpoint_names import source_names
 from pipeline.models.configuration import read_config
 from pipeline.models.files.checkpoint import Checkpoint, digest_of_tensors
@@ -77,14 +77,14 @@ def plan_tensors(
         facts = facts_of_config(name, config)
         deepest = _within(deepest_layer(targets), facts)
         others = _within(deepest_layer(vouching_for), facts) if vouching_for else -1
-        wanted = {*needed_tensors(config, deepest=deepest), *needed_tensors(config, deepest=others)}
-        sources = source_names(config, checkpoint.names())
+        needed = needed_tensors(config, deepest=deepest)
+        wanted = {*needed, *needed_tensors(config, deepest=others)}
+        sources = source_names(empty_network(config), checkpoint.names())
     found = {
         name: sources.get(name, name) for name in wanted
     }  # a name that is not there is reported when it is read
     digests = checkpoint.tensor_digests(found.values())
     known = {name: digests[source] for name, source in found.items()}
-    needed = needed_tensors(config, deepest=deepest)
     return TeacherPlan(
         checkpoint=checkpoint,
         config=config,
@@ -131,7 +131,7 @@ def needed_tensors(config: Any, *, deepest: int | None) -> list[str]:
 def whole_model_digests(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
     """Return `TeacherPlan.digests` of a whole model; `known` holds the digest of each of its tensors."""
     config = read_config(folder)
-    sources = source_names(config, known)
+    sources = source_names(empty_network(config), known)
     names = needed_tensors(config, deepest=None)
     return digests_by_group(config, {name: known[sources[name]] for name in names if name in sources})
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from pipeline.config.config import Config
-from pipeline.data.packing import pack
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
+from pipeline.packing.pack import pack
 
 IMAGE_SIZE, PATCH_SIZE, VOCABULARY = 336, 14, 32000
 TARGETS = {"attention": {"layers": [0]}, "vision": {}, "logits": {"top_k": 32}}

@@ -9,7 +9,7 @@ from pathlib import Path
 import small_experiment
 from PIL import Image
 
-from pipeline.data.packing import pack
+from pipeline.packing.pack import pack
 
 SIZES = ((40, 28), (24, 60), (32, 32))
 

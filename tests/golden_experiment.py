@@ -68,8 +68,8 @@ train:
 def write(folder: Path) -> None:
     """Run both stages in an empty folder, and keep what the tests read."""
     from pipeline.config.config import load_config
-    from pipeline.data.packing import pack
     from pipeline.distill.student import train_student
+    from pipeline.packing.pack import pack
     from pipeline.teacher_cache.teacher import cache_teacher
 
     with chdir(folder), redirect_stderr(io.StringIO()):

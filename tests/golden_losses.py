@@ -44,8 +44,8 @@ def measure() -> dict[str, Any]:
 def first_steps(folder: Path) -> list[dict[str, str]]:
     """Pack, cache and train in an empty folder, with the shipped config."""
     from pipeline.config.config import load_config
-    from pipeline.data.packing import pack
     from pipeline.distill.student import train_student
+    from pipeline.packing.pack import pack
     from pipeline.studies import demo
     from pipeline.teacher_cache.teacher import cache_teacher
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from cache import Store, StoreWriter
 from pipeline.config.config import Config, load_config, to_yaml
-from pipeline.data.packing import pack
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.packing.pack import pack
 from pipeline.studies.demo import write_tokenizer
 
 COLOURS = ("red", "green", "blue", "brown", "black", "teal")

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from test_packing import entry, id_of_key, rejects_of, samples_of, write
 
-from pipeline.data.annotations import Record, read_annotations
-from pipeline.data.packing import pack
 from pipeline.errors import PackError
+from pipeline.packing.annotations import Record, read_annotations
+from pipeline.packing.pack import pack
 
 COMPOSED = unicodedata.normalize("NFC", "Größe é.png")
 APART = unicodedata.normalize("NFD", COMPOSED)

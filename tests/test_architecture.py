@@ -20,8 +20,8 @@ MAX_FUNCTION_LINES = 60
 # the ground that a package stands on (cache/errors.py, pipeline/errors.py, ...), are free to all above.
 ROOMS: dict[str, str] = {
     "cli": "pipeline/commands",
-    "pipeline/commands": "report sweep upkeep conformance inspection evaluation teacher_cache distill/training "
-    "data config models",
+    "pipeline/commands": "packing report sweep upkeep conformance inspection evaluation teacher_cache "
+    "distill/training config models",
     "pipeline/report": "sweep upkeep evaluation distill/training losses",
     "pipeline/sweep": "evaluation distill distill/training distill/join data config models/files",
     "pipeline/upkeep": "teacher_cache distill distill/model distill/join data config losses models models/files "
@@ -36,6 +36,7 @@ ROOMS: dict[str, str] = {
     "pipeline/distill/training": "distill/model distill/join config losses models models/files",
     "pipeline/distill/model": "distill/join config losses models targets",
     "pipeline/distill/join": "data config losses models models/mobilevlm models/files targets",
+    "pipeline/packing": "data",
     "pipeline/data": "config losses models models/mobilevlm models/files targets",
     "pipeline/config": "losses targets",
     "pipeline/losses": "targets",

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.compat import WebDataset
 
-from pipeline.data.packing import key_of_id, pack
 from pipeline.data.shards import Sample, expand_shards, read_shard
 from pipeline.data.tars import MAX_MEMBER_BYTES
 from pipeline.errors import PackError
+from pipeline.packing.pack import key_of_id, pack
 
 
 def picture(shade: int = 0, kind: str = "PNG") -> bytes:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from test_packing import entry, picture, rejects_of, samples_of, write
 
-from pipeline.data.packing import pack
 from pipeline.errors import PackError
+from pipeline.packing.pack import pack
 
 ENTRIES = [
     entry("a", "0.png"), entry("gone", "late.png"), entry("b", "1.png"), entry("cut", "cut.png"),

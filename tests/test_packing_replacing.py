@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_packing import entry, picture, rejects_of, samples_of, write
 
-from pipeline.data.packing import pack
 from pipeline.errors import PackError
+from pipeline.packing.pack import pack
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from small_experiment import one, picture, text
 
 import cli
 from cache import part_sizes, summarise
-from pipeline.data.packing import pack
 from pipeline.errors import ConfigError
+from pipeline.packing.pack import pack
 from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.teacher import cache_teacher
 from pipeline.upkeep.describe import parse_bytes

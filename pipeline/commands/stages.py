@@ -44,7 +44,7 @@ def pack(
     Bad samples are counted, and listed with a reason in rejects.jsonl next to the shards. A rerun leaves a finished
     pack as it is, but retries rejected samples whose images have changed. The exit code is 1 if nothing was packed.
     """
-    from pipeline.data.packing import pack as pack_shards
+    from pipeline.packing.pack import pack as pack_shards
     from pipeline.teacher_cache.progress import EntryProgress
 
     with EntryProgress(description="pack") as progress:

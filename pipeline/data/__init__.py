@@ -1,1 +1,1 @@
-"""Annotations and tars to samples, and samples to tokens and pixels."""
+"""Shards to samples, and samples to tokens and pixels."""

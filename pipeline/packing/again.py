@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cache import sync_directory
-from pipeline.data.pack_folder import FINISHED, REJECTS, UNFINISHED, shards_in
 from pipeline.data.tars import open_tar, read_members
 from pipeline.errors import PackError, ShardError
+from pipeline.packing.folder import FINISHED, REJECTS, UNFINISHED, shards_in
 
 BEGUN = "again.unfinished"
 READY = "again.finished"

@@ -13,9 +13,9 @@ from typing import Any
 
 from pipeline.data.conversation import check_conversations
 from pipeline.data.media import check_media
-from pipeline.data.pack_images import State
 from pipeline.data.shards import parse_record
 from pipeline.errors import BadSample, PackError
+from pipeline.packing.images import State
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LINES = (".jsonl", ".ndjson")  # endings of files with an entry a line; every other file is one JSON list

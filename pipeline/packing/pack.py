@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
-from pipeline.data.annotations import BadRecord, Record, read_annotations
 from pipeline.data.decoding import MAX_IMAGE_PIXELS
 from pipeline.data.file_names import expand_home
-from pipeline.data.pack_again import replacing, settle
-from pipeline.data.pack_folder import (
+from pipeline.errors import PackError
+from pipeline.packing.again import replacing, settle
+from pipeline.packing.annotations import BadRecord, Record, read_annotations
+from pipeline.packing.folder import (
     Pack,
     PackSummary,
     begin_pack,
@@ -27,9 +28,8 @@ from pipeline.data.pack_folder import (
     refuse_rejects,
     was_interrupted,
 )
-from pipeline.data.pack_images import UNREADABLE, ImageFile, read_images, state_of
-from pipeline.data.shard_writer import ShardWriter
-from pipeline.errors import PackError
+from pipeline.packing.images import UNREADABLE, ImageFile, read_images, state_of
+from pipeline.packing.shard_writer import ShardWriter
 
 
 def pack(

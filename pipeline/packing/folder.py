@@ -9,16 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.annotations import BadRecord
-from pipeline.data.pack_images import (
+from pipeline.errors import PackError
+from pipeline.packing.annotations import BadRecord
+from pipeline.packing.images import (
     PackedImages,
     changed_images,
     packed_images_text,
     read_packed_images,
     state_of,
 )
-from pipeline.data.shard_writer import NAME, PART, Shard, write_whole
-from pipeline.errors import PackError
+from pipeline.packing.shard_writer import NAME, PART, Shard, write_whole
 
 FINISHED = "pack.json"
 UNFINISHED = "pack.unfinished.json"

@@ -1,0 +1,1 @@
+"""Annotations and images of any tool to WebDataset shards."""

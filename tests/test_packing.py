@@ -162,12 +162,17 @@ BAD = [
     (entry("x", "../secret.jpg"), "image path leaves the image folder: ../secret.jpg"),
     (entry("x", "/etc/passwd"), "image path leaves the image folder: /etc/passwd"),
     (entry("x", "sub/../../y.jpg"), "image path leaves the image folder: ../y.jpg"),
-    ({**entry("x"), "image": 3}, "image is no path: 3"),
-    ({**entry("x"), "image": ["sub/0.jpg", None]}, "image is no path: None"),
-    ({**entry("x"), "image": "\ud800.jpg"}, "image is no path: '\\ud800.jpg'"),
+    (entry("x", 3), "image is no path: 3"),
+    (entry("x", ["sub/0.jpg", None]), "image is no path: None"),
+    (entry("x", "\ud800.jpg"), "image is no path: '\\ud800.jpg'"),
     (entry("x", "/\ud800.jpg"), "image is no path: "),
-    ({**entry("x"), "images": ["a.jpg"]}, "media without a placeholder: images: ['a.jpg']; name images in"),
-    ({**entry("x", question="<image> Q?"), "images": ["a.jpg"]}, "media without a placeholder: images: "),
+    ({**entry("x"), "images": ["a.jpg"]}, "no <image> in the text of an image sample: 1 image(s) given"),
+    ({**entry("x", question="<image> Q?"), "images": ["a.jpg"]}, "missing image file: a.jpg"),
+    (
+        entry("x", "https://host/a.jpg"),
+        "image behind a URL: https://host/a.jpg; download it, and name its path",
+    ),
+    (entry("x", "data:image/png;base64,!"), "image is no path: data:image/png;base64,!: "),
     ({**entry("x"), "Image": "a.jpg"}, "media without a placeholder: Image: 'a.jpg'; name images in `image`"),
     ({**entry("x"), "image_path": "a.jpg"}, "media without a placeholder: image_path: 'a.jpg'; "),
     ({**entry("x"), "imgUrls": {"0": "http"}}, "media without a placeholder: imgUrls: {'0': 'http'}; "),
@@ -192,7 +197,7 @@ BAD = [
         {"id": "x", "conversations": [*entry(0)["conversations"], entry(0)["conversations"][1]]},
         "wrong role order",
     ),
-    ({"id": "x", "conversations": [{"from": "user", "value": "Q"}]}, "unknown role: turn 1 is from 'user'"),
+    ({"id": "x", "conversations": [{"from": "tool", "value": "Q"}]}, "unknown role: turn 1 is from 'tool'"),
     ({"id": "x", "conversations": ["Q", "A"]}, "malformed turn: turn 1"),
     (["a list"], "JSON is no object: list"),
 ]
@@ -275,7 +280,9 @@ def test_a_finished_pack_is_left_as_it_is(tmp_path, images):
     path = write(tmp_path, [*MIXED, entry("x", "sub/none.jpg")])
     first = pack(path, tmp_path / "out", image_folder=images)
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
-    assert set(before) == {"shard-000000.tar", "rejects.jsonl", "pack.json", "pack.images.jsonl"}
+    assert set(before) == {
+        "shard-000000.tar", "rejects.jsonl", "pack.json", "pack.images.jsonl", "pack.rejects.1.jsonl",
+    }  # fmt: skip
     assert pack(path, tmp_path / "out", image_folder=images) == first
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
 
@@ -326,6 +333,7 @@ def test_an_interrupted_pack_is_begun_anew(tmp_path, images):
         "rejects.jsonl",
         "pack.json",
         "pack.images.jsonl",
+        "pack.rejects.1.jsonl",
     }
     assert len(samples_of(tmp_path / "out")) == 6
 

@@ -28,9 +28,16 @@ if TYPE_CHECKING:
 
 
 def pack(
-    annotations: Annotated[Path, typer.Argument(help="LLaVA JSON or JSONL: id, image, conversations.")],
+    annotations: Annotated[
+        str, typer.Argument(help="JSON, JSONL or Parquet file, folder of `datasets`, or Hub id.")
+    ],
     output: Annotated[Path, typer.Argument(help="Folder for shard-000000.tar, shard-000001.tar, ...")],
-    image_folder: Annotated[Path, typer.Option(help="Folder that the `image` paths start from.")],
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder that image paths start from; default: that of the annotations."),
+    ] = None,
+    subset: Annotated[str | None, typer.Option(help="Subset (configuration) of a data set.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a data set that has several.")] = None,
     samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
     on_bad_sample: Annotated[
         Literal["reject", "fail"], typer.Option(help="reject: list it and continue; fail: stop.")
@@ -39,8 +46,9 @@ def pack(
     again: Annotated[bool, typer.Option("--again", help="Pack all again, then replace the pack.")] = False,
     allow_fewer: AllowFewer = False,
 ) -> None:
-    """Turn LLaVA annotations and an image folder into WebDataset shards.
+    """Turn annotations and their images into WebDataset shards.
 
+    The forms of LLaVA, LLaMA-Factory, TRL, ms-swift, OpenAI and of usual Hub sets are read; docs/data.md lists them.
     Bad samples are counted, and listed with a reason in rejects.jsonl next to the shards. A rerun leaves a finished
     pack as it is, but retries rejected samples whose images have changed. The exit code is 1 if nothing was packed.
     """
@@ -52,6 +60,8 @@ def pack(
             annotations,
             output,
             image_folder=image_folder,
+            subset=subset,
+            split=split,
             samples_per_shard=samples_per_shard,
             on_bad_sample=on_bad_sample,
             max_pixels=max_image_pixels,

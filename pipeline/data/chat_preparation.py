@@ -27,7 +27,7 @@ from pipeline.models.files.broken_files import named_if_broken
 from pipeline.models.processors import Tensors, expansion_of, expansion_of_size, load_processor
 from pipeline.positions import IGNORE_INDEX
 
-ROLES = {"human": "user", "gpt": "assistant"}
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 CANNOT_TELL = "prompts and answers cannot be told apart"
 KNOWN_SIZES = 4096  # of images whose expansion is held; each is a text of a few kilobytes
 PROBED_SIZES = ((32, 32), (640, 480), (300, 900))
@@ -131,12 +131,12 @@ class ChatPreparation(Preparation):
         text, place, expansions = self._expand(whole, images)
         ids, ends = self._encoded(text)
         labels = [IGNORE_INDEX] * len(ids)
-        for number in range(1, len(turns), 2):
+        for number in (n for n, turn in enumerate(turns) if turn["from"] == "gpt"):
             start, stop = self._answer(turns, number, whole)
             before, _ = self._encoded(text[: place(start)])
             if ids[: len(before)] != before:
                 raise BadSample(
-                    CANNOT_TELL, f"the first characters of answer {number // 2 + 1} join its header"
+                    CANNOT_TELL, f"the first characters of answer {(number + 1) // 2} join its header"
                 )
             within = (at for at in range(len(before), len(ids)) if ends[at] <= place(stop))
             for at in within:
@@ -169,7 +169,7 @@ class ChatPreparation(Preparation):
         """Return the chat template's text of some turns, a placeholder for each image."""
         messages = [{"role": ROLES[turn["from"]], "content": self._content(turn["value"])} for turn in turns]
         try:
-            return self.processor.apply_chat_template(
+            text = self.processor.apply_chat_template(
                 messages,
                 chat_template=self.chat_template,
                 tokenize=False,
@@ -177,6 +177,9 @@ class ChatPreparation(Preparation):
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise BadSample("the chat template refuses the conversation", reason_of(error)) from error
+        if turns[0]["from"] == "system" and turns[0]["value"].strip() not in text:
+            raise BadSample("the template has no system turn", "the chat template drops its text")
+        return text
 
     def _content(self, value: str) -> list[dict[str, str]]:
         """Return a turn's value as text and image parts. A newline beside <image> belongs to LLaVA's form of it."""

@@ -1,6 +1,7 @@
 """LLaVA conversations to token ids and labels.
 
-A conversation is a list of turns {"from": "human" | "gpt", "value": text}; each "<image>" in it stands for an image.
+A conversation is a list of turns {"from": "human" | "gpt", "value": text}, and may begin with one from "system"; each
+"<image>" in it stands for an image.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Any
 from blake3 import blake3
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.data.templates import IMAGE_TOKEN, TEMPLATES, Template, Turn, token_ids
+from pipeline.data.templates import IMAGE_TOKEN, TEMPLATES, Template, Turn, system_apart, token_ids
 from pipeline.errors import BadSample, ConfigError
 from pipeline.models.mobilevlm.tokenizer import is_chatml
 
 ROLES = ("human", "gpt")
+SYSTEM_ROLE = "system"
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,17 @@ def answered_turns(conversations: Any) -> list[Turn]:
 
 
 def checked_turns(conversations: Any) -> list[Turn]:
-    """Check the turns; drop a leading gpt turn, which answers nothing, as the original does."""
+    """Check the turns, the first of which may be the system's.
+
+    A gpt turn before the first question answers nothing; it is dropped, as the original does.
+    """
     if conversations is None:
         raise BadSample("no conversations")
     if not isinstance(conversations, list | tuple):
         raise BadSample("conversations is not a list", type(conversations).__name__)
     for number, turn in enumerate(conversations, start=1):
         _check_turn(turn, number)
-    turns = list(conversations)
+    system, turns = system_apart(list(conversations))
     if turns and turns[0]["from"] == "gpt":
         turns = turns[1:]
     if not turns:
@@ -111,13 +116,13 @@ def checked_turns(conversations: Any) -> list[Turn]:
         if turn["from"] != ROLES[number % 2]:
             order = ", ".join(turn["from"] for turn in conversations)
             raise BadSample("wrong role order", f"must be human, gpt, human, gpt, ...; found {order[:200]}")
-    return turns
+    return [*system, *turns]
 
 
 def _check_turn(turn: Any, number: int) -> None:
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or "from" not in turn:
         raise BadSample("malformed turn", f'turn {number} must be {{"from": role, "value": text}}')
-    if turn["from"] not in ROLES:
+    if turn["from"] not in (*ROLES, SYSTEM_ROLE):
         raise BadSample(
             "unknown role", f"turn {number} is from {str(turn['from'])[:50]!r}, must be human or gpt"
         )

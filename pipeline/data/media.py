@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.errors import BadSample
@@ -15,14 +16,16 @@ KEY = re.compile(
 )
 
 
-def check_media(record: dict[str, Any], *, num_images: int) -> None:
+def check_media(record: Mapping[str, Any], form: str, *, num_images: int, known: str = "image") -> None:
     """Raise `BadSample` for a key of the record, or of one of its turns, that names media beyond its images.
 
-    In a sample with images, keys such as `image_path` may repeat where they are.
+    The key `known` holds the images. In a sample with images, keys such as `image_path` may repeat where they are.
     """
-    turns = record.get("conversations")
+    turns = record.get(form)
     for place in (record, *(turns if isinstance(turns, list) else [])):
         for key, value in place.items() if isinstance(place, dict) else ():
+            if place is record and key in (known, form):
+                continue
             kind = KEY.fullmatch(re.sub(r"[^a-z]", "", str(key).lower()))
             named = _number_named(value)
             if kind is None or named == 0:

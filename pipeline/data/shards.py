@@ -19,11 +19,11 @@ from blake3 import blake3
 from braceexpand import braceexpand
 
 from cache import Span
-from pipeline.data.conversation import check_conversations
 from pipeline.data.decoding import ENDINGS, MAX_IMAGE_PIXELS, read_header
+from pipeline.data.dialogues import read_dialogue
 from pipeline.data.file_names import as_stored, expand_home, longest_stored
-from pipeline.data.media import check_media
 from pipeline.data.tars import Group, open_tar, read_groups, read_member, reading
+from pipeline.data.templates import Turn
 from pipeline.errors import BadSample, ShardError
 
 
@@ -180,20 +180,24 @@ def _sample(group: Group, tar: tarfile.TarFile, *, max_pixels: int) -> Sample:
         raise BadSample("no JSON file", found)
     record = parse_record(read_member(tar, group.members["json"]))
     members = _image_members(group)
-    check_conversations(record.get("conversations"), num_images=len(members))
-    check_media(record, num_images=len(members))
+    dialogue = read_dialogue(record, members)
     images = tuple(read_member(tar, member) for member in members)
     for image in images:
         read_header(image, max_pixels=max_pixels)
     return Sample(
         key=group.key,
-        conversations=record["conversations"],
+        conversations=dialogue.turns,
         images=images,
         image_digests=tuple(blake3(image).hexdigest() for image in images),
         image_spans=tuple(_span(member) for member in members),
         json_span=_span(group.members["json"]),
-        metadata={name: value for name, value in record.items() if name != "conversations"},
+        metadata=dialogue.metadata(record),
     )
+
+
+def parse_turns(data: bytes, *, num_images: int) -> list[Turn]:
+    """Return the turns of a sample's JSON, with an <image> for each of its images; raises `BadSample` without."""
+    return read_dialogue(parse_record(data), range(num_images)).turns
 
 
 def parse_record(data: bytes) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from cache import UnreadableFile
 from pipeline.data.decoding import ENDINGS
 from pipeline.errors import BadSample, ShardError
 
+DIALOGUES = {"conversations", "messages", "texts"}  # keys that no other JSON beside a sample has
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 REMEDY = "make or copy the shard again."
@@ -130,7 +131,7 @@ def _is_sample(ending: str, group: Group, tar: tarfile.TarFile) -> bool:
         found = json.loads(read_member(tar, member)) if member.size <= MAX_MEMBER_BYTES else None
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and "conversations" in found
+    return isinstance(found, dict) and not DIALOGUES.isdisjoint(found)
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

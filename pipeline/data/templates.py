@@ -31,6 +31,12 @@ class Template:
     is_chatml: bool = False
 
 
+def system_apart(turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
+    """Return the leading system turn, if there is one, and the other turns."""
+    number = int(bool(turns) and turns[0]["from"] == "system")
+    return list(turns[:number]), list(turns[number:])
+
+
 def _images_first(text: str) -> str:
     """Move a turn's images to its front, a line each. Of several images the original keeps one; here all stay."""
     if not (num_images := text.count(IMAGE_TOKEN)):
@@ -43,6 +49,8 @@ def _images_first(text: str) -> str:
 
 
 def _render_plain(turns: Sequence[Turn]) -> str:
+    if turns[0]["from"] == "system":
+        raise BadSample("the template has no system turn", "template plain takes a question and an answer")
     if len(turns) != 2:
         raise BadSample(
             "not one question and one answer", f"template plain takes 2 turns, found {len(turns)}"
@@ -62,7 +70,8 @@ def _plain_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase)
     return [IGNORE_INDEX, *(IGNORE_INDEX if number == IMAGE_TOKEN_ID else number for number in ids[1:])]
 
 
-# v1: Vicuna's dialogue. The answers are trained, each with its </s>.
+# v1: Vicuna's dialogue. The answers are trained, each with its </s>. A system turn
+# takes the place of Vicuna's own text.
 
 SPEAKERS = {"human": "USER", "gpt": "ASSISTANT"}
 SEPARATORS = {"human": " ", "gpt": "</s>"}
@@ -70,7 +79,8 @@ CALL_TO_ANSWER = " ASSISTANT: "
 
 
 def _render_v1(turns: Sequence[Turn]) -> str:
-    text = SYSTEM + " "
+    system, turns = system_apart(turns)
+    text = (system[0]["value"] if system else SYSTEM) + " "
     for turn in turns:
         value = _images_first(turn["value"])
         # The original writes an empty turn without a separator; `_v1_labels` then refuses the sample.
@@ -109,10 +119,11 @@ def _v1_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) ->
     return labels
 
 
-# chatml: SmolLM2's dialogue without a system turn. The answers are trained, each with its <|im_end|>.
+# chatml: SmolLM2's dialogue, with a system turn where the data has one. The answers are trained, each with its
+# <|im_end|>.
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-CHATML_ROLES = {"human": "user\n", "gpt": "assistant\n"}
+CHATML_ROLES = {"system": "system\n", "human": "user\n", "gpt": "assistant\n"}
 
 
 def _render_chatml(turns: Sequence[Turn]) -> str:
@@ -133,11 +144,12 @@ def _render_chatml_prompt(turns: Sequence[Turn]) -> str:
 
 def _chatml_labels(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Train every second span from BOS to EOS, an answer, without its header but with its EOS."""
+    first_answer = 2 if text.startswith(CHATML_ROLES["system"]) else 1
     header = tokenizer(CHATML_ROLES["gpt"], add_special_tokens=False).input_ids
     labels = [IGNORE_INDEX] * len(ids)
     starts = [n for n, number in enumerate(ids) if number == tokenizer.bos_token_id]
     ends = [n for n, number in enumerate(ids) if number == tokenizer.eos_token_id]
-    for start, end in zip(starts[1::2], ends[1::2], strict=True):
+    for start, end in zip(starts[first_answer::2], ends[first_answer::2], strict=True):
         first = start + 1 + len(header)
         if ids[start + 1 : first] != header:
             raise BadSample(

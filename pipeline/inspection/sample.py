@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cache import Store
 from pipeline.config.config import Config
-from pipeline.data.conversation import TokenizedSample, check_conversations
+from pipeline.data.conversation import TokenizedSample
 from pipeline.data.load_preparation import load_preparation
-from pipeline.data.shards import parse_record, read_span
+from pipeline.data.shards import parse_turns, read_span
 from pipeline.data.templates import IMAGE_TOKEN
 from pipeline.distill.join.dataset import JoinCollator
 from pipeline.distill.join.sample import join_sample
@@ -120,13 +120,12 @@ def inspect_sample(
     attention = {layer: block[0] for layer, block in targets.get("attention", {}).items()}
     _check_rows(opened, key, attention, slots)
     layer = _choose_layer(layer, opened, config, attention)
-    conversations: Any = parse_record(read_span(shard, entry.json_span)).get("conversations")
-    check_conversations(conversations, num_images=len(entry.images))
+    turns = parse_turns(read_span(shard, entry.json_span), num_images=len(entry.images))
     return Inspection(
         store=str(opened.path),
         config=config,
         key=key,
-        conversations=conversations,
+        conversations=turns,
         input_ids=tokens.input_ids,
         labels=tokens.labels,
         tokens=tuple(

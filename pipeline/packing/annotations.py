@@ -1,47 +1,42 @@
-"""LLaVA annotations (a JSON list, or JSONL) as checked records; a bad entry comes with its reason."""
+"""The entries of annotations as checked records; a bad entry comes with its reason."""
 
 from __future__ import annotations
 
 import json
-import os
 import reprlib
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.conversation import check_conversations
-from pipeline.data.media import check_media
+from pipeline.data.dialogues import Dialogue, read_dialogue
 from pipeline.data.shards import parse_record
-from pipeline.errors import BadSample, PackError
-from pipeline.packing.images import State
-
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-LINES = (".jsonl", ".ndjson")  # endings of files with an entry a line; every other file is one JSON list
+from pipeline.errors import BadSample
+from pipeline.packing.images import Image, State, image_of
+from pipeline.packing.sources import Source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """A good entry.
 
-    `line` counts the lines of JSONL or the entries of a JSON list, from 1. `id` is the entry's own, else made of file
-    name and line; `repeat` counts the entries with this id, from 1. `json` is the entry unchanged. `images` are its
-    image paths, relative to the image folder.
+    `line` counts the entries of the source from 1, of JSONL its lines. `id` is the entry's own, else made of the
+    source's name and line; `repeat` counts the entries with this id, from 1. `json` is the entry: unchanged if it is
+    LLaVA's, else with its turns in LLaVA's form and without its images.
     """
 
     line: int
     id: str
     repeat: int
     json: bytes
-    images: tuple[str, ...]
+    images: tuple[Image, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BadRecord:
     """A bad entry, with `kind` and `detail` of its `BadSample`; `id` is None if it has no usable one.
 
-    `images` are the images that are the reason, each with the state of its file when it was read.
+    `images` are the image files that are the reason, each with the state of its file when it was read.
     """
 
     id: str | None
@@ -55,105 +50,51 @@ class BadRecord:
         return BadSample(self.kind, self.detail).reason
 
 
-def read_annotations(path: Path, image_folder: Path) -> Iterator[Record | BadRecord]:
+def read_annotations(
+    source: Source, image_folder: Path, count: Callable[[str], int]
+) -> Iterator[Record | BadRecord]:
     """Yield every entry in order, good or bad; a bad entry changes no other entry's id or `repeat`.
 
-    Opens no image file. Raises `PackError` if the file as a whole cannot be read.
+    `count` returns how often it was given an id. Opens no image file. Raises `PackError` if the source as a whole
+    cannot be read.
     """
-    repeats: Counter[str] = Counter()
-    read = _read_lines if path.suffix.lower() in LINES else _read_list
-    for line, entry in read(path):
+    for line, entry in source.entries():
         identity = None
         try:
             fields = parse_record(entry) if isinstance(entry, bytes) else entry
             if not isinstance(fields, dict):
                 raise BadSample("JSON is no object", type(fields).__name__)
-            identity = _id(fields, default=f"{path.stem}-{line}")
-            repeats[identity] += 1
-            images = _image_paths(fields.get("image"), image_folder)
-            check_media(fields, num_images=len(images))
-            check_conversations(fields.get("conversations"), num_images=len(images))
-            yield Record(line, identity, repeats[identity], json.dumps(fields).encode(), images)
+            identity = _id(fields, default=f"{source.name}-{line}")
+            repeat = count(identity)
+            dialogue = read_dialogue(fields)
+            images = tuple(image_of(image, image_folder) for image in dialogue.images)
+            yield Record(line, identity, repeat, _json(fields, dialogue, images), images)
         except BadSample as error:
             yield BadRecord(identity, line, error.kind, error.detail)
         except RecursionError as error:  # JSON can be parsed a little deeper than it can be written
             yield BadRecord(identity, line, "broken JSON", str(error))
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield every filled line with its number, not parsed yet."""
-    _check_is_no_list(path)
-    with open(path, "rb") as file:
-        yield from ((line, text) for line, text in enumerate(file, start=1) if text.strip())
+def _json(fields: Mapping[str, Any], dialogue: Dialogue, images: tuple[Image, ...]) -> bytes:
+    if not (dialogue.is_llava and all(isinstance(image, str) for image in images)):
+        others = {name: value for name, value in dialogue.metadata(fields).items() if name != dialogue.column}
+        fields = {**others, "conversations": dialogue.turns}
+    return json.dumps(fields, default=_plain).encode()
 
 
-def _check_is_no_list(path: Path) -> None:
-    """Raise `PackError` for a JSON list: read line by line, each of its lines would be a broken entry."""
-    with open(path, "rb") as file:
-        lines = (text.removeprefix(BYTE_ORDER_MARK).strip() for text in file)
-        filled = (text for text in lines if text)
-        first, second = next(filled, b""), next(filled, b"")
-    if first.startswith(b"[") and not (second and first.endswith(b"]")):
-        raise PackError(f"{path} holds one JSON list, not an entry a line; name it .json.")
+def _plain(value: object) -> object:
+    """Return what JSON can say of a value that only Parquet can hold, such as a time, or the number of raw bytes."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
 
 
-def _read_list(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        entries = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise PackError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
-            "correct it, or name it .jsonl if each line is an entry of its own."
-        ) from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, or nested too deeply
-        raise PackError(f"{path} is not valid JSON: {error}; save it as UTF-8.") from error
-    if not isinstance(entries, list):
-        raise PackError(
-            f"{path} must be a JSON list of entries, found {type(entries).__name__}; wrap it in [ ]."
-        )
-    yield from enumerate(entries, start=1)
-
-
-def _id(fields: dict[str, Any], *, default: str) -> str:
+def _id(fields: Mapping[str, Any], *, default: str) -> str:
     value = fields.get("id")
     if value is None or value == "":
         value = default
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadSample("id is no text", f"found {reprlib.repr(value)}")
-    if not _is_unicode(str(value)):
-        raise BadSample("id is no text", "it is not valid Unicode")
-    return str(value)
-
-
-def _image_paths(value: Any, image_folder: Path) -> tuple[str, ...]:
-    """Return the paths of `image` (one path, a list of them, or none), relative to the image folder."""
-    paths = value if isinstance(value, list) else [value]
-    if all(path is None or path == "" for path in paths):
-        return ()
-    for path in paths:
-        if not isinstance(path, str) or not path or "\0" in path or not _is_unicode(path):
-            raise BadSample("image is no path", reprlib.repr(path))
-    return tuple(_relative(path, image_folder) for path in paths)
-
-
-def _is_unicode(text: str) -> bool:
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _relative(path: str, image_folder: Path) -> str:
-    normal = os.path.normpath(path)
-    if os.path.isabs(normal):
-        # The path and the folder may each be written with or without symbolic links.
-        given, real = os.path.abspath(image_folder), os.path.realpath(image_folder)
-        for folder, spelling in ((given, normal), (real, normal), (real, os.path.realpath(normal))):
-            if os.path.commonpath([folder, spelling]) == folder:
-                normal = os.path.relpath(spelling, folder)
-                break
-    # Symbolic links are not followed here: a folder inside the image folder may link to another disk.
-    if os.path.isabs(normal) or normal.split("/")[0] == ".." or normal == ".":
-        raise BadSample("image path leaves the image folder", normal[:200])
-    return normal
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise BadSample("id is no text", "it is not valid Unicode") from error
+    return str(value)

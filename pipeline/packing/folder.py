@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PackError
 from pipeline.packing.annotations import BadRecord
-from pipeline.packing.images import (
-    PackedImages,
-    changed_images,
-    packed_images_text,
-    read_packed_images,
-    state_of,
-)
-from pipeline.packing.shard_writer import NAME, PART, Shard, write_whole
+from pipeline.packing.images import PackedImages, is_changed, state_of
+from pipeline.packing.shard_writer import NAME, PART, Shard, write_lines, write_whole
+from pipeline.packing.worklist import Worklist
 
 FINISHED = "pack.json"
 UNFINISHED = "pack.unfinished.json"
 REJECTS = "rejects.jsonl"
 IMAGES = "pack.images.jsonl"
+OWN_REJECTS = "pack.rejects.{}.jsonl"  # all that is known of the rejects, of a pack with so many shards
 OR_ANOTHER = "name another output, or replace this pack with --again."
 
 
@@ -40,22 +35,18 @@ class PackSummary:
 
 @dataclass
 class Pack:
-    """What a folder of shards holds: the shards, the rejected entries, and the images in the shards."""
+    """What a folder of shards holds: the shards, the images in them, and the file that lists what was rejected."""
 
+    images: PackedImages
     shards: list[Shard] = field(default_factory=list)
-    rejects: list[BadRecord] = field(default_factory=list)
-    images: PackedImages = field(default_factory=dict)
+    summary: PackSummary | None = None
+    rejects_file: Path | None = None
 
-    @property
-    def summary(self) -> PackSummary:
-        num_packed = sum(shard.num_samples for shard in self.shards)
-        return PackSummary(
-            seen=num_packed + len(self.rejects),
-            packed=num_packed,
-            rejected=len(self.rejects),
-            shards=tuple(shard.name for shard in self.shards),
-            rejects_by_reason=dict(Counter(bad.kind for bad in self.rejects).most_common()),
-        )
+    def rejects(self) -> Iterator[BadRecord]:
+        """Yield the rejected entries of a finished pack by their lines."""
+        if self.rejects_file is not None:
+            with open(self.rejects_file, encoding="ascii") as file:
+                yield from (BadRecord(**json.loads(line)) for line in file)
 
 
 def finished_pack(output: Path, asked: Mapping[str, Any]) -> Pack | None:
@@ -70,9 +61,10 @@ def finished_pack(output: Path, asked: Mapping[str, Any]) -> Pack | None:
         found = json.loads(file.read_bytes())
         packed = dict(found["input"])
         pack = Pack(
-            shards=[Shard(**shard) for shard in found["shards"]],
-            rejects=[BadRecord(**row) for row in found["rejects"]],
-            images=read_packed_images(output / IMAGES, found["images_size"]),
+            PackedImages(output / IMAGES, found["images_size"]),
+            [Shard(**shard) for shard in found["shards"]],
+            PackSummary(**found["summary"] | {"shards": tuple(found["summary"]["shards"])}),
+            _rejects_file(output, found),
         )
         old_folder = Path(packed["image_folder"])
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -89,18 +81,40 @@ def finished_pack(output: Path, asked: Mapping[str, Any]) -> Pack | None:
                 f"{path} is missing or not {shard.size_bytes} bytes, as {FINISHED} says; "
                 f"restore it, or pack everything again with --again."
             )
-    _check_images(output, pack.images, old_folder, Path(asked["image_folder"]))
+    try:
+        _check_images(output, pack.images, old_folder, Path(asked["image_folder"]))
+    except (ValueError, TypeError, OSError) as error:
+        if isinstance(error, PackError):
+            raise
+        raise PackError(f"{output / IMAGES} cannot be read ({error}); {OR_ANOTHER}") from error
     return pack
+
+
+def _rejects_file(output: Path, found: Mapping[str, Any]) -> Path:
+    """Return the file of a finished pack's rejects; earlier versions had them in `pack.json` itself."""
+    file = output / OWN_REJECTS.format(len(found["shards"]))
+    if "rejects" in found:
+        write_lines(file, (asdict(BadRecord(**row)) for row in found["rejects"]))
+    if not file.is_file():
+        raise ValueError(f"{file.name} is missing")
+    return file
 
 
 def _check_images(output: Path, images: PackedImages, old_folder: Path, folder: Path) -> None:
     is_moved = old_folder.resolve() != folder
-    if is_moved and (missing := [image for image in images if state_of(image, folder) is None]):
+    missing: list[str] = []
+    changed: list[str] = []
+    for image, state, digest in images:
+        if is_moved and state_of(image, folder) is None:
+            missing.append(image)
+        elif is_changed(image, folder, state, digest):
+            changed.append(image)
+    if missing:
         raise PackError(
             f"{output} holds a pack of other input: image_folder was {old_folder}, now {folder}, "
             f"where {len(missing)} of its images are missing, first {missing[0]}; {OR_ANOTHER}"
         )
-    if changed := changed_images(images, folder):
+    if changed:
         raise PackError(
             f"{len(changed)} image(s) changed after they were packed, first {changed[0]}; {output} holds "
             "the old ones, and nothing was done: restore them, or pack everything again with --again."
@@ -130,21 +144,32 @@ def begin_pack(output: Path, asked: Mapping[str, Any], *, keep: Sequence[Shard])
         path.unlink()
 
 
-def finish_pack(output: Path, asked: Mapping[str, Any], pack: Pack) -> PackSummary:
-    """Write the lists of rejects and of images, then `pack.json`, with which the pack is finished."""
-    pack.rejects.sort(key=lambda bad: bad.line)
-    write_rejects(output, pack.rejects)
-    write_whole(output / IMAGES, packed_images_text(pack.images))
+def finish_pack(output: Path, asked: Mapping[str, Any], pack: Pack, work: Worklist) -> PackSummary:
+    """Write the lists of rejects, then `pack.json`, with which the pack is finished."""
+    own_rejects = output / OWN_REJECTS.format(len(pack.shards))
+    write_lines(own_rejects, (asdict(bad) for bad in work.rejects()))
+    write_rejects(output, work.rejects())
+    pack.images.finish()
+    num_packed = sum(shard.num_samples for shard in pack.shards)
+    summary = PackSummary(
+        seen=num_packed + work.num_rejects,
+        packed=num_packed,
+        rejected=work.num_rejects,
+        shards=tuple(shard.name for shard in pack.shards),
+        rejects_by_reason=work.rejects_by_reason(),
+    )
     described = {
         "input": asked,
         "shards": [asdict(shard) for shard in pack.shards],
-        "summary": asdict(pack.summary),
-        "rejects": [asdict(bad) for bad in pack.rejects],
-        "images_size": (output / IMAGES).stat().st_size,
+        "summary": asdict(summary),
+        "images_size": pack.images.size,
     }
     write_whole(output / FINISHED, json.dumps(described, indent=1) + "\n")
+    for left in output.glob(OWN_REJECTS.format("*")):
+        if left != own_rejects:
+            left.unlink()
     (output / UNFINISHED).unlink()
-    return pack.summary
+    return summary
 
 
 def shards_in(output: Path) -> list[Path]:
@@ -154,16 +179,15 @@ def shards_in(output: Path) -> list[Path]:
 
 def write_rejects(output: Path, rejects: Iterable[BadRecord]) -> None:
     """List the rejected entries in `rejects.jsonl`."""
-    rows = ({"id": bad.id, "line": bad.line, "reason": bad.reason} for bad in rejects)
-    write_whole(output / REJECTS, "".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(output / REJECTS, ({"id": bad.id, "line": bad.line, "reason": bad.reason} for bad in rejects))
 
 
-def refuse_rejects(output: Path, rejects: Sequence[BadRecord]) -> None:
+def refuse_rejects(output: Path, work: Worklist) -> None:
     """List the rejected entries, if any, and raise `PackError`."""
-    if rejects:
-        write_rejects(output, rejects)
-        first = rejects[0]
+    if number := work.num_rejects:
+        write_rejects(output, work.rejects())
+        first = next(work.rejects())
         raise PackError(
-            f"{len(rejects)} bad sample(s), first entry {first.line} (id {first.id}): {first.reason}; "
+            f"{number} bad sample(s), first entry {first.line} (id {first.id}): {first.reason}; "
             f"correct what {output / REJECTS} lists, or set on_bad_sample to reject."
         )

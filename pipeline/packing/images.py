@@ -1,31 +1,38 @@
-"""The image files of a pack: reading them, and finding those that changed after they were packed."""
+"""The images of a pack: finding and reading them, and finding files that changed after they were packed."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import errno
 import json
-from collections.abc import Iterable
+import os
+import re
+import reprlib
+import urllib.parse
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from blake3 import blake3
 
 from pipeline.data.decoding import FORMATS, check_image
 from pipeline.data.file_names import as_stored
 from pipeline.data.tars import MAX_MEMBER_BYTES
-from pipeline.errors import BadSample
+from pipeline.errors import BadSample, writing
 
 UNREADABLE = "unreadable image file"
 # Errors of one image file. All others, of a failing disk or of too many open files, end the run.
 ERRORS_OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.ENOENT}
 
 State = list[int] | None  # bytes, and nanoseconds of the last change; None for a file that is not there
-PackedImages = dict[str, tuple[State, str]]  # path -> state and blake3 of the bytes
+Image = str | bytes  # a path relative to the image folder, or the bytes themselves
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file that decodes to its last byte; `ending` fits the content, `state` is that before reading."""
+    """An image that decodes to its last byte; `ending` fits the content, `state` is its file's before reading."""
 
     ending: str
     data: bytes
@@ -33,21 +40,77 @@ class ImageFile:
     digest: str
 
 
+def image_of(value: Any, image_folder: Path) -> Image:
+    """Return what an entry gives as an image: a path, file:// or data: URL, bytes, or an object with one of these.
+
+    Raises `BadSample` for anything else, for other URLs, and for a path that leaves the image folder.
+    """
+    if isinstance(value, dict):  # of the `datasets` library, with bytes first
+        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key)), None)
+    if isinstance(value, bytes | bytearray):
+        return bytes(value)
+    if not isinstance(value, str) or not value or "\0" in value or not _is_unicode(value):
+        raise BadSample("image is no path", reprlib.repr(value))
+    if value.startswith("data:"):
+        return _from_data_url(value)
+    if value.startswith("file://"):
+        value = urllib.parse.unquote(value.removeprefix("file://"))
+    if re.match(r"[a-z][a-z0-9+.-]*://", value):
+        raise BadSample("image behind a URL", f"{value[:200]}; download it, and name its path")
+    return _relative(value, image_folder)
+
+
+def _from_data_url(url: str) -> bytes:
+    about, _, data = url.partition(",")
+    if not about.endswith(";base64"):
+        raise BadSample("image is no path", f"{url[:60]}: a data URL must be base64")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadSample("image is no path", f"{url[:60]}: {error}") from error
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _relative(path: str, image_folder: Path) -> str:
+    normal = os.path.normpath(path)
+    if os.path.isabs(normal):
+        # The path and the folder may each be written with or without symbolic links.
+        given, real = os.path.abspath(image_folder), os.path.realpath(image_folder)
+        for folder, spelling in ((given, normal), (real, normal), (real, os.path.realpath(normal))):
+            if os.path.commonpath([folder, spelling]) == folder:
+                normal = os.path.relpath(spelling, folder)
+                break
+    # Symbolic links are not followed here: a folder inside the image folder may link to another disk.
+    if os.path.isabs(normal) or normal.split("/")[0] == ".." or normal == ".":
+        raise BadSample("image path leaves the image folder", normal[:200])
+    return normal
+
+
 def read_images(
-    images: Iterable[str], folder: Path, max_pixels: int
-) -> tuple[dict[str, ImageFile], dict[str, BadSample]]:
+    images: Iterable[Image], folder: Path, max_pixels: int
+) -> tuple[dict[Image, ImageFile], dict[Image, BadSample]]:
     """Read each image once; return the good ones, and why the others cannot be packed."""
-    good: dict[str, ImageFile] = {}
-    bad: dict[str, BadSample] = {}
+    good: dict[Image, ImageFile] = {}
+    bad: dict[Image, BadSample] = {}
     for image in dict.fromkeys(images):
         try:
-            good[image] = _read_image(image, folder, max_pixels)
+            is_file = isinstance(image, str)
+            good[image] = (
+                _read_file(image, folder, max_pixels) if is_file else _checked(image, None, max_pixels)
+            )
         except BadSample as error:
             bad[image] = error
     return good, bad
 
 
-def _read_image(image: str, folder: Path, max_pixels: int) -> ImageFile:
+def _read_file(image: str, folder: Path, max_pixels: int) -> ImageFile:
     try:
         path = as_stored(folder / image)
         if not path.is_file():
@@ -62,10 +125,15 @@ def _read_image(image: str, folder: Path, max_pixels: int) -> ImageFile:
             raise
         raise BadSample(UNREADABLE, f"{image}: {error.strerror}") from error
     try:
-        kind = check_image(data, max_pixels=max_pixels)
+        return _checked(data, state, max_pixels, ending=path.suffix.lower().removeprefix("."))
     except BadSample as error:
         raise BadSample(error.kind, f"{image}: {error.detail}") from error
-    ending = path.suffix.lower().removeprefix(".")
+
+
+def _checked(data: bytes, state: State, max_pixels: int, *, ending: str = "") -> ImageFile:
+    if len(data) > MAX_MEMBER_BYTES:
+        raise BadSample("image file too large", f"{len(data)} bytes; the limit is {MAX_MEMBER_BYTES}")
+    kind = check_image(data, max_pixels=max_pixels)
     if FORMATS.get(ending) != kind:
         ending = next(name for name, known in FORMATS.items() if known == kind)
     return ImageFile(ending, data, state, blake3(data).hexdigest())
@@ -80,15 +148,11 @@ def state_of(image: str, folder: Path) -> State:
     return [found.st_size, found.st_mtime_ns]
 
 
-def changed_images(images: PackedImages, folder: Path) -> list[str]:
-    """Return the packed images whose bytes have changed; a removed image is not one, since the shards hold it.
+def is_changed(image: str, folder: Path, state: State, digest: str) -> bool:
+    """Return whether an image's bytes have changed; a removed image has not, since the shards hold it.
 
     Reads only files whose time differs: a copied folder has new times and the same bytes.
     """
-    return [image for image, (state, digest) in images.items() if _is_changed(image, folder, state, digest)]
-
-
-def _is_changed(image: str, folder: Path, state: State, digest: str) -> bool:
     now = state_of(image, folder)
     if now is None or now == state:
         return False
@@ -97,16 +161,44 @@ def _is_changed(image: str, folder: Path, state: State, digest: str) -> bool:
     return blake3(as_stored(folder / image).read_bytes()).hexdigest() != digest
 
 
-def read_packed_images(file: Path, size: int) -> PackedImages:
-    """Return what the first `size` bytes of a record of images hold: an interrupted run wrote what follows.
+class PackedImages:
+    """The list of the image files in a pack's shards: a line of JSON with path, state and blake3 for each.
 
-    Earlier versions wrote an empty line wherever they added to a pack.
+    It is added to as the shards are. Its first `size` bytes are those of the finished pack; an interrupted run wrote
+    what follows.
     """
-    with open(file, "rb") as opened:
-        rows = [json.loads(line) for line in opened.read(size).splitlines() if line]
-        return {image: (state, digest) for image, state, digest in rows}
 
+    def __init__(self, file: Path, size: int = 0) -> None:
+        self.file, self.size = file, size
 
-def packed_images_text(images: PackedImages) -> str:
-    """Return a record of images: a line of JSON with path, state and blake3 for each."""
-    return "".join(json.dumps([image, *about]) + "\n" for image, about in images.items())
+    def __iter__(self) -> Iterator[tuple[str, State, str]]:
+        left = self.size
+        with open(self.file, "rb") as opened:
+            while left > 0 and (line := opened.readline()):
+                left -= len(line)
+                if line.strip():  # earlier versions wrote an empty line wherever they added to a pack
+                    image, state, digest = json.loads(line)
+                    yield image, state, digest
+        if left > 0:
+            raise ValueError(f"{self.file.name} ends {left} bytes too early")
+
+    def __enter__(self) -> Self:
+        """Begin to add lines after those of the finished pack."""
+        self._opened = open(self.file, "ab")
+        self._opened.truncate(self.size)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def add(self, image: str, file: ImageFile) -> None:
+        line = json.dumps([image, file.state, file.digest]).encode() + b"\n"
+        with writing(self.file):
+            self._opened.write(line)
+        self.size += len(line)
+
+    def finish(self) -> None:
+        """Force the list to the disk."""
+        with writing(self.file):
+            self._opened.flush()
+            os.fsync(self._opened.fileno())

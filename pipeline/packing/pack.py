@@ -1,18 +1,17 @@
-"""LLaVA annotations and an image folder to WebDataset shards; image bytes are unchanged.
+"""Annotations and images to WebDataset shards; image bytes are unchanged.
 
 Samples are ordered by the first appearance of their image. All samples of an image are adjacent, and in one shard if
-one shard can hold them. A text-only sample keeps its place. The same input gives the same bytes.
+one shard can hold them. A text-only sample keeps its place. A source that holds the images itself, such as Parquet,
+keeps the order of all its samples. The same input gives the same bytes.
 """
 
 from __future__ import annotations
 
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
-
-from blake3 import blake3
 
 from pipeline.data.decoding import MAX_IMAGE_PIXELS
 from pipeline.data.file_names import expand_home
@@ -20,6 +19,7 @@ from pipeline.errors import PackError
 from pipeline.packing.again import replacing, settle
 from pipeline.packing.annotations import BadRecord, Record, read_annotations
 from pipeline.packing.folder import (
+    IMAGES,
     Pack,
     PackSummary,
     begin_pack,
@@ -28,55 +28,58 @@ from pipeline.packing.folder import (
     refuse_rejects,
     was_interrupted,
 )
-from pipeline.packing.images import UNREADABLE, ImageFile, read_images, state_of
+from pipeline.packing.images import UNREADABLE, ImageFile, PackedImages, read_images, state_of
 from pipeline.packing.shard_writer import ShardWriter
+from pipeline.packing.sources import Source, open_source
+from pipeline.packing.worklist import Worklist
 
 
 def pack(
-    annotations: Path,
+    annotations: str | Path,
     output: Path,
     *,
-    image_folder: Path,
+    image_folder: Path | None = None,
+    subset: str | None = None,
+    split: str | None = None,
     samples_per_shard: int = 1000,
     on_bad_sample: Literal["reject", "fail"] = "reject",
     max_pixels: int = MAX_IMAGE_PIXELS,
     again: bool = False,
     allow_fewer: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int | None], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> PackSummary:
     """Write `shard-000000.tar`, ..., `rejects.jsonl` and, last, `pack.json` into `output`.
 
-    A finished pack of the same input stays; rejected entries whose images were repaired are added in new shards. An
-    unfinished pack is started anew. `again` packs everything again and replaces the finished pack, even one of other
-    input; if it would hold fewer samples, only with `allow_fewer`. `progress` gets how many of the entries to pack
-    are done, and how many there are. Raises `PackError` for input that cannot be packed and, with "fail", after
-    listing bad entries.
+    `annotations` are a path or a Hub id (see `open_source`); image paths start from `image_folder`, by default the
+    annotations' own. A finished pack of the same input stays; rejected entries whose images were repaired are added
+    in new shards. An unfinished pack is started anew. `again` packs everything again and replaces the finished pack,
+    even one of other input; if it would hold fewer samples, only with `allow_fewer`. `progress` gets how many of the
+    entries to pack are done, and how many there are, None where nobody knows. Raises `PackError` for input that
+    cannot be packed and, with "fail", after listing bad entries.
     """
-    annotations, output, image_folder = map(expand_home, (annotations, output, image_folder))
-    asked = _asked(annotations, image_folder, samples_per_shard, on_bad_sample, max_pixels)
+    output = expand_home(output)
+    source = open_source(annotations, subset=subset, split=split)
+    image_folder = source.folder if image_folder is None else expand_home(image_folder)
+    asked = _asked(source, image_folder, samples_per_shard, on_bad_sample, max_pixels)
     if settle(output):
         say(f"{output}: the pack that an interrupted --again had finished is in place now")
     with replacing(output, again=again, allow_fewer=allow_fewer) as place:
         found = None if again else finished_pack(output, asked)
-        lines = _repaired_lines(found.rejects, image_folder) if found else set()
-        if found and not lines and not was_interrupted(output):
+        lines = _repaired_lines(found.rejects(), image_folder) if found else None
+        if found and found.summary and not lines and not was_interrupted(output):
             nothing = "nothing was done; --again packs everything again"
             say(f"{output} holds a finished pack of this input: {nothing}")
             return found.summary
-        if found:
+        if lines is not None:
             noun, verb = ("entry", "is") if len(lines) == 1 else ("entries", "are")
             retried = f"{len(lines)} rejected {noun} whose images changed {verb} tried again"
             say(f"{retried}; what is packed stays as it is")
-        contents = found or Pack()
+        contents = found or Pack(PackedImages(place / IMAGES))
         begin_pack(place, asked, keep=contents.shards)
-        entries = list(read_annotations(annotations, image_folder))
-        records = [e for e in entries if isinstance(e, Record) and (not found or e.line in lines)]
-        tried = {record.line for record in records}
-        rejects = found.rejects if found else [e for e in entries if isinstance(e, BadRecord)]
-        contents.rejects = [bad for bad in rejects if bad.line not in tried]
-        _fill(place, contents, records, image_folder, asked, progress)
-        return finish_pack(place, asked, contents)
+        with Worklist(place) as work, contents.images:
+            _Packing(place, contents, work, image_folder, asked, progress).run(source, lines)
+            return finish_pack(place, asked, contents, work)
 
 
 def _repaired_lines(rejects: Iterable[BadRecord], image_folder: Path) -> set[int]:
@@ -88,59 +91,85 @@ def _repaired_lines(rejects: Iterable[BadRecord], image_folder: Path) -> set[int
     }
 
 
-def _fill(
-    place: Path,
-    contents: Pack,
-    records: list[Record],
-    image_folder: Path,
-    asked: Mapping[str, Any],
-    progress: Callable[[int, int], None],
-) -> None:
-    """Write records into new shards; add the shards, the images and the bad records to `contents`."""
-    writer = ShardWriter(place, samples_per_shard=asked["samples_per_shard"], shards=contents.shards)
-    fail = asked["on_bad_sample"] == "fail"
-    if fail:
-        refuse_rejects(place, contents.rejects)
-    num_done = 0
-    with closing(writer):
-        for group in _group_by_image(records):
-            writer.write(_samples(group, contents, image_folder, max_pixels=asked["max_pixels"]))
-            if fail:
-                refuse_rejects(place, contents.rejects)
-            num_done += len(group)
-            progress(num_done, len(records))
-        writer.finish()
+class _Packing:
+    """A run that writes entries into new shards of a pack."""
 
+    def __init__(
+        self,
+        place: Path,
+        contents: Pack,
+        work: Worklist,
+        image_folder: Path,
+        asked: Mapping[str, Any],
+        progress: Callable[[int, int | None], None],
+    ) -> None:
+        self.place, self.contents, self.work, self.image_folder = place, contents, work, image_folder
+        self.limit, self.max_pixels = asked["samples_per_shard"], asked["max_pixels"]
+        self.fails, self.progress = asked["on_bad_sample"] == "fail", progress
 
-def _group_by_image(records: list[Record]) -> list[list[Record]]:
-    """Return the records of each first image, by first appearance; a text-only record is a group of its own."""
-    groups: dict[str | int, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record.images[0] if record.images else record.line, []).append(record)
-    return list(groups.values())
+    def run(self, source: Source, lines: set[int] | None) -> None:
+        """Pack the entries, of a finished pack those with the given lines; the rejects of the others stay."""
+        if lines is not None:
+            for bad in self.contents.rejects():
+                if bad.line not in lines:
+                    self.work.reject(bad)
+        records = self._records(source, lines)
+        if source.holds_images:
+            groups, total = ([record] for record in records), None
+        else:
+            for record in records:
+                self.work.add(record)
+            groups, total = self.work.groups(self.limit), self.work.num_records
+        self._refuse()
+        with closing(
+            ShardWriter(self.place, samples_per_shard=self.limit, shards=self.contents.shards)
+        ) as writer:
+            num_done = 0
+            for group in groups:
+                writer.write(self._samples(group))
+                self._refuse()
+                num_done += len(group)
+                self.progress(num_done, total)
+            writer.finish()
+        self._refuse()
 
+    def _records(self, source: Source, lines: set[int] | None) -> Iterator[Record]:
+        """Yield the good entries, and put the bad ones on the list of rejects."""
+        for entry in read_annotations(source, self.image_folder, self.work.count):
+            if lines is not None and entry.line not in lines:
+                continue
+            if isinstance(entry, Record):
+                yield entry
+            else:
+                self.work.reject(entry)
 
-def _samples(
-    group: list[Record], contents: Pack, image_folder: Path, *, max_pixels: int
-) -> list[tuple[str, dict[str, bytes]]]:
-    """Return key and members of each good record; reads an image once a group."""
-    images, errors = read_images((i for record in group for i in record.images), image_folder, max_pixels)
-    samples = []
-    for record in group:
-        if bad := {image: errors[image] for image in record.images if image in errors}:
-            # Size and time do not show who may read a file: without a state, it is tried on every run.
-            states = {
-                image: None if error.kind == UNREADABLE else state_of(image, image_folder)
-                for image, error in bad.items()
-            }
-            first = next(iter(bad.values()))
-            contents.rejects.append(BadRecord(record.id, record.line, first.kind, first.detail, states))
-            continue
-        files = {image: images[image] for image in record.images}
-        contents.images |= {image: (file.state, file.digest) for image, file in files.items()}
-        members = _members(record, [images[image] for image in record.images])
-        samples.append((key_of_id(record.id, record.repeat), members))
-    return samples
+    def _refuse(self) -> None:
+        if self.fails:
+            refuse_rejects(self.place, self.work)
+
+    def _samples(self, group: list[Record]) -> list[tuple[str, dict[str, bytes]]]:
+        """Return key and members of each good record; reads an image once a group."""
+        wanted = (image for record in group for image in record.images)
+        files, errors = read_images(wanted, self.image_folder, self.max_pixels)
+        samples = []
+        packed: dict[str, ImageFile] = {}
+        for record in group:
+            if bad := {image: errors[image] for image in record.images if image in errors}:
+                # Size and time do not show who may read a file: without a state, it is tried on every run.
+                states = {
+                    image: None if error.kind == UNREADABLE else state_of(image, self.image_folder)
+                    for image, error in bad.items()
+                    if isinstance(image, str)
+                }
+                first = next(iter(bad.values()))
+                self.work.reject(BadRecord(record.id, record.line, first.kind, first.detail, states))
+                continue
+            packed |= {image: files[image] for image in record.images if isinstance(image, str)}
+            members = _members(record, [files[image] for image in record.images])
+            samples.append((key_of_id(record.id, record.repeat), members))
+        for image, file in packed.items():
+            self.contents.images.add(image, file)
+        return samples
 
 
 def _members(record: Record, images: list[ImageFile]) -> dict[str, bytes]:
@@ -160,11 +189,9 @@ def key_of_id(identity: str, repeat: int = 1) -> str:
 
 
 def _asked(
-    annotations: Path, image_folder: Path, samples_per_shard: int, policy: str, max_pixels: int
+    source: Source, image_folder: Path, samples_per_shard: int, policy: str, max_pixels: int
 ) -> dict[str, Any]:
     """Return what identifies a pack's input; raises `PackError` for what cannot be packed."""
-    if not annotations.is_file():
-        raise PackError(f"No annotations at {annotations}; name a LLaVA JSON or JSONL file.")
     if not image_folder.is_dir():
         raise PackError(f"No image folder at {image_folder}; name the folder that image paths start from.")
     if samples_per_shard < 1:
@@ -172,7 +199,7 @@ def _asked(
     if policy not in ("reject", "fail"):
         raise PackError(f"on_bad_sample: unknown value {policy!r}; known are reject, fail.")
     return {
-        "annotations": blake3().update_mmap(annotations).hexdigest(),
+        "annotations": source.digest,
         "image_folder": str(image_folder.resolve()),
         "samples_per_shard": samples_per_shard,
         "on_bad_sample": policy,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 from webdataset.writer import TarWriter
@@ -87,3 +89,15 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file; a crash leaves the old content or the new."""
     with writing(path):
         replace_file(path, text.encode(), scratch=Path(f"{path}{PART}"))
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a line of JSON for each row; a crash leaves the old content or the new."""
+    scratch = Path(f"{path}{PART}")
+    with writing(path), open(scratch, "w", encoding="ascii") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    with writing(path):
+        os.replace(scratch, path)
+        sync_directory(path.parent)

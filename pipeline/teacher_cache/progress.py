@@ -82,8 +82,8 @@ class EntryProgress(AbstractContextManager["EntryProgress"]):
         if self.bar is not None:
             self.bar.close()
 
-    def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` entries are done."""
+    def __call__(self, done: int, total: int | None) -> None:
+        """Show that `done` of `total` entries are done; None if nobody knows how many there are."""
         if self.bar is None:
             self.bar = tqdm(desc=self.description, total=total, unit="entry", mininterval=0.5)
         self.bar.update(done - self.bar.n)

@@ -8,7 +8,7 @@ from functools import partial
 from cache import SampleEntry
 from pipeline.data.conversation import TokenizedSample
 from pipeline.data.preparation import Preparation
-from pipeline.data.shards import parse_record, read_span
+from pipeline.data.shards import parse_turns, read_span
 from pipeline.distill.join.stores import first_difference
 from pipeline.errors import BadSample, JoinError
 from pipeline.positions import IGNORE_INDEX
@@ -70,9 +70,9 @@ def _parts(tokens: TokenizedSample) -> dict[str, tuple[int, ...]]:
 
 def _read(shard: str, entry: SampleEntry, preparation: Preparation) -> TokenizedSample:
     try:
-        record = parse_record(read_span(shard, entry.json_span))
+        turns = parse_turns(read_span(shard, entry.json_span), num_images=len(entry.images))
         sizes = preparation.sizes_of([partial(read_span, shard, span) for span in entry.image_spans])
-        return preparation.tokenize(record.get("conversations"), sizes)
+        return preparation.tokenize(turns, sizes)
     except BadSample as error:
         raise JoinError(
             f"sample {entry.key!r} of {shard}: {entry.json_span.file!r} holds no usable text "

@@ -1,0 +1,158 @@
+"""A record's dialogue, in the form of whatever tool wrote it, as turns with an <image> for each image."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.conversation import check_conversations
+from pipeline.data.forms import FORMS, form_of
+from pipeline.data.media import check_media
+from pipeline.data.templates import IMAGE_TOKEN, Turn
+from pipeline.errors import BadSample
+
+ROLES = {
+    "human": "human", "user": "human",
+    "gpt": "gpt", "assistant": "gpt", "model": "gpt",
+    "system": "system", "developer": "system",
+}  # fmt: skip
+TEXT_PARTS = ("text", "input_text", "output_text")
+IMAGE_PARTS = ("image", "image_url", "input_image")
+PLACES = ("image", "image_url", "url", "path", "base64")  # keys of an image part that say where the image is
+COLUMNS = ("image", "images")  # keys of a record that hold its images; the first one that names any counts
+NEXT = object()  # stands for the next image of the record's column
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """The turns of a record, and its images in the order of their <image>, as the record names them.
+
+    `is_llava` is whether the record is written so itself. `keys` are those that its turns were read from, `column` is
+    the one of its images, "" if no image was read from one.
+    """
+
+    turns: list[Turn]
+    images: tuple[Any, ...]
+    is_llava: bool
+    keys: frozenset[str]
+    column: str
+
+    def metadata(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the record without its turns."""
+        return {name: value for name, value in record.items() if name not in self.keys}
+
+
+def read_dialogue(record: Mapping[str, Any], images: Sequence[Any] | None = None) -> Dialogue:
+    """Return the dialogue of a record. `images` are those that lie beside it, as in a shard; else it names its own.
+
+    Where the text of another form than LLaVA's says no place for any image, they stand before the first question, as
+    TRL and Idefics have it. Raises `BadSample` for a record without a dialogue, for turns that do not alternate, and
+    unless each image has its place in the text.
+    """
+    form = form_of(record)
+    column, given = _column(record) if images is None else ("", list(images))
+    turns, marks = _turns(record, form)
+    if images is not None:
+        marks = [NEXT] * len(marks)
+    is_llava = form == "conversations" and all(isinstance(turn.get("value"), str) for turn in record[form])
+    if given and not marks and not is_llava:
+        marks = [NEXT] * len(given)
+        _put_first(turns, len(given))
+    num_own = sum(mark is not NEXT for mark in marks)
+    check_conversations(turns, num_images=num_own + (len(given) if NEXT in marks or not marks else 0))
+    if marks and all(mark is not NEXT and not isinstance(mark, int) for mark in marks):
+        column = ""  # every image stands in the text itself
+    check_media(record, form, num_images=len(marks), known=column)
+    keys = frozenset((*FORMS[form].keys, "system"))
+    return Dialogue(turns, _filled(marks, given), is_llava, keys, column)
+
+
+def _turns(record: Mapping[str, Any], form: str) -> tuple[list[Turn], list[Any]]:
+    """Return the turns, and for each <image> in them its own image, its number in the column, or NEXT."""
+    turns: list[Turn] = []
+    marks: list[Any] = []
+    utterances = list(FORMS[form].utterances(record))
+    if (system := record.get("system")) and isinstance(system, str):
+        utterances.insert(0, ("system", system))
+    for number, (role, content) in enumerate(utterances, start=1):
+        text, found = _content(content, number)
+        marks += found
+        if (known := _role(role, number)) != "system" or text:
+            turns.append({"from": known, "value": text})
+    return turns, marks
+
+
+def _role(role: Any, number: int) -> str:
+    known = ROLES.get(role.lower()) if isinstance(role, str) else None
+    if known is None:
+        expected = ", ".join(ROLES)
+        raise BadSample(
+            "unknown role", f"turn {number} is from {str(role)[:50]!r}, must be one of {expected}"
+        )
+    return known
+
+
+def _content(content: Any, number: int) -> tuple[str, list[Any]]:
+    """Return the text of a content with an <image> for each image, and what each of them is."""
+    parts = content if isinstance(content, list | tuple) else [content]
+    texts: list[str] = []
+    marks: list[Any] = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else "text"
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind in IMAGE_PARTS:
+            texts.append(IMAGE_TOKEN)
+            marks.append(_image(part))
+        elif kind in TEXT_PARTS and isinstance(text, str):
+            texts.append(text)
+            marks += [NEXT] * text.count(IMAGE_TOKEN)
+        elif kind in TEXT_PARTS:
+            raise BadSample("malformed turn", f"turn {number} has no text, found {reprlib.repr(text)}")
+        else:
+            raise BadSample(
+                "media without a placeholder", f"turn {number} has a part of type {str(kind)[:50]!r}"
+            )
+    return "".join(texts), marks
+
+
+def _image(part: Mapping[str, Any]) -> Any:
+    """Return the image of a part: what it names, else its number in the column, else NEXT."""
+    for place in PLACES:
+        value = part.get(place)
+        if place == "image_url" and isinstance(value, dict):  # OpenAI's {"image_url": {"url": ...}}
+            value = value.get("url")
+        if value:
+            return f"data:;base64,{value}" if place == "base64" else value
+    index = part.get("index")
+    return index if isinstance(index, int) and not isinstance(index, bool) else NEXT
+
+
+def _column(record: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    """Return the key of a record that holds its images, and the images; "", [] if none does."""
+    for key in COLUMNS:
+        value = record.get(key)
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if any(image is not None and image != "" for image in values):
+            return key, values
+    return "", []
+
+
+def _put_first(turns: list[Turn], num_images: int) -> None:
+    """Put the marks of images before the first question."""
+    for turn in turns:
+        if turn["from"] == "human":
+            turn["value"] = IMAGE_TOKEN * num_images + turn["value"]
+            return
+
+
+def _filled(marks: Sequence[Any], given: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the image of each mark. There are as many NEXT as images, or none."""
+    coming = iter(given)
+    images: list[Any] = []
+    for mark in marks:
+        if isinstance(mark, int) and not 0 <= mark < len(given):
+            raise BadSample("<image> in the text, but no image", f"image {mark} of {len(given)} asked for")
+        images.append(next(coming) if mark is NEXT else given[mark] if isinstance(mark, int) else mark)
+    return tuple(images)

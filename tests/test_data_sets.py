@@ -1,0 +1,117 @@
+"""Parquet files and folders of the `datasets` library: packed row by row, with the images that they hold."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from test_packing import picture, rejects_of, samples_of
+
+from pipeline.errors import PackError
+from pipeline.packing.pack import pack
+
+PICTURES = [picture(number) for number in range(4)]
+
+
+def rows(form: str, number: int = 4) -> list[dict[str, Any]]:
+    """Rows as sets of the Hub have them, with one image each."""
+    turns = {
+        "texts": lambda n: [{"user": f"Q{n}", "assistant": f"A{n}", "source": "s"}],
+        "messages": lambda n: [
+            {"role": "user", "content": [{"type": "text", "text": f"Q{n}", "index": None},
+                                         {"type": "image", "text": None, "index": 0}]},
+            {"role": "assistant", "content": [{"type": "text", "text": f"A{n}", "index": None}]},
+        ],
+        "conversations": lambda n: [{"from": "human", "value": f"<image>\nQ{n}"}, {"from": "gpt", "value": f"A{n}"}],
+    }[form]  # fmt: skip
+    return [{form: turns(n), "images": [{"bytes": PICTURES[n], "path": None}], "when": datetime.date(2026, 1, n + 1)}
+            for n in range(number)]  # fmt: skip
+
+
+def data_set(form: str, *, with_features: bool = True) -> datasets.Dataset:
+    """The rows as a data set, whose images are `Image` features or plain structs of bytes and path."""
+    made = datasets.Dataset.from_list(rows(form))
+    images = datasets.List(datasets.Image(decode=True))
+    return made.cast_column("images", images) if with_features else made
+
+
+def check(output: Path, form: str) -> None:
+    found = samples_of(output)
+    questions = [sample.conversations[0]["value"] for sample in found]
+    place = {"texts": "<image>Q{}", "messages": "Q{}<image>", "conversations": "<image>\nQ{}"}[form]
+    assert questions == [place.format(n) for n in range(4)]
+    assert [sample.images for sample in found] == [(data,) for data in PICTURES]
+    assert [sample.metadata["when"] for sample in found] == [f"2026-01-0{n + 1}" for n in range(4)]
+    assert rejects_of(output) == []
+
+
+@pytest.mark.parametrize("form", ["texts", "messages", "conversations"])
+@pytest.mark.parametrize("with_features", [True, False])
+def test_a_parquet_file_is_packed_in_its_order_with_its_images_unchanged(tmp_path, form, with_features):
+    data_set(form, with_features=with_features).to_parquet(tmp_path / "train.parquet")
+    summary = pack(tmp_path / "train.parquet", tmp_path / "out", samples_per_shard=3)
+    assert (summary.packed, len(summary.shards)) == (4, 2)
+    check(tmp_path / "out", form)
+    assert [sample.key for sample in samples_of(tmp_path / "out")] == [f"train-{n}" for n in range(1, 5)]
+    assert pack(tmp_path / "train.parquet", tmp_path / "out", samples_per_shard=3) == summary
+
+
+def test_a_saved_data_set_is_packed(tmp_path):
+    data_set("messages").save_to_disk(tmp_path / "saved")
+    assert pack(tmp_path / "saved", tmp_path / "out").packed == 4
+    check(tmp_path / "out", "messages")
+
+
+def test_of_several_splits_one_is_to_be_named(tmp_path):
+    for name in ("train", "validation"):
+        data_set("texts").to_parquet(tmp_path / "hub" / "data" / f"{name}-00000-of-00001.parquet")
+    with pytest.raises(PackError, match=r"hub has the splits train, validation; name one with --split"):
+        pack(tmp_path / "hub", tmp_path / "out")
+    with pytest.raises(PackError, match=r"has no split 'test', only train, validation; name one of these"):
+        pack(tmp_path / "hub", tmp_path / "out", split="test")
+    assert pack(tmp_path / "hub", tmp_path / "out", split="train").packed == 4
+    check(tmp_path / "out", "texts")
+    with pytest.raises(
+        PackError, match="holds a pack of other input: annotations was .* train, now .* validation"
+    ):
+        pack(tmp_path / "hub", tmp_path / "out", split="validation")
+
+
+def test_a_bad_row_is_listed_and_stops_nothing(tmp_path):
+    bad = rows("texts")
+    bad[1]["images"] = [{"bytes": PICTURES[1][:-300], "path": None}]
+    bad[2]["texts"] = []
+    datasets.Dataset.from_list(bad).to_parquet(tmp_path / "data.parquet")
+    summary = pack(tmp_path / "data.parquet", tmp_path / "out")
+    assert (summary.seen, summary.packed, summary.rejected) == (4, 2, 2)
+    assert [(row["line"], row["reason"][:28]) for row in rejects_of(tmp_path / "out")] == [
+        (2, "truncated or damaged image: "),
+        (3, "empty conversations: 0 turn("),
+    ]
+    with pytest.raises(PackError, match=r"1 bad sample\(s\), first entry 2 \(id data-2\)"):
+        pack(tmp_path / "data.parquet", tmp_path / "other", on_bad_sample="fail")
+
+
+def test_what_is_no_data_set_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "data.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(PackError, match=r"data.parquet cannot be read as a data set: "):
+        pack(tmp_path / "data.parquet", tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        PackError, match=r"data.parquet is read by the package `datasets`; install it with `pip in"
+    ):
+        pack(tmp_path / "data.parquet", tmp_path / "out")
+
+
+def test_a_folder_of_this_machine_asks_no_server(tmp_path, monkeypatch):
+    data_set("texts").to_parquet(tmp_path / "hub" / "train.parquet")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a server was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    assert pack(tmp_path / "hub", tmp_path / "out").packed == 4

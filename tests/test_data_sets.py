@@ -76,7 +76,7 @@ def test_of_several_splits_one_is_to_be_named(tmp_path):
     assert pack(tmp_path / "hub", tmp_path / "out", split="train").packed == 4
     check(tmp_path / "out", "texts")
     with pytest.raises(
-        PackError, match="holds a pack of other input: annotations was .* train, now .* validation"
+        PackError, match=r"holds a pack of other input: annotations was .* train, now .* validation"
     ):
         pack(tmp_path / "hub", tmp_path / "out", split="validation")
 

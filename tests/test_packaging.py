@@ -109,6 +109,7 @@ def test_torchvision_is_neither_pinned_nor_asked_for():
 def test_every_imported_package_is_declared():
     files = [ROOT / "cli.py", *(ROOT / "cache").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")]
     declared = {
-        canonicalize_name(requirement.name) for requirement in _requirements("datasets", "emoji", "report", "tensorboard")
+        canonicalize_name(requirement.name)
+        for requirement in _requirements("datasets", "emoji", "report", "tensorboard")
     }
     assert sorted(_imported(files) - declared) == []

@@ -236,3 +236,28 @@ def test_the_size_of_a_file_is_that_of_the_decoded_image(orientation, preparatio
     grid = ours.preprocess(data)["image_grid_thw"][0].tolist()
     rows, columns = ours.tokenize(TURNS[:1] + TURNS[1:2], [size, size]).grids[0]
     assert (rows, columns) == (grid[1] // 2, grid[2] // 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_system_turn_is_in_the_text_and_not_trained(family, preparation):
+    ours = preparation(family)
+    turns = [{"from": "system", "value": "Be brief, always."}, *TURNS]
+    sample, usual = ours.tokenize(turns, SIZES), ours.tokenize(TURNS, SIZES)
+    assert "Be brief, always." in ours.tokenizer.decode(sample.input_ids)
+    trained, wanted = ([label for label in one.labels if label != IGNORE_INDEX] for one in (sample, usual))
+    assert trained == wanted
+    prompt = ours.prompt(turns, SIZES)
+    assert sample.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+
+
+def test_a_template_that_drops_the_system_turn_refuses_the_sample(tmp_path):
+    folder = tiny_families.write_checkpoint("qwen3_vl", tmp_path / "qwen3_vl")
+    template = folder / "chat_template.jinja"
+    template.write_text(
+        "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+        + template.read_text()
+    )
+    ours = load_preparation(str(folder), CHAT)
+    assert ours.tokenize(TURNS, SIZES)
+    with pytest.raises(BadSample, match="the template has no system turn: the chat template drops its text"):
+        ours.tokenize([{"from": "system", "value": "Be brief."}, *TURNS], SIZES)

@@ -58,6 +58,19 @@ def test_trained_are_the_answers_with_their_end(tokenizer):
     assert all(label in (IGNORE_INDEX, n) for n, label in zip(sample.input_ids, sample.labels, strict=True))
 
 
+def test_a_system_turn_leads_and_is_not_trained(tokenizer):
+    turns = [{"from": "system", "value": "Be brief."}, *talk("A", "one", "B", "two")]
+    sample = tokenize(turns, tokenizer, template="chatml")
+    text = text_of(sample.input_ids, tokenizer)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nA<|im_end|>")
+    trained = [label for label in sample.labels if label != IGNORE_INDEX]
+    assert text_of(trained, tokenizer) == "one<|im_end|>two<|im_end|>"
+    assert (
+        list(sample.input_ids[: len(prompt := tokenize_prompt(turns, tokenizer, template="chatml"))])
+        == prompt
+    )
+
+
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda text: "<" not in text)
 
 

@@ -237,3 +237,25 @@ def test_an_unknown_template_is_answered_with_the_known_ones(tokenizer):
 
 def test_template_digests_are_stable_and_differ():
     assert template_digest("v1") == template_digest("v1") != template_digest("plain")
+
+
+def test_a_system_turn_takes_the_place_of_vicunas_own_text(tokenizer):
+    system = {"from": "system", "value": "Be brief."}
+    usual, ours = (
+        tokenize(turns, tokenizer, template="v1") for turns in (talk("Q", "A"), [system, *talk("Q", "A")])
+    )
+    theirs = tokenizer.decode(usual.input_ids)
+    assert tokenizer.decode(ours.input_ids) == theirs.replace(SYSTEM, "Be brief.") != theirs
+    trained = [[label for label in sample.labels if label != IGNORE_INDEX] for sample in (usual, ours)]
+    assert trained[0] == trained[1]
+    with pytest.raises(BadSample, match="the template has no system turn"):
+        tokenize([system, *talk("<image>", "A")], tokenizer, template="plain")
+
+
+def test_a_system_turn_stands_first_or_nowhere():
+    for turns in (
+        [*talk("Q", "A"), {"from": "system", "value": "S"}],
+        [{"from": "system", "value": "S"}] * 2,
+    ):
+        with pytest.raises(BadSample, match=r"wrong role order|empty conversations"):
+            check_conversations(turns, num_images=0)

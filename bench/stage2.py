@@ -27,7 +27,8 @@ from bench.turns import Work, stage_app
 from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.join.stores import open_stores
-from pipeline.distill.student import build_trainer, needed_targets
+from pipeline.distill.parts import needed_targets
+from pipeline.distill.student import build_trainer
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.models.stub import load_teacher
 from pipeline.teacher_cache.teacher import cache_teacher, plan_capture

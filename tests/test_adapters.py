@@ -16,7 +16,8 @@ from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.join.stores import open_stores
 from pipeline.distill.model.adapters import add_adapters, merged_tensors
-from pipeline.distill.student import build_trainer, needed_targets, train_student
+from pipeline.distill.parts import needed_targets
+from pipeline.distill.student import build_trainer, train_student
 from pipeline.distill.training.resuming import ADAPTERS_FILE
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.errors import ConfigError

@@ -17,7 +17,8 @@ from pipeline.config.provenance import finished_identity
 from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.stores import open_stores
-from pipeline.distill.student import build_trainer, needed_targets, train_student
+from pipeline.distill.parts import needed_targets
+from pipeline.distill.student import build_trainer, train_student
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.errors import ConfigError, JoinError, PipelineError
 from pipeline.models.mobilevlm import IMAGE_TOKEN_ID

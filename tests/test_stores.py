@@ -19,7 +19,8 @@ from pipeline.config.provenance import finished_identity
 from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.join.stores import open_stores
-from pipeline.distill.student import needed_targets, train_student
+from pipeline.distill.parts import needed_targets
+from pipeline.distill.student import train_student
 from pipeline.errors import ConfigError, JoinError, PipelineError
 from pipeline.sweep.identity import run_identity
 from pipeline.teacher_cache.teacher import cache_teacher

@@ -17,7 +17,8 @@ from cache import Store
 from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.model.distiller import Distiller
-from pipeline.distill.student import build_trainer, needed_targets, train_student
+from pipeline.distill.parts import needed_targets
+from pipeline.distill.student import build_trainer, train_student
 from pipeline.distill.training.resuming import HEADS_FILE, RUN_FILE
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.distill.training.trainer import DistillTrainer, NonFiniteLossError

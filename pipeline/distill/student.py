@@ -15,17 +15,11 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from cache import Store
 from pipeline.config.config import Config
 from pipeline.config.provenance import mark_finished, save_provenance
 from pipeline.config.training_arguments import NO_FLOAT16
-from pipeline.data.load_preparation import load_preparation
-from pipeline.data.pairing import check_pair, targets_read
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
-from pipeline.distill.join.recompute import load_recomputed
-from pipeline.distill.join.stores import open_stores
-from pipeline.distill.model.adapters import add_adapters
-from pipeline.distill.model.distiller import Distiller
+from pipeline.distill.parts import build_distiller, load_student, open_dataset
 from pipeline.distill.training.processes import alone_in, check_together, is_first_process, num_processes
 from pipeline.distill.training.resuming import CORRECT_TRAIN, one_device_a_process
 from pipeline.distill.training.run_identity import RunIdentity
@@ -41,11 +35,6 @@ from pipeline.distill.training.training_folder import (
     start_of,
 )
 from pipeline.errors import ConfigError, TrainingStopped, building, needing, writing
-from pipeline.models.configuration import read_config
-from pipeline.models.files.checkpoint import checkpoint_folder
-from pipeline.models.loading import load_network
-from pipeline.models.vlm import VisionLanguageModel
-from pipeline.targets.target import Target, TeacherFacts
 
 
 def train_student(
@@ -58,12 +47,7 @@ def train_student(
     the Trainer's. Raises `FingerprintMismatch`, before any weight is opened, if a store is not what this config would
     have cached, and `TrainingStopped` after a signal.
     """
-    preparation = load_preparation(config.student.model, config.data)
-    stores = open_stores(config, preparation)
-    targets, data = needed_targets(config), config.data
-    dataset = JoinedDataset(stores, data.shards, preparation, targets=targets, fraction=data.fraction)
-    for missing in dataset.missing:
-        print(f"on_missing: {config.on_missing}: {missing}", file=sys.stderr)
+    dataset, _ = open_dataset(config)
     identity = RunIdentity.of(config, dataset)
     if is_finished(folder, identity):
         return folder / MODEL_FOLDER
@@ -160,12 +144,6 @@ def _save_origin(folder: Path, config: Config, dataset: JoinedDataset) -> None:
     )
 
 
-def needed_targets(config: Config) -> dict[str, Target]:
-    """Return the stored targets that the configured losses read, by name."""
-    read = targets_read(config)
-    return {name: target for name, target in config.targets.cached().items() if name in read}
-
-
 def build_trainer(
     config: Config,
     folder: Path,
@@ -178,31 +156,13 @@ def build_trainer(
 
     `identity` is written into the run's checkpoints.
     """
-    arguments, stores = arguments or training_arguments(config, folder), dataset.stores
+    arguments = arguments or training_arguments(config, folder)
     with building(
         f"student.model {config.student.model}", then="correct the `student` section, or train.seed"
     ):
         set_seed(arguments.seed)
-        student = load_student(config, *stores.opened)
-        if config.student.lora is not None:
-            add_adapters(student, config.student.lora)
-    recompute = None
-    if targets_read(config):
-        missing = {name: stores.giving(name).store for name in dataset.lacking()}
-        recomputed = sorted({*missing, *targets_read(config).intersection(config.targets.recomputed())})
-        if recomputed and not stores.read_alike:
-            raise ConfigError(
-                f"targets.{recomputed[0]} would be recomputed by a stub of the teacher from what the student sees, "
-                "but it reads text or images in another way; store the target with `alignkd teacher-cache`"
-            )
-        recompute = load_recomputed(config, *stores.opened, device=arguments.device, missing=missing)
-    distiller = Distiller(
-        student,
-        config.losses.active(),
-        facts=stores.facts() | (recompute.facts if recompute else {}),
-        patch_feature_cache_bytes=config.student.patch_feature_cache_bytes,
-        recompute=recompute,
-    )
+        student = load_student(config, *dataset.stores.opened)
+    distiller = build_distiller(config, student, dataset, device=arguments.device)
     with building("train: the trainer cannot be built", then=CORRECT_TRAIN):
         return DistillTrainer(
             model=distiller,
@@ -212,18 +172,6 @@ def build_trainer(
             settings=config,
             identity=identity,
         )
-
-
-def load_student(config: Config, *stores: Store) -> Any:
-    """Load the student's first weights. Raises `ConfigError` if it cannot be compared with a store's teacher."""
-    shape = read_config(checkpoint_folder(config.student.model))
-    for store in stores:
-        check_pair(config, shape, TeacherFacts.of(store.manifest), of=store.path)
-    student = load_network(config.student.model, dtype=config.student.dtype)
-    VisionLanguageModel(student).freeze_tower()
-    if config.student.gradient_checkpointing:
-        student.activation_checkpointing_enable({"use_reentrant": False})
-    return student
 
 
 def training_arguments(config: Config, folder: Path) -> TrainingArguments:

@@ -63,7 +63,7 @@ class Refused:
     reason: str
 
     @staticmethod
-    def check(batch: dict[str, Any]) -> None:
+    def check(batch: Mapping[str, Any]) -> None:
         """Raise `JoinError` if a batch holds such a reason."""
         if (reason := batch.get("refused")) is not None:
             raise JoinError(reason)
@@ -128,14 +128,14 @@ class JoinedDataset(Dataset[JoinedSample]):
         [sample] = self._joined([(index, False)])
         return sample
 
-    def __getitems__(self, draws: Sequence[Draw]) -> list[JoinedSample] | Refused:
-        """Return a batch of `RankBatches`, read from the store in one piece.
+    def __getitems__(self, draws: Sequence[Draw | int]) -> list[JoinedSample] | Refused:
+        """Return a batch of `RankBatches`, or of plain numbers, read from the store in one piece.
 
         In a data-loading worker an error of ours is returned, for `Refused.check` to raise in the main process: torch
         would raise another one, with the worker's traceback for a message.
         """
         try:
-            return self._joined(draws)
+            return self._joined([(draw, False) if isinstance(draw, int) else draw for draw in draws])
         except (CacheError, PipelineError, OSError) as error:
             if get_worker_info() is None:
                 raise

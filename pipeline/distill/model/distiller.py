@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.distill.join.dataset import Refused
 from pipeline.distill.join.memory import TensorCache
 from pipeline.errors import JoinError
 from pipeline.losses.heads import HeadMixer, VisionMap
@@ -54,6 +55,7 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Mapping[str, Any]) -> Terms:
         """Return every loss term of a batch of `JoinCollator`. Raises `JoinError` if rows of a target are missing."""
+        Refused.check(batch)
         patch_features = self._patch_features(batch)
         if self.recompute:
             batch = self.recompute(batch, patch_features)
@@ -69,6 +71,11 @@ class Distiller(nn.Module):
                 name: LOSSES[name].compute(student, teacher, self._head_of(name), settings)
                 for name, settings in self.losses.items()
             }
+
+    def total(self, terms: Terms) -> Tensor:
+        """Return the loss of one batch, a float32 scalar: the weighted sum of each term's mean."""
+        means = {name: total / count.clamp(min=1) for name, (total, count) in terms.items()}
+        return torch.stack([self.losses[name].weight * mean for name, mean in means.items()]).sum()
 
     def _head_of(self, loss: str) -> nn.Module | None:
         kind = LOSSES[loss].head

@@ -157,7 +157,7 @@ lint: $(READY) ## check rules, format and spelling
 types: $(READY) ## check types
 	$(BIN)/basedpyright
 
-docs: $(READY) ## write docs/cli.md and the tables of docs/experiments.md
+docs: $(READY) ## write docs/cli.md, docs/config.md and the tables of docs/experiments.md
 	$(BIN)/python -m docs.generate
 
 clean: ## remove the demo's outputs (the environment stays)

@@ -1,4 +1,5 @@
-"""Writes docs/cli.md from the command line, and the tables of docs/experiments.md from the sweeps' own lines.
+"""Writes docs/cli.md from the command line, docs/config.md from the models that check a config, and the tables of
+docs/experiments.md from the sweeps' own lines.
 
 `python -m docs.generate`; a test compares. A table stands below `<!-- sweep FOLDER -->`, the folder of a sweep's
 `runs.jsonl`, `questions.json` and `teacher.json`.
@@ -15,11 +16,13 @@ from pathlib import Path
 import typer
 
 from cli import app
+from docs.config_page import config_page
 from pipeline.sweep.lines import read_lines
 from pipeline.sweep.summary import summarise_sweep, summary_tables
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "cli.md"
+CONFIG = DOCS / "config.md"
 EXPERIMENTS = DOCS / "experiments.md"
 TABLE = re.compile(r"(<!-- sweep (?P<folder>[\w/-]+) -->\n```text\n)(?P<table>.*?)(?=^```$)", re.M | re.S)
 WIDTH = 100
@@ -67,4 +70,5 @@ def sweep_table(folder: Path) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(cli_page())
+    CONFIG.write_text(config_page())
     EXPERIMENTS.write_text(experiments_page())

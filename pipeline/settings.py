@@ -10,9 +10,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A section of the config: frozen, and unknown keys are refused. Losses and targets define their own."""
+    """A section of the config: frozen, and unknown keys are refused. Losses and targets define their own.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    A key's docstring stands below it and ends with [unit of a number; who reads it; what it is part of], for
+    docs/config.md. `store`: another value needs another store. `run`: another value is another training.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 def _power_of_two(value: float) -> float:

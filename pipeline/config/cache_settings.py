@@ -14,25 +14,25 @@ OnMissing = Literal["raise", "skip", "recompute"]
 
 
 class CacheConfig(Section):
-    """A store: a folder, or for stage 2 also a URL (s3://, gs://, hf://, https://).
-
-    What stage 2 reads from a URL it keeps in the folder `mirror`, if one is given, up to `mirror_bytes`. Fields of
-    the fingerprint in `allow_mismatch` may differ; differences are logged and saved in provenance.json.
-    """
+    """The store: stage 1 writes it, stage 2 reads it."""
 
     path: LocalPath
+    """A folder, or for stage 2 also a URL (s3://, gs://, hf://, https://). [stage 1, stage 2; run]"""
     mirror: LocalPath | None = None
+    """Folder that keeps what stage 2 reads from a URL; null keeps nothing. [stage 2]"""
     mirror_bytes: int = Field(default=50_000_000_000, ge=1)
+    """Largest size of the mirror. [bytes; stage 2]"""
     allow_mismatch: list[MayDiffer] = []
+    """Fields of the fingerprint in which the store may differ from the config. Differences are printed and saved in
+    provenance.json. [stage 1, stage 2; run]"""
 
 
 class CachesConfig(CacheConfig):
-    """One of several stores, which gives the targets that it names.
-
-    With `targets: null` it gives all of its targets that no other entry names and no earlier entry gives.
-    """
+    """One of several stores, whose samples stage 2 joins by key. Stage 1 writes one store and refuses a list."""
 
     targets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Targets that this store gives; null: all that no other entry names and no earlier entry gives.
+    [stage 2; run]"""
 
 
 Caches = Annotated[list[CachesConfig], Field(min_length=1)] | None

@@ -28,21 +28,28 @@ Shards = str | list[str]
 
 
 class DataConfig(Section):
-    """WebDataset shards (brace pattern, glob, folder, or a list of them) and how samples become tokens.
-
-    Stage 2 trains on a `fraction` of the images, with all samples of each. Images are chosen by digest, so on every
-    machine 2% of the images are part of the 10%. The order of an epoch is random, but `shuffle_block` neighbours,
-    which share chunks of the store, stay near each other. Use 16 to 32 where reading is slow: from a URL or a disk.
-    """
+    """The training samples, and how a sample becomes tokens and pixels."""
 
     shards: Shards
+    """WebDataset shards: a brace pattern, a glob, a folder, or a list of them. [stage 1, stage 2; run]"""
     fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the images, with all samples of each. Images are chosen by digest, so that on every machine 2% of the
+    images are part of the 10%. [share; stage 2; run]"""
     template: Literal["plain", "v1", "chatml", "chat"] = "v1"
+    """Text around the turns: a template of MobileVLM V2, or the checkpoint's own (`chat`).
+    [stage 1, stage 2, evaluate; store, run]"""
     max_length: int = Field(default=2048, ge=1)
+    """Most tokens of a sample, vision tokens included; a longer sample is rejected.
+    [tokens; stage 1, stage 2, evaluate; store, run]"""
     max_image_pixels: int = Field(default=64_000_000, ge=1)
+    """Most pixels of an image; a larger image is rejected. [pixels; stage 1, stage 2, evaluate; run]"""
     image_aspect_ratio: Literal["pad", "square"] = "pad"
+    """MobileVLM V2 pads an image to a square, or resizes it to one. [stage 1, stage 2, evaluate; store, run]"""
     on_bad_sample: Literal["reject", "fail"] = "reject"
+    """`reject` lists a bad sample with its reason and leaves it out; `fail` stops. [stage 1; run]"""
     shuffle_block: int = Field(default=1, ge=1, exclude_if=lambda block: block == 1)
+    """Neighbours of the store, which share its chunks, that stay near each other in the random order of an epoch. Use
+    16 to 32 where reading is slow: from a URL or a disk. [samples; stage 2; run]"""
 
 
 # One optional section for each row of the two tables.
@@ -81,12 +88,16 @@ class LossesConfig(create_model("Losses", __base__=Section, **_LOSSES)):
 
 
 class EvaluateConfig(Section):
-    """Held-out conversations, answered greedily and compared word for word: one test set, or several by name."""
+    """Held-out conversations, answered greedily and compared word for word."""
 
     shards: Shards | Annotated[dict[str, Shards], Field(min_length=1)]
+    """Shards as in `data.shards`: of one test set, or of several by name. [stage 2, evaluate]"""
     max_new_tokens: int = Field(default=16, ge=1)
+    """Longest answer. [tokens; stage 2, evaluate]"""
     dtype: DType = "float32"
+    """Dtype of the model's weights while it answers. [stage 2, evaluate]"""
     batch_size: int = Field(default=32, ge=1)
+    """Questions answered together. [questions; stage 2, evaluate]"""
 
     def test_sets(self) -> dict[str, Shards]:
         """Return the shards by the test set's name; a single one is called `test`."""
@@ -94,25 +105,28 @@ class EvaluateConfig(Section):
 
 
 class Config(Section):
-    """An experiment: both stages and the evaluation. `train` takes TrainingArguments by their own names.
-
-    `log_gradient_shares` costs one more backward pass for each loss at every logged step, and with several processes
-    a sum of its gradient over them.
-    """
+    """An experiment: both stages and the evaluation."""
 
     output_dir: LocalPath
+    """Folder of the results. [stage 2, evaluate]"""
     teacher: TeacherConfig
     student: StudentConfig
     data: DataConfig
     caches: Caches = None
     cache: CacheConfig | None = Field(default=None, validate_default=True)
     on_missing: OnMissing = "raise"
+    """A sample that a store lacks: `raise` an error, `skip` the sample, or `recompute` its targets. Part of the run
+    only with `caches`. [stage 2; run]"""
     targets: TargetsConfig = TargetsConfig()
     losses: LossesConfig = LossesConfig()
     train: dict[str, Any] = {}
+    """TrainingArguments of transformers, by their own names: see [train](#train). [stage 2; run]"""
     evaluate: EvaluateConfig | None = None
     baseline: bool = False
+    """Train the same student on labels alone, too, and compare both. [stage 2]"""
     log_gradient_shares: bool = False
+    """Log each loss's share of the gradient. It costs one more backward pass for each loss at every logged step, and
+    with several processes a sum of its gradient over them. [stage 2]"""
 
     _one_or_several = field_validator("cache", mode="before")(check_one_or_several)
 

@@ -13,15 +13,17 @@ DECODER_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class TeacherConfig(Section):
-    """The model whose outputs are cached: a checkpoint folder or a hub id, of a family that is let in.
-
-    Stage 1 begins with `batch_size` and halves it where memory runs out; `auto` begins with a large batch.
-    """
+    """The model whose outputs are cached, of a family that is let in."""
 
     model: LocalPath
+    """Checkpoint folder or hub id. Stage 2 reads its weights only to recompute targets.
+    [stage 1, stage 2, evaluate; store]"""
     dtype: DType = "auto"
+    """Dtype of its weights in stage 1; `auto` takes the checkpoint's own. [stage 1; store]"""
     device: str = "auto"
+    """Device of stage 1, such as `cuda:1`; `auto` takes a GPU if there is one. [stage 1]"""
     batch_size: int | Literal["auto"] = "auto"
+    """Size of the first batch, halved where memory runs out; `auto` begins with a large one. [samples; stage 1]"""
 
     @field_validator("batch_size", mode="before")
     @classmethod
@@ -32,28 +34,31 @@ class TeacherConfig(Section):
 
 
 class LoraConfig(Section):
-    """Trains low-rank adapters in the decoder's layers, the projector and the heads, instead of all weights.
-
-    `target_modules` are the linear maps of a decoder layer that get an adapter.
-    """
+    """Trains low-rank adapters in the decoder's layers, the projector and the heads, instead of all weights."""
 
     rank: int = Field(default=16, ge=1)
+    """Rank of an adapter. [dimensions; stage 2; run]"""
     alpha: float = Field(default=32.0, gt=0)
+    """Scale of an adapter, which is divided by the rank. [factor; stage 2; run]"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of an adapter's input. [probability; stage 2; run]"""
     target_modules: Annotated[list[str], Field(min_length=1)] = list(DECODER_MAPS)
+    """Linear maps of a decoder layer that get an adapter. [stage 2; run]"""
 
 
 class StudentConfig(Section):
-    """The model that is trained: the source of its first weights and of its tokenizer.
-
-    Learning rates of the projector and of the heads default to `train.learning_rate`. With a frozen vision tower,
-    up to `patch_feature_cache_bytes` of memory hold its output for each distinct image.
-    """
+    """The model that is trained. Stage 1 reads it only to refuse a pair that stage 2 would refuse."""
 
     model: LocalPath
+    """Checkpoint folder or hub id of its first weights and its tokenizer. [stage 1, stage 2; run]"""
     dtype: DType = "float32"
+    """Dtype of its weights. [stage 2; run]"""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time. [stage 2; run]"""
     projector_learning_rate: float | None = Field(default=None, gt=0)
+    """Learning rate of the projector; null: `train.learning_rate`. [per step; stage 2; run]"""
     head_learning_rate: float | None = Field(default=None, gt=0)
+    """Learning rate of the trained heads; null: `train.learning_rate`. [per step; stage 2; run]"""
     patch_feature_cache_bytes: int = Field(default=0, ge=0)
+    """Memory for the frozen vision tower's output of each distinct image. [bytes; stage 2; run]"""
     lora: LoraConfig | None = None

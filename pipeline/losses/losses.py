@@ -33,6 +33,7 @@ class SupervisedLoss(Section):
     """Cross entropy with the labels."""
 
     weight: Weight = 1.0
+    """Weight of the term in the loss. [factor; stage 2; run]"""
 
 
 def supervised(student: StudentOutputs, teacher: TeacherTargets, head: Head, settings: Any) -> Result:
@@ -42,12 +43,16 @@ def supervised(student: StudentOutputs, teacher: TeacherTargets, head: Head, set
 
 
 class AttentionLoss(Section):
-    """Text-to-vision attention of (teacher layer, student layer) pairs."""
+    """Text-to-vision attention of teacher and student."""
 
     weight: Weight = 1.0
+    """Weight of the term in the loss. [factor; stage 2; run]"""
     distance: Literal["kl", "mse"] = "kl"
+    """KL of each row, in nats, or the published mean square of the probabilities. [stage 2; run]"""
     heads: Literal["mean", "mix"] = "mean"
+    """Compare means over heads, or each student head with a trained mixture of teacher heads. [stage 2; run]"""
     layers: list[tuple[Layer, Layer]] = Field(default=[(0, 0)], min_length=1)
+    """Pairs of a teacher's and a student's layer, counted from 0. [layers; stage 1, stage 2; run]"""
 
     def teacher_layers(self) -> list[int]:
         return [teacher_layer for teacher_layer, _ in self.layers]
@@ -104,6 +109,7 @@ class VisionAllLoss(Section):
     """Mean square over all vision tokens, against a trained linear map of the teacher's."""
 
     weight: Weight = 1.0
+    """Weight of the term in the loss. [factor; stage 2; run]"""
 
 
 def vision_all(student: StudentOutputs, teacher: TeacherTargets, head: Head, settings: Any) -> Result:
@@ -120,11 +126,14 @@ def vision_all(student: StudentOutputs, teacher: TeacherTargets, head: Head, set
 
 
 class VisionFocusLoss(Section):
-    """Mean square over the `k` vision tokens of an image that the teacher's text attends most, in `layer`."""
+    """Mean square over the vision tokens of an image that the teacher's text attends most."""
 
     weight: Weight = 1.0
+    """Weight of the term in the loss. [factor; stage 2; run]"""
     k: int = Field(default=16, ge=1)
+    """How many vision tokens of an image are compared. [tokens; stage 1, stage 2; run]"""
     layer: Layer = 0
+    """The teacher's layer whose attention decides. [layer; stage 2; run]"""
 
     def teacher_layers(self) -> list[int]:
         return [self.layer]
@@ -172,17 +181,19 @@ def _vision_distance(student: Tensor, target: Tensor) -> Tensor:
 
 
 class LogitsLoss(Section):
-    """KL on the answer's next-token distribution.
-
-    `tail: draws` uses the tokens that the store drew outside the top K, where it did and they estimate what is asked:
-    `forward` at temperature 1. Everywhere else, and always with `bucket`, what is outside counts as one token.
-    The weight is low by measurement: at 1 the demo's student lost 7 points.
-    """
+    """KL on the answer's next-token distribution, in nats."""
 
     weight: Weight = 0.1
+    """Weight of the term in the loss, low by measurement: at 1 the demo's student lost 7 points.
+    [factor; stage 2; run]"""
     direction: Literal["reverse", "forward", "jsd"] = "reverse"
+    """KL(student, teacher), KL(teacher, student), or the Jensen-Shannon divergence. [stage 2; run]"""
     temperature: float = Field(default=1.0, gt=0)
+    """Temperature of both distributions. [factor; stage 2; run]"""
     tail: Literal["draws", "bucket"] = Field(default="draws", exclude_if=lambda tail: tail == "draws")
+    """`draws` uses the tokens that the store drew outside the top K, where there are any and they estimate what is
+    asked: `forward` at temperature 1. Elsewhere, and with `bucket`, what is outside counts as one token.
+    [stage 2; run]"""
 
     def uses_draws(self) -> bool:
         return self.tail == "draws" and self.direction == "forward" and self.temperature == 1

@@ -20,17 +20,22 @@ DEFAULT_STEP = 2**-12
 
 
 class AttentionTarget(Target):
-    """Text-to-vision attention of the teacher's `layers`: of each head, or the mean over heads.
+    """Text-to-vision attention of the teacher.
 
-    Stored per layer as float 'R H N' with R = images x text rows, image after image, and N of each image; `step`
-    belongs to `fixed_point`.
+    Stored per layer as float 'R H N' with R = images x text rows, image after image, and N of each image.
     """
 
     source: Source = "cache"
+    """`cache` stores it, `recompute` lets stage 2 recompute it with a stub of the teacher.
+    [stage 1, stage 2; store, run]"""
     layers: list[int] = Field(default=[0], min_length=1)
+    """The teacher's layers, counted from 0 over those that have attention. [layers; stage 1, stage 2; store, run]"""
     heads: Literal["each", "mean"] = "mean"
+    """Keep each head, or the mean over heads. [stage 1, stage 2; store, run]"""
     codec: Literal["sqrt_uint8", "fixed_point", "float16", "float32"] = "sqrt_uint8"
+    """How it is stored. [stage 1, stage 2; store, run]"""
     step: PowerOfTwo = Field(default=DEFAULT_STEP, exclude_if=lambda step: step == DEFAULT_STEP)
+    """Step of the codec `fixed_point`, a power of two. [probability; stage 1, stage 2; store, run]"""
 
     @field_validator("layers")
     @classmethod

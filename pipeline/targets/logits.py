@@ -28,10 +28,12 @@ _STORED = {
 
 
 class LogitsTarget(Target):
-    """The `top_k` log probabilities at answer positions, the mass of the rest, and `tail_samples` draws from it."""
+    """The teacher's largest log probabilities at answer positions, and the mass of the rest."""
 
     top_k: int = Field(default=32, ge=1)
+    """How many of the most probable tokens are kept. [tokens; stage 1, stage 2; store, run]"""
     tail_samples: int = Field(default=0, ge=0, exclude_if=lambda samples: samples == 0)
+    """Tokens drawn at random from the rest of each position. [draws; stage 1, stage 2; store, run]"""
 
     @property
     def deepest(self) -> None:

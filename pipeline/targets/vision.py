@@ -16,13 +16,17 @@ from pipeline.targets.target import Arrays, Source, Target, TeacherFacts, Teache
 
 
 class VisionTarget(Target):
-    """Projected vision features, stored once for each distinct image of a shard; `step` belongs to `fixed_point`."""
+    """Projected vision features of the teacher, stored once for each distinct image of a shard."""
 
     owner: ClassVar[Literal["sample", "image"]] = "image"
 
     source: Source = "cache"
+    """`cache` stores it, `recompute` lets stage 2 recompute it with a stub of the teacher.
+    [stage 1, stage 2; store, run]"""
     codec: Literal["fixed_point", "int8", "float16", "float32"] = "fixed_point"
+    """How they are stored. [stage 1, stage 2; store, run]"""
     step: PowerOfTwo = 2**-7
+    """Step of the codec `fixed_point`, a power of two. [of a feature; stage 1, stage 2; store, run]"""
 
     @property
     def deepest(self) -> int:

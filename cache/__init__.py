@@ -1,4 +1,7 @@
-"""The store: what a teacher computed, on the disk, by sample key. Knows arrays and files, never a model."""
+"""The store: what a teacher computed, on the disk, by sample key. Knows arrays and files, never a model.
+
+`__all__` is what is public and stays; docs/store.md describes it. The other names are for the rest of the house.
+"""
 
 # pyright: reportUnusedImport=false
 from __future__ import annotations
@@ -50,3 +53,26 @@ from cache.write.part_writer import PartSummary, PartWriter
 from cache.write.scratch import sweep_dead, sweep_old
 from cache.write.taken_keys import TakenKeys
 from cache.write.writer import StoreWriter
+
+__all__ = [
+    "FORMAT_VERSION",
+    "ArraySpec",
+    "CacheError",
+    "CorruptFile",
+    "CorruptPart",
+    "Fingerprint",
+    "KeyNotInStore",
+    "Manifest",
+    "Mirror",
+    "Report",
+    "SampleEntry",
+    "Span",
+    "Store",
+    "StoreNotFound",
+    "StoreUnreachable",
+    "UnknownArray",
+    "UnknownPart",
+    "UnreadableFile",
+    "UnsupportedFormat",
+    "verify",
+]

@@ -1,1 +1,42 @@
-"""The two stages of alignkd and the parts they are made of: everything that knows models."""
+"""The two stages of alignkd and the parts they are made of: everything that knows models.
+
+`__all__` is what is public and stays, by `from pipeline import NAME`; docs/python.md describes it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config.config import Config, load_config
+    from pipeline.distill.model.distiller import Distiller
+    from pipeline.distill.parts import build_distiller, load_student, open_dataset
+    from pipeline.errors import ConfigError, JoinError, PipelineError
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Distiller",
+    "JoinError",
+    "PipelineError",
+    "build_distiller",
+    "load_config",
+    "load_student",
+    "open_dataset",
+]
+
+_HOMES = {
+    "pipeline.config.config": ("Config", "load_config"),
+    "pipeline.distill.model.distiller": ("Distiller",),
+    "pipeline.distill.parts": ("build_distiller", "load_student", "open_dataset"),
+    "pipeline.errors": ("ConfigError", "JoinError", "PipelineError"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is asked for: the command line must not wait for torch."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'pipeline' has no {name!r}; it gives {', '.join(__all__)}")

@@ -129,7 +129,7 @@ def _is_store(module: str) -> bool:
 
 def _is_front_door(module: str) -> bool:
     """Whether a file hands on the names of the rooms below its folder."""
-    return module == "cache"
+    return module in ("cache", "pipeline")
 
 
 def _own_imports(module: str, *, when_run: bool = False) -> set[str]:

@@ -39,7 +39,7 @@ from cache.errors import (
     UnsupportedFormat,
 )
 from cache.files.any_path import local
-from cache.files.durable import replace_file, sync_directory
+from cache.files.durable import hash_file, replace_file, sync_directory
 from cache.files.local_files import drop_from_memory
 from cache.files.mirror import Mirror
 from cache.format.codec import Codec

@@ -9,6 +9,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from cache import hash_file
 from pipeline.errors import PackError, reason_of
 
 TABLES = (".parquet", ".arrow")
@@ -82,11 +83,11 @@ def _split(loaded: Any, split: str | None, where: str | Path) -> Any:
 def _digest(path: Path) -> str:
     """Return the blake3 over names and contents of a file, or of all files of a folder."""
     if path.is_file():
-        return blake3().update_mmap(path).hexdigest()
+        return hash_file(path)
     digest = blake3()
     for folder, folders, files in os.walk(path):
         folders.sort()
         for name in sorted(files):
             file = Path(folder, name)
-            digest.update(f"{file.relative_to(path)}\0{blake3().update_mmap(file).hexdigest()}\n".encode())
+            digest.update(f"{file.relative_to(path)}\0{hash_file(file)}\n".encode())
     return digest.hexdigest()

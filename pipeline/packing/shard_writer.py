@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
 from webdataset.writer import TarWriter
 
-from cache import replace_file, sync_directory
+from cache import hash_file, replace_file, sync_directory
 from pipeline.errors import writing
 
 NAME = re.compile(r"shard-\d{6}\.tar")
@@ -71,7 +70,7 @@ class ShardWriter:
                 os.fsync(file.fileno())
             os.replace(f"{path}{PART}", path)
             sync_directory(self.folder)
-        digest = blake3().update_mmap(path).hexdigest()
+        digest = hash_file(path)
         self.shards.append(Shard(path.name, self._num_samples, path.stat().st_size, digest))
         self._open, self._num_samples = None, 0
 

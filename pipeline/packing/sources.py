@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
+from cache import hash_file
 from pipeline.data.file_names import expand_home
 from pipeline.errors import PackError
 from pipeline.packing.data_sets import TABLES, open_data_set
@@ -47,7 +46,7 @@ def open_source(annotations: str | Path, *, subset: str | None = None, split: st
                 f"{path} is one file of entries, which has no subset and no split; remove the option."
             )
         read = _read_list if _is_list(path) else _read_lines
-        return Source(path.stem, _digest(path), partial(read, path), path.parent)
+        return Source(path.stem, hash_file(path), partial(read, path), path.parent)
     is_hub_id = HUB_ID.fullmatch(str(annotations)) and path.suffix.lower() not in (".json", *LINES, *TABLES)
     if path.exists() or is_hub_id:
         where = path if path.exists() else str(annotations)
@@ -60,7 +59,7 @@ def open_source(annotations: str | Path, *, subset: str | None = None, split: st
 
 
 def _digest(path: Path) -> str:
-    return blake3().update_mmap(path).hexdigest()
+    return hash_file(path)
 
 
 # JSON

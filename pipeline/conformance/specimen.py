@@ -20,6 +20,7 @@ from pipeline.data.preparation import Preparation, pad_tokens
 from pipeline.errors import BadSample
 from pipeline.models.anatomy import anatomy_of
 from pipeline.models.configuration import read_config
+from pipeline.models.cut import keep_layers
 from pipeline.models.files.checkpoint import Checkpoint
 from pipeline.models.mobilevlm import MobileVLMConfig
 from pipeline.models.processors import Tensors
@@ -89,10 +90,7 @@ def first_layers(config: Any) -> Any:
     """Return the config of a model that ends with the second layer that has attention."""
     layer_of = anatomy_of(config).layer_of[:ATTENTIONS]
     cut = copy.deepcopy(config)
-    text, number = cut.get_text_config(), layer_of[-1] + 1
-    text.num_hidden_layers = number
-    if getattr(text, "layer_types", None) is not None:
-        text.layer_types = text.layer_types[:number]
+    keep_layers(cut, range(layer_of[-1] + 1))
     return cut
 
 

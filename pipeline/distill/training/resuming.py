@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,16 +23,12 @@ from pipeline.distill.training.term_log import TermLog
 from pipeline.errors import building, writing
 from pipeline.models.configuration import read_config
 from pipeline.models.files.broken_files import named_if_broken
-from pipeline.models.files.checkpoint import checkpoint_folder
+from pipeline.models.files.checkpoint import checkpoint_folder, copy_processor
 from pipeline.models.loading import load_network
 
 RUN_FILE = "run.json"  # of a checkpoint: the run that it belongs to, and the sums that are not logged yet
 HEADS_FILE = "heads.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"  # of a checkpoint with LoRA: its model has them merged
-# Of the student's checkpoint, all that a processor is made of; `save_pretrained` writes config and weights alone.
-PROCESSOR_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-                   "merges.txt", "preprocessor_config.json", "processor_config.json",
-                   "video_preprocessor_config.json", "chat_template*")  # fmt: skip
 CORRECT_TRAIN = "correct the `train` section"
 
 
@@ -95,9 +90,7 @@ class ResumingTrainer(Trainer):
                 else merged_tensors(student, cast(Any, self.distiller.student.config), lora)
             )
             self.distiller.student.save_pretrained(folder, state_dict=tensors)
-            source = checkpoint_folder(self.settings.student.model)
-            for file in (file for pattern in PROCESSOR_FILES for file in source.glob(pattern)):
-                shutil.copyfile(file, folder / file.name)  # not its mode: saved files follow the umask
+            copy_processor(checkpoint_folder(self.settings.student.model), folder)
         return student, heads
 
     def sum_of_ranks(self, values: list[float]) -> list[float]:

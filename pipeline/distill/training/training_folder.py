@@ -10,11 +10,11 @@ from typing import Any
 
 from pipeline.config.config import Config
 from pipeline.config.provenance import read_mark
-from pipeline.distill.training.resuming import HEADS_FILE, PROCESSOR_FILES, RUN_FILE
+from pipeline.distill.training.resuming import HEADS_FILE, RUN_FILE
 from pipeline.distill.training.run_identity import OPEN_SCHEDULES, Change, RunIdentity, is_longer
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.configuration import read_config
-from pipeline.models.files.checkpoint import Checkpoint
+from pipeline.models.files.checkpoint import PROCESSOR_FILES, Checkpoint
 
 MODEL_FOLDER = "model"
 FINISHED = "finished.json"

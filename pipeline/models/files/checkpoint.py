@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,10 @@ WEIGHT_FILES = (
 )
 # What a config, a tokenizer, a processor and a chat template are made of.
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+# Of a checkpoint, all that a processor is made of; `save_pretrained` writes config and weights alone.
+PROCESSOR_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+                   "merges.txt", "preprocessor_config.json", "processor_config.json",
+                   "video_preprocessor_config.json", "chat_template*")  # fmt: skip
 ADAPTERS = "adapter_config.json"  # peft's
 ZIP = b"PK\x03\x04"
 
@@ -76,6 +81,12 @@ def small_files(name: str) -> Path | None:
         return Path(snapshot_download(name, allow_patterns=SMALL_FILES))
     except (ValueError, OSError):
         return None
+
+
+def copy_processor(source: Path, target: Path) -> None:
+    """Copy tokenizer, image processor and chat template of a checkpoint; not their modes, which follow the umask."""
+    for file in (file for pattern in PROCESSOR_FILES for file in source.glob(pattern)):
+        shutil.copyfile(file, target / file.name)
 
 
 class Checkpoint:

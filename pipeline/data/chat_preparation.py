@@ -20,7 +20,7 @@ from pipeline.data.expansions import Expansion, grid_of, refusing
 from pipeline.data.preparation import Preparation
 from pipeline.data.templates import IMAGE_TOKEN, Turn
 from pipeline.data.tokenizer_digest import tokenizer_digest
-from pipeline.errors import BadSample, ConfigError, reason_of
+from pipeline.errors import BadSample, ConfigError, building, reason_of
 from pipeline.models.configuration import image_token_of
 from pipeline.models.families import FAMILIES, Family
 from pipeline.models.files.broken_files import named_if_broken
@@ -39,6 +39,7 @@ ONLY_NAMES = (
     "_name_or_path",
     "transformers_version",
 )
+SHOWN = 60  # characters of the text that stands for an image
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,14 @@ class ChatPreparation(Preparation):
                 f"{folder}: no chat template (chat_template.jinja, or the field chat_template of "
                 "processor_config.json or tokenizer_config.json); add the one the model was trained with"
             )
+        made.try_out(folder)
         return made
+
+    def try_out(self, folder: Path) -> None:
+        """Raise `ConfigError` if the processor cannot prepare an image: its files may be another model's."""
+        then = "use the tokenizer and processor files that belong to its config.json"
+        with building(f"{folder}: the processor cannot prepare an image", then=then):
+            self._expansion(PROBED_SIZES[0])
 
     @property
     def chat_template(self) -> str | None:
@@ -260,6 +268,12 @@ class ChatPreparation(Preparation):
             with refusing(size):
                 text, pixels = expansion_of_size(self.processor, size)
             number = self.tokenizer(text, add_special_tokens=False)["input_ids"].count(self.image_token_id)
+            if number == 0:
+                raise ConfigError(
+                    f"the processor writes {text[:SHOWN]!r} for an image, but among its tokens is no "
+                    f"{self.image_token_id}, the image_token_id of config.json; use the tokenizer and processor "
+                    "files that belong to the checkpoint"
+                )
             self.expansions[size] = Expansion(text, number, grid_of(number, pixels))
         return self.expansions[size]
 

@@ -236,3 +236,15 @@ def test_the_size_of_a_file_is_that_of_the_decoded_image(orientation, preparatio
     grid = ours.preprocess(data)["image_grid_thw"][0].tolist()
     rows, columns = ours.tokenize(TURNS[:1] + TURNS[1:2], [size, size]).grids[0]
     assert (rows, columns) == (grid[1] // 2, grid[2] // 2)
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "smolvlm", "gemma3"])
+def test_an_image_in_an_answer_is_no_label(family, preparation):
+    """No model writes vision tokens, or the marks of tiles around them."""
+    ours = preparation(family)
+    turns = [{"from": "human", "value": "Show it."}, {"from": "gpt", "value": "See <image> here."}]
+    sample = ours.tokenize(turns, SIZES[:1])
+    trained = ours.tokenizer.decode([label for label in sample.labels if label != IGNORE_INDEX])
+    assert "See" in trained and "here." in trained
+    assert ours.image_token_id not in sample.labels and "row_1" not in trained and "<img>" not in trained
+    assert sum(sample.sizes) == sample.input_ids.count(ours.image_token_id) > 0

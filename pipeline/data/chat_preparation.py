@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.data.conversation import TokenizedSample, answered_turns, checked_turns
 from pipeline.data.decoding import DECODING_RULES, ImageSize, decode_image
-from pipeline.data.expansions import Expansion, grid_of, refusing
+from pipeline.data.expansions import Expansion, grid_of, refusing, spans_in
 from pipeline.data.preparation import Preparation
 from pipeline.data.templates import IMAGE_TOKEN, Turn
 from pipeline.data.tokenizer_digest import tokenizer_digest
@@ -138,6 +138,7 @@ class ChatPreparation(Preparation):
             whole = whole.rstrip() + end
         text, place, expansions = self._expand(whole, images)
         ids, ends = self._encoded(text)
+        spans = spans_in(text, expansions)  # an answer may hold images, but no model writes them
         labels = [IGNORE_INDEX] * len(ids)
         for number in range(1, len(turns), 2):
             start, stop = self._answer(turns, number, whole)
@@ -148,7 +149,8 @@ class ChatPreparation(Preparation):
                 )
             within = (at for at in range(len(before), len(ids)) if ends[at] <= place(stop))
             for at in within:
-                labels[at] = ids[at]
+                if not any(ends[at] in span for span in spans):
+                    labels[at] = ids[at]
         return self._sample(ids, labels, expansions)
 
     def _answer(self, turns: Sequence[Turn], number: int, whole: str) -> tuple[int, int]:

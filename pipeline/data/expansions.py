@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,6 +35,16 @@ def grid_of(number: int, pixels: Tensors) -> tuple[int, int]:
     num_tiles = values.shape[:-3].numel()  # all axes before colour, height and width
     side = round(number**0.5)
     return (side, side) if num_tiles == 1 and side * side == number else (0, 0)
+
+
+def spans_in(text: str, expansions: Sequence[Expansion]) -> list[range]:
+    """Return where the tokens of each image may end in a text, the images in order."""
+    spans, position = [], 0
+    for expansion in expansions:
+        start = text.index(expansion.text, position)
+        position = start + len(expansion.text)
+        spans.append(range(start + 1, position + 1))
+    return spans
 
 
 @contextmanager

@@ -261,3 +261,15 @@ def test_a_template_that_drops_the_system_turn_refuses_the_sample(tmp_path):
     assert ours.tokenize(TURNS, SIZES)
     with pytest.raises(BadSample, match="the template has no system turn: the chat template drops its text"):
         ours.tokenize([{"from": "system", "value": "Be brief."}, *TURNS], SIZES)
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "smolvlm", "gemma3"])
+def test_an_image_in_an_answer_is_no_label(family, preparation):
+    """No model writes vision tokens, or the marks of tiles around them."""
+    ours = preparation(family)
+    turns = [{"from": "human", "value": "Show it."}, {"from": "gpt", "value": "See <image> here."}]
+    sample = ours.tokenize(turns, SIZES[:1])
+    trained = ours.tokenizer.decode([label for label in sample.labels if label != IGNORE_INDEX])
+    assert "See" in trained and "here." in trained
+    assert ours.image_token_id not in sample.labels and "row_1" not in trained and "<img>" not in trained
+    assert sum(sample.sizes) == sample.input_ids.count(ours.image_token_id) > 0

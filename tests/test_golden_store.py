@@ -15,6 +15,7 @@ import pytest
 from servers import static_server
 
 from cache import Mirror, Store, merge_stores, push_store, slice_store, summarise, verify
+from cli import main
 
 pytestmark = pytest.mark.slow
 
@@ -104,3 +105,25 @@ def test_a_mirror_gives_the_same_values_again(path, golden, tmp_path):
 
 def _writable(path: Path, folder: Path) -> Any:
     return Store(shutil.copytree(path, folder / "copy"))
+
+
+def ended(*arguments: object) -> object:
+    """Run a command line and return its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def test_a_store_that_stage_1_did_not_write_is_described_as_far_as_it_says(path, version, bucket, capsys):
+    """Its manifest has fewer facts of the teacher, and no targets."""
+    assert not ended("info", path)
+    assert "teacher     teacher: 4 heads" in capsys.readouterr().out
+    assert not ended("push", path, f"s3://lab/golden-{version}")
+    assert "2 parts sent" in capsys.readouterr().out
+
+
+def test_a_store_that_does_not_name_its_targets_is_sliced_by_parts_alone(path, tmp_path, capsys):
+    assert ended("slice", path, tmp_path / "cut", "--targets", "vision") == 2
+    assert "does not say which array is of which target" in capsys.readouterr().err
+    assert not ended("slice", path, tmp_path / "cut", "--fraction", "0.5")
+    assert len(Store(tmp_path / "cut").parts) == 1

@@ -12,6 +12,7 @@ import transformers
 from pipeline.conformance.checks import CHECKS, Check
 from pipeline.conformance.names import wrong_names
 from pipeline.conformance.specimen import Specimen, specimen_of
+from pipeline.conformance.weights import without_projector, wrong_weights
 from pipeline.errors import is_ours, reason_of
 from pipeline.models.configuration import read_config
 from pipeline.models.families import FAMILIES
@@ -33,8 +34,11 @@ def check_model(name: str) -> Iterator[Line]:
     is_in = config.model_type in FAMILIES
     yield Line(f"family {config.model_type}, {'let in' if is_in else 'not let in'}; transformers "
                f"{transformers.__version__}")  # fmt: skip
-    yield from (lines := list(_run(folder, config)))
-    if not is_in and all(line.passed for line in lines):
+    passed = True
+    for line in _run(folder, config):
+        passed &= line.passed
+        yield line
+    if not is_in and passed:
         yield Line(
             f"to let it in, add {config.model_type!r} to FAMILIES in pipeline/models/families.py, and a tiny "
             "checkpoint of it to tests/tiny_families.py"
@@ -52,6 +56,9 @@ def _run(folder: Path, config: Any) -> Iterator[Line]:
             return
         specimen = specimen_of(folder)
         yield Line(_description(specimen))
+        if found := wrong_weights(specimen.vlm.network) or without_projector(specimen.vlm):
+            yield Line(found, passed=False)
+            return
         yield from (_line(check(specimen)) for check in CHECKS)
     except Exception as error:
         if is_ours(error):

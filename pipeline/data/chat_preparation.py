@@ -16,11 +16,11 @@ from PIL import Image
 
 from pipeline.data.conversation import TokenizedSample, answered_turns, checked_turns
 from pipeline.data.decoding import DECODING_RULES, ImageSize, decode_image
-from pipeline.data.expansions import Expansion, grid_of, refusing
+from pipeline.data.expansions import Expansion, grid_of, refusing, spans_in
 from pipeline.data.preparation import Preparation
 from pipeline.data.templates import IMAGE_TOKEN, Turn
 from pipeline.data.tokenizer_digest import tokenizer_digest
-from pipeline.errors import BadSample, ConfigError, reason_of
+from pipeline.errors import BadSample, ConfigError, building, reason_of
 from pipeline.models.configuration import image_token_of
 from pipeline.models.families import FAMILIES, Family
 from pipeline.models.files.broken_files import named_if_broken
@@ -39,6 +39,7 @@ ONLY_NAMES = (
     "_name_or_path",
     "transformers_version",
 )
+SHOWN = 60  # characters of the text that stands for an image
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,14 @@ class ChatPreparation(Preparation):
                 f"{folder}: no chat template (chat_template.jinja, or the field chat_template of "
                 "processor_config.json or tokenizer_config.json); add the one the model was trained with"
             )
+        made.try_out(folder)
         return made
+
+    def try_out(self, folder: Path) -> None:
+        """Raise `ConfigError` if the processor cannot prepare an image: its files may be another model's."""
+        then = "use the tokenizer and processor files that belong to its config.json"
+        with building(f"{folder}: the processor cannot prepare an image", then=then):
+            self._expansion(PROBED_SIZES[0])
 
     @property
     def chat_template(self) -> str | None:
@@ -130,6 +138,7 @@ class ChatPreparation(Preparation):
             whole = whole.rstrip() + end
         text, place, expansions = self._expand(whole, images)
         ids, ends = self._encoded(text)
+        spans = spans_in(text, expansions)  # an answer may hold images, but no model writes them
         labels = [IGNORE_INDEX] * len(ids)
         for number in (n for n, turn in enumerate(turns) if turn["from"] == "gpt"):
             start, stop = self._answer(turns, number, whole)
@@ -140,7 +149,8 @@ class ChatPreparation(Preparation):
                 )
             within = (at for at in range(len(before), len(ids)) if ends[at] <= place(stop))
             for at in within:
-                labels[at] = ids[at]
+                if not any(ends[at] in span for span in spans):
+                    labels[at] = ids[at]
         return self._sample(ids, labels, expansions)
 
     def _answer(self, turns: Sequence[Turn], number: int, whole: str) -> tuple[int, int]:
@@ -263,6 +273,12 @@ class ChatPreparation(Preparation):
             with refusing(size):
                 text, pixels = expansion_of_size(self.processor, size)
             number = self.tokenizer(text, add_special_tokens=False)["input_ids"].count(self.image_token_id)
+            if number == 0:
+                raise ConfigError(
+                    f"the processor writes {text[:SHOWN]!r} for an image, but among its tokens is no "
+                    f"{self.image_token_id}, the image_token_id of config.json; use the tokenizer and processor "
+                    "files that belong to the checkpoint"
+                )
             self.expansions[size] = Expansion(text, number, grid_of(number, pixels))
         return self.expansions[size]
 

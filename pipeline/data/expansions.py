@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.data.decoding import ImageSize
-from pipeline.errors import BadSample, reason_of
+from pipeline.errors import BadSample, is_ours, reason_of
 from pipeline.models.processors import Tensors
 
 # Image processors find the axis of the colours by its size, 1 or 3, and would take a side of so many pixels for it.
@@ -29,10 +29,22 @@ def grid_of(number: int, pixels: Tensors) -> tuple[int, int]:
         _, rows, columns = pixels["image_grid_thw"][0].tolist()
         merged = round((rows * columns / number) ** 0.5)  # patches along a side that become one token
         return rows // merged, columns // merged
-    values = pixels["pixel_values"]
+    values = pixels.get("pixel_values")
+    if values is None:  # Video-LLaVA's have another name
+        return 0, 0
     num_tiles = values.shape[:-3].numel()  # all axes before colour, height and width
     side = round(number**0.5)
     return (side, side) if num_tiles == 1 and side * side == number else (0, 0)
+
+
+def spans_in(text: str, expansions: Sequence[Expansion]) -> list[range]:
+    """Return where the tokens of each image may end in a text, the images in order."""
+    spans, position = [], 0
+    for expansion in expansions:
+        start = text.index(expansion.text, position)
+        position = start + len(expansion.text)
+        spans.append(range(start + 1, position + 1))
+    return spans
 
 
 @contextmanager
@@ -44,4 +56,6 @@ def refusing(size: ImageSize) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        if is_ours(error):
+            raise
         raise BadSample("the image processor refuses the image", f"{shown}: {reason_of(error)}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, building
 
 TRACED = "alignkd_traced"  # without a mask function of this name transformers makes no mask, which needs real values
 
@@ -79,6 +79,11 @@ def empty_network(
     return network
 
 
+def _untraceable(network: Any) -> AbstractContextManager[None]:
+    name = type(network).__name__
+    return building(f"{name}: its layers cannot be run without weights", then="use another family")
+
+
 def anatomy_of(config: PreTrainedConfig) -> Anatomy:
     """Trace a model of this config over two text tokens, and follow autograd's graph back to its parameters."""
     return _traced(type(config), config.to_json_string(use_diff=False))
@@ -88,7 +93,12 @@ def anatomy_of(config: PreTrainedConfig) -> Anatomy:
 def _traced(kind: type[PreTrainedConfig], fields: str) -> Anatomy:
     network = empty_network(kind.from_dict(json.loads(fields)), attention=TRACED)
     decoder, head = network.get_decoder(), network.get_output_embeddings()
-    with torch.enable_grad(), _tracing(decoder.layers) as seen:
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise ConfigError(
+            f"{type(network).__name__}: its decoder, {type(decoder).__name__}, has no list of layers; use another "
+            "family"
+        )
+    with torch.enable_grad(), _tracing(decoder.layers) as seen, _untraceable(network):
         embeds = network.get_input_embeddings()(torch.zeros(1, 2, dtype=torch.long, device="meta"))
         logits = head(decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state)
     every_name = dict(

@@ -14,8 +14,8 @@ from pipeline.errors import ConfigError
 def source_names(network: Any, names: Iterable[str]) -> dict[str, str]:
     """Return the model's name -> the checkpoint's, of every tensor of a checkpoint, as transformers renames them.
 
-    `network` needs no weights. Raises `ConfigError` for a tensor that transformers makes of several others, such as a
-    mixture of experts.
+    `network` needs no weights. Raises `ConfigError` for a tensor that transformers makes of others, such as a mixture
+    of experts.
     """
     state = network.state_dict()
     transforms = get_model_conversion_mapping(network)
@@ -26,8 +26,8 @@ def source_names(network: Any, names: Iterable[str]) -> dict[str, str]:
         renamed, converter = rename_source_key(name, renamings, converters, network.base_model_prefix, state)
         if converter is not None:
             raise ConfigError(
-                f"the checkpoint's tensor {name!r} is one of several that transformers makes {renamed!r} of; a stub "
-                "reads whole tensors: save the model with transformers 5 (save_pretrained), and use that folder"
+                f"the checkpoint's tensor {name!r} is not read as it is: transformers joins, splits or "
+                f"transposes such tensors to make {renamed!r}, but a stub reads single tensors; use another family"
             )
         found[renamed] = name
     return found

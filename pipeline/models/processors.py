@@ -94,8 +94,18 @@ def load_processor(folder: Path) -> Any:
     parts = {"tokenizer": tokenizer, "image_processor": images}
     with _loading(folder, "processor"):
         settings, _ = kind.get_processor_dict(folder)
-        in_order = [parts[name] for name in kind.get_attributes()]
-        return kind.from_args_and_dict(in_order, settings | {"video_processor": None})
+        try:
+            made = kind.from_args_and_dict([], settings, **parts, video_processor=None)
+        except AttributeError as error:
+            if "video_processor" not in str(error):
+                raise
+            raise ConfigError(
+                f"{folder}: {kind.__name__} reads settings of its video part, which needs torchvision; use another "
+                "family"
+            ) from error
+    # transformers pairs parts with names by position, and some families have the video part first.
+    vars(made).update(parts)
+    return made
 
 
 @contextmanager
@@ -119,8 +129,10 @@ def _processor_class(folder: Path) -> type[ProcessorMixin]:
         raise ConfigError(
             f"{folder}: a processor was asked for, but transformers has none for models of type {config.model_type!r}"
         )
-    kind = _images_only(kind)
-    if foreign := set(kind.get_attributes()) - PARTS:
+    with _loading(folder, "processor"):  # a class whose packages are missing raises at its first use
+        kind = _images_only(kind)
+        foreign = set(kind.get_attributes()) - PARTS
+    if foreign:
         raise ConfigError(
             f"{folder}: {kind.__name__} has parts that are neither text nor images ({', '.join(sorted(foreign))}); "
             "use a model that takes text and images alone"
@@ -172,5 +184,10 @@ def expansion_of(processor: Any, image: Image.Image, **settings: Any) -> tuple[s
         return_tensors="pt",
         **settings,
     )
+    if "text_replacement_offsets" not in inputs:
+        raise ConfigError(
+            f"{type(processor).__name__} does not return the text that stands for an image "
+            "(text_replacement_offsets); use another family, or a release of transformers where it does"
+        )
     [[replaced]] = inputs["text_replacement_offsets"]
     return replaced["replacement"], {name: value for name, value in inputs.items() if name not in OF_TEXT}

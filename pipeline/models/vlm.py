@@ -15,13 +15,22 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, reason_of
 from pipeline.models.anatomy import anatomy_of
 from pipeline.models.configuration import image_token_of
 from pipeline.models.families import FAMILIES, Family
 from pipeline.models.processors import Tensors
 from pipeline.models.tap import TAPPED, attention_of_layers, recording
 from pipeline.positions import Slots, find_slots
+
+# What torch says of tensors that do not fit together.
+ABOUT_SHAPES = (
+    "must match",
+    "shapes cannot be multiplied",
+    "is invalid for input",
+    "to have",
+    "expected input",
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,11 @@ class VisionLanguageModel:
                 f"{type(network).__name__} of transformers {transformers.__version__} takes no features computed "
                 "before (mm_encoder_outputs); use transformers 5.18 or later, or another family"
             )
+        if not hasattr(network, "get_image_features"):
+            raise ConfigError(
+                f"{type(network).__name__} of transformers {transformers.__version__} has no get_image_features; use "
+                "another family"
+            )
 
     @property
     def text_config(self) -> Any:
@@ -167,9 +181,10 @@ class VisionLanguageModel:
             return self._features(output, sizes, {})
         inputs = self.joined(images)
         taken = inspect.signature(self.network.get_image_features).parameters
-        output = self.network.get_image_features(
-            **{name: value for name, value in inputs.items() if name in taken}, return_dict=True
-        )
+        with _refusing_pixels():
+            output = self.network.get_image_features(
+                **{name: value for name, value in inputs.items() if name in taken}, return_dict=True
+            )
         return self._features(output, sizes, inputs)
 
     def joined(self, images: Sequence[Tensors]) -> dict[str, Tensor]:
@@ -245,6 +260,20 @@ class VisionLanguageModel:
         inputs = self.inputs(batch, features)
         made = self.network.generate(**inputs, **settings)
         return made[:, batch["input_ids"].shape[1] :]
+
+
+@contextmanager
+def _refusing_pixels() -> Iterator[None]:
+    """Turn what a tower raises over pixels of another shape into one sentence, and nothing else."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ABOUT_SHAPES):
+            raise
+        raise ConfigError(
+            f"the vision tower does not take the images of its processor ({reason_of(error)}); use the processor "
+            "files that belong to the checkpoint"
+        ) from error
 
 
 def _by_image(values: Any, sizes: Sequence[int]) -> tuple[Tensor, ...]:

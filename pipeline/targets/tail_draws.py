@@ -49,4 +49,5 @@ def _draw(log_probs: Tensor, top_ids: Tensor, uniform: Tensor) -> Tensor:
     # `right=True` never draws a token without mass: its sum equals its predecessor's, so it is not the first above.
     # Scaled by the last sum, which rounding leaves a little off 1.
     drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    return drawn.sort(dim=-1).values
+    # Sums that are NaN draw an id past the last one. Any id has NaN then, and the store refuses the sample.
+    return drawn.clamp(max=cumulative.shape[1] - 1).sort(dim=-1).values

@@ -8,7 +8,7 @@ import sys
 from tqdm import tqdm
 
 from cache import Pushed, Store, Summary, card_at, push_store, summarise
-from pipeline.upkeep.describe import readable_bytes, vision_tokens
+from pipeline.upkeep.describe import readable_bytes, teacher_size
 
 
 def push_with_card(store: str, url: str, *, license: str | None) -> Pushed:
@@ -36,20 +36,20 @@ def cache_card(store: Summary, *, url: str, license: str | None) -> str:
         f"| {readable_bytes(array.bytes)} | {readable_bytes(array.bytes_per_sample)} |"
         for array in store.arrays
     )
-    target = next(iter(store.capture["targets"]), "logits")
+    target = next(iter(store.capture.get("targets", ())), "logits")
     return f"""\
 ---
 license: {license or "other"}
 tags: [alignkd, knowledge-distillation, vision-language, zarr]
 ---
-# What {teacher["name"]} computed, for distillation
+# What {teacher.get("name", "a teacher")} computed, for distillation
 
 {store.samples:,} samples with {store.distinct_images:,} images, {readable_bytes(store.bytes)} in \
 {store.parts_done} parts, {readable_bytes(store.bytes_per_sample)} a sample. A Zarr v3 store of targets for Align-KD \
 ([arXiv 2412.01282](https://arxiv.org/abs/2412.01282)); the images and the text are not in it.
 
-- **Teacher**: `{teacher["name"]}`, {teacher["num_layers"]} layers, {teacher["num_heads"]} heads, width \
-{teacher["hidden_size"]}, {vision_tokens(teacher)}; computed in {store.capture["dtype"]}
+- **Teacher**: `{teacher.get("name", "?")}`, {teacher_size(teacher)}; computed in \
+{store.capture.get("dtype", "an unknown dtype")}
 - **Made**: {store.provenance.get("created", "at an unknown time")}; {store.rejected:,} samples rejected, \
 {missing} of {store.parts_planned} planned parts not in it
 - **Content**: `{store.content}`, which `alignkd info` prints of a whole copy too

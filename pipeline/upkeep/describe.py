@@ -51,14 +51,28 @@ def vision_tokens(teacher: Mapping[str, Any]) -> str:
     return f"{count} vision tokens" if count else "vision tokens by the size of an image"
 
 
+def teacher_size(teacher: Mapping[str, Any]) -> str:
+    """Return the size of a store's teacher, as far as the manifest has it: not every store is of stage 1."""
+    named = (("num_layers", "{} layers"), ("num_heads", "{} heads"), ("hidden_size", "width {}"))
+    known = [words.format(teacher[name]) for name, words in named if name in teacher]
+    if len(known) == len(named):
+        known.append(vision_tokens(teacher))
+    return ", ".join(known) or "of unknown size"
+
+
+def _tensors_used(teacher: Mapping[str, Any]) -> str:
+    if "num_tensors_used" not in teacher:
+        return ""
+    model = "stub" if teacher.get("is_stub") else "whole model"
+    return f"; {model}, {teacher['num_tensors_used']} tensors used"
+
+
 def describe_store(store: Summary) -> str:
     """Return the page that `alignkd info` prints: teacher, samples, targets, rejects, provenance, fingerprint."""
     teacher, made, rejects = store.teacher, store.provenance, reasons_by_kind(store.rejects_by_reason)
     lines = [
         store.path,
-        f"  teacher     {teacher['name']}: {teacher['num_layers']} layers, {teacher['num_heads']} heads, "
-        f"width {teacher['hidden_size']}, {vision_tokens(teacher)}; "
-        f"{'stub' if teacher['is_stub'] else 'whole model'}, {teacher['num_tensors_used']} tensors used",
+        f"  teacher     {teacher.get('name', '?')}: {teacher_size(teacher)}{_tensors_used(teacher)}",
         f"  parts       {store.parts_done} of {store.parts_planned}",
         f"  samples     {store.samples:,} cached, {store.rejected:,} rejected",
         f"  images      {store.distinct_images:,} stored for {store.image_references:,} uses "

@@ -60,7 +60,11 @@ def manifest_with(store: Store, targets: Sequence[str] | None) -> Manifest:
     stored = store.manifest
     if targets is None:
         return stored
-    captured = stored.capture["targets"]
+    if (captured := stored.capture.get("targets")) is None:
+        raise ConfigError(
+            f"--targets: the manifest of {store.path} does not say which array is of which target, as that of a "
+            "store of stage 1 does; copy it without --targets"
+        )
     if unknown := [name for name in targets if name not in captured]:
         raise ConfigError(f"--targets: {store.path} holds no {unknown[0]!r}; it holds {', '.join(captured)}")
     kept = {name: captured[name] for name in captured if name in targets}

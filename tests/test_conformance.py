@@ -275,9 +275,10 @@ def test_the_digests_of_a_whole_model_are_those_of_its_store(family, family_fold
     assert whole_model_digests(checkpoint.folder, known) == plan.digests
 
 
-def test_a_sound_checkpoint_passes(family_folder, capsys):
+@pytest.mark.parametrize("family", ["internvl", "mobilevlm"])
+def test_a_sound_checkpoint_passes(family, family_folder, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["models", "check", str(family_folder("internvl"))])
+        main(["models", "check", str(family_folder(family))])
     printed = capsys.readouterr().out
     assert ended.value.code == 0 and "FAILED" not in printed and printed.count("ok ") == 3 + len(CHECKS)
 

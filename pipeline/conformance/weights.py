@@ -11,7 +11,10 @@ from pipeline.models.vlm import VisionLanguageModel
 
 def wrong_weights(network: Any) -> str | None:
     """Return a sentence about weights that are NaN or infinite, None if there are none."""
-    wrong = sorted(name for name, weight in network.named_parameters() if not torch.isfinite(weight).all())
+    loaded = (
+        (name, weight) for name, weight in network.named_parameters() if not weight.is_meta
+    )  # the rest is unread
+    wrong = sorted(name for name, weight in loaded if not torch.isfinite(weight).all())
     if not wrong:
         return None
     return (

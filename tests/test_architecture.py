@@ -22,7 +22,7 @@ ROOMS: dict[str, str] = {
     "cli": "pipeline/commands",
     "pipeline/commands": "packing report sweep upkeep conformance inspection evaluation teacher_cache "
     "distill/training config models",
-    "pipeline/report": "sweep upkeep evaluation distill/training losses",
+    "pipeline/report": "sweep evaluation distill/training losses",
     "pipeline/sweep": "evaluation distill distill/training distill/join data config models/files",
     "pipeline/upkeep": "teacher_cache distill distill/model distill/join data config losses models models/files "
     "targets",

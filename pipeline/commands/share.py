@@ -23,8 +23,8 @@ def push(
 
     Every file's hash is compared first. What the URL already has stays as it is; a part that differs stops the push.
     """
+    from pipeline.readable import readable_bytes
     from pipeline.upkeep.card import push_with_card
-    from pipeline.upkeep.describe import readable_bytes
 
     pushed = push_with_card(store, url, license=license)
     sent = f"{len(pushed.sent)} parts sent ({readable_bytes(pushed.bytes)})"

@@ -103,9 +103,10 @@ def teacher_cache(
     """
     settings = load(config, overrides, print_config)
     from cache import summarise
+    from pipeline.readable import readable_bytes
     from pipeline.teacher_cache.teacher import cache_teacher
     from pipeline.teacher_cache.workers import worker_of
-    from pipeline.upkeep.describe import readable_bytes, reasons_by_kind
+    from pipeline.upkeep.describe import reasons_by_kind
 
     try:
         run = cache_teacher(settings, worker_of(rank, world_size), recapture_changed=recapture_changed)

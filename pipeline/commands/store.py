@@ -64,7 +64,7 @@ def verify(
         report = _fixed(load(config, overrides), report, allow_fewer)
 
     def describe(report: Report) -> str:
-        from pipeline.upkeep.describe import readable_bytes
+        from pipeline.readable import readable_bytes
 
         depth = "" if deep else " (contents not read; --deep does)"
         return "\n".join([

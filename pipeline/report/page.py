@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.errors import writing
 from pipeline.evaluation.compare import MIN_GAP
+from pipeline.readable import readable_bytes
 from pipeline.report import number_format
 from pipeline.report.cost import throughput_of
 from pipeline.report.curve_panels import draw_curves
@@ -18,7 +19,6 @@ from pipeline.report.findings import Findings
 from pipeline.report.forest import ForestAxis
 from pipeline.report.gather import gather
 from pipeline.report.headline import headlines
-from pipeline.upkeep.describe import readable_bytes
 
 PAGE = "report.html"
 FILTERS = ("percent", "points", "count", "decimal", "duration", "clock")

@@ -8,7 +8,8 @@ import sys
 from tqdm import tqdm
 
 from cache import Pushed, Store, Summary, card_at, push_store, summarise
-from pipeline.upkeep.describe import readable_bytes, teacher_size
+from pipeline.readable import readable_bytes
+from pipeline.upkeep.describe import teacher_size
 
 
 def push_with_card(store: str, url: str, *, license: str | None) -> Pushed:

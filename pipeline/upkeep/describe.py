@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache import Summary
 from pipeline.errors import ConfigError
+from pipeline.readable import readable_bytes, readable_seconds
 from pipeline.text_table import text_table
 
 if TYPE_CHECKING:  # they import torch, which a look at a store does not need
@@ -18,15 +19,6 @@ if TYPE_CHECKING:  # they import torch, which a look at a store does not need
 
 UNITS = {"": 1, "B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-def readable_bytes(count: float) -> str:
-    """Return a size in decimal units, with three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def reasons_by_kind(reasons: Mapping[str, int]) -> dict[str, int]:
@@ -78,7 +70,7 @@ def describe_store(store: Summary) -> str:
         f"  images      {store.distinct_images:,} stored for {store.image_references:,} uses "
         f"(dedupe factor {store.dedupe_factor:.2f})",
         f"  bytes       {readable_bytes(store.bytes)} in all, {readable_bytes(store.bytes_per_sample)} a sample",
-        f"  time        {_duration(store.teacher_seconds)} of stage 1",
+        f"  time        {_time(store)} of stage 1",
         "",
         indent(_target_table(store), "  "),
         "",
@@ -110,7 +102,7 @@ def describe_plan(plan: StorePlan) -> str:
         text_table([["target", "source", "bytes a sample", "in all"], *rows]),
         "\n".join(advice),
         "\n".join(errors),
-        f"stage 1: {plan.seconds / 3600:.2g} hours on this machine, at the probe's speed",
+        f"stage 1: {readable_seconds(plan.seconds, digits=2)} on this machine, at the probe's speed",
         f"disk: {readable_bytes(plan.free_bytes)} free{'' if plan.fits else too_large}",
     ]
     if plan.settings:
@@ -144,10 +136,8 @@ def describe_check(found: Check) -> str:
     return "\n\n".join(blocks)
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "not recorded"
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds:.0f} seconds"
+def _time(store: Summary) -> str:
+    return "not recorded" if store.teacher_seconds is None else readable_seconds(store.teacher_seconds)
 
 
 def _target_table(store: Summary) -> str:

@@ -23,11 +23,11 @@ from pipeline.models.configuration import read_config
 from pipeline.models.files.checkpoint import small_files
 from pipeline.models.teacher_plan import facts_of_config
 from pipeline.models.vlm import VisionLanguageModel
+from pipeline.readable import readable_bytes, readable_seconds
 from pipeline.targets.target import Target, TeacherFacts
 from pipeline.targets.targets import deepest_layer
 from pipeline.text_table import text_table
 from pipeline.upkeep.assumptions import Assumptions
-from pipeline.upkeep.describe import readable_bytes
 
 PARTS: tuple[str, ...] = ("tower", "projector", "embeddings", "layers", "head")
 # A forward and a backward, which computes the gradients of inputs and of weights.
@@ -240,8 +240,8 @@ def _assumed(plan: PaperPlan) -> Iterator[list[str]]:
 
 
 def _time(stage: str, plan: PaperPlan, operations: float) -> str:
-    hours, speed = plan.hours(operations), plan.assumptions.tflops
-    return f"{stage}: {operations / 1e12:.3g} TFLOP a sample, {hours:.3g} hours at {speed:g} TFLOP/s"
+    time, speed = readable_seconds(3600 * plan.hours(operations)), plan.assumptions.tflops
+    return f"{stage}: {operations / 1e12:.3g} TFLOP a sample, {time} at {speed:g} TFLOP/s"
 
 
 def _model_rows(*models: PaperModel) -> Iterator[list[str]]:

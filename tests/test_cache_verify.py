@@ -49,6 +49,26 @@ def test_a_sound_store_has_no_problems(sound: Path, deep: bool) -> None:
     assert json.loads(json.dumps(report.to_json()))["problems"] == []
 
 
+def test_what_is_read_is_counted_up_to_what_is_to_be_read(sound: Path, store: Path) -> None:
+    told: list[tuple[int, int]] = []
+    verify(sound, deep=True, progress=lambda *counts: told.append(counts))
+    files = [file for file in (sound / "parts").rglob("*/*") if file.is_file() and file.name != "part.json"]
+    values = [file for file in files if "c" in file.relative_to(sound).parts]
+    marks = list(sound.glob("parts/*/part.json"))
+    total = sum(file.stat().st_size for file in [*files, *marks, *values])
+    assert told[0] == (0, total) and told[-1] == (total, total)
+    assert told == sorted(told) and len(told) > len(files)
+    before_the_end = told[-2][0] / total
+    assert 0.7 < before_the_end <= 1  # the rest: part.json, and the chunks' places in their files
+    (store / "parts/shard-000000/part.json").unlink()
+    told.clear()
+    verify(store, deep=True, progress=lambda *counts: told.append(counts))
+    assert told[-1][0] == told[-1][1]
+    told.clear()
+    verify(store, deep=False, progress=lambda *counts: told.append(counts))
+    assert told == []
+
+
 def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     content = read_document(file)
     change(content)

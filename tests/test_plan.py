@@ -117,7 +117,10 @@ def test_cheaper_settings_grow_smaller_until_only_logits_are_stored(experiment, 
 
 def test_the_first_settings_that_fit_are_chosen(many, experiment, tmp_path):
     config = experiment.config(tmp_path, *many, f"cache.path={tmp_path}/store")
-    whole = plan_store(config, num_samples=60)
+    steps: list[str] = []
+    whole = plan_store(config, num_samples=60, step=steps.append)
+    assert [step.split()[0] for step in steps] == ["reading", "probing", "measuring"]
+    assert "probing 60 samples of " in steps[1]
     assert plan_within(config, max_bytes=whole.total_bytes * 1.01, num_samples=60).settings == {}
     less = plan_within(config, max_bytes=whole.total_bytes * 0.99, num_samples=60)
     assert less.settings == {"targets.attention.source": "recompute"} and less.total_bytes < whole.total_bytes

@@ -54,8 +54,10 @@ def test_a_push_that_was_stopped_goes_on_with_what_is_lacking(bucket, whole):
     with pytest.raises(Exception, match="No teacher store"):
         Store(url)  # its manifest comes last
     flip_bit(shard, offset=3)
-    pushed = push_store(Store(whole), url, card=CARD)
+    told: list[tuple[int, int]] = []
+    pushed = push_store(Store(whole), url, card=CARD, progress=lambda *counts: told.append(counts))
     assert (pushed.sent, pushed.found) == (("shard-000001",), ("shard-000000",)) and pushed.bytes > 0
+    assert told == [(0, pushed.bytes), (pushed.bytes, pushed.bytes)]  # not of what is there already
     again = push_store(Store(whole), url, card=CARD)
     assert (again.sent, again.found, again.bytes) == ((), ("shard-000000", "shard-000001"), 0)
     assert summarise(url).content == summarise(whole).content and verify(url, deep=True).problems == ()

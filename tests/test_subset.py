@@ -63,7 +63,12 @@ def test_a_slice_has_the_arrays_and_parts_asked_for_with_the_same_values(whole, 
 def test_a_slice_goes_on_where_it_stopped(whole, tmp_path):
     slice_store(Store(whole), tmp_path / "s", manifest=Store(whole).manifest, parts=["shard-000000"])
     before = {file.name: file.stat().st_ino for file in (tmp_path / "s/parts/shard-000000").iterdir()}
-    made = slice_store(Store(whole), tmp_path / "s", manifest=Store(whole).manifest)
+    told: list[tuple[int, int]] = []
+    manifest = Store(whole).manifest
+    made = slice_store(
+        Store(whole), tmp_path / "s", manifest=manifest, progress=lambda *counts: told.append(counts)
+    )
+    assert told == [(0, 1), (1, 1)]  # the other part is there
     assert len(made.parts) == 2
     assert {file.name: file.stat().st_ino for file in (tmp_path / "s/parts/shard-000000").iterdir()} == before
 

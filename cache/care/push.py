@@ -12,7 +12,7 @@ from cache.files.durable import hash_file
 from cache.files.remote import upload
 from cache.format.documents import canonical_json, document_bytes, read_document
 from cache.format.layout import CARD, GROUP_METADATA, MANIFEST, PART_RECORD, PARTS, ZARR_METADATA, part_path
-from cache.format.records import read_part_record
+from cache.format.records import PartRecord, read_part_record
 from cache.format.schema import Manifest
 from cache.read.reader import Store
 
@@ -28,9 +28,15 @@ class Pushed:
 
 
 def push_store(
-    source: Store, url: str, *, card: bytes, each: Callable[[str], object] = lambda part: None
+    source: Store,
+    url: str,
+    *,
+    card: bytes,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Pushed:
-    """Send the finished parts of a store to a URL, and call `each` with every part; an interrupted push resumes.
+    """Send the finished parts of a store to a URL; an interrupted push resumes.
+
+    `progress` gets the bytes that are sent and those to send, at the beginning and after every part.
 
     Every file's hash is compared before it is sent. Raises `FingerprintMismatch` or `FormatMismatch` if another store
     is there, `PartConflict` if a part is there with other content, `CorruptPart` before a damaged part is sent.
@@ -42,11 +48,13 @@ def push_store(
         raise NotThere(target, asked=asked)
     manifest = _united(target, source)
     sent = _parts_to_send(folder, target, source)
-    num_bytes = 0
-    for name in source.parts:
-        if name in sent:
-            num_bytes += _send_part(part_path(folder, name), part_path(target, name))
-        each(name)
+    records = {name: read_part_record(part_path(folder, name)) for name in sent}
+    num_bytes, to_send = 0, sum(map(_bytes_of, records.values()))
+    progress(0, to_send)
+    for name, record in records.items():
+        _send_part(part_path(folder, name), part_path(target, name), record)
+        num_bytes += _bytes_of(record)
+        progress(num_bytes, to_send)
     group = canonical_json(GROUP_METADATA)
     files: dict[str, Path | bytes] = {
         f"{target / name}": group for name in (ZARR_METADATA, f"{PARTS}/{ZARR_METADATA}")
@@ -85,11 +93,13 @@ def _parts_to_send(folder: Path, target: RemotePath, source: Store) -> list[str]
     return [name for name in source.parts if name not in there]
 
 
-def _send_part(part: Path, target: AnyPath) -> int:
-    record = read_part_record(part)
+def _bytes_of(record: PartRecord) -> int:
+    return sum(file.bytes for file in record.files.values())
+
+
+def _send_part(part: Path, target: AnyPath, record: PartRecord) -> None:
     for name, recorded in record.files.items():
         if not (part / name).is_file() or hash_file(part / name) != recorded.blake3:
             raise CorruptPart(part / name, "its blake3 is not the one in part.json")
     files: dict[str, Path | bytes] = {f"{target / name}": part / name for name in record.files}
     upload(files, last={f"{target / PART_RECORD}": part / PART_RECORD})
-    return sum(file.bytes for file in record.files.values())

@@ -34,11 +34,12 @@ def slice_store(
     *,
     manifest: Manifest,
     parts: Sequence[str] | None = None,
-    each: Callable[[str], object] = lambda part: None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Store:
     """Copy parts of a store, with the arrays that `manifest` lists, into a new store; an interrupted copy resumes.
 
-    The source may be behind a URL: nothing else is fetched. `each` is called with every part when it is there.
+    The source may be behind a URL: nothing else is fetched. `progress` gets the parts that are copied and those to
+    copy, at the beginning and after every part.
     Raises `UnknownArray` or `UnknownPart` for what the source has not, `CorruptPart` for what is damaged there.
     """
     specs = source.manifest.specs
@@ -49,16 +50,21 @@ def slice_store(
     if unknown := sorted(set(names) - set(source.parts)):
         raise UnknownPart(unknown[0], path=source.path, num_parts=len(source.parts))
     writer = StoreWriter.open(target, replace(manifest, planned_parts=names))
-    for name in names:
-        try:
-            is_done, is_damaged = writer.is_done(name), False
-        except CorruptPart:
-            is_done, is_damaged = False, True
-        if not is_done:
-            part = FinishedPart(source.path, name, manifest=source.manifest)
-            _copy(part, writer, replace_damaged=is_damaged)
-        each(name)
+    todo = [(name, is_damaged) for name in names if (is_damaged := _is_damaged(writer, name)) is not None]
+    progress(0, len(todo))
+    for number, (name, is_damaged) in enumerate(todo, start=1):
+        part = FinishedPart(source.path, name, manifest=source.manifest)
+        _copy(part, writer, replace_damaged=is_damaged)
+        progress(number, len(todo))
     return Store(target)
+
+
+def _is_damaged(writer: StoreWriter, name: str) -> bool | None:
+    """Whether a part must replace a damaged one; None if it is there, and sound."""
+    try:
+        return None if writer.is_done(name) else False
+    except CorruptPart:
+        return True
 
 
 def merge_stores(sources: Sequence[Store], target: str | Path) -> Store:

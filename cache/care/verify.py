@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cache.care.reading import Reading
 from cache.care.verify_part import PartAudit, Problem, audit_part, kind_of_extra
 from cache.errors import CacheError, CorruptFile, StoreNotFound, UnreadableFile
 from cache.files.any_path import AnyPath, any_path, sizes_below
@@ -57,8 +58,12 @@ class Report:
         return asdict(self)
 
 
-def verify(path: str | Path, *, deep: bool) -> Report:
+def verify(
+    path: str | Path, *, deep: bool, progress: Callable[[int, int], object] = lambda done, total: None
+) -> Report:
     """Check names, sizes, counts and the hashes of metadata; `deep` also hashes every file and decodes every array.
+
+    If deep, `progress` gets the bytes of the parts that are read and those to read; what is decoded is read twice.
 
     Raises `StoreNotFound` if there is neither a manifest nor a directory of parts; all else is a Problem.
     """
@@ -71,11 +76,14 @@ def verify(path: str | Path, *, deep: bool) -> Report:
     if manifest:
         problems += _plan_problems(names, manifest)
         names = [name for name in names if name in manifest.planned_parts]  # others are problems already
-    audits = [audit_part(store, name, manifest=manifest, deep=deep) for name in names]
+    sizes = sizes_below(store, leave_out_unreadable=True)
+    reading = Reading(sizes, names, progress) if deep else None
+    audits = [audit_part(store, name, manifest=manifest, reading=reading) for name in names]
+    if reading:
+        reading.end()
     problems += [problem for audit in audits for problem in audit.problems]
     problems += _shared_keys(audits)
     records = [audit.record for audit in audits if audit.record]
-    sizes = sizes_below(store, leave_out_unreadable=True)
     return Report(
         path=str(store),
         deep=deep,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal, TypeVar
 
+from cache.care.reading import Reading
 from cache.errors import CorruptFile, CorruptPart, ForeignPart, UnreadableFile, UnsafeName, UnsupportedFormat
 from cache.files.any_path import AnyPath, any_path, hash_of, sizes_below
 from cache.format.codec import StoredArray
@@ -64,11 +65,14 @@ def kind_of_extra(name: str) -> Kind:
 
 @dataclass
 class PartAudit:
-    """What was found of one part; `record` and `index` are None if they could not be read."""
+    """What was found of one part; `record` and `index` are None if they could not be read.
+
+    `reading` counts what a deep verification reads; None if it is not deep.
+    """
 
     store: AnyPath
     name: str
-    deep: bool
+    reading: Reading | None
     problems: list[Problem] = field(default_factory=list[Problem])
     record: PartRecord | None = None
     index: PartIndex | None = None
@@ -104,9 +108,9 @@ class PartAudit:
         return None
 
 
-def audit_part(store: AnyPath, name: str, *, manifest: Manifest | None, deep: bool) -> PartAudit:
+def audit_part(store: AnyPath, name: str, *, manifest: Manifest | None, reading: Reading | None) -> PartAudit:
     """Find everything wrong with a part; without a manifest, what can be found without knowing its arrays."""
-    audit = PartAudit(store, name, deep)
+    audit = PartAudit(store, name, reading)
     if (is_marked := audit.attempt(lambda: _is_marked(audit.path), kind="metadata")) is False:
         audit.found("unfinished part", audit.path, f"it has no {PART_RECORD}")
     if not is_marked:
@@ -156,11 +160,13 @@ def _file_problem(
         return "missing file", "part.json lists it"
     if found_bytes != recorded.bytes:
         return "size", f"it has {found_bytes} bytes, part.json says {recorded.bytes}"
-    if audit.deep or PurePosixPath(name).name in _SMALL_FILES:
+    if audit.reading or PurePosixPath(name).name in _SMALL_FILES:
         try:
             digest = hash_of(audit.path / name)
         except OSError as error:
             return "unreadable", f"it cannot be read ({error.strerror})"
+        if audit.reading:
+            audit.reading.advance(found_bytes)
         if digest != recorded.blake3:
             return "checksum", f"its blake3 is {digest}, part.json says {recorded.blake3}"
     return None
@@ -196,14 +202,15 @@ def _check_contents(audit: PartAudit, part: FinishedPart, *, manifest: Manifest,
 
 
 def _check_array(audit: PartAudit, part: FinishedPart, *, spec: ArraySpec, stored: StoredArray) -> None:
-    """Open an array; if `deep`, also decode it chunk by chunk and look for a fill value, up to the first problem."""
+    """Open an array; if deep, also decode it chunk by chunk and look for a fill value, up to the first problem."""
     array = audit.attempt(lambda: part.arrays([(spec, stored)])[0], kind="count")
-    if array is None or not audit.deep:
+    if array is None or not audit.reading:
         return
     for number in range(array.num_chunks):
         rows = audit.attempt(lambda n=number: next(read_chunks([(array, n)])), kind="checksum")
         if rows is None:
             return
+        audit.reading.advance(int(array.spans[number][1]))
         if holds_fill(stored, rows):
             place = number * array.chunk_rows + first_fill(stored, rows)
             where = f"{'element' if stored.is_flat else 'row'} {place}"

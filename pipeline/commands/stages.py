@@ -53,9 +53,9 @@ def pack(
     pack as it is, but retries rejected samples whose images have changed. The exit code is 1 if nothing was packed.
     """
     from pipeline.packing.pack import pack as pack_shards
-    from pipeline.teacher_cache.progress import EntryProgress
+    from pipeline.progress import Progress
 
-    with EntryProgress(description="pack") as progress:
+    with Progress("pack", unit="entries", doing=f"reading {annotations}") as progress:
         summary = pack_shards(
             annotations,
             output,

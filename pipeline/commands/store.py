@@ -53,13 +53,15 @@ def verify(
     the new one is whole. The report lists what was found and done; the exit code is that of a second verification.
     """
     from cache import verify as verify_store
+    from pipeline.progress import Progress
 
     if fix != (config is not None) or (overrides and not fix):
         raise typer.BadParameter(
             "--fix and --config go together, and overrides with them: the teacher that captures again is the config's"
         )
     deep = deep or fix
-    report = verify_store(store, deep=deep)
+    with Progress("verify", unit="bytes", doing="reading metadata") as progress:
+        report = verify_store(store, deep=deep, progress=progress)
     if config is not None and not report.is_sound:
         report = _fixed(load(config, overrides), report, allow_fewer)
 
@@ -151,14 +153,17 @@ def plan(
         _plan_on_paper(settings, assume or [], as_json=as_json)
         return
     from cache import local
+    from pipeline.progress import Progress
     from pipeline.upkeep.describe import describe_plan, parse_bytes
     from pipeline.upkeep.plan import plan_store, plan_within
 
     local(settings.one_cache.path, doing="written by stage 1")
-    if max_bytes is None:
-        found = plan_store(settings, num_samples=samples or 256)
-    else:
-        found = plan_within(settings, max_bytes=parse_bytes(max_bytes), num_samples=samples or 256)
+    limit, num_samples = None if max_bytes is None else parse_bytes(max_bytes), samples or 256
+    with Progress("plan", unit="samples", doing="comparing teacher and student") as progress:
+        if limit is None:
+            found = plan_store(settings, num_samples=num_samples, step=progress.step)
+        else:
+            found = plan_within(settings, max_bytes=limit, num_samples=num_samples, step=progress.step)
     show(found, describe_plan, as_json=as_json)
     fail_unless(found.fits)
 

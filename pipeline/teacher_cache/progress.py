@@ -1,4 +1,4 @@
-"""Progress bars on stderr: stage 1 counts bytes of shards, which gives the time left; packing counts entries."""
+"""The progress bar of stage 1 on stderr: it counts bytes of shards, which gives the time left."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cache import PartSummary
+from pipeline.progress import LINE_SECONDS, can_redraw
 
 
 class Progress(AbstractContextManager["Progress"]):
@@ -21,7 +22,8 @@ class Progress(AbstractContextManager["Progress"]):
         self.samples = self.rejected = self.bytes_written = self.parts = 0
         self.started = time.monotonic()
         total = sum(Path(shard).stat().st_size for shard in shards)
-        self.bar = tqdm(total=total, desc=description, unit="B", unit_scale=True, mininterval=0.5)
+        often = 0.5 if can_redraw(sys.stderr) else LINE_SECONDS
+        self.bar = tqdm(total=total, desc=description, unit="B", unit_scale=True, mininterval=often)
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
@@ -69,21 +71,3 @@ class Progress(AbstractContextManager["Progress"]):
             f"part {self.parts}/{len(self.shards)}",
             refresh=False,
         )
-
-
-class EntryProgress(AbstractContextManager["EntryProgress"]):
-    """A tqdm bar over entries, shown from the first call on."""
-
-    def __init__(self, *, description: str) -> None:
-        self.description = description
-        self.bar: tqdm | None = None
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, done: int, total: int | None) -> None:
-        """Show that `done` of `total` entries are done; None if nobody knows how many there are."""
-        if self.bar is None:
-            self.bar = tqdm(desc=self.description, total=total, unit="entry", mininterval=0.5)
-        self.bar.update(done - self.bar.n)

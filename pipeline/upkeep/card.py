@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import sys
-
-from tqdm import tqdm
 
 from cache import Pushed, Store, Summary, card_at, push_store, summarise
+from pipeline.progress import Progress
 from pipeline.readable import readable_bytes
 from pipeline.upkeep.describe import teacher_size
 
@@ -22,8 +20,8 @@ def push_with_card(store: str, url: str, *, license: str | None) -> Pushed:
         named = re.search(r"^license: (.+)$", card_at(url).partition("\n# ")[0], flags=re.MULTILINE)
         license = named[1] if named and named[1] != "other" else None
     card = cache_card(summarise(store), url=url, license=license)
-    with tqdm(total=len(source.parts), unit="part", desc=f"push {url}", file=sys.stderr) as progress:
-        return push_store(source, url, card=card.encode(), each=lambda part: progress.update())
+    with Progress(f"push {url}", unit="bytes", doing="comparing with what is there") as progress:
+        return push_store(source, url, card=card.encode(), progress=progress)
 
 
 def cache_card(store: Summary, *, url: str, license: str | None) -> str:

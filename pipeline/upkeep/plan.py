@@ -35,6 +35,8 @@ TAR_BLOCK = 512
 LARGE_BYTES = 100_000
 PATIENCE = 4
 
+Step = Callable[[str], object]
+
 
 @dataclass(frozen=True)
 class TargetPlan:
@@ -78,18 +80,23 @@ class StorePlan:
         return asdict(self) | {"fits": self.fits}
 
 
-def plan_store(config: Config, *, num_samples: int = 256) -> StorePlan:
-    """Probe `num_samples` and extrapolate. Raises what stage 1 would raise of config, shards and models."""
+def plan_store(config: Config, *, num_samples: int = 256, step: Step = lambda doing: None) -> StorePlan:
+    """Probe `num_samples` and extrapolate. Raises what stage 1 would raise of config, shards and models.
+
+    `step` gets in words what is done next.
+    """
     check_student(config)
-    return _plan(config, {}, num_samples=num_samples, stubs={})
+    return _plan(config, {}, num_samples=num_samples, stubs={}, step=step)
 
 
-def plan_within(config: Config, *, max_bytes: float, num_samples: int = 256) -> StorePlan:
+def plan_within(
+    config: Config, *, max_bytes: float, num_samples: int = 256, step: Step = lambda doing: None
+) -> StorePlan:
     """Return the plan of the first of `cheaper_settings` that fits. Raises `ConfigError` if none does."""
     check_student(config)
     plans, stubs = [], dict[str, float]()
     for settings in cheaper_settings(config):
-        plans.append(_plan(config, settings, num_samples=num_samples, stubs=stubs))
+        plans.append(_plan(config, settings, num_samples=num_samples, stubs=stubs, step=step))
         if plans[-1].total_bytes <= max_bytes:
             return plans[-1]
     smallest = min(plans, key=lambda plan: plan.total_bytes)
@@ -133,27 +140,33 @@ class Probe:
 
 
 def _plan(
-    config: Config, settings: dict[str, Any], *, num_samples: int, stubs: dict[str, float]
+    config: Config, settings: dict[str, Any], *, num_samples: int, stubs: dict[str, float], step: Step
 ) -> StorePlan:
     """The plan with overrides; `stubs` as `known` in `measure_costs`."""
+    overrides = "".join(f", {key}={value}" for key, value in settings.items())
+    step(f"reading the shards' and the teacher's metadata{overrides}")
     plan = plan_capture(_with(config, settings))
     # Below the store's own folder, if that can be written: reading is then measured on the disk that will hold it.
     place = _existing(Path(config.one_cache.path).absolute().parent)
     place = place if place.is_dir() and os.access(place, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".alignkd-plan-", dir=place) as folder:
-        probe = _probe(plan, Path(folder), num_samples=num_samples, stubs=stubs)
+        probe = _probe(plan, Path(folder), num_samples=num_samples, stubs=stubs, step=step)
         return _extrapolate(plan, probe, settings)
 
 
-def _probe(plan: CapturePlan, folder: Path, *, num_samples: int, stubs: dict[str, float]) -> Probe:
+def _probe(
+    plan: CapturePlan, folder: Path, *, num_samples: int, stubs: dict[str, float], step: Step
+) -> Probe:
     """Run stage 1 on the first samples of a few shards, into a store in `folder`."""
     shards = evenly(plan.shards, PROBED_SHARDS)
+    step(f"probing {num_samples:,} samples of {len(shards)} shards with the teacher")
     heads = [_head(shard, folder, max(1, num_samples // len(shards))) for shard in shards]
     manifest = replace(plan.manifest, planned_parts=tuple(part_name(head) for head in heads))
     store = folder / "probe.zarr"
     config = _with(plan.config, {"cache.path": str(store), "data.shards": heads})
     with redirect_stderr(io.StringIO()):  # the probe's own progress bar would look like stage 1's
         write_parts(replace(plan, config=config, shards=tuple(heads), manifest=manifest))
+    step("measuring how long reading and recomputing take")
     documents = [*store.glob("*.json"), *store.glob("parts/*.json")]
     return Probe(
         parts=part_sizes(store),

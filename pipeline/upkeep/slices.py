@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from cache import Manifest, Store, digest_of, slice_store
 from pipeline.errors import ConfigError
+from pipeline.progress import Progress
 from pipeline.targets.target import TeacherFacts
 from pipeline.targets.targets import TARGETS
 
@@ -33,10 +31,8 @@ def copy_store(
     names = parts.split(",") if parts else source.parts
     names = evenly(names, max(1, round(fraction * len(names))))
     manifest = manifest_with(source, targets.split(",") if targets else None)
-    with tqdm(total=len(names), unit="part", desc=f"copy {source.path}", file=sys.stderr) as progress:
-        return slice_store(
-            source, output, manifest=manifest, parts=names, each=lambda part: progress.update()
-        )
+    with Progress(f"copy {source.path}", unit="parts", doing="looking for what is lacking") as progress:
+        return slice_store(source, output, manifest=manifest, parts=names, progress=progress)
 
 
 def described(store: Store) -> str:

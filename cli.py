@@ -23,7 +23,14 @@ checkpoint.
 """
 
 COMMANDS = {
-    "Stages": (stages.pack, models.make_student, stages.teacher_cache, stages.distill, stages.evaluate),
+    "Stages": (
+        stages.init,
+        stages.pack,
+        models.make_student,
+        stages.teacher_cache,
+        stages.distill,
+        stages.evaluate,
+    ),
     "Experiments": (experiments.sweep, experiments.report),
     "Store": (store.plan, store.info, store.verify, store.check, store.gc),
     "Sharing": (share.push, share.pull, share.slice_, share.merge),

@@ -20,8 +20,9 @@ MAX_FUNCTION_LINES = 60
 # the ground that a package stands on (cache/errors.py, pipeline/errors.py, ...), are free to all above.
 ROOMS: dict[str, str] = {
     "cli": "pipeline/commands",
-    "pipeline/commands": "packing report sweep upkeep conformance inspection evaluation teacher_cache "
+    "pipeline/commands": "init packing report sweep upkeep conformance inspection evaluation teacher_cache "
     "distill/training config models",
+    "pipeline/init": "packing upkeep data config models models/mobilevlm models/files",
     "pipeline/report": "sweep evaluation distill/training losses",
     "pipeline/sweep": "evaluation distill distill/training distill/join data config models/files",
     "pipeline/upkeep": "teacher_cache distill distill/model distill/join data config losses models models/files "

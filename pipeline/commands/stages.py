@@ -27,6 +27,53 @@ if TYPE_CHECKING:
     from pipeline.teacher_cache.teacher import CacheSummary
 
 
+def init(
+    place: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Folder of images and annotations, or a file of annotations."),
+    ],
+    teacher: Annotated[str, typer.Option(help="The teacher: a local folder or a hub id.")],
+    student: Annotated[
+        str | None, typer.Option(help="The student; default: one that is cut from the teacher.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for config, shards and store; default: runs/ and DIR's name.")
+    ] = None,
+    with_plan: Annotated[bool, typer.Option("--plan/--no-plan", help="Also run `alignkd plan`.")] = True,
+) -> None:
+    """Begin with your own data: look at what is there, write a config that runs, and say what to type next.
+
+    Annotations are packed into shards. Lengths are measured through the teacher's processor, and the reason of each
+    setting is in the config. Then the config's plan is printed: bytes, hours, and whether they fit.
+    """
+    from pipeline.init.begin import begin
+    from pipeline.teacher_cache.progress import EntryProgress
+
+    output = output or Path("runs") / (place.resolve().name if place.is_dir() else place.stem)
+    with EntryProgress(description="pack") as progress:
+        begun = begin(place, output, teacher=teacher, student=student, say=print, progress=progress)
+    print(f"config       {begun.config}")
+    if with_plan:
+        _print_plan(begun.config)
+    print("\nnext:")
+    for command in begun.commands:
+        print(f"  {command}")
+
+
+def _print_plan(config: Path) -> None:
+    """Print a config's plan; a teacher that this machine cannot run leaves the config as it is."""
+    from pipeline.errors import PipelineError
+    from pipeline.upkeep.describe import describe_plan
+    from pipeline.upkeep.plan import plan_store
+
+    try:
+        print(f"\n{describe_plan(plan_store(load(config, None), num_samples=64))}")
+    except (PipelineError, MemoryError, RuntimeError) as error:
+        say(
+            f"the plan could not be made: {error}; try `alignkd plan --config {config}` where the teacher fits"
+        )
+
+
 def pack(
     annotations: Annotated[
         str, typer.Argument(help="JSON, JSONL or Parquet file, folder of `datasets`, or Hub id.")

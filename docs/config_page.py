@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from pipeline.config.config import Config
+from pipeline.config.held_out import OF_HELD_OUT
 from pipeline.config.training_arguments import HOW_IT_RUNS, OF_THE_LOG, OURS
 from pipeline.settings import Section
 
@@ -49,6 +50,7 @@ TRAIN = """\
 their own names and with transformers' own defaults. Stage 2 reads them. They are part of the run, except
 
 - how a run is logged and saved: {log};
+- when held-out losses are computed, unless `load_best_model_at_end` or the schedule uses them: {held_out};
 - how the work is cut up: {cut}. The samples of a step (batch size x accumulation x processes) are part of the run.
 
 Some are refused:
@@ -141,12 +143,13 @@ def _row_of_section(path: str, name: str, field: FieldInfo, section: type[Sectio
 
 
 def _train() -> str:
-    log, cut = (", ".join(f"`{name}`" for name in names) for names in (OF_THE_LOG, HOW_IT_RUNS))
+    groups = (OF_THE_LOG, OF_HELD_OUT, HOW_IT_RUNS)
+    log, held_out, cut = (", ".join(f"`{name}`" for name in names) for names in groups)
     refused = "\n".join(
         f"| {', '.join(f'`{name}`' for name in OURS if OURS[name] == why)} | {why} |"
         for why in dict.fromkeys(OURS.values())
     )
-    return TRAIN.format(log=log, cut=cut, refused=refused)
+    return TRAIN.format(log=log, held_out=held_out, cut=cut, refused=refused)
 
 
 def _row(name: str, *cells: str) -> str:

@@ -154,6 +154,7 @@ OTHER: dict[str, str | tuple[list[str], list[str]]] = {
     "student.lora.dropout": "0.5",
     "student.lora.target_modules": "[q_proj]",
     "data.shards": "{shard}",
+    "data.held_out_shards": "{shard}",
     "data.fraction": "0.5",
     "data.template": "plain",
     "data.max_length": "199",

@@ -16,6 +16,7 @@ from pipeline.config.cache_settings import (
     check_named_targets,
     check_one_or_several,
 )
+from pipeline.config.held_out import check_held_out
 from pipeline.config.model_settings import DType, StudentConfig, TeacherConfig
 from pipeline.config.training_arguments import checked_training_arguments
 from pipeline.config.yaml_text import read_yaml, write_yaml
@@ -32,6 +33,9 @@ class DataConfig(Section):
 
     shards: Shards
     """WebDataset shards: a brace pattern, a glob, a folder, or a list of them. [stage 1, stage 2; run]"""
+    held_out_shards: Shards | None = Field(default=None, exclude_if=lambda shards: shards is None)
+    """Shards of held-out samples, for `train.eval_strategy`: stage 1 captures them, too, and stage 2 never trains on
+    them, not even where `shards` names them. [stage 1, stage 2; run]"""
     fraction: float = Field(default=1.0, gt=0, le=1)
     """Share of the images, with all samples of each. Images are chosen by digest, so that on every machine 2% of the
     images are part of the 10%. [share; stage 2; run]"""
@@ -50,6 +54,11 @@ class DataConfig(Section):
     shuffle_block: int = Field(default=1, ge=1, exclude_if=lambda block: block == 1)
     """Neighbours of the store, which share its chunks, that stay near each other in the random order of an epoch. Use
     16 to 32 where reading is slow: from a URL or a disk. [samples; stage 2; run]"""
+
+    def captured_shards(self) -> list[str]:
+        """Return what `shards` and `held_out_shards` name: the shards of stage 1."""
+        given = [self.shards, self.held_out_shards or []]
+        return [one for some in given for one in ([some] if isinstance(some, str) else some)]
 
 
 # One optional section for each row of the two tables.
@@ -156,6 +165,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _losses_find_their_targets(self) -> Config:
         check_named_targets(self.caches, self.targets.cached())
+        losses = ["supervised"] if self.baseline else list(self.losses.active())
+        check_held_out(self.train, losses, has_shards=self.data.held_out_shards is not None)
         for name, loss in self.losses.active().items():
             for target in LOSSES[name].targets:
                 if getattr(self.targets, target) is None:

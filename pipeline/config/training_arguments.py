@@ -36,9 +36,10 @@ OURS: dict[str, str] = {
          "hub_private_repo", "hub_always_push", "hub_revision"),
         NOTHING_IS_SENT,
     ),
+    "evaluation_strategy": "transformers 5 takes `eval_strategy`",
+    "greater_is_better": "every metric is a loss, of which less is better",
     **dict.fromkeys(
-        ("eval_strategy", "evaluation_strategy"),
-        "the `evaluate` section measures the finished student; nothing is evaluated on the way",
+        ("bf16_full_eval", "fp16_full_eval"), "held-out losses are computed as those of the training are"
     ),
     **dict.fromkeys(
         ("train_sampling_strategy", "group_by_length"),
@@ -53,9 +54,10 @@ OF_THE_LOG = ("disable_tqdm", "logging_first_step", "logging_steps", "logging_st
 # How the work is cut up. While `samples_per_step` stays, this changes weights by rounding alone.
 HOW_IT_RUNS = ("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory",
                "dataloader_prefetch_factor", "ddp_backend", "ddp_bucket_cap_mb", "ddp_find_unused_parameters",
-               "ddp_timeout", "gradient_accumulation_steps", "per_device_train_batch_size")  # fmt: skip
+               "ddp_timeout", "gradient_accumulation_steps", "per_device_eval_batch_size",
+               "per_device_train_batch_size")  # fmt: skip
 
-AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
+AT_LEAST_ONE = ("per_device_eval_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
 ALSO_BOOLEAN = ("fsdp", "resume_from_checkpoint")  # strings that may be true or false
 
 # Names of other libraries for a training argument.

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from cache import Store
-from pipeline.config.config import Config
+from pipeline.config.config import Config, DataConfig
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.pairing import check_pair, targets_read
+from pipeline.data.shards import expand_shards, part_name
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.recompute import RecomputedTargets, load_recomputed
-from pipeline.distill.join.stores import open_stores
+from pipeline.distill.join.stores import Stores, open_stores
 from pipeline.distill.model.adapters import add_adapters
 from pipeline.distill.model.distiller import Distiller
 from pipeline.errors import ConfigError, building
@@ -34,10 +35,40 @@ def open_dataset(config: Config) -> tuple[JoinedDataset, JoinCollator]:
     preparation = load_preparation(config.student.model, config.data)
     stores = open_stores(config, preparation)
     targets, data = needed_targets(config), config.data
-    dataset = JoinedDataset(stores, data.shards, preparation, targets=targets, fraction=data.fraction)
+    shards = training_shards(data)
+    dataset = JoinedDataset(stores, shards, preparation, targets=targets, fraction=data.fraction)
     for missing in dataset.missing:
         print(f"on_missing: {config.on_missing}: {missing}", file=sys.stderr)
     return dataset, JoinCollator(targets, preparation.image_token_id)
+
+
+def training_shards(data: DataConfig) -> list[str]:
+    """Return the shards that stage 2 trains on. Raises `ConfigError` if all of them are held out."""
+    held_out = (
+        {part_name(shard) for shard in expand_shards(data.held_out_shards)} if data.held_out_shards else ()
+    )
+    shards = expand_shards(data.shards)
+    if not (left := [shard for shard in shards if part_name(shard) not in held_out]):
+        raise ConfigError(
+            f"data.held_out_shards names all {len(shards)} shards of data.shards: nothing is left to train on; hold "
+            "fewer of them out"
+        )
+    return left
+
+
+def open_held_out(config: Config, training: JoinedDataset) -> JoinedDataset | None:
+    """Return the held-out samples, of the stores of the training's; None if the config has none.
+
+    Samples that a store lacks are reported on stderr, or refused, as those of the training are.
+    """
+    if config.data.held_out_shards is None:
+        return None
+    dataset = JoinedDataset(
+        training.stores, config.data.held_out_shards, training.preparation, targets=training.targets
+    )
+    for missing in dataset.missing:
+        print(f"on_missing: {config.on_missing}: held out: {missing}", file=sys.stderr)
+    return dataset
 
 
 def needed_targets(config: Config) -> dict[str, Target]:
@@ -62,12 +93,18 @@ def load_student(config: Config, *stores: Store) -> Any:
 
 
 def build_distiller(
-    config: Config, student: Any, dataset: JoinedDataset, *, device: torch.device | str = "cpu"
+    config: Config,
+    student: Any,
+    dataset: JoinedDataset,
+    *,
+    held_out: JoinedDataset | None = None,
+    device: torch.device | str = "cpu",
 ) -> Distiller:
     """Put a student together with its losses and their heads, which are drawn from torch's random generator.
 
     With `student.lora` the student gets its adapters, in place. `device` is that of the teacher's stub, which is
-    loaded if targets are recomputed. Raises `ConfigError` if the student cannot be compared with a store's teacher.
+    loaded if targets of `dataset` or of `held_out` are recomputed. Raises `ConfigError` if the student cannot be
+    compared with a store's teacher.
     """
     shape, stores = read_config(checkpoint_folder(config.student.model)), dataset.stores
     for store in stores.opened:
@@ -75,7 +112,8 @@ def build_distiller(
     if config.student.lora is not None:
         with building("student.lora", then="correct the section"):
             add_adapters(student, config.student.lora)
-    recompute = _recomputed(config, dataset, torch.device(device)) if targets_read(config) else None
+    lacking = dataset.lacking() | (frozenset() if held_out is None else held_out.lacking())
+    recompute = _recomputed(config, stores, lacking, torch.device(device)) if targets_read(config) else None
     return Distiller(
         student,
         config.losses.active(),
@@ -85,10 +123,11 @@ def build_distiller(
     )
 
 
-def _recomputed(config: Config, dataset: JoinedDataset, device: torch.device) -> RecomputedTargets | None:
+def _recomputed(
+    config: Config, stores: Stores, lacking: frozenset[str], device: torch.device
+) -> RecomputedTargets | None:
     """Return the targets that are recomputed during training, with a stub of the teacher; None if there are none."""
-    stores = dataset.stores
-    missing = {name: stores.giving(name).store for name in dataset.lacking()}
+    missing = {name: stores.giving(name).store for name in lacking}
     recomputed = sorted({*missing, *targets_read(config).intersection(config.targets.recomputed())})
     if recomputed and not stores.read_alike:
         raise ConfigError(

@@ -19,7 +19,7 @@ from pipeline.config.config import Config
 from pipeline.config.provenance import mark_finished, save_provenance
 from pipeline.config.training_arguments import NO_FLOAT16
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
-from pipeline.distill.parts import build_distiller, load_student, open_dataset
+from pipeline.distill.parts import build_distiller, load_student, open_dataset, open_held_out
 from pipeline.distill.training.processes import alone_in, check_together, is_first_process, num_processes
 from pipeline.distill.training.resuming import CORRECT_TRAIN, one_device_a_process
 from pipeline.distill.training.run_identity import RunIdentity
@@ -48,13 +48,16 @@ def train_student(
     have cached, and `TrainingStopped` after a signal.
     """
     dataset, _ = open_dataset(config)
-    identity = RunIdentity.of(config, dataset)
+    held_out = open_held_out(config, dataset)
+    identity = RunIdentity.of(config, dataset, held_out)
     if is_finished(folder, identity):
         return folder / MODEL_FOLDER
     arguments = training_arguments(config, folder)
     check_together(arguments.world_size)
     with alone_in(folder) if is_first_process() else nullcontext():
-        return _train(config, folder, dataset, identity, arguments, overwrite=overwrite, callbacks=callbacks)
+        return _train(
+            config, folder, (dataset, held_out), identity, arguments, overwrite=overwrite, callbacks=callbacks
+        )
 
 
 class AfterFirstStep(TrainerCallback):
@@ -70,7 +73,7 @@ class AfterFirstStep(TrainerCallback):
 def _train(
     config: Config,
     folder: Path,
-    dataset: JoinedDataset,
+    datasets: tuple[JoinedDataset, JoinedDataset | None],
     identity: RunIdentity,
     arguments: TrainingArguments,
     *,
@@ -80,7 +83,10 @@ def _train(
     if is_finished(folder, identity):  # by another process, before this one held the folder
         return folder / MODEL_FOLDER
     start = start_of(config, folder, identity, overwrite=overwrite)
-    trainer = build_trainer(config, folder, dataset, identity=identity, arguments=arguments)
+    dataset, held_out = datasets
+    trainer = build_trainer(
+        config, folder, dataset, held_out=held_out, identity=identity, arguments=arguments
+    )
 
     @once
     def begin() -> None:
@@ -88,7 +94,7 @@ def _train(
         together.wait_for_everyone()  # every process has read the folder before one writes
         if is_first_process():
             _prepare_folder(folder, start)
-            _save_origin(folder, config, dataset)
+            _save_origin(folder, config, dataset, held_out)
         together.wait_for_everyone()
 
     for callback in (AfterFirstStep(begin), *callbacks):
@@ -133,14 +139,18 @@ def _finish(trainer: DistillTrainer, folder: Path) -> None:
             trainer.state.save_to_json(str(folder / STATE_FILE))
 
 
-def _save_origin(folder: Path, config: Config, dataset: JoinedDataset) -> None:
+def _save_origin(
+    folder: Path, config: Config, dataset: JoinedDataset, held_out: JoinedDataset | None
+) -> None:
     stores = dataset.stores
+    of_held_out = {} if held_out is None else {"held_out_missing": [asdict(one) for one in held_out.missing]}
     save_provenance(
         folder,
         config,
         stores=stores.to_json(),
         allowed_mismatches=[asdict(difference) | {"store": path} for path, difference in stores.allowed],
         missing=[asdict(missing) for missing in dataset.missing],
+        **of_held_out,
     )
 
 
@@ -151,10 +161,11 @@ def build_trainer(
     *,
     identity: RunIdentity,
     arguments: TrainingArguments | None = None,
+    held_out: JoinedDataset | None = None,
 ) -> DistillTrainer:
     """Build student, heads, optimizer and data from the seed: runs that differ only in losses have one data order.
 
-    `identity` is written into the run's checkpoints.
+    The losses of `held_out` are logged by `train.eval_strategy`. `identity` is written into the run's checkpoints.
     """
     arguments = arguments or training_arguments(config, folder)
     with building(
@@ -162,12 +173,13 @@ def build_trainer(
     ):
         set_seed(arguments.seed)
         student = load_student(config, *dataset.stores.opened)
-    distiller = build_distiller(config, student, dataset, device=arguments.device)
+    distiller = build_distiller(config, student, dataset, held_out=held_out, device=arguments.device)
     with building("train: the trainer cannot be built", then=CORRECT_TRAIN):
         return DistillTrainer(
             model=distiller,
             args=arguments,
             train_dataset=dataset,
+            eval_dataset=held_out,
             data_collator=JoinCollator(dataset.targets, dataset.preparation.image_token_id),
             settings=config,
             identity=identity,
@@ -179,6 +191,7 @@ def training_arguments(config: Config, folder: Path) -> TrainingArguments:
     given = {name: value for name, value in config.train.items() if name != "resume_from_checkpoint"}
     ours: dict[str, Any] = {
         "remove_unused_columns": False,
+        "greater_is_better": False,  # transformers takes more of a loss for better, unless its name ends in "loss"
         "dataloader_pin_memory": torch.cuda.is_available(),
         # Without a device accelerate connects processes only if asked for CPUs; otherwise each would train alone.
         "use_cpu": num_processes() > 1 and not torch.accelerator.is_available(),

@@ -51,15 +51,16 @@ def locate_sample(store: Store, key: str) -> tuple[str, SampleEntry]:
 
 def find_shard(config: Config, part: str, key: str) -> str:
     """Return the shard of a part, by its name; raises `ConfigError` if it is not among the config's shards."""
+    named = config.data.captured_shards()
     try:
-        paths = expand_shards(config.data.shards)
+        paths = expand_shards(named)
         found = f"{len(paths)} shards of other names"
     except ShardError as error:
         paths, found = [], f"nothing ({error})"
     if shard := next((path for path in paths if Path(path).name == f"{part}.tar"), None):
         return shard
     raise ConfigError(
-        f"sample {key!r} is in {part}.tar: looked in data.shards, {config.data.shards}, and found {found}; "
+        f"sample {key!r} is in {part}.tar: looked in data.shards, {', '.join(named)}, and found {found}; "
         "give a --config whose data.shards says where the shard is now"
     )
 

@@ -96,7 +96,7 @@ def plan_capture(config: Config) -> CapturePlan:
     Raises `ConfigError` if the config names several stores.
     """
     config.check_one_cache()
-    shards = tuple(expand_shards(config.data.shards))
+    shards = tuple(expand_shards(config.data.captured_shards()))
     preparation = load_preparation(config.teacher.model, config.data)
     plan = plan_teacher(
         config.teacher.model, targets=config.targets.cached(), vouching_for=config.targets.active()

@@ -163,7 +163,9 @@ def _probe(
     heads = [_head(shard, folder, max(1, num_samples // len(shards))) for shard in shards]
     manifest = replace(plan.manifest, planned_parts=tuple(part_name(head) for head in heads))
     store = folder / "probe.zarr"
-    config = _with(plan.config, {"cache.path": str(store), "data.shards": heads})
+    config = _with(
+        plan.config, {"cache.path": str(store), "data.shards": heads, "data.held_out_shards": None}
+    )
     with redirect_stderr(io.StringIO()):  # the probe's own progress bar would look like stage 1's
         write_parts(replace(plan, config=config, shards=tuple(heads), manifest=manifest))
     step("measuring how long reading and recomputing take")

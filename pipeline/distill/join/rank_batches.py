@@ -33,6 +33,7 @@ class RankBatches:
     accumulation: int = 1
     block: int = 1  # neighbours of the store that stay near each other, see `shuffled`
     epoch: int = 0
+    is_shuffled: bool = True  # else in the data set's own order
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -45,7 +46,9 @@ class RankBatches:
 
     def __iter__(self) -> Iterator[list[Draw]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = shuffled(self.num_samples, generator, block=self.block)
+        order = torch.arange(self.num_samples)
+        if self.is_shuffled:
+            order = shuffled(self.num_samples, generator, block=self.block)
         together = self.batch_size * self.num_processes
         for start in range(0, len(self) * together, together):
             mine = start + self.process_index * self.batch_size

@@ -147,6 +147,10 @@ class ResumingTrainer(Trainer):
                 set_model_state_dict(self.distiller.heads, cast(Any, heads), options=whole)
         self.unlogged = json.loads((folder / RUN_FILE).read_text())["unlogged"]
 
+    def _load_best_model(self) -> None:
+        # The Trainer's own takes the file's names for those of the Distiller, and would load nothing.
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.is_fsdp_enabled or self.keeps_sharded_state:
             return super()._load_optimizer_and_scheduler(checkpoint)

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from cache import digest_of
 from pipeline.config.config import Config
+from pipeline.config.held_out import OF_CHECKPOINTS, OF_HELD_OUT, decides_weights
 from pipeline.config.training_arguments import HOW_IT_RUNS, OF_THE_LOG, samples_per_step
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.join.stores import TOKENS
@@ -26,12 +27,14 @@ SHOWN = 100  # characters of a value in a message
 
 GLOBAL_BATCH = "samples per step (batch size x accumulation x processes)"
 STUDENT_SETTINGS = "student's config.json"
+HELD_OUT = "held-out samples"
 PLACE_IN_A_LIST = re.compile(r"\[\d+\]")
 # Keys of paths -> the entries of `made_of` that compare what lies there, so that a moved copy is no change.
 CONTENTS_OF_PATHS: dict[str, tuple[str, ...]] = {
     "cache.path": ("store", "samples"),
     "caches.path": ("stores", "samples"),
     "data.shards": ("samples",),
+    "data.held_out_shards": ("samples",),
     "student.model": ("first weights", STUDENT_SETTINGS),
 }
 
@@ -64,7 +67,7 @@ class RunIdentity:
     samples_per_step: int
 
     @classmethod
-    def of(cls, config: Config, dataset: JoinedDataset) -> RunIdentity:
+    def of(cls, config: Config, dataset: JoinedDataset, held_out: JoinedDataset | None = None) -> RunIdentity:
         read = {"cache"} if config.caches is None else {"caches", "on_missing"}
         settings = settings_of_weights(config) | config.model_dump(mode="json", include=read)
         for cache in settings.get("caches") or [settings["cache"]]:
@@ -83,7 +86,11 @@ class RunIdentity:
         samples = {"number": len(dataset), "contents": _contents(dataset)}
         made_of |= {"samples": samples, "first weights": first_weights}
         made_of[STUDENT_SETTINGS] = _config_digest(checkpoint_folder(config.student.model))
-        digest = digest_of([settings, stored, len(dataset), first_weights])
+        parts = [settings, stored, len(dataset), first_weights]
+        if held_out is not None and decides_weights(config.train):
+            made_of |= {HELD_OUT: {"number": len(held_out), "contents": _contents(held_out)}}
+            parts.append(made_of[HELD_OUT])
+        digest = digest_of(parts)
         return cls(digest, json.loads(json.dumps(made_of)), samples_per_step(config.train, num_processes()))
 
     def to_json(self) -> dict[str, Any]:
@@ -132,10 +139,13 @@ class RunIdentity:
 def settings_of_weights(config: Config) -> dict[str, Any]:
     """Return the settings that a student's weights depend on, JSON-ready; stores and caches are left out.
 
-    Of `train`, how a run is logged and how its work is cut up do not count.
+    Of `train`, how a run is logged and how its work is cut up do not count, nor when held-out losses are computed,
+    unless they decide something.
     """
     settings = config.model_dump(mode="json", include={"student", "data", "targets", "losses", "train"})
-    left_out = OF_THE_LOG + HOW_IT_RUNS
+    left_out = {*OF_THE_LOG, *HOW_IT_RUNS, *OF_HELD_OUT}
+    if decides_weights(config.train):
+        left_out -= {*OF_HELD_OUT, *OF_CHECKPOINTS}
     settings["train"] = {name: value for name, value in settings["train"].items() if name not in left_out}
     return settings
 

@@ -15,8 +15,9 @@ from pipeline.config.config import Config
 from pipeline.distill.join.dataset import Refused
 from pipeline.distill.join.rank_batches import RankBatches
 from pipeline.distill.model.distiller import Terms
+from pipeline.distill.training.held_out import HeldOutTrainer
 from pipeline.distill.training.interruption import StopOnSignal, leave_signals_to_the_parent
-from pipeline.distill.training.resuming import CORRECT_TRAIN, ResumingTrainer
+from pipeline.distill.training.resuming import CORRECT_TRAIN
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.distill.training.term_log import TermLog, gradient_shares
 from pipeline.errors import ConfigError, PipelineError, building
@@ -47,7 +48,7 @@ class LeaveImagesOut(TrainerCallback):
                 parameter.grad = None
 
 
-class DistillTrainer(ResumingTrainer):
+class DistillTrainer(HeldOutTrainer):
     """A Trainer whose loss is the weighted sum of terms, each divided by its count over the whole step."""
 
     def __init__(self, *, settings: Config, identity: RunIdentity, **kwargs: Any):

@@ -146,6 +146,7 @@ def _inputs(config: Config) -> Iterator[tuple[str, str]]:
     held_out = {} if config.evaluate is None else config.evaluate.test_sets()
     every = [
         ("data.shards", config.data.shards),
+        ("data.held_out_shards", config.data.held_out_shards or []),
         *(("evaluate.shards", shards) for shards in held_out.values()),
     ]
     for key, shards in every:

@@ -47,10 +47,10 @@ def init(
     setting is in the config. Then the config's plan is printed: bytes, hours, and whether they fit.
     """
     from pipeline.init.begin import begin
-    from pipeline.teacher_cache.progress import EntryProgress
+    from pipeline.progress import Progress
 
     output = output or Path("runs") / (place.resolve().name if place.is_dir() else place.stem)
-    with EntryProgress(description="pack") as progress:
+    with Progress("pack", unit="entries", doing=f"reading {place}") as progress:
         begun = begin(place, output, teacher=teacher, student=student, say=print, progress=progress)
     print(f"config       {begun.config}")
     if with_plan:

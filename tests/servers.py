@@ -91,7 +91,7 @@ class Hub(BaseHTTPRequestHandler):
             return self._json({"id": "lab/store", "sha": "0" * 40, "siblings": []})
         if path.startswith("/api/datasets/lab/store/tree"):
             return self._json([self._about(name) for name in self._files])
-        name = path.partition("/resolve/main/")[2]
+        name = re.sub(r"^.*?/resolve/[^/]+/", "", path)
         if name not in self._files:
             return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         return self._file(self._files[name])
@@ -155,9 +155,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub_server() -> Iterator[tuple[str, list[list[str]]]]:
-    """A stand-in for the Hub with one empty data set; gives its address and the commits, a list of names each."""
-    with _serving(Hub) as (url, commits):
+def hub_server(files: dict[str, bytes] | None = None) -> Iterator[tuple[str, list[list[str]]]]:
+    """A stand-in for the Hub with one data set of these files; gives its address and the commits, names of each."""
+    with _serving(Hub, files=dict(files or {})) as (url, commits):
         yield url, commits
 
 
@@ -167,8 +167,9 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def _serving(handler: Any) -> Iterator[tuple[str, list[Any]]]:
+def _serving(handler: Any, **attributes: Any) -> Iterator[tuple[str, list[Any]]]:
     server = _Server(("127.0.0.1", 0), handler)
+    vars(server).update(attributes)
     server.requests = []  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

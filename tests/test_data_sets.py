@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from servers import hub_server
 from test_packing import picture, rejects_of, samples_of
 
 from pipeline.errors import PackError
 from pipeline.packing.pack import pack
 
+ROOT = Path(__file__).parent.parent
 PICTURES = [picture(number) for number in range(4)]
 
 
@@ -115,3 +119,20 @@ def test_a_folder_of_this_machine_asks_no_server(tmp_path, monkeypatch):
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     assert pack(tmp_path / "hub", tmp_path / "out").packed == 4
+
+
+@pytest.mark.slow
+def test_a_repository_of_the_hub_is_packed_by_its_id(tmp_path):
+    """In a process of its own: huggingface_hub reads its address when it is imported."""
+    data_set("texts").to_parquet(tmp_path / "train.parquet")
+    files = {"train-00000-of-00001.parquet": (tmp_path / "train.parquet").read_bytes()}
+    with hub_server(files) as (address, _):
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hub")}
+        command = [sys.executable, "cli.py", "pack", "lab/store", str(tmp_path / "out")]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert "4 samples seen = 4 packed + 0 rejected" in done.stdout
+    check(tmp_path / "out", "texts")
+    assert "lab/store@0000" in (tmp_path / "out" / "pack.json").read_text()

@@ -51,7 +51,7 @@ def open_source(annotations: str | Path, *, subset: str | None = None, split: st
     if path.exists() or is_hub_id:
         where = path if path.exists() else str(annotations)
         name, digest, rows = open_data_set(where, subset=subset, split=split)
-        folder = path if path.is_dir() else path.parent
+        folder = path if path.is_dir() else path.parent if path.exists() else Path()
         return Source(name, digest, lambda: enumerate(rows(), start=1), folder, holds_images=True)
     raise PackError(
         f"No annotations at {path}; name a JSON, JSONL or Parquet file, a folder of `datasets`, or a Hub id."

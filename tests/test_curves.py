@@ -10,7 +10,18 @@ import pytest
 from PIL import Image
 from small_sweep import SEEDS, write_sweep
 
-from pipeline.report.curves import MAX_POINTS, Curve, Scale, draw_panel, draw_sweep, thinned
+from pipeline.report.coinciding import groups_of, sentence
+from pipeline.report.curves import (
+    MAX_POINTS,
+    Curve,
+    Frame,
+    Scale,
+    draw_panel,
+    draw_sweep,
+    kind_for,
+    step_ticks,
+    thinned,
+)
 from pipeline.report.run_folder import read_json
 
 pytestmark = pytest.mark.slow
@@ -33,6 +44,11 @@ class Elements(HTMLParser):
         self.texts += [data.strip()] if data.strip() else []
 
 
+def panel_of(curves: list[Curve], scale: Scale, *, label: str = "x") -> str:
+    steps = [step for curve in curves for step in curve.steps]
+    return draw_panel(groups_of(curves, scale), Frame(scale, "loss, nats", steps), label=label)
+
+
 def line_of(svg: str, series: int) -> tuple[list[tuple[float, float]], str]:
     """The points of a series' line, and its style."""
     paths = [attributes for tag, attributes in Elements(svg).tags if tag == "path"]
@@ -42,11 +58,11 @@ def line_of(svg: str, series: int) -> tuple[list[tuple[float, float]], str]:
 
 
 def test_a_line_lies_where_its_scale_says():
-    svg = draw_panel([Curve([0, 50, 100], [0.0, 2.0, 1.0], 3)], Scale(0.0, 4.0), label="x")
-    # The axes take 15% to 98% of 237.6 points across, 13% to 96% of 136.8 from below.
-    left, width = 0.15 * 237.6, 0.83 * 237.6
-    bottom, height = 136.8 - 0.13 * 136.8, 0.83 * 136.8
-    free = width * (1 - 1 / 1.1) / 2  # matplotlib leaves 5% of the data's range at each end
+    svg = panel_of([Curve([0, 50, 100], [0.0, 2.0, 1.0], 3)], Scale(0.0, 4.0))
+    # The axes take 19% to 95% of 237.6 points across, 21% to 97% of 158.4 from below.
+    left, width = 0.19 * 237.6, 0.76 * 237.6
+    bottom, height = 158.4 - 0.21 * 158.4, 0.76 * 158.4
+    free = width * 0.03 / 1.06  # 3% of the steps' range at each end
     across = [left + free + (width - 2 * free) * part for part in (0, 0.5, 1)]
     expected = list(zip(across, [bottom - height * v / 4 for v in (0, 2, 1)], strict=True))
     points, _ = line_of(svg, 3)
@@ -56,15 +72,15 @@ def test_a_line_lies_where_its_scale_says():
 
 
 def test_a_logarithmic_line_lies_at_its_logarithms():
-    svg = draw_panel([Curve([0, 1, 2], [1.0, 0.1, 0.01], 1)], Scale(0.01, 1.0, "log"), label="x")
+    svg = panel_of([Curve([0, 1, 2], [1.0, 0.1, 0.01], 1)], Scale(0.01, 1.0, "log"))
     (_, top), (_, middle), (_, bottom) = line_of(svg, 1)[0]
     assert middle == pytest.approx((top + bottom) / 2, abs=1e-3) and top < bottom
 
 
 def test_a_panel_is_an_element_in_the_colours_of_its_page():
-    svg = draw_panel([Curve([0, 1], [0, 1], 2)], Scale(0, 1), label='the "term" <b>')
+    svg = panel_of([Curve([0, 1], [0, 1], 2)], Scale(0, 1), label='the "term" <b>')
     assert svg.startswith(
-        '<svg viewBox="0 0 237.6 136.8" role="img" aria-label="the &quot;term&quot; &lt;b&gt;">'
+        '<svg viewBox="0 0 237.6 158.4" role="img" aria-label="the &quot;term&quot; &lt;b&gt;">'
     )
     assert "http" not in svg and "font-family" not in svg and "<style" not in svg and "<!--" not in svg
     colours = set(re.findall(r"(?:stroke|fill): ([^;\"]+)", svg)) - {"none"}
@@ -73,15 +89,74 @@ def test_a_panel_is_an_element_in_the_colours_of_its_page():
 
 def test_two_panels_of_a_page_share_no_id_and_one_drawn_twice_is_the_same():
     curves, scale = [Curve([0, 1], [0, 1], 1)], Scale(0, 1)
-    one, other = draw_panel(curves, scale, label="one"), draw_panel(curves, scale, label="other")
+    one, other = panel_of(curves, scale, label="one"), panel_of(curves, scale, label="other")
     assert not set(re.findall(r'id="([^"]+)"', one)) & set(re.findall(r'id="([^"]+)"', other))
-    assert one == draw_panel(curves, scale, label="one")
+    assert one == panel_of(curves, scale, label="one")
 
 
-def test_values_far_apart_and_positive_get_a_logarithmic_scale():
-    assert Scale.covering([0.05, 1.0]) == Scale(0.05 / 1.2, 1.2, "log")
-    assert Scale.covering([0.06, 1.0]).kind == "linear"
+def test_one_panel_of_values_far_apart_makes_all_logarithmic_if_all_are_positive():
+    assert kind_for([[0.05, 1.0], [1.0, 2.0]]) == "log"
+    assert kind_for([[0.06, 1.0], [1.0, 2.0], [], [float("nan")]]) == "linear"
+    assert kind_for([[0.05, 1.0], [0.0, 1.0]]) == "linear"
+    assert Scale.covering([0.05, 1.0], "log") == Scale(0.05 / 1.2, 1.2, "log")
     assert Scale.covering([0.0, 1.0]) == Scale(-0.06, 1.06)
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0], [1.9, 2.3], [1.0, 15.0], [0.9, 30.0], [0.001, 10.0]])
+def test_a_logarithmic_axis_has_some_ticks_and_not_too_many(values: list[float]):
+    texts = Elements(panel_of([Curve([1, 2], values, 1)], Scale.covering(values, "log"))).texts
+    ticks = [float(text) for text in texts if re.fullmatch(r"[\d.]+", text)]
+    assert 2 + 2 <= len(ticks) <= 8 + 2  # two are steps
+
+
+@pytest.mark.parametrize(
+    ("steps", "ticks"),
+    [
+        ([10, 20, 30], [10, 20, 30]),
+        (range(100, 1600, 100), [300, 600, 900, 1200, 1500]),
+        ([1, *range(100, 1600, 100)], [300, 700, 1100, 1500]),
+        ([7], [7]),
+    ],
+)
+def test_ticks_are_at_steps_that_were_logged(steps, ticks):
+    assert step_ticks(steps) == ticks
+    texts = Elements(panel_of([Curve(list(steps), [1.0] * len(steps), 1)], Scale(0, 2))).texts
+    assert texts[: len(ticks)] == [f"{tick:,}" for tick in ticks]
+
+
+def test_axes_are_named_and_panels_of_a_page_have_the_same_steps():
+    curve, scale = Curve([10, 20], [1.0, 2.0], 1), Scale(0, 4)
+    texts = Elements(draw_panel([[curve]], Frame(scale, "loss, nats", [10, 20, 30]), label="x")).texts
+    assert {"optimizer step", "loss, nats", "30"} <= set(texts)
+
+
+def test_curves_that_coincide_take_turns_and_are_named():
+    low, high = [1.0, 0.5], [2.0, 1.0]
+    curves = [Curve([1, 2], low, 1), Curve([1, 2], [1.001, 0.5], 2), Curve([1, 2], high, 3, dashed=True)]
+    svg = panel_of(curves, scale := Scale(0.0, 2.5))
+    dashes = [
+        re.search(r"stroke-dasharray: ([^;]+); stroke-dashoffset: ([^;]+)", line_of(svg, n)[1])
+        for n in (1, 2)
+    ]
+    assert dashes[0] and dashes[1] and dashes[0][1] == dashes[1][1] and dashes[0][2] != dashes[1][2]
+    assert line_of(panel_of(curves[:1], scale), 1)[1].count("dash") == 0
+    labels = {1: "all", 2: "attention", 3: "none"}
+    assert sentence(curves, scale, labels) == "all and attention coincide"
+    assert sentence([*curves, Curve([1, 2], high, 2)], scale, labels) == (
+        "all and attention coincide in 1 of 2 runs; attention and none coincide in 1 of 2 runs"
+    )
+    assert (
+        sentence([*curves, Curve([1, 2], low, 3)], scale, labels)
+        == "all, attention and none coincide in 1 of 2 runs"
+    )
+    apart = [curves[0], Curve([1, 2], [1.02, 0.5], 2), Curve([1, 3], low, 3)]
+    assert sentence(apart, scale, labels) == ""
+
+
+def test_values_that_are_not_finite_coincide_with_their_like():
+    nan = float("nan")
+    curves = [Curve([1, 2], [1.0, nan], 1), Curve([1, 2], [1.0, nan], 2), Curve([1, 2], [1.0, 1.0], 3)]
+    assert sentence(curves, Scale(0, 2), {1: "a", 2: "b", 3: "c"}) == "a and b coincide"
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [3.0, 3.0], [float("nan")], [-1.0]])

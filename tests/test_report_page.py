@@ -159,6 +159,9 @@ def test_every_term_has_its_three_panels(sweep: Path):
     for term in ("supervised", "attention", "vision_all"):
         for kind in ("raw", "weighted", "share of gradient norm"):
             assert f"{term}: {kind}, over optimizer steps" in labels
+    texts = " ".join(page.text.split())
+    assert "optimizer step" in texts and "weight × loss, nats" in texts and "loss, mean square" in texts
+    assert "losses=all, losses=attention and losses=none coincide." in texts
     assert (
         "one thin line for each of 6 runs; all seeds of a variation have one colour, labels only is dashed."
         in page.text

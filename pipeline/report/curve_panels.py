@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report.curves import MAX_POINTS, NUM_SERIES, Curve, Scale, draw_panel
+from pipeline.report.coinciding import groups_of, sentence
+from pipeline.report.curves import MAX_POINTS, NUM_SERIES, Curve, Frame, Scale, draw_panel, kind_for
 from pipeline.report.findings import Findings
 from pipeline.report.training_run import TrainingRun
 
-WEIGHTED, SHARE = "weighted", "share of gradient norm"
-KINDS = {"raw": "loss/{}", WEIGHTED: "loss/{}_weighted", SHARE: "gradient_share/{}"}
+RAW, WEIGHTED, SHARE = "raw", "weighted", "share of gradient norm"
+KINDS = {RAW: "loss/{}", WEIGHTED: "loss/{}_weighted", SHARE: "gradient_share/{}"}
+NATS, SQUARE = "nats", "mean square"
+UNITS = {"supervised": NATS, "logits": NATS, "vision_all": SQUARE, "vision_focus": SQUARE}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """An `<svg>`, '' where nothing was logged, and a sentence about curves that coincide, '' where none do."""
+
+    svg: str = ""
+    coinciding: str = ""
 
 
 def draw_curves(findings: Findings) -> dict[str, Any]:
     """Draw all panels, and return what the page says of them.
 
-    `rows` is term -> one `<svg>` for each of `kinds`, '' where nothing was logged. `legend` holds the variations
-    drawn, `not_drawn` those beyond the colours; `num_gone` counts runs whose folders are gone. Panels of the weighted
-    terms share one scale, so that terms can be compared.
+    `rows` is term -> a panel for each of `kinds`. `legend` holds the variations drawn, `not_drawn` those beyond the
+    colours; `num_gone` counts runs whose folders are gone. Panels of the weighted terms share one scale, so that
+    terms can be compared; those of losses are all linear or all logarithmic; all have the same steps.
     """
     baselines = {result.label for result in findings.results if result.is_baseline}
     labels = findings.labels()
     number_of = {label: number for number, label in enumerate(labels[:NUM_SERIES], start=1)}
+    label_of = {number: label for label, number in number_of.items()}
     runs = [run for run in findings.runs if run.history and run.label in number_of]
     terms = dict.fromkeys(term for run in runs for term in run.terms)
     curves = {
@@ -32,14 +45,16 @@ def draw_curves(findings: Findings) -> dict[str, Any]:
         for term in terms
         for kind, key in KINDS.items()
     }
-    weighted = _covering(
-        [curve for (_, kind), panel in curves.items() if kind == WEIGHTED for curve in panel]
-    )
-    fixed = {WEIGHTED: weighted, SHARE: Scale(0.0, 1.04, unit="percent")}
+    scales = _scales(curves)
+    steps = sorted({step for panel in curves.values() for curve in panel for step in curve.steps})
 
-    def panel(term: str, kind: str) -> str:
-        drawn, label = curves[term, kind], f"{term}: {kind}, over optimizer steps"
-        return draw_panel(drawn, fixed.get(kind) or _covering(drawn), label=label) if drawn else ""
+    def panel(term: str, kind: str) -> Panel:
+        drawn, scale = curves[term, kind], scales[term, kind]
+        if not drawn:
+            return Panel()
+        frame = Frame(scale, axis_name(kind, unit_of(term, findings)), steps)
+        svg = draw_panel(groups_of(drawn, scale), frame, label=f"{term}: {kind}, over optimizer steps")
+        return Panel(svg, sentence(drawn, scale, label_of))
 
     kinds = [kind for kind in KINDS if any(curves[term, kind] for term in terms)]
     return {
@@ -63,5 +78,30 @@ def _curve(run: TrainingRun, key: str, number_of: Mapping[str, int], baselines: 
     return Curve(steps, values, number_of[run.label], run.label in baselines) if entries else None
 
 
-def _covering(curves: Sequence[Curve]) -> Scale:
-    return Scale.covering([value for curve in curves for value in curve.values])
+def _scales(curves: Mapping[tuple[str, str], Sequence[Curve]]) -> dict[tuple[str, str], Scale]:
+    values = {place: [value for curve in panel for value in curve.values] for place, panel in curves.items()}
+    kind_of_losses = kind_for([of for (_, kind), of in values.items() if kind != SHARE])
+    weighted = [value for (_, kind), of in values.items() if kind == WEIGHTED for value in of]
+    return {
+        (term, kind): Scale(0.0, 1.04, unit="percent")
+        if kind == SHARE
+        else Scale.covering(weighted if kind == WEIGHTED else of, kind_of_losses)
+        for (term, kind), of in values.items()
+    }
+
+
+def unit_of(term: str, findings: Findings) -> str:
+    """Return the unit of a term; '' if it is not known. Attention has one for each distance that the runs had."""
+    if term != "attention":
+        return UNITS.get(term, "")
+    settings = (findings.config.get("losses") or {}).get(term) or {}
+    distances = findings.varied.get("losses.attention.distance") or [settings.get("distance", "kl")]
+    return " or ".join(dict.fromkeys(SQUARE if distance == "mse" else NATS for distance in distances))
+
+
+def axis_name(kind: str, unit: str) -> str:
+    """Return what stands beside the axis of a panel's values."""
+    if kind == SHARE:
+        return kind
+    name = "loss" if kind == RAW else "weight × loss"
+    return f"{name}, {unit}" if unit else name

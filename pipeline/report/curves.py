@@ -6,7 +6,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator
 
 from pipeline.errors import writing
 
@@ -26,7 +26,11 @@ NUM_SERIES = 8
 CSS |= {f"#0001{number:02x}": f"var(--series-{number})" for number in range(1, NUM_SERIES + 1)}
 
 MAX_POINTS = 300  # a panel is 340 pixels wide: more points would not be visible
+MAX_TICKS = 5
 LOG_FROM = 20.0  # largest over smallest value from which a linear scale would hide the end of a curve
+DASH = 4.0  # points, of each of several curves that coincide
+
+Kind = Literal["linear", "log"]
 
 # For the files, which have a white background: readable in grey and with colour blindness.
 BLUE, GREY, PALE = "#0072b2", "#6b6b6b", "#d9d9d9"
@@ -48,33 +52,91 @@ class Scale:
 
     low: float
     high: float
-    kind: Literal["linear", "log"] = "linear"
+    kind: Kind = "linear"
     unit: Literal["", "percent"] = ""
 
     @classmethod
-    def covering(cls, values: Sequence[float]) -> Scale:
-        """Return a scale a little wider than all finite values; logarithmic if all are positive and far apart."""
-        finite = [value for value in values if math.isfinite(value)] or [0.0]
+    def covering(cls, values: Sequence[float], kind: Kind = "linear") -> Scale:
+        """Return a scale a little wider than all finite values; for a logarithmic one all must be positive."""
+        finite = [value for value in values if math.isfinite(value)] or [1.0]
         low, high = min(finite), max(finite)
-        if low > 0 and high / low >= LOG_FROM:
+        if kind == "log":
             return cls(low / 1.2, high * 1.2, "log")
         margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
         return cls(low - margin, high + margin)
 
+    def place(self, value: float) -> float:
+        """Return where a value lies, from 0 at the bottom to 1 at the top."""
+        low, high = self.low, self.high
+        if self.kind == "log":
+            low, value, high = (
+                math.log(number) if number > 0 else -math.inf for number in (low, value, high)
+            )
+        return (value - low) / (high - low)
 
-def draw_panel(curves: Sequence[Curve], scale: Scale, *, label: str) -> str:
-    """Return curves over optimizer steps as an `<svg>` for a page; `label` is for screen readers."""
-    figure = Figure(figsize=(3.3, 1.9))
-    axes = figure.add_axes((0.15, 0.13, 0.83, 0.83))
-    for curve in curves:
-        steps, values = thinned(curve.steps), thinned(curve.values)
-        style = {"linestyle": (0, (4, 2)) if curve.dashed else "-", "marker": "." if len(steps) == 1 else ""}
-        axes.plot(steps, values, color=f"#0001{curve.series:02x}", linewidth=0.9, **style)
+
+def kind_for(panels: Iterable[Sequence[float]]) -> Kind:
+    """Return one kind of scale for panels of one quantity: logarithmic if one needs it and all can have it."""
+    finite = [[value for value in values if math.isfinite(value)] for values in panels]
+    filled = [values for values in finite if values]
+    if any(min(values) <= 0 for values in filled):
+        return "linear"
+    return "log" if any(max(values) / min(values) >= LOG_FROM for values in filled) else "linear"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Both axes of a panel: the scale and name of the values, and all steps that a panel of the page has."""
+
+    scale: Scale
+    name: str
+    steps: Sequence[float]
+
+
+def draw_panel(groups: Sequence[Sequence[Curve]], frame: Frame, *, label: str) -> str:
+    """Return curves over optimizer steps as an `<svg>` for a page; `label` is for screen readers.
+
+    Curves of one group coincide: their colours take turns along the line.
+    """
+    return _inline(panel_figure(groups, frame), label)
+
+
+def panel_figure(groups: Sequence[Sequence[Curve]], frame: Frame) -> Figure:
+    """Draw a panel in its placeholder colours."""
+    figure = Figure(figsize=(3.3, 2.2))
+    axes = figure.add_axes((0.19, 0.21, 0.76, 0.76))
+    for group in groups:
+        series = sorted({curve.series for curve in group})
+        for curve in group:
+            _draw_curve(axes, curve, turn=series.index(curve.series), turns=len(series))
     _style(axes, ink=INK, rule=RULE, grid="y")
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.set_xlabel("optimizer step", fontsize=8, color=INK)
+    axes.set_ylabel(frame.name, fontsize=8, color=INK)
+    axes.set_xticks(step_ticks(frame.steps))
+    first, last = min(frame.steps), max(frame.steps)
+    margin = 0.03 * (last - first) or 1.0
+    axes.set_xlim(first - margin, last + margin)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    _scale_vertically(axes, scale)
-    return _inline(figure, label)
+    _scale_vertically(axes, frame.scale)
+    return figure
+
+
+def _draw_curve(axes: Axes, curve: Curve, *, turn: int, turns: int) -> None:
+    steps, values = thinned(curve.steps), thinned(curve.values)
+    style: Any = (0, (4, 2)) if curve.dashed else "-"
+    if turns > 1:
+        style = (DASH * ((turns - turn) % turns), (DASH, DASH * (turns - 1)))
+    marker = "." if len(steps) == 1 else ""
+    axes.plot(
+        steps, values, color=f"#0001{curve.series:02x}", linewidth=0.9, linestyle=style, marker=marker,
+        dash_capstyle="butt",
+    )  # fmt: skip
+
+
+def step_ticks(steps: Iterable[float]) -> list[float]:
+    """Return at most `MAX_TICKS` of the steps, evenly counted, the last among them."""
+    known = sorted(set(steps))
+    return known[::-1][:: -(-len(known) // MAX_TICKS)][::-1]
 
 
 def thinned(numbers: Sequence[float]) -> list[float]:
@@ -155,13 +217,20 @@ def _scale_vertically(axes: Axes, scale: Scale) -> None:
     axes.set_yscale(scale.kind)
     axes.set_ylim(scale.low, scale.high)
     if scale.kind == "log":
-        subs = (1.0, 3.0) if scale.high / scale.low < 1000 else (1.0,)
-        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+        axes.yaxis.set_major_locator(_log_ticks(scale.high / scale.low))
         axes.yaxis.set_minor_locator(LogLocator(subs=()))
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     factor, sign = (100, "%") if scale.unit == "percent" else (1, "")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:.5g}{sign}"))
+
+
+def _log_ticks(span: float) -> Locator:
+    """Return the ticks of a logarithmic axis; one that covers less than a decade has those of a linear one."""
+    if span < 10:
+        return MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
+    subs = (1.0, 2.0, 5.0) if span < 50 else (1.0, 3.0) if span < 1000 else (1.0,)
+    return LogLocator(subs=subs, numticks=8)
 
 
 def _inline(figure: Figure, label: str) -> str:

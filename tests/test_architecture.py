@@ -31,7 +31,7 @@ ROOMS: dict[str, str] = {
     "pipeline/studies": "evaluation data config models/mobilevlm",
     "pipeline/conformance": "data config models models/mobilevlm models/files targets",
     "pipeline/inspection": "distill/join data config losses models models/files targets",
-    "pipeline/evaluation": "distill distill/training distill/join data config models models/files",
+    "pipeline/evaluation": "distill distill/training distill/join data config models models/files targets",
     "pipeline/teacher_cache": "data config models targets",
     "pipeline/distill": "distill/training distill/model distill/join data config models models/files targets",
     "pipeline/distill/training": "distill/model distill/join config losses models models/files",

@@ -16,6 +16,7 @@ from pipeline.config.cache_settings import CacheConfig
 from pipeline.config.config import Config
 from pipeline.distill.parts import open_dataset
 from pipeline.distill.training.run_identity import RunIdentity
+from pipeline.evaluation.answer_scores import metrics_for
 from pipeline.evaluation.experiment import run_experiment
 from pipeline.evaluation.scores import evaluate_checkpoint
 from pipeline.settings import Section
@@ -104,7 +105,9 @@ def test_the_readers_of_a_key_are_those_that_read_it(experiment, tmp_path, capsy
         if variant is not SEVERAL:
             works = {"stage 1": lambda c=config: cache_teacher(c), **works}
         if config.evaluate is not None:
-            works["evaluate"] = lambda c=config: evaluate_checkpoint(c, str(experiment.teacher))
+            works["evaluate"] = lambda c=config: metrics_for(
+                c.evaluate, evaluate_checkpoint(c, str(experiment.teacher))
+            )
         for name, work in works.items():
             with recorded_reads() as of_work:
                 work()
@@ -198,6 +201,7 @@ OTHER: dict[str, str | tuple[list[str], list[str]]] = {
     "evaluate.max_new_tokens": "1",
     "evaluate.dtype": "bfloat16",
     "evaluate.batch_size": "1",
+    "evaluate.metrics": "[rouge_l]",
 }  # fmt: skip
 
 

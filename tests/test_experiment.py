@@ -43,7 +43,7 @@ def test_the_table_sets_both_students_beside_the_teacher(finished):
 def test_results_are_saved_with_where_they_come_from(finished):
     config, _, _ = finished
     results = json.loads((Path(config.output_dir) / "results.json").read_text())
-    assert sorted(results) == ["accuracy", "gain", "provenance"]
+    assert sorted(results) == ["accuracy", "gain", "provenance", "scores"]
     assert sorted(results["accuracy"]["test"]) == ["student, Align-KD", "student, labels only", "teacher"]
     assert results["accuracy"]["test"]["teacher"]["all"][1] == results["gain"]["test"]["num_questions"] == 6
     assert results["provenance"]["config"] == config.model_dump(mode="json")

@@ -244,20 +244,35 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="File for the predictions, JSON lines.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a checkpoint's exact-match accuracy on the config's held-out conversations, by question type."""
+    """Measure a checkpoint on the config's held-out conversations: accuracy and log probability of the references.
+
+    Accuracy is of exact matches, by question type. Where references are sentences, token F1 and ROUGE-L are shown,
+    too; `evaluate.metrics` chooses.
+    """
     settings = load(config, overrides)
+    from pipeline.evaluation.answer_scores import metrics_for, score_table, scores_by_type
     from pipeline.evaluation.compare import accuracy_table
     from pipeline.evaluation.evaluate import accuracy_by_type, by_test_set
     from pipeline.evaluation.scores import evaluate_checkpoint
 
     sets = by_test_set(evaluate_checkpoint(settings, model or settings.teacher.model, output=output))
+    assert settings.evaluate is not None  # else there would be no predictions
+    metrics = {
+        test_set: metrics_for(settings.evaluate, predictions) for test_set, predictions in sets.items()
+    }
     if as_json:
-        scores = {test_set: accuracy_by_type(predictions) for test_set, predictions in sets.items()}
         print(json.dumps({
-            test_set: {name: {"accuracy": share, "questions": n} for name, (share, n) in by_type.items()}
-            for test_set, by_type in scores.items()
+            test_set: {
+                name: {"accuracy": accuracy[name][0], "questions": scores.questions, **scores.to_json()}
+                for name, scores in scores_by_type(predictions, metrics[test_set]).items()
+            }
+            for test_set, predictions in sets.items()
+            for accuracy in [accuracy_by_type(predictions)]
         }))  # fmt: skip
         return
     for test_set, predictions in sets.items():
         print(f"test set {test_set}\n" if len(sets) > 1 else "", end="")
-        print(accuracy_table({model or "teacher": predictions}))
+        of_model = {model or "teacher": predictions}
+        if "exact_match" in metrics[test_set]:
+            print(accuracy_table(of_model), end="\n\n")
+        print(score_table(of_model, metrics[test_set]))

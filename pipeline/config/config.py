@@ -26,6 +26,7 @@ from pipeline.settings import LocalPath, Section
 from pipeline.targets.targets import TARGETS
 
 Shards = str | list[str]
+Metric = Literal["exact_match", "token_f1", "rouge_l"]
 
 
 class DataConfig(Section):
@@ -107,6 +108,9 @@ class EvaluateConfig(Section):
     """Dtype of the model's weights while it answers. [stage 2, evaluate]"""
     batch_size: int = Field(default=32, ge=1)
     """Questions answered together. [questions; stage 2, evaluate]"""
+    metrics: Annotated[list[Metric], Field(min_length=1)] | None = None
+    """What is shown beside the reference's log probability; null: exact match, and where the median reference has
+    more than five words token F1 and ROUGE-L, too. [stage 2, evaluate]"""
 
     def test_sets(self) -> dict[str, Shards]:
         """Return the shards by the test set's name; a single one is called `test`."""

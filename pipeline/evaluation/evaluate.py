@@ -1,10 +1,10 @@
-"""Exact-match accuracy: greedy answers to held-out conversations, compared word for word, by question type."""
+"""Greedy answers to held-out conversations, and the log probability of the reference answers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from pipeline.data.preparation import Preparation, pad_tokens
 from pipeline.data.shards import Rejected, expand_shards, read_shard, read_span
 from pipeline.distill.join.memory import TensorCache
 from pipeline.errors import BadSample, PipelineError, ShardError, building
+from pipeline.evaluation.references import Reference, reference_after, reference_log_probs
 from pipeline.models.loading import load_network
 from pipeline.models.vlm import ImageFeatures, VisionLanguageModel
 from pipeline.positions import IGNORE_INDEX
@@ -33,7 +34,11 @@ FEATURE_CACHE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one question of a test set; `group` is shared by the questions of one image (bootstrap)."""
+    """The answer to one question of a test set; `group` is shared by the questions of one image (bootstrap).
+
+    `log_prob` is that of the reference `answer`, summed over its `num_tokens`, the end mark included; None with 0
+    tokens where the template cannot express it. `num_tokens` is None in files of earlier versions.
+    """
 
     key: str
     group: str
@@ -41,6 +46,13 @@ class Prediction:
     answer: str
     prediction: str
     test_set: str = "test"
+    # In another batch they are rounded otherwise.
+    log_prob: float | None = field(default=None, compare=False)
+    num_tokens: int | None = None
+
+    @property
+    def is_scored(self) -> bool:
+        return self.num_tokens is not None
 
     @property
     def correct(self) -> bool:
@@ -53,6 +65,7 @@ class Question:
 
     unanswered: Prediction
     prompt: NDArray[np.int32]
+    reference: Reference
     sizes: tuple[int, ...]  # vision tokens of each image
     shard: str
     image_digests: tuple[str, ...]
@@ -151,9 +164,12 @@ def read_questions(
                 prediction="",
                 test_set=test_set,
             )
-            prompt = preparation.prompt(item.conversations, preparation.sizes_of(item.images))
+            sizes = preparation.sizes_of(item.images)
+            prompt = preparation.prompt(item.conversations, sizes)
             ids = np.array(prompt.input_ids, dtype=np.int32)
-            yield Question(unanswered, ids, prompt.sizes, shard, item.image_digests, item.image_spans)
+            reference = reference_after(prompt, item.conversations, sizes, preparation)
+            places = (shard, item.image_digests, item.image_spans)
+            yield Question(unanswered, ids, reference, prompt.sizes, *places)
 
 
 def _answer(
@@ -171,7 +187,13 @@ def _answer(
     images = _features(vlm, preparation, questions, features)
     generated = vlm.generate(batch, images, generation_config=vlm.network.generation_config)
     texts = preparation.tokenizer.batch_decode(generated, skip_special_tokens=True)
-    return [replace(q.unanswered, prediction=text) for q, text in zip(questions, texts, strict=True)]
+    log_probs = reference_log_probs(
+        vlm, prompts, [q.reference for q in questions], images, preparation.image_token_id
+    )
+    return [
+        replace(q.unanswered, prediction=text, log_prob=log_prob, num_tokens=q.reference.num_tokens)
+        for q, text, log_prob in zip(questions, texts, log_probs, strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from pipeline.config.provenance import provenance, replace_text
 from pipeline.distill.student import train_student, training_arguments
 from pipeline.distill.training.processes import is_first_process
 from pipeline.distill.training.training_folder import MODEL_FOLDER, check_inputs
+from pipeline.evaluation.answer_scores import metrics_for, scores_by_type
 from pipeline.evaluation.compare import Answered, accuracy_table, paired_gain, questions_of
 from pipeline.evaluation.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set
 from pipeline.evaluation.scores import (
@@ -70,10 +71,11 @@ def _compare(config: Config, models: dict[str, list[Prediction]], output: Path) 
             f"{predictions_file(config, config.teacher.model)} answers other questions than the students: "
             "the teacher is left out; run `alignkd evaluate` with this config"
         )
-    results: dict[str, Any] = {"accuracy": {}, "gain": {}}
+    results: dict[str, Any] = {"accuracy": {}, "scores": {}, "gain": {}}
     for test_set in sets[DISTILLED]:
         of_set = {name: predictions[test_set] for name, predictions in sets.items()}
         results["accuracy"][test_set] = {name: accuracy_by_type(p) for name, p in of_set.items()}
+        results["scores"][test_set] = _other_scores(config, of_set)
         table = accuracy_table(of_set)
         blocks.append(table if len(sets[DISTILLED]) == 1 else f"test set {test_set}\n{table}")
         if BASELINE in of_set:
@@ -87,3 +89,13 @@ def _compare(config: Config, models: dict[str, list[Prediction]], output: Path) 
     results["provenance"] = provenance(config)
     replace_text(output / "results.json", json.dumps(results, indent=1) + "\n")
     return "\n\n".join(blocks)
+
+
+def _other_scores(config: Config, models: dict[str, list[Prediction]]) -> dict[str, Any]:
+    """Return model -> question type -> the scores that `alignkd evaluate` shows beside accuracy."""
+    assert config.evaluate is not None
+    metrics = metrics_for(config.evaluate, models[DISTILLED])
+    return {
+        name: {kind: scores.to_json() for kind, scores in scores_by_type(predictions, metrics).items()}
+        for name, predictions in models.items()
+    }

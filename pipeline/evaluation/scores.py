@@ -27,10 +27,12 @@ def evaluate_checkpoint(config: Config, model: str, *, output: Path | None = Non
         raise ConfigError("the config has no `evaluate` section; name held-out shards as evaluate.shards")
     output = output or predictions_file(config, model)
     stamp, weights = _stamp(output), _weights_of(Checkpoint(model))
-    settings = config.evaluate.model_dump(mode="json", exclude={"shards", "batch_size"})
+    settings = config.evaluate.model_dump(mode="json", exclude={"shards", "batch_size", "metrics"})
     preparation = load_preparation(model, config.data).digests()
     identity = digest_of([weights["digest"], preparation, held_out_digests(config.evaluate), settings])
-    if not output.is_file() or finished_identity(stamp) != identity:
+    is_known = output.is_file() and finished_identity(stamp) == identity
+    # An earlier version kept no log probabilities of the references.
+    if not is_known or not all(prediction.is_scored for prediction in read_predictions(output)):
         stamp.unlink(missing_ok=True)
         evaluate_model(model, config.data, config.evaluate, output=output, description=f"evaluate {model}")
     if (finished_identity(stamp), read_mark(stamp).get("weights")) != (identity, weights):

@@ -20,7 +20,7 @@ def run_identity(config: Config) -> str:
     return digest_of([
         settings_of_weights(config),
         samples_per_step(config.train, num_processes()),
-        config.evaluate.model_dump(mode="json", exclude={"batch_size"}),
+        config.evaluate.model_dump(mode="json", exclude={"batch_size", "metrics"}),
         _stores_identity(config),
         _weights_identity(config.student.model),
         _questions_identity(config.evaluate.model_dump_json()),

@@ -38,10 +38,11 @@ from cache.errors import (
     UnsafeName,
     UnsupportedFormat,
 )
-from cache.files.any_path import local
+from cache.files.any_path import Range, RemotePath, find_ranges, local
 from cache.files.durable import hash_file, replace_file, sync_directory
 from cache.files.local_files import drop_from_memory
 from cache.files.mirror import Mirror
+from cache.files.remote_files import RemoteFile, find_files, has_ranges, is_glob, stat_files, stream_file
 from cache.format.codec import Codec
 from cache.format.codecs import CODECS
 from cache.format.documents import digest_of

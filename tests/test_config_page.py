@@ -65,10 +65,15 @@ def test_a_key_without_what_the_page_needs_is_refused(name: str):
 
 # Between them these configs use every key.
 VARIANTS = (
-    ["evaluate=null", "data.max_length=60"],  # a sample is too long, and is rejected
+    [
+        "evaluate=null",
+        "data.max_length=60",
+        "data.mirror={tmp}/mirror",
+    ],  # a sample is too long, and is rejected
     [
         "baseline=true",
         "cache.mirror={tmp}/mirror",
+        "data.mirror={tmp}/mirror",
         "targets.attention.codec=fixed_point",
         "targets.vision.codec=fixed_point",
         "targets.logits.tail_samples=2",
@@ -158,6 +163,8 @@ OTHER: dict[str, str | tuple[list[str], list[str]]] = {
     "student.lora.target_modules": "[q_proj]",
     "data.shards": "{shard}",
     "data.held_out_shards": "{shard}",
+    "data.mirror": "{tmp}/mirror",
+    "data.mirror_bytes": "1000",
     "data.fraction": "0.5",
     "data.template": "plain",
     "data.max_length": "199",

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset.compat import WebDataset
 
-from pipeline.data.shards import Sample, expand_shards, read_shard
+from pipeline.data.shard_names import expand_shards
+from pipeline.data.shards import Sample, read_shard
 from pipeline.data.tars import MAX_MEMBER_BYTES
 from pipeline.errors import PackError
 from pipeline.packing.pack import key_of_id, pack

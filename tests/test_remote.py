@@ -31,7 +31,7 @@ from cache import (
     summarise,
     verify,
 )
-from cache.files.remote import _unreachable
+from cache.files.remote import unreachable
 from pipeline.distill.student import train_student
 
 pytestmark = pytest.mark.slow
@@ -163,8 +163,8 @@ def test_a_server_that_forbids_what_is_absent_may_mean_that(tmp_path, impatient)
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Forbidden"), HTTPError("", 403, "", Message(), None)])
 def test_every_spelling_of_403_may_mean_that_nothing_is_there(error):
-    assert "may also mean that it is not there" in str(_unreachable("s3://lab/s", error))
-    assert "not there" not in str(_unreachable("s3://lab/s", OSError(5, "Input/output error")))
+    assert "may also mean that it is not there" in str(unreachable("s3://lab/s", error))
+    assert "not there" not in str(unreachable("s3://lab/s", OSError(5, "Input/output error")))
 
 
 @pytest.mark.slow

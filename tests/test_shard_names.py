@@ -8,7 +8,8 @@ import pytest
 from small_experiment import write_shard
 from test_shards import TEXT_TURNS, TURNS, picture, read_members, record
 
-from pipeline.data.shards import Rejected, Sample, expand_shards
+from pipeline.data.shard_names import expand_shards
+from pipeline.data.shards import Rejected, Sample
 from pipeline.errors import ShardError
 
 PAIR = (("json", record()), ("png", picture()))

@@ -16,7 +16,8 @@ from tiny_families import FAMILIES, PARTS, write_checkpoint
 from tiny_tokenizers import SPECIAL_TOKENS
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from pipeline.data.shards import Sample, expand_shards, read_shard
+from pipeline.data.shard_names import expand_shards
+from pipeline.data.shards import Sample, read_shard
 from pipeline.models.processors import load_processor
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,9 @@ from small_store import fill_part, manifest, sample_arrays, write_store
 
 from cache import CorruptFile, CorruptPart, Span, Store, StoreWriter, UnreadableFile, verify
 from cache.files.local_files import max_open, read_ranges, sizes_below
-from pipeline.data.shards import expand_shards, read_shard, read_span
+from pipeline.data.shard_names import expand_shards
+from pipeline.data.shards import read_shard
+from pipeline.data.spans import read_span
 from pipeline.errors import ShardError
 
 PART = "shard-000000"

@@ -107,11 +107,12 @@ def _array(spec: ArraySpec, parts: list[FinishedPart], *, samples: int) -> Array
 def _content(manifest: Manifest, records: list[PartRecord]) -> str:
     """Return the digest of all that readers see: what the store is for, what it plans, and the files of every part.
 
-    Times are left out: how long a part took, and when its shard was copied (names in `source` that end in `_ns`).
+    Left out are how long a part took, when its shard was copied (names in `source` that end in `_ns`), and what a
+    server calls the content of the file that it came from (`version`).
     """
     parts = {
         record.part: [
-            {name: value for name, value in record.source.items() if not name.endswith("_ns")},
+            {name: value for name, value in record.source.items() if not name.endswith(("_ns", "version"))},
             asdict(record.counts),
             {name: file.blake3 for name, file in record.files.items()},
         ]

@@ -83,19 +83,20 @@ def read_file(file: AnyPath) -> bytes | None:
     return find_ranges([Range(file)])[0]
 
 
-def find_ranges(ranges: Sequence[Range]) -> list[bytes | None]:
+def find_ranges(ranges: Sequence[Range], *, gap: int = 0) -> list[bytes | None]:
     """Return the bytes of every range, as `iter_ranges` yields them."""
-    return list(iter_ranges(ranges))
+    return list(iter_ranges(ranges, gap=gap))
 
 
-def iter_ranges(ranges: Sequence[Range]) -> Iterator[bytes | None]:
+def iter_ranges(ranges: Sequence[Range], *, gap: int = 0) -> Iterator[bytes | None]:
     """Yield the bytes of every range in order: fewer where a file ends early, None where there is no file.
 
-    Remote ranges are fetched all at once; neighbours in a file are read as one. All files lie on one server, or none
-    does. Raises `StoreUnreachable` if a server does not answer, `UnreadableFile` if the system refuses.
+    Remote ranges are fetched all at once; neighbours in a file are read as one, from a server also those with at most
+    `gap` bytes between them. All files lie on one server, or none does. Raises `StoreUnreachable` if a server does
+    not answer, `UnreadableFile` if the system refuses.
     """
     if any(isinstance(piece.file, RemotePath) for piece in ranges):
-        yield from _read_remote(ranges)
+        yield from _read_remote(ranges, gap)
         return
     runs = _runs(ranges)
     wholes = local_files.read_ranges([(cast(Path, run[0].file), run[0].start, run[-1].stop) for run in runs])
@@ -103,13 +104,13 @@ def iter_ranges(ranges: Sequence[Range]) -> Iterator[bytes | None]:
         yield from _split(whole, run)
 
 
-def _read_remote(ranges: Sequence[Range]) -> list[bytes | None]:
+def _read_remote(ranges: Sequence[Range], gap: int) -> list[bytes | None]:
     """Return the bytes of ranges, from the mirror where it has them; what it lacks is fetched and put there."""
     names = [f"{file} {start} {stop}" for file, start, stop in ranges]
     mirrors = [piece.file.mirror if isinstance(piece.file, RemotePath) else None for piece in ranges]
     found = [mirror.get(name) if mirror else None for mirror, name in zip(mirrors, names, strict=True)]
     wanted = [number for number, data in enumerate(found) if data is None]
-    runs = _runs([ranges[number] for number in wanted])
+    runs = _runs([ranges[number] for number in wanted], gap)
     fetched = remote.fetch([(str(run[0].file), run[0].start, run[-1].stop) for run in runs])
     pieces = [data for run, whole in zip(runs, fetched, strict=True) for data in _split(whole, run)]
     for number, data in zip(wanted, pieces, strict=True):
@@ -119,15 +120,19 @@ def _read_remote(ranges: Sequence[Range]) -> list[bytes | None]:
     return found
 
 
-def _runs(ranges: Sequence[Range]) -> list[list[Range]]:
-    """Group ranges, in order, so that in a group each range begins where the one before it stops."""
+def _runs(ranges: Sequence[Range], gap: int = 0) -> list[list[Range]]:
+    """Group ranges, in order, so that in a group each range begins at most `gap` bytes after the one before it."""
     runs: list[list[Range]] = []
     for piece in ranges:
-        if runs and runs[-1][-1].stop == piece.start and runs[-1][-1].file == piece.file:
+        if runs and _follows(piece, runs[-1][-1], gap):
             runs[-1].append(piece)
         else:
             runs.append([piece])
     return runs
+
+
+def _follows(piece: Range, before: Range, gap: int) -> bool:
+    return piece.file == before.file and before.stop is not None and 0 <= piece.start - before.stop <= gap
 
 
 def _split(data: bytes | None, run: Sequence[Range]) -> Sequence[bytes | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from cache.errors import StoreUnreachable
 from cache.files.durable import hash_opened
 
 _BLOCK_BYTES = 1 << 22
+_THREADS = 16
 _EXTRAS = {
     "s3": "s3",
     "gs": "gs",
@@ -27,29 +29,43 @@ _FORBIDDEN = (
     "the URL, then ask for the right to list (on S3 s3:ListBucket) and to read"
 )
 
-_retried = retry(
+ATTEMPTS = 4
+retried = retry(
     retry=retry_if_exception_type(StoreUnreachable),
-    stop=stop_after_attempt(4),
+    stop=stop_after_attempt(ATTEMPTS),
     wait=wait_random_exponential(multiplier=0.5, max=10),
     reraise=True,
 )
 
 
-@_retried
-def fetch(ranges: Sequence[tuple[str, int, int | None]]) -> list[bytes | None]:
+def fetch_once(ranges: Sequence[tuple[str, int, int | None]]) -> list[bytes | None]:
     """Return the bytes start..stop of files of one server, all requested at once; None where there is no file.
 
     A server without range requests sends the whole file; the range is then cut from it.
     """
     if not ranges:
         return []
-    fs, _ = _filesystem(ranges[0][0])
+    fs, _ = filesystem(ranges[0][0])
     paths = [fs._strip_protocol(url) for url, _, _ in ranges]
     # fsspec: a start of None with a stop of None is a plain GET, which servers without range requests answer too.
     starts = [start if start or stop is not None else None for _, start, stop in ranges]
-    with _driver_errors(ranges[0][0]):
-        answers = fs.cat_ranges(paths, starts, [stop for _, _, stop in ranges], on_error="return")
+    with driver_errors(ranges[0][0]):
+        answers = _cat(fs, paths, starts, [stop for _, _, stop in ranges])
     return [_bytes_of(answer, *asked) for answer, asked in zip(answers, ranges, strict=True)]
+
+
+fetch = retried(fetch_once)
+
+
+def _cat(fs: Any, paths: list[str], starts: list[int | None], stops: list[int | None]) -> list[Any]:
+    """Return each range's bytes or error, all asked for at once also of a driver that asks one after the other."""
+    if getattr(fs, "async_impl", False):
+        return fs.cat_ranges(paths, starts, stops, on_error="return")
+    with ThreadPoolExecutor(_THREADS) as pool:
+        each = pool.map(
+            lambda *one: fs.cat_ranges(*([x] for x in one), on_error="return"), paths, starts, stops
+        )
+        return [answer for answers in each for answer in answers]
 
 
 def _bytes_of(answer: Any, url: str, start: int, stop: int | None) -> bytes | None:
@@ -58,7 +74,7 @@ def _bytes_of(answer: Any, url: str, start: int, stop: int | None) -> bytes | No
     if _is_past_the_end(answer):
         return b""
     if isinstance(answer, BaseException):
-        raise _unreachable(url, answer) from answer
+        raise unreachable(url, answer) from answer
     is_whole_file = stop is not None and len(answer) > stop - start
     return answer[start:stop] if is_whole_file else answer
 
@@ -71,9 +87,9 @@ def _is_past_the_end(answer: Any) -> bool:
 
 def list_folder(url: str) -> list[str]:
     """Return the sorted names of files and folders directly in a folder; none if it is absent."""
-    fs, path = _filesystem(url)
+    fs, path = filesystem(url)
     fs.invalidate_cache()
-    with _driver_errors(url):
+    with driver_errors(url):
         try:
             found = fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
@@ -83,35 +99,35 @@ def list_folder(url: str) -> list[str]:
 
 def list_files(url: str) -> dict[str, int]:
     """Return the size in bytes of every file below a folder, by its relative path with '/'."""
-    fs, path = _filesystem(url)
+    fs, path = filesystem(url)
     fs.invalidate_cache()
-    with _driver_errors(url):
+    with driver_errors(url):
         found: dict[str, Any] = fs.find(path, detail=True)
     return {name[len(path) :].strip("/"): int(about["size"] or 0) for name, about in sorted(found.items())}
 
 
 def hash_file(url: str) -> str:
     """Return the blake3 of a file's bytes, in hex, fetched block by block."""
-    fs, path = _filesystem(url)
-    with _driver_errors(url), fs.open(path, "rb", block_size=_BLOCK_BYTES) as file:
+    fs, path = filesystem(url)
+    with driver_errors(url), fs.open(path, "rb", block_size=_BLOCK_BYTES) as file:
         return hash_opened(file)
 
 
-@_retried
+@retried
 def download(files: Mapping[str, Path]) -> None:
     """Copy files of one server to local paths, several at a time; FileNotFoundError if one is absent."""
     first = next(iter(files))
-    fs, _ = _filesystem(first)
-    with _driver_errors(first):
+    fs, _ = filesystem(first)
+    with driver_errors(first):
         fs.get([fs._strip_protocol(url) for url in files], [str(target) for target in files.values()])
 
 
-@_retried
+@retried
 def upload(files: Mapping[str, Path | bytes], *, last: Mapping[str, Path | bytes]) -> None:
     """Put local files and bytes at URLs of one server, several at a time; those of `last` after all others."""
     first = next(iter(last))
-    fs, _ = _filesystem(first)
-    with _driver_errors(first):
+    fs, _ = filesystem(first)
+    with driver_errors(first):
         if "hf" in fs.protocol:
             _commit(fs, {**files, **last})
             return
@@ -145,7 +161,7 @@ def _commit(fs: Any, contents: Mapping[str, Path | bytes]) -> None:
     fs.invalidate_cache()
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def filesystem(url: str) -> tuple[Any, str]:
     """Return fsspec's driver, one per process, and the URL as that driver spells it."""
     try:
         fs: Any
@@ -160,7 +176,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _driver_errors(url: str) -> Generator[None]:
+def driver_errors(url: str) -> Generator[None]:
     """Raise whatever a driver raises as `StoreUnreachable`; only that a file is absent passes.
 
     Every driver has exceptions of its own (botocore's, aiohttp's, ...), whose only common base is `Exception`.
@@ -170,10 +186,11 @@ def _driver_errors(url: str) -> Generator[None]:
     except (FileNotFoundError, NotADirectoryError, StoreUnreachable):
         raise
     except Exception as error:
-        raise _unreachable(url, error) from error
+        raise unreachable(url, error) from error
 
 
-def _unreachable(url: str, error: BaseException) -> StoreUnreachable:
+def unreachable(url: str, error: BaseException) -> StoreUnreachable:
+    """Return a driver's error as ours."""
     reason = f"{type(error).__name__}: {' '.join(str(error).split()) or type(error).__name__}"
     # Drivers keep HTTP's 403 under different names.
     codes = (getattr(error, name, None) for name in ("status", "code", "status_code"))

@@ -63,7 +63,7 @@ class PartWriter:
     def __init__(
         self, store: Path, manifest: Manifest, *, name: str, source: Mapping[str, Any], taken: TakenKeys
     ) -> None:
-        self._store, self._manifest, self._name, self._source = store, manifest, name, dict(source)
+        self._store, self._manifest, self._name, self.source = store, manifest, name, dict(source)
         self._taken = taken
         self._is_open = False
         self._samples: dict[str, _Sample] = {}  # by key
@@ -204,7 +204,7 @@ class PartWriter:
         return PartRecord(
             part=self._name,
             contents=self._manifest.contents_digest(),
-            source=self._source,
+            source=self.source,
             counts=Counts(cached + rejected, cached, rejected, len(digests), len(references)),
             seconds=seconds,
             files=folder.files,

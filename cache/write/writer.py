@@ -86,8 +86,11 @@ class StoreWriter:
         """Hold a part's lease for a block: True if it is ours, False while another writer holds it."""
         return lease(self.path, part)
 
-    def part(self, name: str, *, source: Mapping[str, Any]) -> PartWriter:
-        """Return a writer of one planned part; `source` says which shard it is made of (name, bytes ...)."""
+    def part(self, name: str, *, source: Mapping[str, Any] | None = None) -> PartWriter:
+        """Return a writer of one planned part; `source` says which shard it is made of (name, bytes ...).
+
+        Where that is known only later, set the writer's `source` before `commit`.
+        """
         part_path(self.path, name)  # raises UnsafeName
         if self.manifest.format_version != FORMAT_VERSION:
             raise _mismatch(self.path, found=self.manifest.format_version, asked=FORMAT_VERSION)
@@ -96,7 +99,7 @@ class StoreWriter:
                 f"Part {name!r} is not among the {len(self.manifest.planned_parts)} planned parts of the store; "
                 "open the writer with a manifest whose planned_parts lists it."
             )
-        return PartWriter(self.path, self.manifest, name=name, source=source, taken=self.taken)
+        return PartWriter(self.path, self.manifest, name=name, source=source or {}, taken=self.taken)
 
 
 def _check_free_or_store(path: Path) -> None:

@@ -12,6 +12,8 @@ from pipeline.settings import LocalPath, Section
 MayDiffer = Literal["tokenizer", "template", "image_preprocessing", "capture"]
 OnMissing = Literal["raise", "skip", "recompute"]
 
+MIRROR_BYTES = 50_000_000_000
+
 
 class CacheConfig(Section):
     """The store: stage 1 writes it, stage 2 reads it."""
@@ -20,7 +22,7 @@ class CacheConfig(Section):
     """A folder, or for stage 2 also a URL (s3://, gs://, hf://, https://). [stage 1, stage 2; run]"""
     mirror: LocalPath | None = None
     """Folder that keeps what stage 2 reads from a URL; null keeps nothing. [stage 2]"""
-    mirror_bytes: int = Field(default=50_000_000_000, ge=1)
+    mirror_bytes: int = Field(default=MIRROR_BYTES, ge=1)
     """Largest size of the mirror. [bytes; stage 2]"""
     allow_mismatch: list[MayDiffer] = []
     """Fields of the fingerprint in which the store may differ from the config. Differences are printed and saved in

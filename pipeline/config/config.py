@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
 from pipeline.config.cache_settings import (
+    MIRROR_BYTES,
     CacheConfig,
     Caches,
     OnMissing,
@@ -33,10 +34,15 @@ class DataConfig(Section):
     """The training samples, and how a sample becomes tokens and pixels."""
 
     shards: Shards
-    """WebDataset shards: a brace pattern, a glob, a folder, or a list of them. [stage 1, stage 2; run]"""
+    """WebDataset shards: a brace pattern, a glob, a folder, a URL (s3://, gs://, hf://, https://), for stage 1 also a
+    command (`pipe:`), or a list of them. [stage 1, stage 2; run]"""
     held_out_shards: Shards | None = Field(default=None, exclude_if=lambda shards: shards is None)
     """Shards of held-out samples, for `train.eval_strategy`: stage 1 captures them, too, and stage 2 never trains on
     them, not even where `shards` names them. [stage 1, stage 2; run]"""
+    mirror: LocalPath | None = Field(default=None, exclude_if=lambda mirror: mirror is None)
+    """Folder that keeps what is read of shards behind URLs by ranges; null keeps nothing. [stage 2, evaluate]"""
+    mirror_bytes: int = Field(default=MIRROR_BYTES, ge=1, exclude_if=lambda size: size == MIRROR_BYTES)
+    """Largest size of the mirror. [bytes; stage 2, evaluate]"""
     fraction: float = Field(default=1.0, gt=0, le=1)
     """Share of the images, with all samples of each. Images are chosen by digest, so that on every machine 2% of the
     images are part of the 10%. [share; stage 2; run]"""

@@ -5,26 +5,23 @@ A sample is a run of members with one key: KEY.json, and KEY.jpg for one image, 
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from blake3 import blake3
-from braceexpand import braceexpand
 
 from cache import Span
 from pipeline.data.decoding import ENDINGS, MAX_IMAGE_PIXELS, read_header
 from pipeline.data.dialogues import read_dialogue
-from pipeline.data.file_names import as_stored, expand_home, longest_stored
-from pipeline.data.tars import Group, open_tar, read_groups, read_member, reading
+from pipeline.data.shard_files import OpenShard, open_shard
+from pipeline.data.tars import Group, read_as_tar, read_groups, read_member
 from pipeline.data.templates import Turn
-from pipeline.errors import BadSample, ShardError
+from pipeline.errors import BadSample
 
 
 @dataclass(frozen=True)
@@ -51,120 +48,28 @@ class Rejected:
     reason: str
 
 
-def expand_shards(patterns: str | Sequence[str]) -> list[str]:
-    """Return the tar files that folders, globs and brace patterns name, sorted.
-
-    Raises `ShardError` if a pattern names nothing, a brace pattern names a missing file, or two shards have one name.
-    """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not patterns:
-        raise ShardError("No shards are named; name a folder, a glob, or shard-{000000..000009}.tar.")
-    paths = sorted({path for pattern in patterns for path in _expand(str(pattern))})
-    by_stem: dict[str, str] = {}
-    for path in paths:
-        first = by_stem.setdefault(Path(path).stem, path)
-        if first != path:
-            raise ShardError(
-                f"Two shards have one name, {Path(path).stem}: {first} and {path}; rename one, "
-                "for a shard's name is its part's name in the store."
-            )
-    return paths
-
-
-def part_name(shard: str) -> str:
-    """Return the name of a shard's part in the store."""
-    return Path(shard).name.removesuffix(".tar")
-
-
 def read_shard(path: str | Path, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Sample | Rejected]:
     """Yield every sample of a shard in order, unusable ones as `Rejected`; one sample is in memory at a time.
 
-    Raises `ShardError` if the tar is compressed, truncated or damaged, at the latest after the last sample: the
-    samples yielded until then are not a whole shard.
+    The shard is a file, a URL or a command (see `open_shard`). Raises `ShardError` if it is truncated or damaged, at
+    the latest after the last sample: the samples yielded until then are not a whole shard.
     """
+    with open_shard(path) as shard:
+        yield from read_samples(shard, max_pixels=max_pixels)
+
+
+def read_samples(shard: OpenShard, *, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Sample | Rejected]:
+    """Yield every sample of an open shard, as `read_shard` does."""
     seen: set[str] = set()
-    with open_tar(path) as tar:
-        for group in read_groups(tar, path):
-            if group.key in seen:
-                group.problem = BadSample(
-                    "key occurs twice in this shard", "its members must be side by side"
-                )
-            seen.add(group.key)
-            try:
-                yield _sample(group, tar, max_pixels=max_pixels)
-            except BadSample as error:
-                yield Rejected(group.key, error.reason)
-
-
-def read_span(path: str | Path, span: Span) -> bytes:
-    """Return a member's bytes by their place in the tar; raises `ShardError` if the shard is shorter."""
-    with reading(path), open(path, "rb") as file:
-        file.seek(span.offset)
-        data = file.read(span.size)
-    if len(data) != span.size:
-        raise ShardError(
-            f"{path}: {span.file} should be {span.size} bytes at {span.offset}, found {len(data)}; "
-            "the shard has changed since it was read: restore it."
-        )
-    return data
-
-
-def _expand(pattern: str) -> list[str]:
-    """Return the files that a pattern names. A path that exists is not a pattern, nor are the folders before one."""
-    if "://" in pattern:
-        raise ShardError(f"{pattern}: shards are read from local files only; copy them or mount the store.")
-    path = as_stored(expand_home(pattern))
-    if path.is_dir():
-        # macOS leaves a ._shard.tar beside each shard on foreign disks.
-        found = [str(file) for file in path.glob("*.tar") if not file.name.startswith(".")]
-        return found or _refuse(pattern, path)
-    if path.is_file():
-        return [str(path)]
-    folder = longest_stored(path)
-    try:
-        names = list(braceexpand(str(Path(*path.parts[len(folder.parts) :]))))
-    except ValueError as error:  # unbalanced braces
-        raise ShardError(f"{pattern}: {error}; write ranges as {{000000..000009}}.") from error
-    paths: list[str] = []
-    missing: list[Path] = []
-    for name in names:
-        file = as_stored(folder / name)
-        if file.is_file():
-            paths.append(str(file))
-        elif glob.has_magic(name):
-            paths += _glob(str(Path(glob.escape(str(folder))) / name)) or _refuse(str(file), file.parent)
-        else:
-            missing.append(file)
-    if missing and len(names) == 1:
-        _refuse(pattern, path.parent)
-    if missing:
-        raise ShardError(
-            f"{pattern} names {len(names)} shards, {len(missing)} of them missing, first {missing[0]}; "
-            "correct the range or restore the files."
-        )
-    return paths
-
-
-def _glob(pattern: str) -> list[str]:
-    """Return the paths that a glob names; raises `ShardError` for a folder on the way that cannot be listed."""
-    folders = os.path.dirname(pattern)
-    while glob.has_magic(folders):
-        for folder in glob.glob(f"{folders}/", recursive=True):
-            with reading(folder), os.scandir(folder):
-                pass
-        folders = os.path.dirname(folders)
-    return glob.glob(pattern, recursive=True)
-
-
-def _refuse(pattern: str, folder: Path) -> NoReturn:
-    if not folder.is_dir():
-        raise ShardError(f"No shard at {pattern}: there is no folder {folder}; correct the path.")
-    names = sorted(entry.name for entry in folder.iterdir())
-    found = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    raise ShardError(
-        f"No shard at {pattern}: {folder} holds {found or 'nothing'}; correct the path, or make shards with "
-        "`alignkd pack`."
-    )
+    tar = read_as_tar(shard.file, shard.shard)
+    for group in read_groups(tar, shard.shard):
+        if group.key in seen:
+            group.problem = BadSample("key occurs twice in this shard", "its members must be side by side")
+        seen.add(group.key)
+        try:
+            yield _sample(group, tar, max_pixels=max_pixels)
+        except BadSample as error:
+            yield Rejected(group.key, error.reason)
 
 
 # Groups to samples

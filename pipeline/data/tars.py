@@ -1,6 +1,6 @@
 """An uncompressed tar as groups of members with one key, by WebDataset's rules; read to its end or refused.
 
-Read by `tarfile`, which tells the place of a member's bytes; a stream does not.
+Read by `tarfile`, which tells the place of a member's bytes; WebDataset's own reader does not.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import BinaryIO
 
 from webdataset.tariterators import base_plus_ext
 
-from cache import UnreadableFile
 from pipeline.data.decoding import ENDINGS
-from pipeline.errors import BadSample, ShardError
+from pipeline.data.reading import opened, reading
+from pipeline.errors import BadSample, PipelineError, ShardError
 
 DIALOGUES = {"conversations", "messages", "texts"}  # keys that no other JSON beside a sample has
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
@@ -50,19 +50,28 @@ class Group:
         self.members[ending] = member
 
 
-def open_tar(path: str | Path) -> tarfile.TarFile:
-    """Open a tar for reading; raises `ShardError` if it is compressed or no tar."""
-    with reading(path), open(path, "rb") as file:
+@contextmanager
+def open_tar(path: str | Path) -> Generator[tarfile.TarFile]:
+    """Open a tar file for reading; raises `ShardError` if it is compressed or no tar."""
+    with opened(path) as file:
+        yield read_as_tar(file, path)
+
+
+def read_as_tar(file: BinaryIO, path: str | Path) -> tarfile.TarFile:
+    """Return an open file as a tar, to be closed by the caller; raises `ShardError` if it is compressed or no tar."""
+    with reading(path):
         start = file.read(6)
+        file.seek(0)
     for magic, name in COMPRESSIONS.items():
         if start.startswith(magic):
             raise ShardError(
-                f"{path} is compressed with {name}, so no sample can be found by its place; unpack it."
+                f"{path} is compressed with {name}, so no sample can be found by its place; unpack it"
+                f"{', or name it .tar.gz' if name == 'gzip' else ''}."
             )
     try:
         with reading(path):
-            return tarfile.open(path, "r:")
-    except (ShardError, MemoryError):
+            return tarfile.open(fileobj=file, mode="r:")
+    except (PipelineError, MemoryError):
         raise
     except Exception as error:  # damaged headers can raise anything in tarfile's parsers
         raise ShardError(f"{path} is no tar file ({error}); {REMEDY}") from error
@@ -135,20 +144,11 @@ def _is_sample(ending: str, group: Group, tar: tarfile.TarFile) -> bool:
 
 
 def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Return a member's bytes."""
-    file = tar.extractfile(member)
-    assert file is not None  # groups hold regular files only
+    """Return a member's bytes, as they are stored."""
+    file: BinaryIO = tar.fileobj  # pyright: ignore[reportAssignmentType]
     with reading(str(tar.name)):
-        return file.read()
-
-
-@contextmanager
-def reading(path: str | Path) -> Generator[None]:
-    """Raise `ShardError` with file and reason where the system refuses to read; says nothing about the content."""
-    try:
-        yield
-    except OSError as error:
-        raise ShardError(str(UnreadableFile(Path(path), error))) from error
+        file.seek(member.offset_data)
+        return file.read(member.size)
 
 
 def read_members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.TarInfo]:
@@ -161,7 +161,7 @@ def read_members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.Tar
                 break
             yield member
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # else every header stays in memory
-    except (ShardError, MemoryError):
+    except (PipelineError, MemoryError):
         raise
     except Exception as error:  # damaged headers can raise anything in tarfile's parsers
         raise ShardError(

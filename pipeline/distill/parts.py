@@ -11,7 +11,9 @@ from cache import Store
 from pipeline.config.config import Config, DataConfig
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.pairing import check_pair, targets_read
-from pipeline.data.shards import expand_shards, part_name
+from pipeline.data.shard_kinds import part_name
+from pipeline.data.shard_names import expand_shards
+from pipeline.data.spans import SpanReader
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.recompute import RecomputedTargets, load_recomputed
 from pipeline.distill.join.stores import Stores, open_stores
@@ -35,8 +37,8 @@ def open_dataset(config: Config) -> tuple[JoinedDataset, JoinCollator]:
     preparation = load_preparation(config.student.model, config.data)
     stores = open_stores(config, preparation)
     targets, data = needed_targets(config), config.data
-    shards = training_shards(data)
-    dataset = JoinedDataset(stores, shards, preparation, targets=targets, fraction=data.fraction)
+    shards, read = training_shards(data), SpanReader.of(data)
+    dataset = JoinedDataset(stores, shards, preparation, targets=targets, fraction=data.fraction, read=read)
     for missing in dataset.missing:
         print(f"on_missing: {config.on_missing}: {missing}", file=sys.stderr)
     return dataset, JoinCollator(targets, preparation.image_token_id)
@@ -64,7 +66,11 @@ def open_held_out(config: Config, training: JoinedDataset) -> JoinedDataset | No
     if config.data.held_out_shards is None:
         return None
     dataset = JoinedDataset(
-        training.stores, config.data.held_out_shards, training.preparation, targets=training.targets
+        training.stores,
+        config.data.held_out_shards,
+        training.preparation,
+        targets=training.targets,
+        read=training.read,
     )
     for missing in dataset.missing:
         print(f"on_missing: {config.on_missing}: held out: {missing}", file=sys.stderr)

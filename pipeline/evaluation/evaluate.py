@@ -20,11 +20,14 @@ from pipeline.config.provenance import replace_text
 from pipeline.data.conversation import TokenizedSample
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.preparation import Preparation, pad_tokens
-from pipeline.data.shards import Rejected, expand_shards, read_shard, read_span
+from pipeline.data.shard_names import expand_shards
+from pipeline.data.shards import Rejected, read_shard
+from pipeline.data.spans import ReadSpan, SpanReader, check_ranges, read_span
 from pipeline.distill.join.memory import TensorCache
 from pipeline.errors import BadSample, PipelineError, ShardError, building
 from pipeline.evaluation.references import Reference, reference_after, reference_log_probs
 from pipeline.models.loading import load_network
+from pipeline.models.processors import Tensors
 from pipeline.models.vlm import ImageFeatures, VisionLanguageModel
 from pipeline.positions import IGNORE_INDEX
 
@@ -71,9 +74,9 @@ class Question:
     image_digests: tuple[str, ...]
     image_spans: tuple[Span, ...]
 
-    def read_image(self, number: int) -> bytes:
+    def read_image(self, number: int, read: ReadSpan = read_span) -> bytes:
         """Return the bytes of an image. Raises `ShardError` if the shard changed since the question was read."""
-        data, span = read_span(self.shard, self.image_spans[number]), self.image_spans[number]
+        data, span = read(self.shard, self.image_spans[number]), self.image_spans[number]
         if blake3(data).hexdigest() != self.image_digests[number]:
             raise ShardError(f"{self.shard}: {span.file} changed while it was evaluated; evaluate again.")
         return data
@@ -108,11 +111,11 @@ def evaluate_model(
     )
     vlm = VisionLanguageModel(network)
     questions = sorted(read_questions(settings, preparation, data), key=lambda q: len(q.prompt))
-    features = TensorCache(FEATURE_CACHE_BYTES)
+    features, read = TensorCache(FEATURE_CACHE_BYTES), SpanReader.of(data)
     predictions: list[Prediction] = []
     for start in tqdm(range(0, len(questions), settings.batch_size), desc=description, unit="batch"):
         batch = questions[start : start + settings.batch_size]
-        predictions += _answer(vlm, preparation, batch, features)
+        predictions += _answer(vlm, preparation, batch, features, read)
     predictions.sort(key=lambda prediction: (prediction.test_set, prediction.key))
     output.parent.mkdir(parents=True, exist_ok=True)
     # All of them or none: who reads the file may not know how many there should be.
@@ -152,6 +155,7 @@ def read_questions(
 ) -> Iterator[Question]:
     """Yield every question of every test set, shard by shard."""
     shards = [(name, shard) for name, given in settings.test_sets().items() for shard in expand_shards(given)]
+    check_ranges([shard for _, shard in shards])
     for test_set, shard in shards:
         for item in read_shard(shard, max_pixels=data.max_image_pixels):
             if isinstance(item, Rejected):
@@ -177,6 +181,7 @@ def _answer(
     preparation: Preparation,
     questions: Sequence[Question],
     features: TensorCache,
+    read: SpanReader,
 ) -> list[Prediction]:
     """Greedy answers to a batch, prompts padded on the left, so that each is followed by its answer."""
     prompts = [
@@ -184,7 +189,7 @@ def _answer(
     ]
     batch = pad_tokens(prompts, preparation.image_token_id, on_the_left=True)
     batch = {n: v.to(vlm.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
-    images = _features(vlm, preparation, questions, features)
+    images = _features(vlm, preparation, questions, features, read)
     generated = vlm.generate(batch, images, generation_config=vlm.network.generation_config)
     texts = preparation.tokenizer.batch_decode(generated, skip_special_tokens=True)
     log_probs = reference_log_probs(
@@ -202,19 +207,24 @@ def _features(
     preparation: Preparation,
     questions: Sequence[Question],
     held: TensorCache,
+    read: SpanReader,
 ) -> ImageFeatures | None:
     """The features of all images of the batch. The tower runs once for each distinct image, where it can be split."""
     places = [(q, number) for q in questions for number in range(len(q.image_digests))]
     sizes = [size for q in questions for size in q.sizes]
     if not places:
         return None
+
+    def pixels(wanted: Sequence[tuple[Question, int]]) -> list[Tensors]:
+        fetched = read.holding((q.shard, q.image_spans[number]) for q, number in wanted)
+        return [preparation.preprocess(q.read_image(number, fetched)) for q, number in wanted]
+
     if not vlm.splits_tower:
-        return vlm.encode([preparation.preprocess(q.read_image(number)) for q, number in places], sizes)
+        return vlm.encode(pixels(places), sizes)
     images = {q.image_digests[number]: (q, number) for q, number in places}
 
     def compute(fresh: list[str]) -> torch.Tensor:
-        wanted = [images[digest] for digest in fresh]
-        return vlm.patch_features([preparation.preprocess(q.read_image(number)) for q, number in wanted])
+        return vlm.patch_features(pixels([images[digest] for digest in fresh]))
 
     patches = held.stack([q.image_digests[number] for q, number in places], compute)
     return vlm.encode((), sizes, patch_features=patches)

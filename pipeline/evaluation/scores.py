@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-
 from cache import Store, digest_of
 from pipeline.config.config import Config, EvaluateConfig
 from pipeline.config.provenance import finished_identity, made_with, mark_finished, read_mark
 from pipeline.data.load_preparation import load_preparation
-from pipeline.data.shards import expand_shards
+from pipeline.data.shard_identity import content_digest
+from pipeline.data.shard_names import expand_shards
+from pipeline.data.spans import check_ranges
 from pipeline.errors import ConfigError
 from pipeline.evaluation.evaluate import PREDICTIONS_FILE, Prediction, evaluate_model, read_predictions
 from pipeline.models.files.checkpoint import WEIGHT_FILES, Checkpoint, digest_of_tensors
@@ -66,13 +66,15 @@ def teacher_predictions(config: Config, *, say: Callable[[str], None]) -> list[P
 
 
 def held_out_shards(settings: EvaluateConfig) -> list[tuple[str, str]]:
-    """Return (test set, shard) of everything held out. Raises `ShardError` if one is missing."""
-    return [(name, shard) for name, shards in settings.test_sets().items() for shard in expand_shards(shards)]
+    """Return (test set, shard) of everything held out. Raises `ShardError` if one is missing or not to be read."""
+    shards = [(name, shard) for name, given in settings.test_sets().items() for shard in expand_shards(given)]
+    check_ranges([shard for _, shard in shards])
+    return shards
 
 
 def held_out_digests(settings: EvaluateConfig) -> list[tuple[str, str]]:
-    """Return (test set, digest of a shard's bytes) of everything held out."""
-    return [(name, blake3().update_mmap(shard).hexdigest()) for name, shard in held_out_shards(settings)]
+    """Return (test set, `content_digest` of a shard) of everything held out."""
+    return [(name, content_digest(shard)) for name, shard in held_out_shards(settings)]
 
 
 def _stamp(predictions: Path) -> Path:

@@ -10,7 +10,8 @@ from typing import Any
 
 from pipeline.data.dialogues import read_dialogue
 from pipeline.data.forms import form_of
-from pipeline.data.shards import expand_shards, parse_record
+from pipeline.data.shard_names import expand_shards
+from pipeline.data.shards import parse_record
 from pipeline.errors import BadSample, ConfigError, PackError
 from pipeline.packing.images import image_of
 from pipeline.packing.sources import open_source

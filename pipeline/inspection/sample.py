@@ -15,7 +15,8 @@ from cache import Store
 from pipeline.config.config import Config
 from pipeline.data.conversation import TokenizedSample
 from pipeline.data.load_preparation import load_preparation
-from pipeline.data.shards import parse_turns, read_span
+from pipeline.data.shards import parse_turns
+from pipeline.data.spans import read_span
 from pipeline.data.templates import IMAGE_TOKEN
 from pipeline.distill.join.dataset import JoinCollator
 from pipeline.distill.join.sample import join_sample

@@ -15,7 +15,9 @@ from pipeline.config.config import Config
 from pipeline.data.images import ImagePreprocessor
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.preparation import Preparation
-from pipeline.data.shards import expand_shards
+from pipeline.data.shard_kinds import part_name
+from pipeline.data.shard_names import expand_shards
+from pipeline.data.spans import check_ranges
 from pipeline.data.template_preparation import TemplatePreparation
 from pipeline.errors import ConfigError, PipelineError, ShardError
 from pipeline.targets.target import TeacherFacts
@@ -57,7 +59,8 @@ def find_shard(config: Config, part: str, key: str) -> str:
         found = f"{len(paths)} shards of other names"
     except ShardError as error:
         paths, found = [], f"nothing ({error})"
-    if shard := next((path for path in paths if Path(path).name == f"{part}.tar"), None):
+    if shard := next((path for path in paths if part_name(path) == part), None):
+        check_ranges([shard])
         return shard
     raise ConfigError(
         f"sample {key!r} is in {part}.tar: looked in data.shards, {', '.join(named)}, and found {found}; "

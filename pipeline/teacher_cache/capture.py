@@ -18,8 +18,10 @@ from blake3 import blake3
 from cache import PartSummary, PartWriter, RefusedValue, SampleEntry, Span, StoreWriter, TakenKeys
 from pipeline.config.config import Config
 from pipeline.data.preparation import Preparation, pad_tokens
-from pipeline.data.shard_identity import shard_source
-from pipeline.data.shards import Rejected, Sample, part_name, read_shard, read_span
+from pipeline.data.shard_files import OpenShard, open_shard
+from pipeline.data.shard_identity import source_of
+from pipeline.data.shard_kinds import part_name
+from pipeline.data.shards import Rejected, Sample, read_samples
 from pipeline.errors import BadSample, ShardError
 from pipeline.models.processors import Tensors
 from pipeline.models.stub import Teacher
@@ -72,6 +74,7 @@ class Capture:
 
     def _begin(self, shard: str) -> None:
         self.shard = shard
+        self.opened: OpenShard
         # Vision features by image digest, of this batch and the last: samples of one image are neighbours.
         self.vision: dict[str, ImageFeatures] = {}
         self.pixels: dict[str, Future[Tensors]] = {}  # of images that are being decoded
@@ -83,9 +86,10 @@ class Capture:
         """Capture a shard for `Captured.commit` to publish. After an exception nothing of it is published."""
         self._begin(shard)
         started = time.monotonic()
-        with ExitStack() as stack:
-            part = stack.enter_context(store.part(part_name(shard), source=shard_source(shard)))
+        with ExitStack() as stack, open_shard(shard) as self.opened:
+            part = stack.enter_context(store.part(part_name(shard)))
             prepared = longest_first(list(self._prepared(part, store.taken)))
+            part.source = source_of(self.opened)
             num_seen = len(prepared) + len(self.settled)
             if not num_seen:  # a file of zeros is a valid tar
                 raise ShardError(
@@ -115,7 +119,7 @@ class Capture:
 
     def _prepared(self, part: PartWriter, taken: TakenKeys) -> Iterator[Prepared]:
         """Yield the usable samples of the shard, and reject the others."""
-        items = read_shard(self.shard, max_pixels=self.config.data.max_image_pixels)
+        items = read_samples(self.opened, max_pixels=self.config.data.max_image_pixels)
         for place, item in enumerate(items):
             try:
                 if isinstance(item, Rejected):
@@ -228,7 +232,7 @@ class Capture:
                     self.pixels[digest] = self.decoders.submit(self._preprocess, digest, span)
 
     def _preprocess(self, digest: str, span: Span) -> Tensors:
-        data = read_span(self.shard, span)
+        data = self.opened.read_span(span)
         if blake3(data).hexdigest() != digest:
             raise ShardError(
                 f"{self.shard} changed while it was read: restore it, and run the command again."

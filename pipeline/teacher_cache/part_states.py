@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cache import CacheError, StoreWriter
 from pipeline.data.shard_identity import shard_change
-from pipeline.data.shards import part_name
+from pipeline.data.shard_kinds import part_name
 from pipeline.errors import ShardError
 
 

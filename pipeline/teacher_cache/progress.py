@@ -6,11 +6,11 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 from tqdm import tqdm
 
 from cache import PartSummary
+from pipeline.data.shard_files import stored_bytes
 from pipeline.progress import LINE_SECONDS, can_redraw
 
 
@@ -21,7 +21,7 @@ class Progress(AbstractContextManager["Progress"]):
         self.shards = shards
         self.samples = self.rejected = self.bytes_written = self.parts = 0
         self.started = time.monotonic()
-        total = sum(Path(shard).stat().st_size for shard in shards)
+        total = sum(map(stored_bytes, shards)) or None
         often = 0.5 if can_redraw(sys.stderr) else LINE_SECONDS
         self.bar = tqdm(total=total, desc=description, unit="B", unit_scale=True, mininterval=often)
 
@@ -30,7 +30,7 @@ class Progress(AbstractContextManager["Progress"]):
 
     def begin_shard(self, shard: str, *, num_samples: int, done: int = 0) -> None:
         """Begin a shard, of which each sample counts for the same share of the bytes."""
-        self.shard_bytes = Path(shard).stat().st_size
+        self.shard_bytes = stored_bytes(shard)
         self.shard_samples = num_samples
         self.shard_read = self.shard_done = 0
         self.advance(done)

@@ -29,7 +29,9 @@ from pipeline.config.provenance import provenance
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.pairing import check_student
 from pipeline.data.preparation import Preparation, capture_settings
-from pipeline.data.shards import expand_shards, part_name
+from pipeline.data.shard_kinds import part_name
+from pipeline.data.shard_names import expand_shards
+from pipeline.data.spans import warn_of_streams
 from pipeline.errors import ConfigError, ShardError
 from pipeline.models.stub import load_teacher
 from pipeline.models.teacher_plan import TeacherPlan, family_digest, plan_teacher
@@ -74,7 +76,9 @@ def cache_teacher(config: Config, worker: Worker = ALONE, *, recapture_changed: 
     since its keys may be taken.
     """
     check_student(config)
-    return write_parts(plan_capture(config), worker, recapture_changed=recapture_changed)
+    plan = plan_capture(config)
+    warn_of_streams(plan.shards)
+    return write_parts(plan, worker, recapture_changed=recapture_changed)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from cache import StoreWriter
-from pipeline.data.shards import part_name
+from pipeline.data.shard_kinds import part_name
 from pipeline.errors import ConfigError
 
 POLL_SECONDS = 5.0  # between two checks of shards that other workers hold

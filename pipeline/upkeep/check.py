@@ -17,6 +17,7 @@ from cache import CODECS, FingerprintMismatch, Store
 from pipeline.config.config import Config
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.preparation import pad_tokens
+from pipeline.data.spans import SpanReader
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.sample import JoinedSample
 from pipeline.distill.join.stores import REMEDY
@@ -112,7 +113,8 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
         expected = replace(expected, arrays=store.manifest.arrays)
     if differences := store.manifest.differences(expected):
         raise FingerprintMismatch(store.path, differences, remedy=REMEDY)
-    dataset = JoinedDataset(store, config.data.shards, plan.preparation, targets=config.targets.cached())
+    targets, read = config.targets.cached(), SpanReader.of(config.data)
+    dataset = JoinedDataset(store, config.data.shards, plan.preparation, targets=targets, read=read)
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:num_samples]
     stored = [dataset[int(number)] for number in sorted(chosen)]
     teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=plan.device)

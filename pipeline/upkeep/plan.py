@@ -21,7 +21,10 @@ from typing import Any
 from cache import CODECS, PartSizes, part_sizes
 from pipeline.config.config import Config, overridden
 from pipeline.data.pairing import check_student
-from pipeline.data.shards import Sample, part_name, read_shard
+from pipeline.data.shard_files import ShardFacts, open_shard
+from pipeline.data.shard_kinds import is_local_tar, part_name
+from pipeline.data.shards import Sample, read_samples
+from pipeline.data.spans import warn_of_streams
 from pipeline.errors import ConfigError, writing
 from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture, write_parts
@@ -146,6 +149,8 @@ def _plan(
     overrides = "".join(f", {key}={value}" for key, value in settings.items())
     step(f"reading the shards' and the teacher's metadata{overrides}")
     plan = plan_capture(_with(config, settings))
+    if not settings:  # the first of several plans
+        warn_of_streams(plan.shards)
     # Below the store's own folder, if that can be written: reading is then measured on the disk that will hold it.
     place = _existing(Path(config.one_cache.path).absolute().parent)
     place = place if place.is_dir() and os.access(place, os.W_OK) else None
@@ -181,12 +186,14 @@ def _probe(
 def _head(shard: str, folder: Path, num_samples: int) -> str:
     """Copy a shard's first samples, byte for byte, into a tar in `folder`."""
     end = 0
-    for item in islice(read_shard(shard), num_samples):
-        if isinstance(item, Sample):
-            end = max(end, *(span.offset + span.size for span in (item.json_span, *item.image_spans)))
-    target = folder / Path(shard).name
-    with writing(target), open(shard, "rb") as whole:
-        target.write_bytes(whole.read(-(-end // TAR_BLOCK) * TAR_BLOCK) + bytes(2 * TAR_BLOCK))
+    with open_shard(shard) as opened:
+        for item in islice(read_samples(opened), num_samples):
+            if isinstance(item, Sample):
+                end = max(end, *(span.offset + span.size for span in (item.json_span, *item.image_spans)))
+        target = folder / f"{part_name(shard)}.tar"
+        size = -(-end // TAR_BLOCK) * TAR_BLOCK
+        with writing(target):
+            target.write_bytes(opened.read_at(0, size) + bytes(2 * TAR_BLOCK))
     return str(target)
 
 
@@ -194,7 +201,7 @@ def _extrapolate(plan: CapturePlan, probe: Probe, settings: dict[str, Any]) -> S
     rejected = sum(part.rejected for part in probe.parts)
     seen = sum(part.samples for part in probe.parts) + rejected
     counted = _counted_samples(plan.shards)
-    shard_bytes = sum(Path(shard).stat().st_size for shard in plan.shards)
+    shard_bytes = estimated_bytes(plan.shards)
     num_samples = counted if counted is not None else round(shard_bytes * seen / probe.shard_bytes)
     cached = num_samples * (seen - rejected) / max(1, seen)
     fixed = len(plan.shards) * sum(part.fixed_bytes for part in probe.parts) / len(probe.parts)
@@ -214,6 +221,22 @@ def _extrapolate(plan: CapturePlan, probe: Probe, settings: dict[str, Any]) -> S
         targets=tuple(_targets(plan, probe, cached)),
         settings=settings,
     )
+
+
+def estimated_bytes(shards: Sequence[str]) -> float:
+    """Return the bytes of the shards' tars.
+
+    The size of a compressed one, or of what a command prints, is known when it is read: a few are, to their ends.
+    """
+    sizes = [ShardFacts.of(shard).size for shard in shards]
+    unknown = [shard for shard, size in zip(shards, sizes, strict=True) if size is None]
+    read = [_read_size(shard) for shard in evenly(unknown, PROBED_SHARDS)]
+    return sum(size or 0 for size in sizes) + len(unknown) * sum(read) / max(1, len(read))
+
+
+def _read_size(shard: str) -> int:
+    with open_shard(shard) as opened:
+        return opened.file.seek(0, os.SEEK_END)
 
 
 def _targets(plan: CapturePlan, probe: Probe, num_samples: float) -> Iterator[TargetPlan]:
@@ -252,6 +275,8 @@ def _counted_samples(shards: Sequence[str]) -> int | None:
     """The shards' samples by the `pack.json` beside each; None if one of them is not listed."""
     counts: dict[str, int] = {}
     try:
+        if not all(map(is_local_tar, shards)):
+            return None
         for folder in {Path(shard).parent for shard in shards}:
             packed = json.loads((folder / "pack.json").read_text())["shards"]
             counts |= {str(folder / shard["name"]): int(shard["num_samples"]) for shard in packed}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cache import Report, StoreWriter, local, restore_manifest, verify
 from pipeline.config.config import Config
-from pipeline.data.shards import part_name
+from pipeline.data.shard_kinds import part_name
 from pipeline.errors import ConfigError
 from pipeline.teacher_cache.teacher import plan_capture, write_parts
 

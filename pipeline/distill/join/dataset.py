@@ -16,7 +16,9 @@ from cache import CacheError, SampleEntry, Store
 from pipeline.data.conversation import TokenizedSample
 from pipeline.data.preparation import Preparation, pad_tokens
 from pipeline.data.shard_identity import check_unchanged
-from pipeline.data.shards import expand_shards, part_name
+from pipeline.data.shard_kinds import is_remote, part_name
+from pipeline.data.shard_names import expand_shards
+from pipeline.data.spans import Place, SpanReader, check_ranges
 from pipeline.distill.join.memory import BoundedCache
 from pipeline.distill.join.missing import join_rows
 from pipeline.distill.join.rank_batches import Draw
@@ -86,12 +88,16 @@ class JoinedDataset(Dataset[JoinedSample]):
         *,
         targets: Mapping[str, Target],
         fraction: float = 1.0,
+        read: SpanReader | None = None,
     ):
         self.stores = stores if isinstance(stores, Stores) else Stores.single(stores, targets)
         self.preparation = preparation
         self.targets = targets
         self.shards = {part_name(shard): shard for shard in expand_shards(shards)}
+        check_ranges(list(self.shards.values()))
         check_unchanged(self.stores.opened, self.shards)
+        self.read = read or SpanReader()
+        self.has_remote = any(map(is_remote, self.shards.values()))
         is_taken = None if fraction >= 1 else partial(is_chosen, fraction=fraction)
         joined = join_rows(self.stores, self.shards, is_taken)
         self.rows, self.missing = joined.rows, joined.missing
@@ -143,12 +149,15 @@ class JoinedDataset(Dataset[JoinedSample]):
 
     def _joined(self, draws: Sequence[Draw]) -> list[JoinedSample]:
         rows = [self.rows[index] for index, _ in draws]
-        stored = self._stored({row[1].key: (index, row) for (index, _), row in zip(draws, rows, strict=True)})
+        read = self._fetched([(index, row) for (index, _), row in zip(draws, rows, strict=True)])
+        stored = self._stored(
+            {row[1].key: (index, row) for (index, _), row in zip(draws, rows, strict=True)}, read
+        )
         return [
             JoinedSample(
                 entry.key,
                 stored[entry.key].tokens,
-                {digest: self._pixels(part, entry, n) for n, digest in enumerate(entry.images)},
+                {digest: self._pixels(part, entry, n, read) for n, digest in enumerate(entry.images)},
                 entry.images,
                 stored[entry.key].arrays,
                 self.lacking(index),
@@ -157,20 +166,36 @@ class JoinedDataset(Dataset[JoinedSample]):
             for (index, is_filler), (part, entry) in zip(draws, rows, strict=True)
         ]
 
-    def _stored(self, rows: Mapping[str, tuple[int, Row]]) -> dict[str, StoredSample]:
+    def _fetched(self, rows: Sequence[tuple[int, Row]]) -> SpanReader:
+        """Return a reader that holds what a batch needs of shards behind URLs, fetched at once."""
+        if not self.has_remote:
+            return self.read
+        images: dict[str, Place] = {}  # by digest: one image is fetched once
+        texts: list[Place] = []
+        for index, (part, entry) in rows:
+            for digest, span in zip(entry.images, entry.image_spans, strict=True):
+                if digest not in self.pixels:
+                    images.setdefault(digest, (self.shards[part], span))
+            if entry.key not in self.stored and not (self.stores.read_alike and self.verified[index]):
+                texts.append((self.shards[part], entry.json_span))
+        return self.read.holding([*images.values(), *texts])
+
+    def _stored(self, rows: Mapping[str, tuple[int, Row]], read: SpanReader) -> dict[str, StoredSample]:
         """Return the stored samples by key; those not in memory are read together."""
         found = {key: held for key in rows if (held := self.stored.get(key)) is not None}
         fresh = [key for key in rows if key not in found]
         for key, (tokens, arrays) in zip(fresh, self.stores.read_many(fresh, self.names), strict=True):
-            found[key] = self.stored.put(key, self._checked(*rows[key], tokens, arrays))
+            found[key] = self.stored.put(key, self._checked(*rows[key], tokens, arrays, read))
         return found
 
-    def _checked(self, index: int, row: Row, tokens: TokenizedSample, arrays: Arrays) -> StoredSample:
+    def _checked(
+        self, index: int, row: Row, tokens: TokenizedSample, arrays: Arrays, read: SpanReader
+    ) -> StoredSample:
         part, entry = row
         if not self.stores.read_alike:
-            tokens = own_text(self.shards[part], entry, tokens, self.preparation, self.targets)
+            tokens = own_text(self.shards[part], entry, tokens, self.preparation, self.targets, read=read)
         elif not self.verified[index]:
-            compare_text(self.shards[part], entry, tokens, self.preparation)
+            compare_text(self.shards[part], entry, tokens, self.preparation, read=read)
             self.verified[index] = True
         arrays = by_image(arrays, self.targets, len(entry.images))
         if lacking := self.lacking(index):
@@ -180,12 +205,12 @@ class JoinedDataset(Dataset[JoinedSample]):
                 arrays |= self.targets[name].blank(facts, tokens.sizes, int(counts.text_rows))
         return StoredSample(tokens, arrays)
 
-    def _pixels(self, part: str, entry: SampleEntry, number: int) -> Pixels:
+    def _pixels(self, part: str, entry: SampleEntry, number: int, read: SpanReader) -> Pixels:
         digest = entry.images[number]
         if (known := self.pixels.get(digest)) is not None:
             return known
-        read = read_pixels(self.shards[part], entry, number, self.preparation)
-        return self.pixels.put(digest, Pixels(read))
+        made = read_pixels(self.shards[part], entry, number, self.preparation, read=read)
+        return self.pixels.put(digest, Pixels(made))
 
 
 def is_chosen(entry: SampleEntry, fraction: float) -> bool:

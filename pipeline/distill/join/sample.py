@@ -12,7 +12,8 @@ from cache import SampleEntry, Store
 from pipeline.data.conversation import TokenizedSample
 from pipeline.data.preparation import Preparation
 from pipeline.data.shard_identity import check_unchanged
-from pipeline.data.shards import part_name, read_span
+from pipeline.data.shard_kinds import part_name
+from pipeline.data.spans import ReadSpan, SpanReader, read_span
 from pipeline.distill.join.stored_tokens import TOKENS, pop_tokens
 from pipeline.distill.join.stores import Source
 from pipeline.distill.join.text import CHANGED, compare_text
@@ -41,13 +42,15 @@ def join_sample(
     store: Store, shard: str, entry: SampleEntry, preparation: Preparation, targets: Mapping[str, Target]
 ) -> JoinedSample:
     """Return one sample, compared with its shard as in `JoinedDataset`; its text only if there is a tokenizer."""
+    read = SpanReader().holding((shard, span) for span in (entry.json_span, *entry.image_spans))
     check_unchanged([store], {part_name(shard): shard})
     arrays = store.read(entry.key, [*TOKENS, *Source(store, tuple(targets)).arrays(targets)])
     tokens = pop_tokens(arrays, entry, store.manifest)
     if preparation.tokenizer is not None:
-        compare_text(shard, entry, tokens, preparation)
+        compare_text(shard, entry, tokens, preparation, read=read)
     pixels = {
-        digest: read_pixels(shard, entry, number, preparation) for number, digest in enumerate(entry.images)
+        digest: read_pixels(shard, entry, number, preparation, read=read)
+        for number, digest in enumerate(entry.images)
     }
     return JoinedSample(entry.key, tokens, pixels, entry.images, by_image(arrays, targets, len(entry.images)))
 
@@ -60,10 +63,12 @@ def by_image(arrays: Arrays, targets: Mapping[str, Target], num_images: int) -> 
     return arrays
 
 
-def read_pixels(shard: str, entry: SampleEntry, number: int, preparation: Preparation) -> Tensors:
+def read_pixels(
+    shard: str, entry: SampleEntry, number: int, preparation: Preparation, *, read: ReadSpan = read_span
+) -> Tensors:
     """Return the pixel inputs of an image of a sample; raises `JoinError` unless its digest is the stored one."""
     span, digest = entry.image_spans[number], entry.images[number]
-    data = read_span(shard, span)
+    data = read(shard, span)
     if (found := blake3(data).hexdigest()) != digest:
         raise JoinError(
             f"sample {entry.key!r} of {shard}: image {span.file!r} has digest {found[:16]}, "

@@ -8,7 +8,8 @@ from functools import partial
 from cache import SampleEntry
 from pipeline.data.conversation import TokenizedSample
 from pipeline.data.preparation import Preparation
-from pipeline.data.shards import parse_turns, read_span
+from pipeline.data.shards import parse_turns
+from pipeline.data.spans import ReadSpan, read_span
 from pipeline.distill.join.stores import first_difference
 from pipeline.errors import BadSample, JoinError
 from pipeline.positions import IGNORE_INDEX
@@ -24,9 +25,16 @@ ALIGNED_WITH = {
 }
 
 
-def compare_text(shard: str, entry: SampleEntry, stored: TokenizedSample, preparation: Preparation) -> None:
+def compare_text(
+    shard: str,
+    entry: SampleEntry,
+    stored: TokenizedSample,
+    preparation: Preparation,
+    *,
+    read: ReadSpan = read_span,
+) -> None:
     """Raise `JoinError` unless a sample's text in the shard gives the stored ids and labels."""
-    mine = _read(shard, entry, preparation)
+    mine = _read(shard, entry, preparation, read)
     for what, theirs, ours in (
         ("token ids", stored.input_ids, mine.input_ids),
         ("labels", stored.labels, mine.labels),
@@ -45,12 +53,14 @@ def own_text(
     stored: TokenizedSample,
     preparation: Preparation,
     targets: Collection[str],
+    *,
+    read: ReadSpan = read_span,
 ) -> TokenizedSample:
     """Return a sample's tokens as the student reads them, where it reads in another way than the teacher did.
 
     Raises `JoinError` unless what the targets are aligned with is the same for both.
     """
-    mine = _read(shard, entry, preparation)
+    mine = _read(shard, entry, preparation, read)
     for target in targets:
         for what in ALIGNED_WITH[target]:
             theirs, ours = _parts(stored)[what], _parts(mine)[what]
@@ -68,10 +78,10 @@ def _parts(tokens: TokenizedSample) -> dict[str, tuple[int, ...]]:
     return {"token ids": tokens.input_ids, "numbers of vision tokens": tokens.sizes, "answers": answers}
 
 
-def _read(shard: str, entry: SampleEntry, preparation: Preparation) -> TokenizedSample:
+def _read(shard: str, entry: SampleEntry, preparation: Preparation, read: ReadSpan) -> TokenizedSample:
     try:
-        turns = parse_turns(read_span(shard, entry.json_span), num_images=len(entry.images))
-        sizes = preparation.sizes_of([partial(read_span, shard, span) for span in entry.image_spans])
+        turns = parse_turns(read(shard, entry.json_span), num_images=len(entry.images))
+        sizes = preparation.sizes_of([partial(read, shard, span) for span in entry.image_spans])
         return preparation.tokenize(turns, sizes)
     except BadSample as error:
         raise JoinError(

@@ -143,6 +143,8 @@ def settings_of_weights(config: Config) -> dict[str, Any]:
     unless they decide something.
     """
     settings = config.model_dump(mode="json", include={"student", "data", "targets", "losses", "train"})
+    for name in ("mirror", "mirror_bytes"):  # a mirror does not change what is read
+        settings["data"].pop(name, None)
     left_out = {*OF_THE_LOG, *HOW_IT_RUNS, *OF_HELD_OUT}
     if decides_weights(config.train):
         left_out -= {*OF_HELD_OUT, *OF_CHECKPOINTS}

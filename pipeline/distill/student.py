@@ -100,7 +100,7 @@ def _train(
     for callback in (AfterFirstStep(begin), *callbacks):
         trainer.add_callback(callback)
     # The Trainer prints its log; standard output is for results.
-    with redirect_stdout(sys.stderr), trainer.stop:
+    with redirect_stdout(sys.stderr), trainer.stop, trainer.line:
         trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
         begin()  # a training without steps has not called it yet
         _finish(trainer, folder)

@@ -20,6 +20,7 @@ from pipeline.distill.training.interruption import StopOnSignal, leave_signals_t
 from pipeline.distill.training.resuming import CORRECT_TRAIN
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.distill.training.term_log import TermLog, gradient_shares
+from pipeline.distill.training.training_line import TrainingLine
 from pipeline.errors import ConfigError, PipelineError, building
 from pipeline.losses.losses import LOSSES
 from pipeline.positions import Counts
@@ -62,6 +63,8 @@ class DistillTrainer(HeldOutTrainer):
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
         self.add_callback(LeaveImagesOut(self))
+        self.line = TrainingLine(self)
+        self.add_callback(self.line)
         # `get_batch_samples` returns counts over the whole optimizer step, so no further division is due.
         self.model_accepts_loss_kwargs = True
 

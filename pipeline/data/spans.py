@@ -121,6 +121,6 @@ def check_ranges(shards: Sequence[str]) -> None:
     if reasons := without_ranges(shards):
         first, why = next(iter(reasons.items()))
         raise ShardError(
-            f"samples of {len(reasons)} of {len(shards)} shards cannot be read in any order, first {first} ({why}); "
+            f"{len(reasons)} of {len(shards)} shards cannot be read in any order, first {first} ({why}); "
             f"{REMEDY}."
         )

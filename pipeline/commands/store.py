@@ -27,11 +27,14 @@ if TYPE_CHECKING:
 
 
 def info(store: StorePath, as_json: AsJson = False) -> None:
-    """Describe a store: teacher, targets with their stated errors, samples, rejects, bytes, provenance."""
-    from cache import summarise
-    from pipeline.upkeep.describe import describe_store
+    """Describe a store: teacher, targets with their stated errors, samples, rejects, bytes, provenance.
 
-    show(summarise(store), describe_store, as_json=as_json)
+    Of stored logits, those of up to 256 samples are read: they say how often the teacher agrees with the labels.
+    """
+    from pipeline.upkeep.describe import describe_info
+    from pipeline.upkeep.information import inform
+
+    show(inform(store), describe_info, as_json=as_json)
 
 
 def verify(

@@ -15,6 +15,7 @@ from pipeline.text_table import text_table
 
 if TYPE_CHECKING:  # they import torch, which a look at a store does not need
     from pipeline.upkeep.check import Check
+    from pipeline.upkeep.information import Information
     from pipeline.upkeep.plan import StorePlan
 
 UNITS = {"": 1, "B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -60,7 +61,7 @@ def _tensors_used(teacher: Mapping[str, Any]) -> str:
 
 
 def describe_store(store: Summary) -> str:
-    """Return the page that `alignkd info` prints: teacher, samples, targets, rejects, provenance, fingerprint."""
+    """Return what a store's records say: teacher, samples, targets, rejects, provenance, fingerprint."""
     teacher, made, rejects = store.teacher, store.provenance, reasons_by_kind(store.rejects_by_reason)
     lines = [
         store.path,
@@ -84,6 +85,16 @@ def describe_store(store: Summary) -> str:
     return "\n".join(lines)
 
 
+def describe_info(found: Information) -> str:
+    """Return the page that `alignkd info` prints: the store's, and how often its teacher agrees with the labels."""
+    lines = [describe_store(found.summary)]
+    if found.agreement is not None:
+        lines += ["", indent("\n".join(filter(None, [str(found.agreement), found.agreement.warning])), "  ")]
+    if found.absent:
+        lines += ["", f"  whether the teacher agrees with the labels cannot be read: {found.absent}"]
+    return "\n".join(lines)
+
+
 def describe_plan(plan: StorePlan) -> str:
     """Return the page that `alignkd plan` prints."""
     how = "counted when packed" if plan.num_samples_known else "estimated from the shards' bytes"
@@ -103,6 +114,9 @@ def describe_plan(plan: StorePlan) -> str:
         "\n".join(advice),
         "\n".join(errors),
         f"stage 1: {readable_seconds(plan.seconds, digits=2)} on this machine, at the probe's speed",
+        ""
+        if plan.agreement is None
+        else "\n".join(filter(None, [f"probe: {plan.agreement}", plan.agreement.warning])),
         f"disk: {readable_bytes(plan.free_bytes)} free{'' if plan.fits else too_large}",
     ]
     if plan.settings:

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cache import CODECS, PartSizes, part_sizes
+from cache import CODECS, PartSizes, Store, part_sizes
 from pipeline.config.config import Config, overridden
 from pipeline.data.pairing import check_student
 from pipeline.data.shard_files import ShardFacts, open_shard
@@ -28,6 +28,7 @@ from pipeline.data.spans import warn_of_streams
 from pipeline.errors import ConfigError, writing
 from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture, write_parts
+from pipeline.upkeep.agreement import Agreement, agreement_in
 from pipeline.upkeep.plan_costs import Costs, measure_costs
 from pipeline.upkeep.slices import evenly
 
@@ -74,13 +75,15 @@ class StorePlan:
     seconds: float
     targets: tuple[TargetPlan, ...]
     settings: dict[str, Any]  # the overrides of the config that it is for
+    agreement: Agreement | None = None  # of the probed samples; None without logits
 
     @property
     def fits(self) -> bool:
         return self.total_bytes <= self.free_bytes
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"fits": self.fits}
+        found = self.agreement.to_json() if self.agreement else None
+        return asdict(self) | {"agreement": found, "fits": self.fits}
 
 
 def plan_store(config: Config, *, num_samples: int = 256, step: Step = lambda doing: None) -> StorePlan:
@@ -136,6 +139,7 @@ class Probe:
     shard_bytes: int
     store_bytes: int  # of the manifest and the groups' metadata
     costs: Mapping[str, Costs]  # of the targets that can be recomputed
+    agreement: Agreement | None
 
     def mean(self, of_part: Callable[[PartSizes], float]) -> float:
         """Return a part's number for each sample, over all parts."""
@@ -180,6 +184,7 @@ def _probe(
         shard_bytes=sum(Path(head).stat().st_size for head in heads),
         store_bytes=sum(file.stat().st_size for file in documents),
         costs=measure_costs(plan, store, heads, known=stubs),
+        agreement=agreement_in(Store(store), num_samples=None),
     )
 
 
@@ -220,6 +225,7 @@ def _extrapolate(plan: CapturePlan, probe: Probe, settings: dict[str, Any]) -> S
         seconds=num_samples * probe.mean(lambda part: part.seconds or 0.0),
         targets=tuple(_targets(plan, probe, cached)),
         settings=settings,
+        agreement=probe.agreement,
     )
 
 

@@ -16,8 +16,8 @@ from pipeline.packing.pack import pack
 from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.teacher import cache_teacher
 from pipeline.upkeep.describe import parse_bytes
-from pipeline.upkeep.plan import advice, cheaper_settings, plan_store, plan_within
-from pipeline.upkeep.plan_costs import Costs
+from pipeline.upkeep.plan import cheaper_settings, plan_store, plan_within
+from pipeline.upkeep.plan_costs import Costs, advice
 
 WORDS = ("red", "green", "circle", "triangle", "line", "image", "colour", "blue", "shape", "brown")
 

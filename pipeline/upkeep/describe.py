@@ -14,6 +14,7 @@ from pipeline.readable import readable_bytes, readable_seconds
 from pipeline.text_table import text_table
 
 if TYPE_CHECKING:  # they import torch, which a look at a store does not need
+    from pipeline.upkeep.agreement import Agreement
     from pipeline.upkeep.check import Check
     from pipeline.upkeep.information import Information
     from pipeline.upkeep.plan import StorePlan
@@ -89,10 +90,14 @@ def describe_info(found: Information) -> str:
     """Return the page that `alignkd info` prints: the store's, and how often its teacher agrees with the labels."""
     lines = [describe_store(found.summary)]
     if found.agreement is not None:
-        lines += ["", indent("\n".join(filter(None, [str(found.agreement), found.agreement.warning])), "  ")]
+        lines += ["", indent(_agreement(found.agreement), "  ")]
     if found.absent:
         lines += ["", f"  whether the teacher agrees with the labels cannot be read: {found.absent}"]
     return "\n".join(lines)
+
+
+def _agreement(found: Agreement) -> str:
+    return "\n".join(filter(None, [str(found), found.warning]))
 
 
 def describe_plan(plan: StorePlan) -> str:
@@ -114,9 +119,7 @@ def describe_plan(plan: StorePlan) -> str:
         "\n".join(advice),
         "\n".join(errors),
         f"stage 1: {readable_seconds(plan.seconds, digits=2)} on this machine, at the probe's speed",
-        ""
-        if plan.agreement is None
-        else "\n".join(filter(None, [f"probe: {plan.agreement}", plan.agreement.warning])),
+        "" if plan.agreement is None else f"probe: {_agreement(plan.agreement)}",
         f"disk: {readable_bytes(plan.free_bytes)} free{'' if plan.fits else too_large}",
     ]
     if plan.settings:

@@ -26,18 +26,13 @@ from pipeline.data.shard_kinds import is_local_tar, part_name
 from pipeline.data.shards import Sample, read_samples
 from pipeline.data.spans import warn_of_streams
 from pipeline.errors import ConfigError, writing
-from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture, write_parts
 from pipeline.upkeep.agreement import Agreement, agreement_in
-from pipeline.upkeep.plan_costs import Costs, measure_costs
+from pipeline.upkeep.plan_costs import Costs, advice, measure_costs
 from pipeline.upkeep.slices import evenly
 
 PROBED_SHARDS = 8
 TAR_BLOCK = 512
-# A target of LARGE_BYTES for a sample or more is recomputed even if that takes PATIENCE times as long as reading: a
-# student takes longer for a sample, and disks cost money.
-LARGE_BYTES = 100_000
-PATIENCE = 4
 
 Step = Callable[[str], object]
 
@@ -262,19 +257,6 @@ def _targets(plan: CapturePlan, probe: Probe, num_samples: float) -> Iterator[Ta
             forward_seconds=costs.forward_seconds,
             advice=advice(costs, bytes_each=each, depth=target.deepest, facts=facts),
         )
-
-
-def advice(costs: Costs, *, bytes_each: float, depth: int | None, facts: TeacherFacts) -> str:
-    """Return the advice to store or recompute, from what both cost a sample; `depth` as `Target.deepest` returns."""
-    if depth is None:
-        return "store: it needs the whole teacher"
-    runs = f"the tower, the projector and {max(depth, 0)} of {facts.num_layers} layers"
-    again = f"{1000 * costs.forward_seconds:.2f} ms to recompute it ({runs})"
-    if not bytes_each:
-        return f"recompute: no bytes; {again}"
-    patience = PATIENCE if bytes_each > LARGE_BYTES else 1
-    choice = "recompute" if costs.forward_seconds <= patience * costs.reading_seconds else "store"
-    return f"{choice}: {1000 * costs.reading_seconds:.2f} ms to read a sample, {again}"
 
 
 def _counted_samples(shards: Sequence[str]) -> int | None:

@@ -18,11 +18,15 @@ from pipeline.errors import BadSample
 from pipeline.models.processors import Tensors
 from pipeline.models.stub import Teacher, load_teacher
 from pipeline.models.teacher_plan import plan_teacher
-from pipeline.targets.target import Target
+from pipeline.targets.target import Target, TeacherFacts
 from pipeline.teacher_cache.teacher import CapturePlan
 
 FORWARDED_SAMPLES = 32
 BATCH_SIZE = 8
+# A target of LARGE_BYTES for a sample or more is recomputed even if that takes PATIENCE times as long as reading: a
+# student takes longer for a sample, and disks cost money.
+LARGE_BYTES = 100_000
+PATIENCE = 4
 Ready = tuple[TokenizedSample, list[Tensors]]  # a sample's tokens, and the pixel inputs of its images
 
 
@@ -54,6 +58,19 @@ def measure_costs(
         name: Costs(_reading(plan, store, target) if name in stored else 0.0, known[name])
         for name, target in targets.items()
     }
+
+
+def advice(costs: Costs, *, bytes_each: float, depth: int | None, facts: TeacherFacts) -> str:
+    """Return the advice to store or recompute, from what both cost a sample; `depth` as `Target.deepest` returns."""
+    if depth is None:
+        return "store: it needs the whole teacher"
+    runs = f"the tower, the projector and {max(depth, 0)} of {facts.num_layers} layers"
+    again = f"{1000 * costs.forward_seconds:.2f} ms to recompute it ({runs})"
+    if not bytes_each:
+        return f"recompute: no bytes; {again}"
+    patience = PATIENCE if bytes_each > LARGE_BYTES else 1
+    choice = "recompute" if costs.forward_seconds <= patience * costs.reading_seconds else "store"
+    return f"{choice}: {1000 * costs.reading_seconds:.2f} ms to read a sample, {again}"
 
 
 def _reading(plan: CapturePlan, folder: Path, target: Target) -> float:

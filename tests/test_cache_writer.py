@@ -108,6 +108,18 @@ def test_reopening_unites_the_plan_and_keeps_the_rest(tmp_path: Path) -> None:
     assert Store(tmp_path / "s").missing_parts == ("a", "b", "c")
 
 
+def test_a_field_of_the_provenance_is_added_to_what_other_writers_wrote(tmp_path: Path) -> None:
+    writer = StoreWriter.open(tmp_path / "s", manifest("a", provenance={"command": "first"}))
+    digest = writer.manifest.contents_digest()
+    StoreWriter.open(tmp_path / "s", manifest("b"))
+    for value in (1, 2):
+        writer.set_provenance("measured", {"value": value})
+        stored = Store(tmp_path / "s").manifest
+        assert stored.provenance == {"command": "first", "measured": {"value": value}}
+        assert writer.manifest.provenance == stored.provenance
+    assert stored.planned_parts == ("a", "b") and stored.contents_digest() == digest
+
+
 def test_a_store_of_another_fingerprint_is_refused_and_untouched(tmp_path: Path) -> None:
     path = write_store(tmp_path / "s")
     before = snapshot(path)

@@ -78,6 +78,14 @@ class StoreWriter:
         """Return whether the part is finished; raises as `record` does."""
         return self.record(part) is not None
 
+    def set_provenance(self, name: str, value: Any) -> None:
+        """Set one field of the stored provenance, which no fingerprint and no part depends on."""
+        with store_lock(self.path):
+            stored = Manifest.from_json(read_document(self.path / MANIFEST))
+            stored = replace(stored, provenance={**stored.provenance, name: value})
+            _write_if_changed(self.path, self.path / MANIFEST, document_bytes(stored.to_json()))
+        self.manifest = replace(self.manifest, provenance=stored.provenance)
+
     def leave_out(self, counts: Callable[[str], bool]) -> None:
         """Free the keys of parts that are to be replaced, for whose names `counts` is False."""
         self.taken = TakenKeys(self.path, self.manifest, counts=counts)

@@ -144,7 +144,8 @@ def teacher_cache(
 ) -> None:
     """Stage 1: stream the shards through the teacher once and write the store.
 
-    One shard becomes one immutable part. Rerun to resume; a finished store stays as it is.
+    One shard becomes one immutable part. Rerun to resume; a finished store stays as it is. A warning says if the
+    teacher's answers hardly depend on the images.
     Several workers may write one store at once: under torchrun, as a SLURM array, or on several machines. Each has
     its share of the shards and takes over the shards of workers that died.
     """

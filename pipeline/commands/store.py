@@ -107,8 +107,10 @@ def check(
 ) -> None:
     """Capture some samples again with the live teacher; exit code 1 if a value is beyond its stated error.
 
-    For a store without logits, a stub of the teacher is enough: a few percent of its weights.
+    For a store without logits, a stub of the teacher is enough: a few percent of its weights. With logits a warning
+    says if the teacher's answers hardly depend on the images.
     """
+    from pipeline.teacher_cache.blindness import warn_of_blindness
     from pipeline.upkeep.check import check_store
     from pipeline.upkeep.describe import describe_check
 
@@ -117,6 +119,7 @@ def check(
     settings = settings.model_copy(update={"cache": settings.one_cache.model_copy(update={"path": store})})
     found = check_store(settings, num_samples=samples, seed=seed, with_losses=losses)
     show(found, describe_check, as_json=as_json)
+    warn_of_blindness(found.blindness, settings.teacher, then="The store holds what such a teacher says.")
     fail_unless(found.is_sound)
 
 

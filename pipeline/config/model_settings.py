@@ -24,6 +24,8 @@ class TeacherConfig(Section):
     """Device of stage 1, such as `cuda:1`; `auto` takes a GPU if there is one. [stage 1]"""
     batch_size: int | Literal["auto"] = "auto"
     """Size of the first batch, halved where memory runs out; `auto` begins with a large one. [samples; stage 1]"""
+    blind_ok: bool = Field(default=False, exclude_if=lambda ok: not ok)
+    """Silences the warning that answers hardly depend on the images, such as for text-only data. [stage 1]"""
 
     @field_validator("batch_size", mode="before")
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +10,9 @@ import numpy as np
 from cache import digest_of
 from pipeline.errors import PipelineError
 from pipeline.evaluation.evaluate import Prediction, accuracy_by_type
+from pipeline.resampling import resampled_means
 from pipeline.text_table import text_table
 
-NUM_RESAMPLES = 10_000
 MIN_GAP = 0.005  # half a point between teacher and labels only: a share of less than that is noise
 
 
@@ -72,7 +71,7 @@ def paired_gain(ours: Sequence[Answered], theirs: Sequence[Answered], *, seed: i
     gains = np.stack([a.correct.astype(float) - b.correct for a, b in zip(ours, theirs, strict=True)])
     sums = np.stack([np.bincount(groups, weights=run) for run in gains])
     sizes = np.bincount(groups)
-    low, high = np.quantile(_resampled_means(sums, sizes, seed=seed), [0.025, 0.975])
+    low, high = np.quantile(resampled_means(sums, sizes, seed=seed), [0.025, 0.975])
     return Gain(float(gains.mean()), float(low), float(high), gains.shape[1], len(sizes), len(gains))
 
 
@@ -83,22 +82,6 @@ def gap_closed(student: float, none: float, teacher: float) -> float | None:
     """
     gap = teacher - none
     return (student - none) / gap if round(gap, 9) >= MIN_GAP else None
-
-
-def _resampled_means(sums: np.ndarray, sizes: np.ndarray, *, seed: int) -> np.ndarray:
-    """Mean gain of every resample, from the images' summed gains 'seeds images' and their numbers of questions."""
-    generator = np.random.default_rng(seed)
-    num_seeds, num_images = sums.shape
-
-    def resampled() -> float:  # one at a time: all resamples together would take gigabytes
-        images = generator.integers(num_images, size=num_images)
-        of_seeds = sums[:, images].sum(axis=1) / sizes[images].sum()
-        if num_seeds == 1:
-            return of_seeds[0]
-        standard_error = of_seeds.std(ddof=1) / math.sqrt(num_seeds)
-        return of_seeds.mean() + standard_error * generator.standard_t(num_seeds - 1)
-
-    return np.array([resampled() for _ in range(NUM_RESAMPLES)])
 
 
 def accuracy_table(models: Mapping[str, Sequence[Prediction]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -33,12 +34,14 @@ from pipeline.data.shard_kinds import part_name
 from pipeline.data.shard_names import expand_shards
 from pipeline.data.spans import warn_of_streams
 from pipeline.errors import ConfigError, ShardError
-from pipeline.models.stub import load_teacher
+from pipeline.models.stub import Teacher, load_teacher
 from pipeline.models.teacher_plan import TeacherPlan, family_digest, plan_teacher
+from pipeline.teacher_cache.blindness import FIELD, Blindness, warn_of_blindness
 from pipeline.teacher_cache.capture import Capture, Captured
 from pipeline.teacher_cache.overlap import Behind
 from pipeline.teacher_cache.part_states import PartStates
 from pipeline.teacher_cache.progress import Progress
+from pipeline.teacher_cache.swapped_images import measure_blindness
 from pipeline.teacher_cache.workers import ALONE, Worker, shards_to_write
 
 TOKEN_ARRAYS = (
@@ -78,7 +81,8 @@ def cache_teacher(config: Config, worker: Worker = ALONE, *, recapture_changed: 
     check_student(config)
     plan = plan_capture(config)
     warn_of_streams(plan.shards)
-    return write_parts(plan, worker, recapture_changed=recapture_changed)
+    # One worker measures for all.
+    return write_parts(plan, worker, recapture_changed=recapture_changed, asks_if_blind=worker.rank == 0)
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,12 @@ def write_parts(
     recapture: Collection[str] = (),
     recapture_changed: bool = False,
     may_hold_fewer: bool = False,
+    asks_if_blind: bool = False,
 ) -> CacheSummary:
     """Capture the shards of the plan that have no part, and again those whose part is in `recapture`.
 
     A part is replaced only when the new one is whole, and only by one with at least as many samples, unless
-    `may_hold_fewer` or the shard changed.
+    `may_hold_fewer` or the shard changed. With `asks_if_blind` the teacher's use of the images is measured first.
     """
     config, shards = plan.config, plan.shards
     if not (recapture or recapture_changed) and (found := _finished_in_older_format(plan)):
@@ -136,6 +141,8 @@ def write_parts(
         store.leave_out(states.holds_keys)
         store.taken.refresh()
         teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=_usable(plan.device))
+        if asks_if_blind:
+            _ask_if_blind(plan, store, teacher)
         with Progress(todo, description="teacher-cache") as progress:
             capture = Capture(config, teacher, plan.preparation, progress)
             while todo:
@@ -143,6 +150,19 @@ def write_parts(
     if run.summaries or worker.world_size > 1:
         store.taken.check()
     return run.summary(config.one_cache.path, parts_found=found)
+
+
+def _ask_if_blind(plan: CapturePlan, store: StoreWriter, teacher: Teacher) -> None:
+    """Measure once for each store whether the answers depend on the images; print the result, and warn."""
+    known = store.manifest.provenance.get(FIELD)
+    found = Blindness.from_json(known) if known else None
+    if found is None or found.not_measured:
+        found = measure_blindness(plan.config, plan.shards, plan.preparation, teacher)
+        store.set_provenance(FIELD, found.to_json())
+        print(f"use of the images: {found}", file=sys.stderr)
+    warn_of_blindness(
+        found, plan.config.teacher, then="The capture goes on; stop it with Ctrl-C if this is wrong."
+    )
 
 
 def _finished_in_older_format(plan: CapturePlan) -> CacheSummary | None:

@@ -27,7 +27,9 @@ from pipeline.losses.losses import LOSSES
 from pipeline.models.stub import Teacher, load_teacher
 from pipeline.models.vlm import ImageFeatures
 from pipeline.targets.target import TeacherFacts
+from pipeline.teacher_cache.blindness import Blindness
 from pipeline.teacher_cache.capture import captured_arrays
+from pipeline.teacher_cache.swapped_images import measure_blindness
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture
 from pipeline.upkeep.check_rows import AllRows, Arrays
 
@@ -85,6 +87,7 @@ class Check:
     logits: LogitsCheck | None
     losses: tuple[LossCheck, ...]
     losses_absent: str
+    blindness: Blindness
 
     @property
     def is_sound(self) -> bool:
@@ -92,10 +95,10 @@ class Check:
         return all(array.of_limit <= 1 for array in self.arrays)
 
     def to_json(self) -> dict[str, Any]:
-        arrays = [asdict(array) for array in self.arrays]
-        for array in arrays:
+        found = asdict(self)
+        for array in found["arrays"]:
             array["cosine"] = array.pop("agreement")  # the key that readers of the JSON know
-        return asdict(self) | {"arrays": arrays, "is_sound": self.is_sound}
+        return found | {"blindness": self.blindness.to_json(), "is_sound": self.is_sound}
 
 
 def check_store(config: Config, *, num_samples: int, seed: int, with_losses: bool = True) -> Check:
@@ -107,9 +110,8 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
     plan = plan_capture(config)
     store = Store(config.one_cache.path)
     expected = plan.manifest
-    if (
-        store.manifest.format_version != expected.format_version
-    ):  # an older store describes its arrays otherwise
+    if store.manifest.format_version != expected.format_version:
+        # An older store describes its arrays otherwise.
         expected = replace(expected, arrays=store.manifest.arrays)
     if differences := store.manifest.differences(expected):
         raise FingerprintMismatch(store.path, differences, remedy=REMEDY)
@@ -130,6 +132,7 @@ def check_store(config: Config, *, num_samples: int, seed: int, with_losses: boo
         logits=_compare_logits(*arrays),
         losses=() if absent else tuple(_compare_losses(plan, store, stored, live)),
         losses_absent=absent,
+        blindness=measure_blindness(plan.config, plan.shards, plan.preparation, teacher),
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cache import Summary
 from pipeline.errors import ConfigError
 from pipeline.readable import readable_bytes, readable_seconds
+from pipeline.teacher_cache.blindness import FIELD, Blindness
 from pipeline.text_table import text_table
 
 if TYPE_CHECKING:  # they import torch, which a look at a store does not need
@@ -73,6 +74,7 @@ def describe_store(store: Summary) -> str:
         f"(dedupe factor {store.dedupe_factor:.2f})",
         f"  bytes       {readable_bytes(store.bytes)} in all, {readable_bytes(store.bytes_per_sample)} a sample",
         f"  time        {_time(store)} of stage 1",
+        f"  image use   {_use_of_images(made)}",
         "",
         indent(_target_table(store), "  "),
         "",
@@ -148,6 +150,7 @@ def describe_check(found: Check) -> str:
         blocks.append(text_table(rows))
     else:
         blocks.append(f"losses: {found.losses_absent or 'the config has none that reads the store'}")
+    blocks.append(f"use of the images: {found.blindness}")
     beyond = ", ".join(array.name for array in found.arrays if array.of_limit > 1)
     blocks.append(f"NOT what the teacher says: {beyond}" if beyond else "every value within its stated error")
     return "\n\n".join(blocks)
@@ -155,6 +158,13 @@ def describe_check(found: Check) -> str:
 
 def _time(store: Summary) -> str:
     return "not recorded" if store.teacher_seconds is None else readable_seconds(store.teacher_seconds)
+
+
+def _use_of_images(provenance: Mapping[str, Any]) -> str:
+    known = provenance.get(FIELD)
+    if not isinstance(known, dict) or "pairs" not in known:  # anybody may write a store
+        return "not measured; `alignkd check` does it"
+    return str(Blindness.from_json(known))
 
 
 def _target_table(store: Summary) -> str:

@@ -1,0 +1,28 @@
+"""Bootstrap of a mean: how far it could have come out with other images."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+NUM_RESAMPLES = 10_000
+
+
+def resampled_means(sums: np.ndarray, sizes: np.ndarray, *, seed: int) -> np.ndarray:
+    """Return the mean gain of every resample, from the images' summed gains 'seeds images' and their numbers of rows.
+
+    Over several seeds the mean is drawn from Student's t.
+    """
+    generator = np.random.default_rng(seed)
+    num_seeds, num_images = sums.shape
+
+    def resampled() -> float:  # one at a time: all resamples together would take gigabytes
+        images = generator.integers(num_images, size=num_images)
+        of_seeds = sums[:, images].sum(axis=1) / sizes[images].sum()
+        if num_seeds == 1:
+            return of_seeds[0]
+        standard_error = of_seeds.std(ddof=1) / math.sqrt(num_seeds)
+        return of_seeds.mean() + standard_error * generator.standard_t(num_seeds - 1)
+
+    return np.array([resampled() for _ in range(NUM_RESAMPLES)])

@@ -117,8 +117,9 @@ class _Packing:
         if source.holds_images:
             groups, total = ([record] for record in records), None
         else:
-            for record in records:
+            for number, record in enumerate(records, start=1):
                 self.work.add(record)
+                self.progress(number, None)
             groups, total = self.work.groups(self.limit), self.work.num_records
         self._refuse()
         with closing(

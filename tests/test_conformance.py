@@ -33,7 +33,7 @@ from pipeline.models.vlm import VisionLanguageModel
 from pipeline.targets.attention import AttentionTarget
 from pipeline.targets.logits import LogitsTarget
 from pipeline.targets.vision import VisionTarget
-from pipeline.teacher_cache.capture import captured_arrays
+from pipeline.teacher_cache.captured_arrays import captured_arrays
 
 pytestmark = pytest.mark.slow
 

@@ -25,6 +25,7 @@ from pipeline.data.spans import SpanReader, warn_of_streams
 from pipeline.distill.student import train_student
 from pipeline.errors import ShardError
 from pipeline.evaluation.evaluate import evaluate_model
+from pipeline.teacher_cache.ahead import Ahead
 from pipeline.teacher_cache.teacher import cache_teacher
 from pipeline.upkeep.plan import plan_store
 
@@ -288,6 +289,26 @@ def test_stage_1_asks_a_slow_server_for_blocks_and_stage_2_for_a_batch_at_once(m
         assert time.monotonic() - started < 0.6 and len(requests) == len(chosen)
         assert [read(*place) for place in places[1::2]] == [one.images[0] for one in chosen]
         assert len(requests) == len(chosen)
+
+
+def test_the_next_shard_is_fetched_meanwhile_once_and_dropped_when_nobody_wants_it(experiment, impatient):
+    with static_server(experiment.shards) as (url, requests), Ahead() as ahead:
+        first, second, third = expand_shards(f"{url}/{THREE}")
+        with ahead.open(first) as opened:
+            ahead.fetch(second)
+            assert opened.read_at(0, 512)[:5]
+        with ahead.open(second) as opened:
+            data = experiment.shard(1).read_bytes()
+            assert opened.read_at(0, len(data)) == data
+        asked = [path for path, place in requests if place and place != "bytes=0-0"]
+        assert sorted(asked) == ["/shard-000000.tar", "/shard-000001.tar"]
+        ahead.fetch(third)
+        with ahead.open(first) as opened:
+            assert opened.read_at(0, 512) == experiment.shard(0).read_bytes()[:512]
+        ahead.fetch(f"{url}/none.tar")
+        with pytest.raises(ShardError, match=r"none.tar"), ahead.open(f"{url}/none.tar"):
+            pass
+        ahead.fetch(third)
 
 
 class Dying(StaticWithRanges):

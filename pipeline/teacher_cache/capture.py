@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from blake3 import blake3
 from cache import PartSummary, PartWriter, RefusedValue, SampleEntry, Span, StoreWriter, TakenKeys
 from pipeline.config.config import Config
 from pipeline.data.preparation import Preparation, pad_tokens
-from pipeline.data.shard_files import OpenShard, open_shard
+from pipeline.data.shard_files import OpenShard
 from pipeline.data.shard_identity import source_of
 from pipeline.data.shard_kinds import part_name
 from pipeline.data.shards import Rejected, Sample, read_samples
@@ -26,7 +25,9 @@ from pipeline.errors import BadSample, ShardError
 from pipeline.models.processors import Tensors
 from pipeline.models.stub import Teacher
 from pipeline.models.vlm import ImageFeatures
-from pipeline.targets.target import Arrays, Target
+from pipeline.targets.target import Arrays
+from pipeline.teacher_cache.ahead import Ahead
+from pipeline.teacher_cache.captured_arrays import captured_arrays
 from pipeline.teacher_cache.longest_first import Prepared, longest_first
 from pipeline.teacher_cache.overlap import Behind
 from pipeline.teacher_cache.progress import Progress
@@ -66,8 +67,16 @@ class Capture:
     batches. A sample that does not fit alone is rejected with its size.
     """
 
-    def __init__(self, config: Config, teacher: Teacher, preparation: Preparation, progress: Progress):
+    def __init__(
+        self,
+        config: Config,
+        teacher: Teacher,
+        preparation: Preparation,
+        progress: Progress,
+        ahead: Ahead | None = None,
+    ):
         self.config, self.teacher, self.preparation, self.progress = config, teacher, preparation, progress
+        self.ahead = ahead or Ahead()
         asked = config.teacher.batch_size
         self.batch_size = FIRST_BATCH_SIZE.get(teacher.device.type, 16) if asked == "auto" else asked
         self._begin("")
@@ -82,14 +91,18 @@ class Capture:
         self.settled: dict[int, str] = {}
         self.starved: list[Prepared] = []  # captured, but memory ran out while their values were encoded
 
-    def run(self, store: StoreWriter, shard: str) -> Captured:
-        """Capture a shard for `Captured.commit` to publish. After an exception nothing of it is published."""
+    def run(self, store: StoreWriter, shard: str, *, coming: str | None = None) -> Captured:
+        """Capture a shard for `Captured.commit` to publish. After an exception nothing of it is published.
+
+        The `coming` shard is fetched meanwhile, if it is behind a URL.
+        """
         self._begin(shard)
         started = time.monotonic()
-        with ExitStack() as stack, open_shard(shard) as self.opened:
+        with ExitStack() as stack, self.ahead.open(shard) as self.opened:
             part = stack.enter_context(store.part(part_name(shard)))
             prepared = longest_first(list(self._prepared(part, store.taken)))
             part.source = source_of(self.opened)
+            self.ahead.fetch(coming)
             num_seen = len(prepared) + len(self.settled)
             if not num_seen:  # a file of zeros is a valid tar
                 raise ShardError(
@@ -271,27 +284,6 @@ class Capture:
 def key_occurs_in(part: str) -> BadSample:
     """Return the rejection of a sample whose key another part holds. Stage 2 joins by key: it must be unique."""
     return BadSample("key occurs in another shard", f"the part {part} holds it")
-
-
-def captured_arrays(
-    teacher: Teacher,
-    targets: Mapping[str, Target],
-    batch: Mapping[str, Any],
-    features: ImageFeatures | None,
-    *,
-    keys: Sequence[str],
-    keep: Sequence[torch.Tensor],
-) -> tuple[list[Arrays], list[Arrays]]:
-    """Return the targets' arrays of each sample of a batch, and of each image of `keep`, float32 or integers.
-
-    `features` are those of all its images in order, `keep` 'N D' of those to be stored.
-    """
-    forward = replace(teacher.forward(batch, features), keys=keys, vision=keep)
-    captured: dict[str, list[Arrays]] = {"sample": [{} for _ in keys], "image": [{} for _ in keep]}
-    for target in targets.values():
-        for arrays, more in zip(captured[target.owner], target.capture(forward), strict=True):
-            arrays |= more
-    return captured["sample"], captured["image"]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

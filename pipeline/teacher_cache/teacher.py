@@ -36,6 +36,7 @@ from pipeline.data.spans import warn_of_streams
 from pipeline.errors import ConfigError, ShardError
 from pipeline.models.stub import Teacher, load_teacher
 from pipeline.models.teacher_plan import TeacherPlan, family_digest, plan_teacher
+from pipeline.teacher_cache.ahead import Ahead
 from pipeline.teacher_cache.blindness import FIELD, Blindness, warn_of_blindness
 from pipeline.teacher_cache.capture import Capture, Captured
 from pipeline.teacher_cache.overlap import Behind
@@ -143,8 +144,8 @@ def write_parts(
         teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=_usable(plan.device))
         if asks_if_blind:
             _ask_if_blind(plan, store, teacher)
-        with Progress(todo, description="teacher-cache") as progress:
-            capture = Capture(config, teacher, plan.preparation, progress)
+        with Progress(todo, description="teacher-cache") as progress, Ahead() as ahead:
+            capture = Capture(config, teacher, plan.preparation, progress, ahead)
             while todo:
                 todo = run.capture_all(capture, todo, worker)
     if run.summaries or worker.world_size > 1:
@@ -197,6 +198,7 @@ class _Run:
         A part is compressed and written while the teacher works on the next shard.
         """
         self.again = []
+        order = worker.in_order(todo)
         free = shards_to_write(
             self.store, todo, worker, needs_capture=self.states.needs_capture, say=capture.progress.say
         )
@@ -204,7 +206,8 @@ class _Run:
             for shard, lease in free:
                 with lease:  # ends here, unless there is a part to write
                     try:
-                        captured = capture.run(self.store, shard)
+                        coming = next(iter(order[order.index(shard) + 1 :]), None)
+                        captured = capture.run(self.store, shard, coming=coming)
                     except ShardError as error:
                         if capture.config.data.on_bad_sample == "fail":
                             raise

@@ -28,7 +28,7 @@ from pipeline.models.stub import Teacher, load_teacher
 from pipeline.models.vlm import ImageFeatures
 from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.blindness import Blindness
-from pipeline.teacher_cache.capture import captured_arrays
+from pipeline.teacher_cache.captured_arrays import captured_arrays
 from pipeline.teacher_cache.swapped_images import measure_blindness
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture
 from pipeline.upkeep.check_rows import AllRows, Arrays

@@ -22,6 +22,8 @@ from pipeline.evaluation.scores import evaluate_checkpoint
 from pipeline.settings import Section
 from pipeline.teacher_cache.teacher import cache_teacher, plan_capture
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SECTIONS = dict(sections_of("", Config))
 KEYS = {
@@ -151,6 +153,7 @@ OTHER: dict[str, str | tuple[list[str], list[str]]] = {
     "teacher.dtype": "bfloat16",
     "teacher.device": "cpu:0",
     "teacher.batch_size": "7",
+    "teacher.blind_ok": "true",
     "student.model": "{other_student}",
     "student.dtype": "bfloat16",
     "student.gradient_checkpointing": "true",

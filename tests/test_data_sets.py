@@ -17,6 +17,8 @@ from test_packing import picture, rejects_of, samples_of
 from pipeline.errors import PackError
 from pipeline.packing.pack import pack
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PICTURES = [picture(number) for number in range(4)]
 
@@ -121,7 +123,6 @@ def test_a_folder_of_this_machine_asks_no_server(tmp_path, monkeypatch):
     assert pack(tmp_path / "hub", tmp_path / "out").packed == 4
 
 
-@pytest.mark.slow
 def test_a_repository_of_the_hub_is_packed_by_its_id(tmp_path):
     """In a process of its own: huggingface_hub reads its address when it is imported."""
     data_set("texts").to_parquet(tmp_path / "train.parquet")

@@ -64,7 +64,7 @@ class Blindness:
 
 def warn_of_blindness(found: Blindness, teacher: TeacherConfig, *, then: str) -> None:
     """Print a framed warning to stderr if the teacher is blind and may not be; `then` says how the work goes on."""
-    if found.is_blind and not teacher.blind_ok:
+    if not teacher.blind_ok and found.is_blind:
         print(_warning(found, teacher.model, then), file=sys.stderr, flush=True)
 
 

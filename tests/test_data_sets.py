@@ -128,7 +128,7 @@ def test_a_repository_of_the_hub_is_packed_by_its_id(tmp_path):
     data_set("texts").to_parquet(tmp_path / "train.parquet")
     files = {"train-00000-of-00001.parquet": (tmp_path / "train.parquet").read_bytes()}
     with hub_server(files) as (address, _):
-        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hub")}
+        environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
         command = [sys.executable, "cli.py", "pack", "lab/store", str(tmp_path / "out")]
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False

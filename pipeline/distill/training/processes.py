@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,12 +45,15 @@ def connected() -> Iterator[None]:
     """Close the connection to the other processes at the end of the block, if one was made in it.
 
     Left open, a thread of gloo may still run when the interpreter exits, and then aborts the process (exit code -6).
+    It also runs on while anything holds a group: a trainer does, and it is a cycle that only the collector frees.
     """
     try:
         yield
     finally:
         if dist.is_available() and dist.is_initialized():
+            gc.collect()
             dist.destroy_process_group()
+            gc.collect()
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def _is_web(fs: Any) -> bool:
 
 
 def stream_file(file: RemoteFile, *, by_ranges: bool = True) -> Iterator[bytes]:
-    """Yield a file's bytes from front to back, fetched ahead; a request that fails is made again.
+    """Yield a file's bytes from front to back, fetched ahead; a failed request is repeated.
 
     By ranges several blocks come at once. Else there is one request, for which no size need be known. Raises
     `StoreUnreachable` if the server goes on failing or sends less than the file.
@@ -143,7 +143,7 @@ def _block(url: str, start: int, stop: int) -> bytes:
 
 
 def _as_it_comes(file: RemoteFile) -> Iterator[bytes]:
-    """Yield a file's bytes of one request. After a failure it is made again, and what came already is left out."""
+    """Yield a file's bytes of one request. After a failure it is repeated, and what came already is left out."""
     held = failures = 0
     while True:
         try:

@@ -10,7 +10,7 @@ from pipeline.data.reading import reading
 from pipeline.data.shard_kinds import is_named_shard, unpacked_first
 from pipeline.errors import ShardError
 
-_known: dict[str, RemoteFile] = {}  # what this process was told last
+_known: dict[str, RemoteFile] = {}  # the last answers of servers
 _sends_ranges: dict[str, bool] = {}  # by server
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.data.dialogues import Dialogue, read_dialogue
 from pipeline.data.shards import parse_record
 from pipeline.errors import BadSample
-from pipeline.packing.images import Image, State, image_of
+from pipeline.packing.images import Image, State, image_of, is_unicode
 from pipeline.packing.sources import Source
 
 
@@ -93,8 +93,6 @@ def _id(fields: Mapping[str, Any], *, default: str) -> str:
         value = default
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadSample("id is no text", f"found {reprlib.repr(value)}")
-    try:
-        str(value).encode()
-    except UnicodeEncodeError as error:
-        raise BadSample("id is no text", "it is not valid Unicode") from error
+    if not is_unicode(str(value)):
+        raise BadSample("id is no text", "it is not valid Unicode")
     return str(value)

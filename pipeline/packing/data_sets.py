@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ TABLES = (".parquet", ".arrow")
 Rows = Callable[[], Iterator[dict[str, Any]]]
 
 
-def open_data_set(where: str | Path, *, subset: str | None, split: str | None) -> tuple[str, str, Rows]:
-    """Return the name of a data set, a digest of its content, and its rows; images in them stay encoded.
+def open_data_set(
+    where: str | Path, *, subset: str | None, split: str | None
+) -> tuple[str, Callable[[], str], Rows]:
+    """Return the name of a data set, what digests its content, and its rows; images in them stay encoded.
 
     Raises `PackError` if `datasets` is not installed or cannot read it, or if it has several splits and none is
     named.
@@ -36,7 +39,11 @@ def open_data_set(where: str | Path, *, subset: str | None, split: str | None) -
     except Exception as error:  # the library, its drivers and its readers each have their own
         raise PackError(f"{where} cannot be read as a data set: {reason_of(error)}") from error
     name = Path(where).stem if isinstance(where, Path) else where.rsplit("/", 1)[-1]
-    return name, f"{digest} {subset or ''} {split or ''}".strip(), lambda: _rows(chosen, where)
+    return (
+        name,
+        lambda: f"{digest()} {subset or ''} {split or ''}".strip(),
+        lambda: _rows(chosen, where),
+    )
 
 
 def _rows(chosen: Any, where: str | Path) -> Iterator[dict[str, Any]]:
@@ -51,18 +58,20 @@ def _rows(chosen: Any, where: str | Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _opened(datasets: Any, where: str | Path, subset: str | None) -> tuple[str, Any]:
+def _opened(datasets: Any, where: str | Path, subset: str | None) -> tuple[Callable[[], str], Any]:
     if isinstance(where, str):
         from huggingface_hub import HfApi
 
         revision = HfApi().dataset_info(where).sha
-        return f"{where}@{revision}", datasets.load_dataset(where, subset, revision=revision, streaming=True)
+        return lambda: f"{where}@{revision}", datasets.load_dataset(
+            where, subset, revision=revision, streaming=True
+        )
     if where.is_dir() and any((where / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return _digest(where), datasets.load_from_disk(where)
+        return partial(_digest, where), datasets.load_from_disk(where)
     if where.is_dir():
-        return _digest(where), datasets.load_dataset(str(where), subset, streaming=True)
+        return partial(_digest, where), datasets.load_dataset(str(where), subset, streaming=True)
     kind = {".parquet": "parquet", ".arrow": "arrow"}[where.suffix.lower()]
-    return _digest(where), datasets.load_dataset(kind, subset, data_files=str(where), streaming=True)
+    return partial(_digest, where), datasets.load_dataset(kind, subset, data_files=str(where), streaming=True)
 
 
 def _split(loaded: Any, split: str | None, where: str | Path) -> Any:

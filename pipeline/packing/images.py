@@ -49,7 +49,7 @@ def image_of(value: Any, image_folder: Path) -> Image:
         value = next((value[key] for key in ("bytes", "path", "url") if value.get(key)), None)
     if isinstance(value, bytes | bytearray):
         return bytes(value)
-    if not isinstance(value, str) or not value or "\0" in value or not _is_unicode(value):
+    if not isinstance(value, str) or not value or "\0" in value or not is_unicode(value):
         raise BadSample("image is no path", reprlib.repr(value))
     if value.startswith("data:"):
         return _from_data_url(value)
@@ -70,7 +70,8 @@ def _from_data_url(url: str) -> bytes:
         raise BadSample("image is no path", f"{url[:60]}: {error}") from error
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -200,7 +200,7 @@ def _asked(
     if policy not in ("reject", "fail"):
         raise PackError(f"on_bad_sample: unknown value {policy!r}; known are reject, fail.")
     return {
-        "annotations": source.digest,
+        "annotations": source.digest(),
         "image_folder": str(image_folder.resolve()),
         "samples_per_shard": samples_per_shard,
         "on_bad_sample": policy,

@@ -25,12 +25,13 @@ Entries = Iterator[tuple[int, Any]]  # each with its number from 1; of JSONL byt
 class Source:
     """Annotations that can be read from beginning to end.
 
-    `digest` changes with their content. `holds_images` is whether images come within the entries, as in Parquet:
-    these keep the source's order, since they cannot be gathered by image without reading everything twice.
+    `digest` changes with their content, and reads all of it. `holds_images` is whether images come within the
+    entries, as in Parquet: these keep the source's order, since they cannot be gathered by image without reading
+    everything twice.
     """
 
     name: str
-    digest: str
+    digest: Callable[[], str]
     entries: Callable[[], Entries]
     folder: Path
     holds_images: bool = False
@@ -46,7 +47,7 @@ def open_source(annotations: str | Path, *, subset: str | None = None, split: st
                 f"{path} is one file of entries, which has no subset and no split; remove the option."
             )
         read = _read_list if _is_list(path) else _read_lines
-        return Source(path.stem, hash_file(path), partial(read, path), path.parent)
+        return Source(path.stem, partial(hash_file, path), partial(read, path), path.parent)
     is_hub_id = HUB_ID.fullmatch(str(annotations)) and path.suffix.lower() not in (".json", *LINES, *TABLES)
     if path.exists() or is_hub_id:
         where = path if path.exists() else str(annotations)

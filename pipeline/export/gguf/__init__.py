@@ -1,0 +1,1 @@
+"""MobileVLM V2 as GGUF files."""

@@ -1,0 +1,258 @@
+"""llama.cpp through its C interface. It ends the whole process over what it asserts: use `process`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import PipelineError
+from pipeline.export.llama_cpp.class_token import ClassTokenFirst
+from pipeline.export.llama_cpp.library import load_library
+
+F32_CACHE = 0  # GGML_TYPE_F32
+TEXT_CHUNK = 0  # MTMD_INPUT_CHUNK_TYPE_TEXT
+LAST_LINES = 8
+IMAGE_MARK = "<image>"
+
+Floats = NDArray[np.float32]
+
+
+@dataclass
+class Seconds:
+    """How long the parts of an answer took."""
+
+    image: float = 0.0
+    prompt: float = 0.0
+    answer: float = 0.0
+
+
+@dataclass
+class Answer:
+    """What the runtime made of one prompt: `logits` 'S V' of the prompt, `embeddings` 'N D' of its image."""
+
+    prompt_ids: list[int] = field(default_factory=list)
+    answer_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logits: Floats | None = None
+    embeddings: Floats | None = None
+    seconds: Seconds = field(default_factory=Seconds)
+
+
+class Runtime:
+    """A model, and with `mmproj` its eyes. `exact` keeps keys and values in 32 bits, without flash attention.
+
+    With `class_token_width` the class token is put first in the tower, see `class_token`.
+    Raises `PipelineError` with llama.cpp's own last words if it refuses a file.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        mmproj: Path | None = None,
+        *,
+        context: int,
+        threads: int,
+        exact: bool = True,
+        class_token_width: int | None = None,
+    ) -> None:
+        self.ffi, self.lib, file = load_library()
+        self.log: list[str] = []
+        self._keep_log()
+        self.lib.llama_backend_init()
+        self.model = self._load_model(model)
+        self.context = self._open_context(context, threads, exact=exact)
+        self.vocabulary = self.lib.llama_model_get_vocab(self.model)
+        self.vocab_size = self.lib.llama_vocab_n_tokens(self.vocabulary)
+        self.width = self.lib.llama_model_n_embd(self.model)
+        self.class_token = (
+            ClassTokenFirst(self.ffi, file, class_token_width) if class_token_width else None
+        )
+        self.eyes = self._load_eyes(mmproj, threads, exact=exact) if mmproj else None
+        self.position = 0
+
+    # Opening
+
+    def _keep_log(self) -> None:
+        @self.ffi.callback("void(int, const char *, void *)")
+        def keep(level: int, text: Any, _: Any) -> None:
+            self.log = [*self.log[-200:], self.ffi.string(text).decode("utf-8", "replace")]
+
+        self._callback = self.ffi.cast("ggml_log_callback", keep)
+        self._kept = keep
+        for set_log in (self.lib.llama_log_set, self.lib.mtmd_helper_log_set, self.lib.mtmd_log_set):
+            set_log(self._callback, self.ffi.NULL)
+
+    def _load_model(self, file: Path) -> Any:
+        parameters = self.lib.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        return self._opened(self.lib.llama_model_load_from_file(str(file).encode(), parameters), file)
+
+    def _open_context(self, size: int, threads: int, *, exact: bool) -> Any:
+        parameters = self.lib.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = size
+        parameters.n_threads = parameters.n_threads_batch = threads
+        if exact:
+            parameters.flash_attn_type = 0
+            parameters.type_k = parameters.type_v = F32_CACHE
+        return self._opened(self.lib.llama_init_from_model(self.model, parameters), "a context")
+
+    def _load_eyes(self, file: Path, threads: int, *, exact: bool) -> Any:
+        parameters = self.lib.mtmd_context_params_default()
+        parameters.use_gpu = parameters.print_timings = parameters.warmup = False
+        parameters.n_threads = threads
+        if exact:
+            parameters.flash_attn_type = 0
+        if self.class_token:
+            parameters.cb_eval = self.class_token.callback
+        return self._opened(
+            self.lib.mtmd_init_from_file(str(file).encode(), self.model, parameters), file
+        )
+
+    def _opened(self, pointer: Any, what: Any) -> Any:
+        if pointer == self.ffi.NULL:
+            words = " ".join("".join(self.log[-LAST_LINES:]).split())
+            raise PipelineError(f"llama.cpp cannot open {what}: {words}")
+        return pointer
+
+    # Text
+
+    def tokens_of(self, text: str) -> list[int]:
+        """Return the ids of a text, BOS first; special tokens in it are read as such."""
+        data = text.encode()
+        out = self.ffi.new("llama_token[]", len(data) + 8)
+        count = self.lib.llama_tokenize(self.vocabulary, data, len(data), out, len(data) + 8, True, True)
+        return [out[n] for n in range(count)]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens left out."""
+        size = 64 * (len(ids) + 1)
+        out = self.ffi.new("char[]", size)
+        given = self.ffi.new("llama_token[]", list(ids))
+        count = self.lib.llama_detokenize(self.vocabulary, given, len(ids), out, size, True, False)
+        return self.ffi.buffer(out, max(count, 0))[:].decode("utf-8", "replace")
+
+    # Answers
+
+    def answer(
+        self,
+        prompt: str,
+        *,
+        image: NDArray[np.uint8] | None = None,
+        embeddings: Floats | None = None,
+        max_new_tokens: int = 0,
+    ) -> Answer:
+        """Read a prompt, in which `<image>` stands for the image, and answer greedily.
+
+        `image` uint8 'Y X C' goes through the file's own eyes; `embeddings` 'N D' were computed elsewhere.
+        """
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        self.position, made = 0, Answer()
+        logits: list[Floats] = []
+        for kind, value in self._parts(prompt, image, embeddings):
+            if kind == "text":
+                made.prompt_ids += value
+                logits.append(self._timed(made, "prompt", tokens=value))
+                continue
+            if kind == "image":
+                start = time.perf_counter()
+                value = self._embedded(value)
+                made.seconds.image += time.perf_counter() - start
+            made.embeddings = value
+            made.prompt_ids += [-1] * len(value)
+            logits.append(self._timed(made, "prompt", embeddings=value))
+        made.logits = np.concatenate(logits)
+        made.answer_ids = self._greedy(made, max_new_tokens)
+        made.text = self.text_of(made.answer_ids)
+        return made
+
+    def _parts(self, prompt: str, image: Any, embeddings: Any) -> list[tuple[str, Any]]:
+        """Return the prompt's parts: ids of text, an image of `mtmd`, or embeddings."""
+        if image is None and embeddings is None:
+            return [("text", self.tokens_of(prompt))]
+        if embeddings is not None:
+            before, _, after = prompt.partition(IMAGE_MARK)
+            # BOS stands at the start of the whole alone.
+            return [("text", self.tokens_of(before)), ("embeddings", embeddings), ("text", self.tokens_of(after)[1:])]
+        return self._chunks(prompt, np.ascontiguousarray(image, np.uint8))
+
+    def _chunks(self, prompt: str, image: NDArray[np.uint8]) -> list[tuple[str, Any]]:
+        ffi, lib = self.ffi, self.lib
+        marker = ffi.string(lib.mtmd_default_marker()).decode()
+        data = prompt.replace(IMAGE_MARK, marker).encode()
+        bitmap = lib.mtmd_bitmap_init(image.shape[1], image.shape[0], ffi.from_buffer("unsigned char[]", image))
+        text = ffi.new("struct mtmd_input_text *")
+        held = ffi.new("char[]", data)
+        text.text, text.text_len, text.add_special, text.parse_special = held, len(data), True, True
+        self._chunked = ffi.gc(lib.mtmd_input_chunks_init(), lib.mtmd_input_chunks_free)
+        bitmaps = ffi.new("const mtmd_bitmap *[]", [bitmap])
+        code = lib.mtmd_tokenize(self.eyes, self._chunked, text, bitmaps, 1)
+        lib.mtmd_bitmap_free(bitmap)
+        if code:
+            raise PipelineError(f"llama.cpp does not take the prompt with its image (mtmd_tokenize: {code})")
+        parts: list[tuple[str, Any]] = []
+        for number in range(lib.mtmd_input_chunks_size(self._chunked)):
+            chunk = lib.mtmd_input_chunks_get(self._chunked, number)
+            if lib.mtmd_input_chunk_get_type(chunk) != TEXT_CHUNK:
+                parts.append(("image", chunk))
+                continue
+            count = ffi.new("size_t *")
+            ids = lib.mtmd_input_chunk_get_tokens_text(chunk, count)
+            parts.append(("text", [ids[n] for n in range(count[0])]))
+        return parts
+
+    def _embedded(self, chunk: Any) -> Floats:
+        """Run the tower and the projector: 'N D'."""
+        if code := self.lib.mtmd_encode_chunk(self.eyes, chunk):
+            raise PipelineError(f"llama.cpp cannot encode the image (mtmd_encode_chunk: {code})")
+        if self.class_token:
+            self.class_token.check_it_was_moved()
+        count = self.lib.mtmd_input_chunk_get_n_tokens(chunk)
+        buffer = self.ffi.buffer(self.lib.mtmd_get_output_embd(self.eyes), count * self.width * 4)
+        return np.frombuffer(buffer, np.float32).reshape(count, self.width).copy()
+
+    def _timed(self, made: Answer, part: str, **given: Any) -> Floats:
+        start = time.perf_counter()
+        logits = self._decoded(**given)
+        setattr(made.seconds, part, getattr(made.seconds, part) + time.perf_counter() - start)
+        return logits
+
+    def _decoded(self, tokens: Sequence[int] | None = None, embeddings: Floats | None = None) -> Floats:
+        """Run tokens or embeddings behind what was run before: logits 'S V'."""
+        count = len(tokens) if tokens is not None else len(embeddings)  # pyright: ignore[reportArgumentType]
+        if count == 0:
+            return np.empty((0, self.vocab_size), np.float32)
+        batch = self.lib.llama_batch_init(count, 0 if embeddings is None else self.width, 1)
+        batch.n_tokens = count
+        for n in range(count):
+            if tokens is not None:
+                batch.token[n] = tokens[n]
+            batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0], batch.logits[n] = self.position + n, 1, 0, 1
+        if embeddings is not None:
+            values = np.ascontiguousarray(embeddings, np.float32)
+            self.ffi.memmove(batch.embd, self.ffi.from_buffer(values), values.nbytes)
+        code = self.lib.llama_decode(self.context, batch)
+        self.lib.llama_batch_free(batch)
+        if code:
+            raise PipelineError(
+                f"llama.cpp cannot run {count} positions behind {self.position} (llama_decode: {code})"
+            )
+        self.position += count
+        rows = (self.lib.llama_get_logits_ith(self.context, n) for n in range(count))
+        return np.stack([np.frombuffer(self.ffi.buffer(row, self.vocab_size * 4), np.float32) for row in rows])
+
+    def _greedy(self, made: Answer, max_new_tokens: int) -> list[int]:
+        assert made.logits is not None
+        ids: list[int] = []
+        last = made.logits[-1]
+        for _ in range(max_new_tokens):
+            ids.append(int(last.argmax()))
+            if self.lib.llama_vocab_is_eog(self.vocabulary, ids[-1]) or len(ids) == max_new_tokens:
+                break
+            last = self._timed(made, "answer", tokens=[ids[-1]])[0]
+        return ids

@@ -1,0 +1,61 @@
+"""The checkpoint that is exported, and what is known of where it comes from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.models.configuration import read_config
+from pipeline.models.files.checkpoint import Checkpoint, checkpoint_folder
+
+PROVENANCE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's folder, its config, the digest of its tensors, and the provenance of its training or {}.
+
+    `name` is a short name for people. `licence` is what the user says of the result: no file of a checkpoint does.
+    """
+
+    name: str
+    folder: Path
+    config: Any
+    digest: str
+    origin: dict[str, Any] = field(default_factory=dict)
+    licence: str | None = None
+
+    @classmethod
+    def of(cls, model: str, *, licence: str | None = None) -> Source:
+        """Find a checkpoint: its folder, a hub id, or the folder of a training, whose `model` is meant.
+
+        Raises `ConfigError` if there is none, or if the training did not end.
+        """
+        folder = Path(model)
+        if (folder / PROVENANCE).is_file() and not (folder / "config.json").is_file():
+            if not (folder / "model" / "config.json").is_file():
+                raise ConfigError(
+                    f"{folder}: a training that wrote no model yet; finish it with `alignkd distill`, or name one of "
+                    "its checkpoints"
+                )
+            folder = folder / "model"
+        found = checkpoint_folder(str(folder) if folder.is_dir() else model)
+        return cls(
+            name=folder.parent.name if folder.name == "model" else folder.name,
+            folder=found,
+            config=read_config(found),
+            digest=Checkpoint(str(found)).digest(),
+            origin=_origin(found),
+            licence=licence,
+        )
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """Return the provenance that `alignkd distill` left beside the model; {} if there is none."""
+    try:
+        return dict(json.loads((folder.parent / PROVENANCE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}

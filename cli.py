@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from pipeline.commands import experiments, inspect, models, share, stages, store
+from pipeline.commands import experiments, export, inspect, models, share, stages, store
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a check failed or the work could not be done; 2 a wrong command line or config;
@@ -44,6 +44,7 @@ class CommandGroups(typer.core.TyperGroup):
         names = {heading: [_name(command) for command in group] for heading, group in COMMANDS.items()}
         names["Experiments"].append("inspect")
         names["Stages"].insert(0, "models")
+        names["Sharing"].insert(0, "export")
         for heading, group in names.items():
             with formatter.section(heading):
                 formatter.write_dl([(n, self.commands[n].get_short_help_str(limit=1000)) for n in group])
@@ -68,6 +69,7 @@ for commands in COMMANDS.values():
         app.command(_name(command))(command)
 app.add_typer(inspect.app, name="inspect")
 app.add_typer(models.app, name="models")
+app.add_typer(export.app, name="export")
 
 
 @app.callback()

@@ -20,8 +20,11 @@ MAX_FUNCTION_LINES = 60
 # the ground that a package stands on (cache/errors.py, pipeline/errors.py, ...), are free to all above.
 ROOMS: dict[str, str] = {
     "cli": "pipeline/commands",
-    "pipeline/commands": "init packing report sweep upkeep conformance inspection evaluation teacher_cache "
-    "distill/training config models",
+    "pipeline/commands": "export export/gguf export/llama_cpp init packing report sweep upkeep conformance "
+    "inspection evaluation teacher_cache distill/training config models",
+    "pipeline/export/llama_cpp": "export/gguf export models/mobilevlm",
+    "pipeline/export/gguf": "export config models models/mobilevlm models/files",
+    "pipeline/export": "data models models/mobilevlm models/files",
     "pipeline/init": "packing upkeep data config models models/mobilevlm models/files",
     "pipeline/report": "sweep evaluation distill/training losses",
     "pipeline/sweep": "evaluation distill distill/training distill/join data config models/files",

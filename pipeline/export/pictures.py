@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,13 @@ class Pictures:
     """
 
     def __init__(self, folder: Path, source: Source, *, fewest: int = FEWEST) -> None:
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower().lstrip(".") in ENDINGS and f.is_file())
+        files = sorted(
+            f for f in folder.rglob("*") if f.suffix.lower().lstrip(".") in ENDINGS and f.is_file()
+        )
         if len(files) < fewest:
-            raise ConfigError(f"{folder}: {len(files)} images, at least {fewest} are needed; name a folder of more")
+            raise ConfigError(
+                f"{folder}: {len(files)} images, at least {fewest} are needed; name a folder of more"
+            )
         self.files = files
         self.clip = clip_processor(source.folder, source.config.tower.image_size)
         self.pads = source.config.image_aspect_ratio == "pad"
@@ -43,7 +48,16 @@ class Pictures:
     def square(self, image: Image.Image) -> Image.Image:
         """Return an image padded to a square, or its middle if the model was trained on that."""
         if self.pads:
-            return pad_to_square(image, tuple(int(mean * 255) for mean in self.clip.image_mean))
+            return pad_to_square(image, _colour(self.clip))
         side, (width, height) = min(image.size), image.size
         left, top = (width - side) // 2, (height - side) // 2
         return image.crop((left, top, left + side, top + side))
+
+
+def background(source: Source) -> tuple[int, ...]:
+    """Return the colour with which pictures are padded, red, green and blue of 255: CLIP's mean."""
+    return _colour(clip_processor(source.folder, source.config.tower.image_size))
+
+
+def _colour(clip: Any) -> tuple[int, ...]:
+    return tuple(int(mean * 255) for mean in clip.image_mean)

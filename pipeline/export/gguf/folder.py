@@ -21,7 +21,7 @@ from pipeline.export.source import Source
 from pipeline.models.loading import load_network
 
 MARK = "export.json"
-MODEL, MMPROJ = "model.gguf", "mmproj.gguf"
+MODEL, MMPROJ, CARD = "model.gguf", "mmproj.gguf", "README.md"
 LAYOUT = 1  # of these files: what an export of another number holds is written again
 
 
@@ -89,7 +89,7 @@ def export_gguf(
     names = [MODEL, MMPROJ] if vision else [MODEL]
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        for name in (MARK, MODEL, MMPROJ):
+        for name in (MARK, CARD, MODEL, MMPROJ):
             (path / name).unlink(missing_ok=True)
     state = load_network(str(source.folder), dtype="auto").state_dict()
     say(f"{path / MODEL}: writing, {quant}")
@@ -115,7 +115,9 @@ def _found(path: Path, asked: dict[str, Any], config: Any, *, overwrite: bool) -
         raise ConfigError(
             f"{path} holds another export ({lies}); name another folder, or --overwrite to replace it"
         )
-    folder = GGUFFolder(path, asked["source_digest"], asked["quant"], asked["vision"], dict(mark["files"]), config)
+    folder = GGUFFolder(
+        path, asked["source_digest"], asked["quant"], asked["vision"], dict(mark["files"]), config
+    )
     folder.check_files()
     return folder
 

@@ -24,7 +24,9 @@ def read_tensors(
     try:
         found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
     except Exception as error:  # gguf raises what it stumbles over
-        raise PipelineError(f"{file} is damaged ({reason_of(error)}); export again with --overwrite") from error
+        raise PipelineError(
+            f"{file} is damaged ({reason_of(error)}); export again with --overwrite"
+        ) from error
     for one in plan:
         if one.name not in found:
             raise PipelineError(f"{file} has no tensor {one.name!r}; export again with --overwrite")

@@ -76,5 +76,3 @@ def read_back(data: np.ndarray, type_: GGMLQuantizationType) -> np.ndarray:
     from libgguf import dequantize_rows
 
     return np.asarray(dequantize_rows(data, type_), np.float32)
-
-

@@ -15,7 +15,7 @@ EXTRA = "llama-cpp"
 
 
 def load_library() -> tuple[Any, Any, Path]:
-    """Return cffi's `ffi`, the library and its file. Raises `ConfigError` if the packages are missing or do not fit."""
+    """Return cffi's `ffi`, the library and its file. Raises `ConfigError` if they are missing or do not fit."""
     with needing(EXTRA, by="running llama.cpp"):
         import xllamacpp
         from llama_cpp_py_sync._cffi_bindings import get_ffi

@@ -70,9 +70,7 @@ class Runtime:
         self.vocabulary = self.lib.llama_model_get_vocab(self.model)
         self.vocab_size = self.lib.llama_vocab_n_tokens(self.vocabulary)
         self.width = self.lib.llama_model_n_embd(self.model)
-        self.class_token = (
-            ClassTokenFirst(self.ffi, file, class_token_width) if class_token_width else None
-        )
+        self.class_token = ClassTokenFirst(self.ffi, file, class_token_width) if class_token_width else None
         self.eyes = self._load_eyes(mmproj, threads, exact=exact) if mmproj else None
         self.position = 0
 
@@ -110,9 +108,7 @@ class Runtime:
             parameters.flash_attn_type = 0
         if self.class_token:
             parameters.cb_eval = self.class_token.callback
-        return self._opened(
-            self.lib.mtmd_init_from_file(str(file).encode(), self.model, parameters), file
-        )
+        return self._opened(self.lib.mtmd_init_from_file(str(file).encode(), self.model, parameters), file)
 
     def _opened(self, pointer: Any, what: Any) -> Any:
         if pointer == self.ffi.NULL:
@@ -178,14 +174,20 @@ class Runtime:
         if embeddings is not None:
             before, _, after = prompt.partition(IMAGE_MARK)
             # BOS stands at the start of the whole alone.
-            return [("text", self.tokens_of(before)), ("embeddings", embeddings), ("text", self.tokens_of(after)[1:])]
+            return [
+                ("text", self.tokens_of(before)),
+                ("embeddings", embeddings),
+                ("text", self.tokens_of(after)[1:]),
+            ]
         return self._chunks(prompt, np.ascontiguousarray(image, np.uint8))
 
     def _chunks(self, prompt: str, image: NDArray[np.uint8]) -> list[tuple[str, Any]]:
         ffi, lib = self.ffi, self.lib
         marker = ffi.string(lib.mtmd_default_marker()).decode()
         data = prompt.replace(IMAGE_MARK, marker).encode()
-        bitmap = lib.mtmd_bitmap_init(image.shape[1], image.shape[0], ffi.from_buffer("unsigned char[]", image))
+        bitmap = lib.mtmd_bitmap_init(
+            image.shape[1], image.shape[0], ffi.from_buffer("unsigned char[]", image)
+        )
         text = ffi.new("struct mtmd_input_text *")
         held = ffi.new("char[]", data)
         text.text, text.text_len, text.add_special, text.parse_special = held, len(data), True, True
@@ -244,7 +246,9 @@ class Runtime:
             )
         self.position += count
         rows = (self.lib.llama_get_logits_ith(self.context, n) for n in range(count))
-        return np.stack([np.frombuffer(self.ffi.buffer(row, self.vocab_size * 4), np.float32) for row in rows])
+        return np.stack(
+            [np.frombuffer(self.ffi.buffer(row, self.vocab_size * 4), np.float32) for row in rows]
+        )
 
     def _greedy(self, made: Answer, max_new_tokens: int) -> list[int]:
         assert made.logits is not None

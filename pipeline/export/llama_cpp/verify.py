@@ -16,12 +16,12 @@ import torch
 
 from pipeline.errors import PipelineError
 from pipeline.export.gguf.folder import GGUFFolder
-from pipeline.export.llama_cpp.answers import TorchModel, relative_error
 from pipeline.export.llama_cpp.defect import defective_embeddings
 from pipeline.export.llama_cpp.library import build_name
 from pipeline.export.llama_cpp.process import LlamaCpp, Settings
 from pipeline.export.pictures import Pictures
 from pipeline.export.source import Source
+from pipeline.export.torch_model import TorchModel, relative_error
 from pipeline.text_table import text_table
 
 # Relative errors, rms over rms. Unquantised matrices are multiplied in 16 bits; quantised ones by activations of 8.
@@ -118,7 +118,9 @@ def verify_gguf(
     with torch.no_grad(), ExitStack() as stack:
         if folder.mmproj:
             settings, eyes = _with_class_token(settings, torch_model, pictures)
-        say(f"{len(pictures)} images through llama.cpp {build_name()}, compared with the file's weights in PyTorch")
+        say(
+            f"{len(pictures)} images through llama.cpp {build_name()}, compared with the file's weights in PyTorch"
+        )
         runtime = stack.enter_context(LlamaCpp(settings))
         found = []
         for (square, pixels), wanted in zip(pictures, expected, strict=True):

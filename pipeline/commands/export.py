@@ -1,0 +1,144 @@
+"""Checkpoints for other runtimes: export hf, export gguf, export executorch."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.commands.options import fail_unless, say
+
+app = typer.Typer(
+    no_args_is_help=True, help="Write a checkpoint for another runtime: a phone's, or its family's own."
+)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint: a local folder, a training's folder, or a hub id.")]
+Folder = Annotated[Path, typer.Argument(help="Folder for what is written.")]
+Licence = Annotated[
+    str | None, typer.Option("--license", help="Licence to name in the card, such as apache-2.0.")
+]
+Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an export that lies there.")]
+
+
+class Quantisation(StrEnum):
+    """What `--quant` takes."""
+
+    F16 = "f16"
+    Q8_0 = "q8_0"
+    Q4_K_M = "q4_k_m"
+
+
+class VisionQuantisation(StrEnum):
+    """What `--vision` takes."""
+
+    F16 = "f16"
+    Q8_0 = "q8_0"
+
+
+class Dtype(StrEnum):
+    """What `--dtype` takes."""
+
+    SOURCE = "source"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+@app.command()
+def hf(
+    model: Model,
+    folder: Folder,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights; default: as they are.")] = Dtype.SOURCE,
+    as_bin: Annotated[
+        bool, typer.Option("--bin", help="Write pytorch_model.bin, as old code reads it.")
+    ] = False,
+    licence: Licence = None,
+    overwrite: Replace = False,
+) -> None:
+    """Write a checkpoint in its family's own layout: what upstream code and converters load.
+
+    MobileVLM V2 is written as published, for the original code; other families as transformers writes them, with
+    their processor.
+    """
+    from pipeline.export.hf import export_hf
+    from pipeline.export.source import Source
+
+    print(
+        export_hf(
+            Source.of(model, licence=licence),
+            folder,
+            dtype=dtype.value,
+            as_bin=as_bin,
+            overwrite=overwrite,
+            say=say,
+        )
+    )
+
+
+@app.command()
+def gguf(
+    model: Model,
+    folder: Folder,
+    quant: Annotated[Quantisation, typer.Option(help="Of the language model.")] = Quantisation.Q4_K_M,
+    vision: Annotated[
+        VisionQuantisation, typer.Option(help="Of tower and projector.")
+    ] = VisionQuantisation.F16,
+    no_vision: Annotated[
+        bool,
+        typer.Option("--no-vision", help="Write the language model alone; embeddings come from elsewhere."),
+    ] = False,
+    verify: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of at least 20 images: run the files in a real llama.cpp, compare with PyTorch."
+        ),
+    ] = None,
+    question: Annotated[
+        str, typer.Option(help="Asked about each image by --verify.")
+    ] = "What is in the picture?",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of --verify.")] = 16,
+    licence: Licence = None,
+    overwrite: Replace = False,
+) -> None:
+    """Write model.gguf and mmproj.gguf of a MobileVLM V2 for llama.cpp, and a card that says how to run them.
+
+    With --verify the exit code is 1 if llama.cpp computes something else than PyTorch with the same weights.
+    """
+    from pipeline.errors import needing
+
+    with needing("gguf", by="alignkd export gguf"):
+        import libgguf  # noqa: F401
+
+        from pipeline.export.gguf.card import write_card
+        from pipeline.export.gguf.folder import export_gguf
+    from pipeline.export.source import Source
+
+    source = Source.of(model, licence=licence)
+    written = export_gguf(
+        source,
+        folder,
+        quant=quant.value,
+        vision=None if no_vision else vision.value,
+        overwrite=overwrite,
+        say=say,
+    )
+    found = None
+    if verify is not None:
+        from pipeline.export.llama_cpp.verify import verify_gguf
+
+        threads = os.cpu_count() or 1
+        found = verify_gguf(
+            written,
+            source,
+            verify,
+            question=question,
+            max_new_tokens=max_new_tokens,
+            threads=threads,
+            say=say,
+        )
+        print(found)
+    print(write_card(written, source, verified=str(found) if found else None))
+    fail_unless(found is None or found.passed)

@@ -11,9 +11,7 @@ import typer
 
 from pipeline.commands.options import fail_unless, say
 
-app = typer.Typer(
-    no_args_is_help=True, help="Write a checkpoint for another runtime: a phone's, or its family's own."
-)
+app = typer.Typer(no_args_is_help=True)
 
 Model = Annotated[str, typer.Argument(help="A checkpoint: a local folder, a training's folder, or a hub id.")]
 Folder = Annotated[Path, typer.Argument(help="Folder for what is written.")]
@@ -45,6 +43,14 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
+
+
+@app.callback()
+def without_bars() -> None:
+    """Write a checkpoint for another runtime: a phone's, or its family's own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 @app.command()

@@ -16,6 +16,7 @@ from pipeline.models.mobilevlm import IMAGE_TOKEN_ID
 from pipeline.models.mobilevlm.processor import SYSTEM, MobileVLMProcessor
 
 Floats = NDArray[np.float32]
+SMALLEST_SIZE = 1e-4  # of a tensor, rms: 16-bit floats are this fine by a thousandth
 IN_FILES = -1  # how a runtime marks the positions of an image
 
 
@@ -27,6 +28,12 @@ def prompt_about(question: str) -> str:
 def relative_error(found: Floats, expected: Floats) -> float:
     """Return the rms of the difference over the rms of what is expected."""
     return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+
+
+def _weight_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative error of a tensor; values far below those that 16 bits resolve count for nothing."""
+    difference, size = (found - expected).square().mean().sqrt(), expected.square().mean().sqrt()
+    return float(difference / size.clamp(min=SMALLEST_SIZE))
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,13 @@ class TorchModel:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.network.state_dict().items()}
 
-    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace weights, one by one."""
-        state = self.network.state_dict()
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[float, str]:
+        """Replace weights, one by one; return the largest relative error beside those before, and whose it is."""
+        state, largest = self.network.state_dict(), (0.0, "none")
         for name, tensor in tensors:
+            largest = max(largest, (_weight_error(tensor, state[name]), name))
             state[name].copy_(tensor)
+        return largest
 
     @torch.no_grad()
     def embeddings(self, pixels: torch.Tensor) -> Floats:

@@ -1,7 +1,7 @@
 """Exported files in a real llama.cpp, compared with PyTorch: ids, image embeddings, logits, greedy answers.
 
-llama.cpp is compared with PyTorch that holds the file's own weights, so that a difference is one of computing, not
-of quantising. What quantising costs stands beside it, compared with the checkpoint.
+The file's weights are compared with the checkpoint's, and llama.cpp with PyTorch that holds the file's own, so that
+a difference is one of computing, not of quantising. What quantising costs stands beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pipeline.export.torch_model import TorchModel, relative_error
 from pipeline.text_table import text_table
 
 # Relative errors, rms over rms. Unquantised matrices are multiplied in 16 bits; quantised ones by activations of 8.
+WEIGHTS_LIMIT = {"f16": 0.002, "q8_0": 0.02, "q4_k_m": 0.3}
 EMBEDDINGS_LIMIT = {"f16": 0.005, "q8_0": 0.03}
 LOGITS_LIMIT = {"f16": 0.02, "q8_0": 0.05, "q4_k_m": 0.05}
 TIE = 8.0  # times the rms error of the logits: two tokens that lie nearer are equally good
@@ -54,6 +55,7 @@ class Verification:
     """The pictures' results, and what was found of llama.cpp's tower; None where it has no eyes."""
 
     found: list[Found]
+    weights: tuple[float, str]  # the largest relative error beside the checkpoint, and the tensor's name
     eyes: str | None
     quant: str
     vision: str | None
@@ -67,7 +69,17 @@ class Verification:
         ids, equal = sum(one.ids_equal for one in found), sum(one.answer_equal for one in found)
         good = sum(one.answer_equal or one.is_tie for one in found)
         limit = LOGITS_LIMIT[self.quant]
-        rows = [("token ids", f"{ids} of {count} equal", "all", ids == count)]
+        error, name = self.weights
+        most = max(WEIGHTS_LIMIT[one] for one in (self.quant, self.vision) if one)
+        rows = [
+            (
+                "weights in the file",
+                f"{error:.2e} off" + f", {name}" * (error > most),
+                f"{most:g}",
+                error <= most,
+            ),
+            ("token ids", f"{ids} of {count} equal", "all", ids == count),
+        ]
         if self.vision:
             most = EMBEDDINGS_LIMIT[self.vision]
             rows.append(("image embeddings", f"{embeddings:.2e} off", f"{most:g}", embeddings <= most))
@@ -112,7 +124,7 @@ def verify_gguf(
     torch_model = TorchModel(source, question, max_new_tokens=max_new_tokens)
     say(f"{len(pictures)} images through the checkpoint in PyTorch")
     expected = [torch_model.answer(pixels) for _, pixels in pictures]
-    torch_model.load(folder.tensors(torch_model.shapes))
+    weights = torch_model.load(folder.tensors(torch_model.shapes))
     settings = Settings(folder.model, folder.mmproj, context=torch_model.context, threads=threads)
     eyes = None
     with torch.no_grad(), ExitStack() as stack:
@@ -141,7 +153,7 @@ def verify_gguf(
                     answer_as_checkpoint=answered.answer_ids == wanted.answer_ids,
                 )
             )
-    return Verification(found, eyes, folder.quant, folder.vision)
+    return Verification(found, weights, eyes, folder.quant, folder.vision)
 
 
 def _with_class_token(

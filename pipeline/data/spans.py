@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from blake3 import blake3
 
-from cache import Mirror, Range, RemotePath, Span, find_ranges
+from cache import Mirror, Range, RemotePath, Span, find_ranges, without_secrets
 from pipeline.config.config import DataConfig
 from pipeline.data.reading import opened, reading
 from pipeline.data.remote_shards import about, sends_ranges
@@ -111,7 +111,7 @@ def warn_of_streams(shards: Sequence[str]) -> None:
         first, why = next(iter(reasons.items()))
         print(
             f"alignkd: {len(reasons)} of {len(shards)} shards can be captured, but stage 2 will not be able to read "
-            f"samples of them, first {first} ({why}); before training {REMEDY}.",
+            f"samples of them, first {without_secrets(first)} ({why}); before training {REMEDY}.",
             file=sys.stderr,
         )
 

@@ -55,7 +55,7 @@ class Progress(AbstractContextManager["Progress"]):
     ) -> None:
         self.name, self.unit, self.clock = name, unit, clock
         self.stack, self.ended = ExitStack(), ended or Event()
-        self.printed = ""
+        self.printed = self.note = ""  # `note`: what else to say beside the counts
         self.step(doing)
 
     def __enter__(self) -> Progress:
@@ -99,7 +99,7 @@ class Progress(AbstractContextManager["Progress"]):
             said.append(f"{self._number(float(f'{rate:.2g}'))} a second")
             if self.total is not None and self.done < self.total:
                 said.append(f"{readable_seconds((self.total - self.done) / rate, digits=2)} left")
-        return ", ".join(said)
+        return ", ".join([*said, *filter(None, [self.note])])
 
     def _share(self, done: int, total: int) -> str:
         return f"{self._number(done)} of {self._amount(total)}"

@@ -12,8 +12,9 @@ from typing import Any
 from cache import hash_file
 from pipeline.data.file_names import expand_home
 from pipeline.errors import PackError
-from pipeline.packing.data_sets import TABLES, open_data_set
+from pipeline.packing.data_sets import open_data_set
 from pipeline.packing.json_list import read_json_list
+from pipeline.packing.tables import TABLES
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LINES = (".jsonl", ".ndjson")  # endings of files with an entry a line

@@ -16,6 +16,9 @@ from pipeline.packing.data_sets import open_data_set
 from pipeline.packing.json_list import read_json_list
 from pipeline.packing.tables import TABLES
 
+# What files that are no JSON in UTF-8 begin with: gzip, zip, zstd, bzip2, xz, and texts in UTF-16.
+COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LINES = (".jsonl", ".ndjson")  # endings of files with an entry a line
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -60,10 +63,6 @@ def open_source(annotations: str | Path, *, subset: str | None = None, split: st
     )
 
 
-def _digest(path: Path) -> str:
-    return hash_file(path)
-
-
 # JSON
 
 
@@ -72,6 +71,7 @@ def _is_list(path: Path) -> bool:
 
     By the name .jsonl a list is refused: read line by line, each of its lines would be a broken entry.
     """
+    _check_is_text(path)
     with open(path, "rb") as file:
         lines = (text.removeprefix(BYTE_ORDER_MARK).strip() for text in file)
         filled = (text for text in lines if text)
@@ -81,6 +81,18 @@ def _is_list(path: Path) -> bool:
             raise PackError(f"{path} holds one JSON list, not an entry a line; name it .json.")
         return False
     return not (first.startswith(b"{") and second.startswith(b"{") and first.endswith(b"}"))
+
+
+def _check_is_text(path: Path) -> None:
+    """Raise `PackError` for a file that is known to be no JSON in UTF-8, with what to do."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start.startswith(COMPRESSED):
+        raise PackError(f"{path} is compressed, which is not read; unpack it first.")
+    if start.startswith(UTF_16):
+        raise PackError(f"{path} is UTF-16, which is not read; save it as UTF-8.")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        raise PackError(f"{path} is a table of texts, which is not read; save it as JSONL or Parquet.")
 
 
 def _read_lines(path: Path) -> Entries:

@@ -99,6 +99,11 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, str]], list[Any]]] = {
         {"messages": asked([text("Q"), {"type": "image_url", "image_url": {"url": DATA_URL}}])},
         said("Q<image>", "A."), [DATA_URL],
     ),
+    "Anthropic": (
+        {"messages": asked([{"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                                         "data": DATA_URL.split(",")[1]}}, text("Q")])},
+        said("<image>Q", "A."), [DATA_URL.replace("image/png", "")],
+    ),
     "the Cauldron": (
         {"images": ["0.png"], "texts": [{"user": "Q", "assistant": "A.", "source": "s"},
                                         {"user": "Q2", "assistant": "A2"}]},
@@ -154,9 +159,8 @@ def test_every_form_is_packed_with_its_images_and_read_back_from_the_shard(tmp_p
         sample = found[f"data-{number}"]
         assert sample.conversations == turns
         numbers = {(images / f"{n}.png").read_bytes(): f"{n}.png" for n in range(3)} | {INLINE: DATA_URL}
-        assert [numbers[data].removeprefix("data") for data in sample.images] == [
-            image.rsplit("/", 1)[-1] if "file://" in image else image.removeprefix("data") for image in wanted
-        ]
+        named = [DATA_URL if "base64" in image else image.rsplit("/", 1)[-1] for image in wanted]
+        assert [numbers[data] for data in sample.images] == named
 
 
 def test_other_keys_of_an_entry_are_kept_and_its_images_are_not_written_twice(tmp_path, images):
@@ -207,6 +211,8 @@ REFUSED = [
           ("reasoning_content", "so", "more than text and images: turn 6 has reasoning_content: 'so'"),
           ("weight", 0, "answer that is not to be trained: turn 6 has weight: 0"),
           ("loss", False, "answer that is not to be trained: turn 6 has loss: False"))),
+    ({"messages": asked([{"type": "image", "file_id": "f"}, text("Q")]), "images": ["a"]},
+     "image is no path: a part of type image has file_id; name the image's path as image"),
     ({"messages": asked("Q"), "tools": [{"name": "f"}]}, "more than text and images: tools: [{'name': 'f'}]"),
     ({"prompt": "Q", "completion": "A", "label": False}, "answer that is marked as bad: label: False"),
     ({"messages": asked("Q"), "kto_tag": False}, "answer that is marked as bad: kto_tag: False"),

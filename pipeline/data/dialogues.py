@@ -22,7 +22,23 @@ ROLES = {
 }  # fmt: skip
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
-PLACES = ("image", "image_url", "url", "path", "base64")  # keys of an image part that say where the image is
+PLACES = (
+    "image",
+    "image_url",
+    "url",
+    "path",
+    "base64",
+    "source",
+)  # keys of an image part that say where the image is
+ELSEWHERE = (
+    "file_id",
+    "file",
+    "filename",
+    "data",
+    "bytes",
+    "image_base64",
+    "inline_data",
+)  # and what is not read
 COLUMNS = ("image", "images")  # keys of a record that hold its images; the first one that names any counts
 SYSTEM = ("system", "system_prompt")  # keys of a record that hold its system turn
 INLINE = re.compile(r"<img>([^<>\n]+)</img>")  # an image in a text of Qwen-VL and ms-swift
@@ -146,10 +162,14 @@ def _image(part: Mapping[str, Any]) -> Any:
     """Return the image of a part: what it names, else its number in the column, else NEXT."""
     for place in PLACES:
         value = part.get(place)
-        if place == "image_url" and isinstance(value, dict):  # OpenAI's {"image_url": {"url": ...}}
-            value = value.get("url")
+        if place in ("image_url", "source") and isinstance(value, dict):  # of OpenAI and of Anthropic
+            place, value = ("base64", value["data"]) if value.get("data") else (place, value.get("url"))
         if value:
             return f"data:;base64,{value}" if place == "base64" else value
+    if place := next((key for key in ELSEWHERE if part.get(key)), None):
+        raise BadSample(
+            "image is no path", f"a part of type image has {place}; name the image's path as image"
+        )
     index = part.get("index")
     return index if isinstance(index, int) and not isinstance(index, bool) else NEXT
 

@@ -61,7 +61,8 @@ def pack(
     cannot be packed and, with "fail", after listing bad entries.
     """
     output = expand_home(output)
-    if Path(annotations).is_dir() and output.resolve().is_relative_to(Path(annotations).resolve()):
+    inputs = expand_home(annotations)
+    if inputs.is_dir() and output.resolve().is_relative_to(inputs.resolve()):
         raise PackError(
             f"{output} lies in the folder of the annotations, and would change it; name one outside of it."
         )

@@ -32,6 +32,7 @@ from pipeline.positions import IGNORE_INDEX
 from pipeline.progress import Progress
 
 PREDICTIONS_FILE = "predictions.jsonl"
+NO_TYPE = "all questions"  # the type of questions that have none
 FEATURE_CACHE_BYTES = 256 * 2**20
 
 
@@ -166,7 +167,7 @@ def read_questions(
             unanswered = Prediction(
                 key=item.key,
                 group=item.image_digests[0] if item.image_digests else item.key,
-                question_type=str(item.metadata.get("question_type", "all questions")),
+                question_type=str(item.metadata.get("question_type", NO_TYPE)),
                 answer=item.conversations[-1]["value"],
                 prediction="",
                 test_set=test_set,

@@ -76,6 +76,10 @@ class TrainingLine(TrainerCallback, AbstractContextManager["TrainingLine"]):
         self.__exit__()
         if seconds := self.speed.seconds:
             _print(f"trained to {_step(state)} in {readable_seconds(seconds)}")
+        if args.load_best_model_at_end and (best := state.best_model_checkpoint):
+            _print(
+                f"the weights are those of {best}, with the best {args.metric_for_best_model} of all checkpoints"
+            )
 
     def _draw(self, live: Live) -> None:
         state = self.trainer.state

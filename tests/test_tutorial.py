@@ -18,7 +18,7 @@ from pipeline.config.config import Config, load_config
 from pipeline.config.yaml_text import read_yaml
 from pipeline.errors import ConfigError
 from pipeline.init.begin import as_pattern, begin
-from pipeline.init.look import look
+from pipeline.init.look import EXAMPLE, look
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -95,6 +95,8 @@ def test_what_cannot_be_begun_with_is_said(data, tmp_path):
         ConfigError, match=r"empty holds neither shards \(.tar\) nor a file with conversations"
     ):
         look(tmp_path / "empty")
+    (tmp_path / "empty" / "captions.jsonl").write_text(EXAMPLE)  # which the message shows
+    assert look(tmp_path / "empty").form == "caption"
     with pytest.raises(ConfigError, match="no such file or folder; name the folder of your images"):
         look(tmp_path / "gone")
 

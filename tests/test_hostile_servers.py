@@ -14,7 +14,8 @@ import pytest
 from servers import Static, StaticWithRanges, static_server
 from small_experiment import picture, write_shard
 
-from cache import Span
+from cache import Mirror, Span
+from pipeline.data.remote_shards import about
 from pipeline.data.shards import Sample, read_shard
 from pipeline.data.spans import SpanReader, without_ranges
 
@@ -40,6 +41,14 @@ class WithoutLength(Static):
 
     def send_header(self, keyword: str, value: str) -> None:
         if keyword not in ("Content-Length", "Last-Modified"):
+            super().send_header(keyword, value)
+
+
+class WithRangesAlone(StaticWithRanges):
+    """Sends ranges, and does not say of which version."""
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if keyword != "Last-Modified":
             super().send_header(keyword, value)
 
 
@@ -93,6 +102,18 @@ def test_of_a_batch_only_what_failed_is_asked_for_again(tmp_path, impatient):
         read = SpanReader().holding((f"{url}/s.tar", place) for place in places)
         assert all(read(f"{url}/s.tar", p) == data[p.offset : p.offset + p.size] for p in places)
         assert len(places) < len(requests) < 1.5 * len(places)
+
+
+@pytest.mark.parametrize("handler", [WithRangesAlone, StaticWithRanges])
+def test_the_mirror_gives_nothing_of_a_file_that_was_replaced(tmp_path, handler):
+    file, place = tmp_path / "s.tar", Span("x", 2, 3)
+    with static_server(tmp_path, handler) as (url, _):
+        for number, text in enumerate((b"0123456789", b"abcdefghij")):
+            file.write_bytes(text)
+            os.utime(file, (number, number))
+            read = SpanReader(Mirror(tmp_path / "mirror", 1000))
+            about(f"{url}/s.tar", again=True)
+            assert read(f"{url}/s.tar", place) == text[2:5]
 
 
 class Restarting(StaticWithRanges):

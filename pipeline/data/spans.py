@@ -76,10 +76,9 @@ class SpanReader:
         return {place: checked(*place, data or b"") for place, data in zip(places, found, strict=True)}
 
     def _mirror_of(self, shard: str) -> Mirror | None:
-        """Return the mirror for a shard: of another version of it nothing is taken."""
-        if self.mirror is None:
+        """Return the mirror for a shard: of another version of it nothing is taken, and without one nothing kept."""
+        if self.mirror is None or not (file := about(shard)).version:
             return None
-        file = about(shard)
         return replace(self.mirror, version=blake3(f"{file.size} {file.version}".encode()).hexdigest())
 
 

@@ -18,6 +18,7 @@ from cache import Mirror, Span
 from pipeline.data.remote_shards import about
 from pipeline.data.shards import Sample, read_shard
 from pipeline.data.spans import SpanReader, without_ranges
+from pipeline.distill.parts import open_dataset
 
 TURNS = b'{"conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", "value": "A."}]}'
 
@@ -114,6 +115,15 @@ def test_the_mirror_gives_nothing_of_a_file_that_was_replaced(tmp_path, handler)
             read = SpanReader(Mirror(tmp_path / "mirror", 1000))
             about(f"{url}/s.tar", again=True)
             assert read(f"{url}/s.tar", place) == text[2:5]
+
+
+def test_a_training_asks_once_for_each_shard(experiment, tmp_path):
+    with static_server(experiment.shards) as (url, requests):
+        shards = f"{url}/shard-{{000000..000002}}.tar"
+        open_dataset(experiment.config(tmp_path, f"data.shards={shards}"))
+        assert sorted(path for path, place in requests if not place) == [
+            f"/shard-00000{n}.tar" for n in range(3)
+        ]
 
 
 class Restarting(StaticWithRanges):

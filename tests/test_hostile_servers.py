@@ -16,6 +16,7 @@ from small_experiment import picture, write_shard
 
 from cache import Mirror, Span
 from pipeline.data.remote_shards import about
+from pipeline.data.shard_files import open_shard
 from pipeline.data.shards import Sample, read_shard
 from pipeline.data.spans import SpanReader, without_ranges
 from pipeline.distill.parts import open_dataset
@@ -124,6 +125,13 @@ def test_a_training_asks_once_for_each_shard(experiment, tmp_path):
         assert sorted(path for path, place in requests if not place) == [
             f"/shard-00000{n}.tar" for n in range(3)
         ]
+
+
+def test_a_command_is_ended_when_nobody_reads_on(shard):
+    started = time.monotonic()
+    with open_shard(f"pipe:cat {shard}; head -c 3000000 /dev/zero; sleep 20") as opened:
+        assert len(opened.read_at(0, 512)) == 512
+    assert time.monotonic() - started < 5
 
 
 class Restarting(StaticWithRanges):

@@ -126,13 +126,15 @@ def test_a_folder_of_this_machine_asks_no_server(tmp_path, monkeypatch):
     assert pack(tmp_path / "hub", tmp_path / "out").packed == 4
 
 
-def test_contents_of_mixed_types_in_a_folder_of_lines_are_no_json_texts(tmp_path):
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_contents_of_mixed_types_in_a_folder_are_no_json_texts(tmp_path, ending):
     """`datasets` stores a column of texts and lists as JSON, which looks like a text until it is decoded."""
     (tmp_path / "set").mkdir()
     part = [{"type": "text", "text": "Q1"}]
     lines = [{"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A"}]}
              for content in ("Q0", part)]  # fmt: skip
-    (tmp_path / "set" / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    written = json.dumps(lines) if ending == "json" else "\n".join(map(json.dumps, lines))
+    (tmp_path / "set" / f"train.{ending}").write_text(written)
     assert pack(tmp_path / "set", tmp_path / "out").packed == 2
     found = [[turn["value"] for turn in sample.conversations] for sample in samples_of(tmp_path / "out")]
     assert found == [["Q0", "A"], ["Q1", "A"]]

@@ -186,6 +186,7 @@ REFUSED = [
     ({"messages": asked("Q"), "videos": ["a.mp4"]}, "media without a placeholder: videos: ['a.mp4']; only images"),
     ({"messages": asked("Q", None)}, "malformed turn: turn 2 has no text, found None"),
     ({"messages": asked("Q", assistant="tool")}, "unknown role: turn 2 is from 'tool', must be one of human, user"),
+    ({"messages": asked('[{"type":"image"}]')}, "malformed turn: turn 1 is a JSON text of its parts; write"),
     ({"messages": "Q"}, "messages is not a list: str"),
     ({"messages": [{"role": "user"}]}, "malformed turn: turn 1 must be"),
     ({"messages": [*asked("Q"), {"role": "system", "content": "S"}]}, "wrong role order"),

@@ -138,6 +138,10 @@ def _content(content: Any, number: int) -> tuple[str, list[Any]]:
         if kind in IMAGE_PARTS:
             texts.append(IMAGE_TOKEN)
             marks.append(_image(part))
+        elif isinstance(text, str) and text.startswith(('[{"type":', '[{"text":')):
+            raise BadSample(
+                "malformed turn", f"turn {number} is a JSON text of its parts; write the parts themselves"
+            )
         elif kind in TEXT_PARTS and isinstance(text, str):
             texts.append(INLINE.sub(IMAGE_TOKEN, text))
             places = re.finditer(f"{IMAGE_TOKEN}|{INLINE.pattern}", text)

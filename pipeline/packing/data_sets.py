@@ -12,8 +12,10 @@ from blake3 import blake3
 
 from cache import hash_file
 from pipeline.errors import PackError, reason_of
+from pipeline.packing.json_files import LINES, json_entries
 from pipeline.packing.tables import TABLES, read_tables, with_encoded_media
 
+JSON = (".json", *LINES)
 Rows = Callable[[], Iterator[dict[str, Any]]]
 
 
@@ -49,6 +51,8 @@ def open_data_set(
 def _rows(read: Rows, where: str | Path) -> Iterator[dict[str, Any]]:
     try:
         yield from read()
+    except PackError:
+        raise
     except Exception as error:
         raise PackError(f"{where} cannot be read as a data set: {reason_of(error)}") from error
 
@@ -75,15 +79,25 @@ def _opened(
 
 
 def _splits(builder: Any) -> dict[str, Rows]:
-    """Return the rows of each split: of tables read here, of other files by `datasets` with images encoded."""
+    """Return the rows of each split: of tables and JSON read here, else by `datasets` with images encoded."""
     files = {str(name): list(found) for name, found in (builder.config.data_files or {}).items()}
     if files and all(file.lower().endswith(TABLES) for found in files.values() for file in found):
         return {name: partial(read_tables, found) for name, found in files.items()}
+    if files and all(
+        Path(file).suffix in JSON and "://" not in file for found in files.values() for file in found
+    ):
+        return {name: partial(_json_entries, found) for name, found in files.items()}
     return {name: partial(_streamed, part) for name, part in builder.as_streaming_dataset().items()}
 
 
 def _streamed(stream: Any) -> Iterator[dict[str, Any]]:
     return iter(stream.cast(with_encoded_media(stream.features)) if stream.features else stream)
+
+
+def _json_entries(files: list[str]) -> Iterator[Any]:
+    """Yield the entries of JSON files as they are written; `datasets` makes JSON texts of contents of mixed types."""
+    for file in files:
+        yield from (entry for _, entry in json_entries(Path(file))())
 
 
 def _split(splits: dict[str, Rows], split: str | None, where: str | Path) -> Rows:

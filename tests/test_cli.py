@@ -261,7 +261,7 @@ def test_a_model_that_is_nowhere_is_2(alignkd, settings, tmp_path):
     overrides = ["teacher.model=no/such/model", f"cache.path={tmp_path}/s"]
     ran = alignkd("teacher-cache", *settings, *overrides)
     assert ran.code == 2
-    assert ran.complaint.startswith("model 'no/such/model': no such local folder, and the hub answered ")
+    assert ran.complaint.startswith("model 'no/such/model': no such local folder, found nothing; name a")
 
 
 @pytest.mark.parametrize("command", ["info", "verify"])

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
+from tqdm import tqdm
+
 from cache import PartSummary
 from pipeline.data.shard_files import stored_bytes
 from pipeline.progress import Progress as Line
@@ -45,7 +47,7 @@ class Progress(AbstractContextManager["Progress"]):
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        print(line, file=sys.stderr, flush=True)
+        tqdm.write(line, file=sys.stderr)
 
     def reject(self) -> None:
         self.rejected += 1

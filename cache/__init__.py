@@ -6,6 +6,8 @@
 # pyright: reportUnusedImport=false
 from __future__ import annotations
 
+import os
+
 from cache.care.push import Pushed, card_at, push_store
 from cache.care.repair import restore_manifest
 from cache.care.subset import merge_stores, slice_store
@@ -49,11 +51,15 @@ from cache.format.documents import digest_of
 from cache.format.layout import FORMAT_VERSION
 from cache.format.records import PartRecord
 from cache.format.schema import ArraySpec, Fingerprint, Manifest, SampleEntry, Span
+from cache.masking import MASK, without_secrets
 from cache.read.reader import Store
 from cache.write.part_writer import PartSummary, PartWriter
 from cache.write.scratch import sweep_dead, sweep_old
 from cache.write.taken_keys import TakenKeys
 from cache.write.writer import StoreWriter
+
+# The client of the Hub would ask its server by which agents a program may be run, and tell it which one runs this.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "FORMAT_VERSION",

@@ -33,6 +33,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cache.differences import Difference
+from cache.masking import without_secrets
 
 AnyPath = Any  # a Path or a RemotePath, which raise errors: here they are only printed
 
@@ -53,7 +54,7 @@ class StoreUnreachable(CacheError):
     def __init__(
         self, url: str, reason: str, *, remedy: str = "check the URL, the network and the credentials"
     ) -> None:
-        super().__init__(f"{url} cannot be reached ({reason}); {remedy}.")
+        super().__init__(without_secrets(f"{url} cannot be reached ({reason}); {remedy}."))
 
 
 class NotThere(CacheError):

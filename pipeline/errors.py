@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from cache import without_secrets
+
 LONGEST_REASON = 600  # characters of a library's own message
 OUR_PACKAGES = ("pipeline", "cache")
 TORCH_WRITER = "inline_container.cc"  # torch.save reports a full disk by this name and a position alone
@@ -19,7 +21,10 @@ MISTAKES = (AttributeError, NameError, AssertionError, LookupError, TypeError)
 
 
 class PipelineError(ValueError):
-    """Something outside the program (a file, a setting, a sample) is not as it must be."""
+    """Something outside the program (a file, a setting, a sample) is not as it must be. Tokens in URLs are masked."""
+
+    def __init__(self, *told: str) -> None:
+        super().__init__(*map(without_secrets, told))
 
 
 class ConfigError(PipelineError):

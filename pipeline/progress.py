@@ -7,34 +7,23 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from threading import Event, Thread
 from typing import IO
 
-from rich.console import Console, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from tqdm import tqdm
 
 from pipeline.readable import readable_bytes, readable_seconds
 
 LINE_SECONDS = 30.0
-BAR_COLUMNS = 12
+REDRAW_SECONDS = 0.5
+# The counts are ours: they also say what is waited for.
+BAR = "{bar:12} {desc}"
 
 
 def can_redraw(stream: IO[str]) -> bool:
     """Whether what was printed can be printed over: a terminal, and not a dumb one."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def bar_beside(text: str, *, done: float, total: float | None) -> RenderableType:
-    """Return a bar with a text beside it; without a total it only shows that something is done."""
-    row = Table.grid(padding=(0, 1))
-    row.add_column(no_wrap=True)
-    row.add_column(overflow="fold")
-    bar = ProgressBar(total=total or None, completed=done, width=BAR_COLUMNS, pulse=not total)
-    row.add_row(bar, Text(text))
-    return row
 
 
 class Progress(AbstractContextManager["Progress"]):
@@ -55,20 +44,22 @@ class Progress(AbstractContextManager["Progress"]):
     ) -> None:
         self.name, self.unit, self.clock = name, unit, clock
         self.stack, self.ended = ExitStack(), ended or Event()
-        self.printed = ""
+        self.printed = self.note = ""  # `note`: what else to say beside the counts
         self.step(doing)
 
     def __enter__(self) -> Progress:
         self.stream = sys.stderr
         if can_redraw(self.stream):
-            self.stack.enter_context(
-                Live(console=Console(file=self.stream), get_renderable=self._bar, refresh_per_second=2)
-            )
+            bar = tqdm(file=self.stream, bar_format=BAR, dynamic_ncols=True)
+            self.stack.callback(bar.close)
+            self.stack.callback(self._draw, bar)
+            shows = partial(self._repeat, REDRAW_SECONDS, partial(self._draw, bar))
         else:
-            lines = Thread(target=self._print_lines, daemon=True)
-            lines.start()
-            self.stack.callback(lines.join)
-            self.stack.callback(self.ended.set)
+            shows = partial(self._repeat, LINE_SECONDS, self._print)
+        thread = Thread(target=shows, daemon=True)
+        thread.start()
+        self.stack.callback(thread.join)
+        self.stack.callback(self.ended.set)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,7 +90,7 @@ class Progress(AbstractContextManager["Progress"]):
             said.append(f"{self._number(float(f'{rate:.2g}'))} a second")
             if self.total is not None and self.done < self.total:
                 said.append(f"{readable_seconds((self.total - self.done) / rate, digits=2)} left")
-        return ", ".join(said)
+        return ", ".join([*said, *filter(None, [self.note])])
 
     def _share(self, done: int, total: int) -> str:
         return f"{self._number(done)} of {self._amount(total)}"
@@ -110,12 +101,13 @@ class Progress(AbstractContextManager["Progress"]):
     def _number(self, count: float) -> str:
         return readable_bytes(count) if self.unit == "bytes" else f"{count:,.10g}"
 
-    def _bar(self) -> RenderableType:
-        return bar_beside(f"{self.name}: {self.text()}", done=self.done or 0, total=self.total)
+    def _draw(self, bar: tqdm) -> None:
+        bar.n, bar.total = self.done or 0, self.total
+        bar.set_description_str(f"{self.name}: {self.text()}")
 
-    def _print_lines(self) -> None:
-        while not self.ended.wait(LINE_SECONDS):
-            self._print()
+    def _repeat(self, seconds: float, show: Callable[[], None]) -> None:
+        while not self.ended.wait(seconds):
+            show()
 
     def _print(self) -> None:
         line = f"{self.name}: {self.text()}"

@@ -226,7 +226,7 @@ def test_a_folder_without_weights_says_what_is_expected(bare_folder):
 
 
 def test_a_name_that_is_no_folder_and_no_hub_id_is_named():
-    with pytest.raises(ConfigError, match=r"'no/such/folder': no such local folder, .*check the path"):
+    with pytest.raises(ConfigError, match=r"'no/such/folder': no such local folder, found nothing; name a"):
         checkpoint_folder("no/such/folder")
 
 

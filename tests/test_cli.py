@@ -134,7 +134,8 @@ def test_pack_shows_its_progress_apart_from_its_result(alignkd, tmp_path, monkey
     assert "pack: 40 of 40 entries" in ran.err and "of 40" not in ran.out
 
 
-def test_teacher_cache_prints_its_counts_and_shows_progress_apart(alignkd, settings, tmp_path):
+def test_teacher_cache_prints_its_counts_and_shows_progress_apart(alignkd, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.progress.can_redraw", lambda stream: True)
     ran = alignkd("teacher-cache", *settings, f"cache.path={tmp_path}/s", "data.max_length=60")
     cached = len(Store(tmp_path / "s"))
     assert ran.code == 0 and 0 < cached < 13
@@ -260,7 +261,7 @@ def test_a_model_that_is_nowhere_is_2(alignkd, settings, tmp_path):
     overrides = ["teacher.model=no/such/model", f"cache.path={tmp_path}/s"]
     ran = alignkd("teacher-cache", *settings, *overrides)
     assert ran.code == 2
-    assert ran.complaint.startswith("model 'no/such/model': no such local folder, and the hub answered ")
+    assert ran.complaint.startswith("model 'no/such/model': no such local folder, found nothing; name a")
 
 
 @pytest.mark.parametrize("command", ["info", "verify"])

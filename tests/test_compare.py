@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.compare import Answered, Gain, accuracy_table, paired_gain
-from pipeline.evaluation.evaluate import Prediction
+from pipeline.evaluation.evaluate import NO_TYPE, Prediction
 
 pytestmark = pytest.mark.slow
 
@@ -116,3 +116,8 @@ def test_the_table_has_a_row_a_model_and_a_column_a_question_type():
         "student      100.00   50.00  66.67",
         "other one      0.00  100.00  66.67",
     ]
+
+
+def test_questions_without_a_type_have_one_column():
+    asked = [Prediction("a", "a", NO_TYPE, "red", "red"), Prediction("b", "b", NO_TYPE, "red", "blue")]
+    assert accuracy_table({"student": asked}).splitlines()[0] == "accuracy, %    all"

@@ -94,10 +94,11 @@ def test_two_panels_of_a_page_share_no_id_and_one_drawn_twice_is_the_same():
     assert one == panel_of(curves, scale, label="one")
 
 
-def test_one_panel_of_values_far_apart_makes_all_logarithmic_if_all_are_positive():
+def test_one_panel_of_values_far_apart_makes_all_logarithmic_if_most_are_positive():
     assert kind_for([[0.05, 1.0], [1.0, 2.0]]) == "log"
     assert kind_for([[0.06, 1.0], [1.0, 2.0], [], [float("nan")]]) == "linear"
     assert kind_for([[0.05, 1.0], [0.0, 1.0]]) == "linear"
+    assert kind_for([[0.05, 1.0], [-1e-9, 0.9, 1.0]]) == "log"
     assert Scale.covering([0.05, 1.0], "log") == Scale(0.05 / 1.2, 1.2, "log")
     assert Scale.covering([0.0, 1.0]) == Scale(-0.06, 1.06)
 
@@ -157,6 +158,16 @@ def test_values_that_are_not_finite_coincide_with_their_like():
     nan = float("nan")
     curves = [Curve([1, 2], [1.0, nan], 1), Curve([1, 2], [1.0, nan], 2), Curve([1, 2], [1.0, 1.0], 3)]
     assert sentence(curves, Scale(0, 2), {1: "a", 2: "b", 3: "c"}) == "a and b coincide"
+
+
+def test_a_value_of_zero_lies_under_a_logarithmic_panel():
+    scale = Scale.covering([0.0, 0.05, 1.0, float("inf")], "log")
+    assert scale == Scale(0.05 / 1.2, 1.2, "log")
+    svg = panel_of([Curve([1, 2, 3], [0.0, 0.05, 1.0], 1)], scale)
+    first, *others = (y for _, y in line_of(svg, 1)[0])
+    assert first > 158.4 > max(others)  # the page's height
+    curves = [Curve([1, 2], [0.0, 1.0], 1), Curve([1, 2], [-1e-9, 1.0], 2)]
+    assert sentence(curves, scale, {1: "a", 2: "b"}) == "a and b coincide"
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [3.0, 3.0], [float("nan")], [-1.0]])

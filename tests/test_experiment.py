@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 from small_experiment import copy_of_teacher, snapshot, weights
 
-from pipeline.config.config import labels_only
+from pipeline.config.config import labels_only, overridden
 from pipeline.errors import ConfigError, ShardError
 from pipeline.evaluation.experiment import run_experiment
 from pipeline.evaluation.scores import evaluate_checkpoint, teacher_predictions
@@ -55,6 +56,14 @@ def test_running_it_again_trains_and_asks_nothing(finished):
     before = {n: v for n, v in snapshot(output).items() if n != "results.json"}
     assert run_experiment(config, say=lambda line: None) == table
     assert {n: v for n, v in snapshot(output).items() if n != "results.json"} == before
+
+
+def test_scores_of_sentences_stand_below_the_accuracies(finished):
+    config, table, _ = finished
+    assert "ROUGE-L" not in table
+    asked = overridden(config, ["evaluate.metrics=[exact_match,token_f1,rouge_l]"], where="test")
+    below = run_experiment(asked, say=lambda line: None).partition("\n\n")[2]
+    assert re.match(r"all questions +token F1, % +ROUGE-L, % +log p a token +log p an answer\n", below)
 
 
 def test_without_held_out_questions_the_student_is_only_trained(experiment, tmp_path):

@@ -99,6 +99,11 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, str]], list[Any]]] = {
         {"messages": asked([text("Q"), {"type": "image_url", "image_url": {"url": DATA_URL}}])},
         said("Q<image>", "A."), [DATA_URL],
     ),
+    "Anthropic": (
+        {"messages": asked([{"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                                         "data": DATA_URL.split(",")[1]}}, text("Q")])},
+        said("<image>Q", "A."), [DATA_URL.replace("image/png", "")],
+    ),
     "the Cauldron": (
         {"images": ["0.png"], "texts": [{"user": "Q", "assistant": "A.", "source": "s"},
                                         {"user": "Q2", "assistant": "A2"}]},
@@ -108,6 +113,24 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, str]], list[Any]]] = {
         {"image": "0.png", "question": "Q", "answer": "A."}, said("<image>Q", "A."), ["0.png"],
     ),
     "captions": ({"image": "0.png", "caption": "A dog."}, said("<image>", "A dog."), ["0.png"]),
+    "Qwen-VL and ms-swift, images in the text": (
+        {"query": "Picture 1: <img>1.png</img>\nQ", "response": "R"}, said("Picture 1: <image>\nQ", "R"), ["1.png"],
+    ),
+    "Qwen-VL, LLaVA's turns": (
+        {"conversations": said("<img>0.png</img>Q", "A.")}, said("<image>Q", "A."), ["0.png"],
+    ),
+    "Qwen-VL, parts without types": (
+        {"messages": asked([{"image": "1.png"}, {"text": "Q"}], [{"text": "A."}])}, said("<image>Q", "A."), ["1.png"],
+    ),
+    "a system turn of another name": (
+        {"query": "Q", "response": "A.", "system_prompt": "S", "label": True}, said("Q", "A.", system="S"), [],
+    ),
+    "a table without an image": (
+        {"messages": asked("Q"), "images": [{"bytes": None, "path": None}]}, said("Q", "A."), [],
+    ),
+    "no calls of tools": (
+        {"messages": asked("Q"), "tools": "[]", "label": None}, said("Q", "A."), [],
+    ),
     "text alone": ({"messages": asked("Q"), "images": []}, said("Q", "A."), []),
     "roles of other tools": (
         {"messages": [{"role": "developer", "content": "S"}, *asked("Q", user="human", assistant="model")]},
@@ -136,9 +159,8 @@ def test_every_form_is_packed_with_its_images_and_read_back_from_the_shard(tmp_p
         sample = found[f"data-{number}"]
         assert sample.conversations == turns
         numbers = {(images / f"{n}.png").read_bytes(): f"{n}.png" for n in range(3)} | {INLINE: DATA_URL}
-        assert [numbers[data].removeprefix("data") for data in sample.images] == [
-            image.rsplit("/", 1)[-1] if "file://" in image else image.removeprefix("data") for image in wanted
-        ]
+        named = [DATA_URL if "base64" in image else image.rsplit("/", 1)[-1] for image in wanted]
+        assert [numbers[data] for data in sample.images] == named
 
 
 def test_other_keys_of_an_entry_are_kept_and_its_images_are_not_written_twice(tmp_path, images):
@@ -164,11 +186,43 @@ REFUSED = [
     ({"messages": asked("Q"), "videos": ["a.mp4"]}, "media without a placeholder: videos: ['a.mp4']; only images"),
     ({"messages": asked("Q", None)}, "malformed turn: turn 2 has no text, found None"),
     ({"messages": asked("Q", assistant="tool")}, "unknown role: turn 2 is from 'tool', must be one of human, user"),
+    ({"messages": asked('[{"type":"image"}]')}, "malformed turn: turn 1 is a JSON text of its parts; write"),
     ({"messages": "Q"}, "messages is not a list: str"),
     ({"messages": [{"role": "user"}]}, "malformed turn: turn 1 must be"),
     ({"messages": [*asked("Q"), {"role": "system", "content": "S"}]}, "wrong role order"),
     ({"texts": [{"user": "Q"}]}, "malformed turn: exchange 1 must be"),
-    ({"question": "Q", "answers": ["A", "B"]}, "malformed turn: turn 2 has no text, found None"),
+    ({"question": "Q", "answers": ["A", "B"]}, "no answer: answer is missing, found question, answers; name it so"),
+    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "no answer: completion is missing, found prompt, chosen"),
+    ({"question": "Q", "choices": ["A", "B"], "answer": "B"}, "question with choices: choices: ['A', 'B']; write"),
+    ({"messages": asked(["Q", "Q2"])}, "several texts for one turn: turn 1 is ['Q', 'Q2']; name one of them"),
+    ({"image": "a.png", "caption": ["A", "B"]}, "several texts for one turn: turn 2 is"),
+    ({"instruction": {"a": 1}, "output": "A"}, "malformed turn: instruction and input must be texts"),
+    ({"file_name": "a.png", "text": "A dog."}, "caption without an image: text is an image's caption"),
+    ({"image": "a.png", "text": "USER: <image> ASSISTANT: A"}, "caption with an <image>: text must be"),
+    ({"messages": asked([{"type": "image", "index": 0}, text("Q")]), "images": ["a", "b"]},
+     "number of <image> differs from number of images: image 1 is never shown"),
+    *(({"messages": asked(f"{mark}Q"), "images": ["a"]}, f"mark of another tool: turn 1 holds '{mark}'")
+      for mark in ("<|image_1|>", "<image_00>", "<image 1>", "<ImageHere>", "[IMG]", "<img>", "<|image_pad|>",
+                   "<bbox>", "<ref-object>", "<video>", "<audio>")),
+    *(({"messages": [*asked("Q"), *asked("Q"), {"role": "user", "content": "Q"},
+                     {"role": "assistant", "content": "", key: value}]}, reason)
+      for key, value, reason in (
+          ("tool_calls", [{"id": "1"}], "more than text and images: turn 6 has tool_calls"),
+          ("function_call", {"name": "f"}, "more than text and images: turn 6 has function_call"),
+          ("reasoning_content", "so", "more than text and images: turn 6 has reasoning_content: 'so'"),
+          ("weight", 0, "answer that is not to be trained: turn 6 has weight: 0"),
+          ("loss", False, "answer that is not to be trained: turn 6 has loss: False"))),
+    ({"messages": asked([{"type": "image", "file_id": "f"}, text("Q")]), "images": ["a"]},
+     "image is no path: a part of type image has file_id; name the image's path as image"),
+    ({"messages": asked("Q"), "tools": [{"name": "f"}]}, "more than text and images: tools: [{'name': 'f'}]"),
+    ({"prompt": "Q", "completion": "A", "label": False}, "answer that is marked as bad: label: False"),
+    ({"messages": asked("Q"), "kto_tag": False}, "answer that is marked as bad: kto_tag: False"),
+    *(({key: value, "question": "Q", "answer": "A"}, f"media without a placeholder: {key}: ")
+      for key, value in (("jpg", "a.jpg"), ("jpg", b"bytes"), ("decoded_image", "a"), ("image_bytes", "a"),
+                         ("page", {"bytes": b"a", "path": None}), ("screenshot", "a"), ("file_name", "a.PNG"))),
+    ({"image": "a.png", "image_2": "b.png", "question": "Q", "answer": "A"}, "media without a placeholder: image_2"),
+    ({"image": "a.png", "mask": {"bytes": b"b", "path": None}, "question": "Q", "answer": "A"},
+     "media without a placeholder: mask: "),
     ({"image": "a.png", "label": 3}, "no conversations: found image, label; known are conversations, messages"),
     ({"query": "Q", "response": "R", "history": [["only one"]]}, "malformed turn: history must be"),
 ]  # fmt: skip

@@ -129,7 +129,7 @@ def test_held_out_losses_are_in_tensorboard(config_of, tmp_path):
 
 
 @pytest.mark.parametrize("metric", ["supervised", "eval_logits"])
-def test_the_best_weights_by_a_held_out_loss_are_the_result(metric, config_of, tmp_path):
+def test_the_best_weights_by_a_held_out_loss_are_the_result(metric, config_of, tmp_path, capsys):
     # So fast that the student gets worse.
     best = ["train.load_best_model_at_end=true", f"train.metric_for_best_model={metric}", "train.max_steps=6"]
     saving = ["train.save_strategy=steps", "train.save_steps=1", "train.learning_rate=0.05"]
@@ -139,6 +139,10 @@ def test_the_best_weights_by_a_held_out_loss_are_the_result(metric, config_of, t
     assert step != 6
     mine, theirs = weights(tmp_path / "run" / "model"), weights(tmp_path / "run" / f"checkpoint-{step}")
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert (
+        f"the weights are those of {tmp_path}/run/checkpoint-{step}, with the best "
+        in capsys.readouterr().err
+    )
 
 
 def test_held_out_settings_are_of_the_run_only_where_they_decide_something(config_of, experiment):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import urllib.parse
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from pipeline.data.shard_names import expand_shards
 from pipeline.data.shards import Sample, read_shard
 from pipeline.data.tars import MAX_MEMBER_BYTES
 from pipeline.errors import PackError
+from pipeline.packing.images import read_images
 from pipeline.packing.pack import key_of_id, pack
 
 
@@ -146,7 +149,7 @@ REVERSED = {"conversations": TURNS_OF_0[::-1]}
 BAD = [
     (entry("x", "sub/none.jpg"), "missing image file: sub/none.jpg"),
     (entry("x", "sub"), "missing image file: sub"),
-    (entry("x", "n" * 5000), "unreadable image file: nnn"),
+    (entry("x", "n" * 300), "unreadable image file: nnn"),
     (entry("x", "cut.jpg"), "truncated or damaged image: cut.jpg: OSError: "),
     (entry("x", "cut.png"), "truncated or damaged image: cut.png: OSError: "),
     (entry("x", "text.jpg"), "not an image: text.jpg: 16 bytes"),
@@ -245,14 +248,57 @@ def test_a_broken_jsonl_line_is_one_bad_entry(tmp_path, images):
             r"data.json is not valid JSON: Expecting value at line 2, column 9; correct it",
         ),
         (b"", r"data.json is not valid JSON: Expecting value at line 1, column 1"),
+        (gzip.compress(b"[]"), r"data.json is compressed, which is not read; unpack it first"),
+        ("[]".encode("utf-16"), r"data.json is UTF-16, which is not read; save it as UTF-8"),
+        (
+            b'{"images": [], "annotations": []}',
+            "found dict with the keys images, annotations; .* save that list alone",
+        ),
         (b'["\xff"]', r"data.json is not valid JSON: .*; save it as UTF-8"),
-        (b'{"id": 1}', r"data.json must be a JSON list of entries, found dict; wrap it"),
+        (b'{"id": 1}', r"data.json must be a JSON list of entries, found dict with the keys id; wrap"),
     ],
 )
 def test_an_unreadable_json_file_is_refused_with_the_place(tmp_path, images, text, complaint):
     (tmp_path / "data.json").write_bytes(text)
     with pytest.raises(PackError, match=complaint):
         pack(tmp_path / "data.json", tmp_path / "out", image_folder=images)
+
+
+def test_a_table_of_texts_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "data.csv").write_text("image,caption\n0.png,A dog.\n")
+    with pytest.raises(PackError, match=r"data.csv is a table of texts, which is not read; save it as JSONL"):
+        pack(tmp_path / "data.csv", tmp_path / "out")
+
+
+def test_shards_inside_the_annotations_would_change_them(tmp_path):
+    with pytest.raises(
+        PackError, match=r"out lies in the folder of the annotations, and would change it; name"
+    ):
+        pack(tmp_path, tmp_path / "out")
+
+
+def test_images_of_a_group_that_are_too_large_for_memory_are_read_in_parts(tmp_path, images, monkeypatch):
+    """A thousand entries may share their first image and differ in the others."""
+    entries = [entry(n, ["sub/0.jpg", f"sub/{n % 3 + 1}.jpg"]) for n in range(30)]
+    path = write(tmp_path, [*entries, entry("cut", ["sub/0.jpg", "cut.jpg"])])
+    pack(path, tmp_path / "whole", image_folder=images)
+    most = 0
+
+    def read(wanted: list, *rest: Any):
+        nonlocal most
+        most = max(most, len(wanted))
+        return read_images(wanted, *rest)
+
+    monkeypatch.setattr("pipeline.packing.pack.read_images", read)
+    monkeypatch.setattr("pipeline.packing.pack.MAX_BYTES", 3000)
+    monkeypatch.setattr("pipeline.packing.worklist.MAX_BYTES", 500)
+    summary = pack(path, tmp_path / "parts", image_folder=images)
+    assert (summary.seen, summary.packed, summary.rejected) == (31, 30, 1)
+    assert most == 2  # images at once
+    names = ("shard-000000.tar", "rejects.jsonl")
+    assert [(tmp_path / "parts" / name).read_bytes() for name in names] == [
+        (tmp_path / "whole" / name).read_bytes() for name in names
+    ]
 
 
 @pytest.mark.parametrize("bad", [entry("x", "sub/none.jpg"), {"id": "x", "conversations": []}])

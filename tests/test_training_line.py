@@ -27,7 +27,8 @@ class Trainer(SimpleNamespace):
 
     def __init__(self) -> None:
         callbacks = SimpleNamespace(callbacks=[])
-        super().__init__(state=TrainerState(max_steps=1500), args=SimpleNamespace(disable_tqdm=False))
+        args = SimpleNamespace(disable_tqdm=False, load_best_model_at_end=False)
+        super().__init__(state=TrainerState(max_steps=1500), args=args)
         self.callback_handler = callbacks
 
     def remove_callback(self, kind: type) -> None:

@@ -18,7 +18,7 @@ from pipeline.config.config import Config, load_config
 from pipeline.config.yaml_text import read_yaml
 from pipeline.errors import ConfigError
 from pipeline.init.begin import as_pattern, begin
-from pipeline.init.look import look
+from pipeline.init.look import EXAMPLE, look
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -95,6 +95,8 @@ def test_what_cannot_be_begun_with_is_said(data, tmp_path):
         ConfigError, match=r"empty holds neither shards \(.tar\) nor a file with conversations"
     ):
         look(tmp_path / "empty")
+    (tmp_path / "empty" / "captions.jsonl").write_text(EXAMPLE)  # which the message shows
+    assert look(tmp_path / "empty").form == "caption"
     with pytest.raises(ConfigError, match="no such file or folder; name the folder of your images"):
         look(tmp_path / "gone")
 
@@ -109,9 +111,43 @@ def test_the_config_is_valid_and_fits_the_teacher(family, data, tmp_path, family
     assert set(config.losses.active()) == {"supervised", "attention", "vision_all", "vision_focus", "logits"}
     assert config.evaluate is not None and Path(str(config.evaluate.shards)).is_file()
     assert str(config.evaluate.shards) not in str(config.data.shards)
-    assert any("40 samples" in line or "looked at" in line for line in said)
+    assert any("samples looked at: 32" in line for line in said)
     with pytest.raises(ConfigError, match=r"config.yaml is there already; name another --output"):
         begin(data, tmp_path / "out", teacher=teacher, say=said.append)
+
+
+def test_any_folder_name_is_quoted_in_the_config_and_in_the_commands(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher, output = Path("my teacher #1"), Path("a: {b} #c, d")
+    teacher.symlink_to(DEMO_TEACHER)
+    begun = begin(data, output, teacher=str(teacher), say=print)
+    config = load_config(begun.config)
+    assert (config.teacher.model, config.output_dir) == (str(teacher), str(output / "run"))
+    assert [shlex.split(line)[1:] for line in begun.commands] == [
+        ["make-student", str(teacher), str(output / "student"), "--layers", "0-1"],
+        ["models", "check", str(teacher)],
+        *([stage, "--config", str(begun.config)] for stage in ("teacher-cache", "distill", "evaluate")),
+        ["report", str(output / "run")],
+    ]
+
+
+def test_samples_that_the_teacher_cannot_read_are_counted(data, tmp_path):
+    long = [{"from": "human", "value": "<image>\nTell."}, {"from": "gpt", "value": "a tale " * 1000}]
+    short = [{"from": "human", "value": "<image>\nTell."}, {"from": "gpt", "value": "No."}]
+    said: list[str] = []
+    for number, turns in (("1", [long, short, short]), ("2", [long, long, long])):
+        write(data, [{"id": n, "image": "0.png", "conversations": turn} for n, turn in enumerate(turns)])
+        if number == "1":
+            begin(data, tmp_path / number, teacher=DEMO_TEACHER, say=said.append)
+    assert "too long     1 of 3: the teacher reads 512 tokens; they are left out" in said
+    with pytest.raises(ConfigError, match=r"samples are \d+ tokens long, and the teacher reads 512; shorten"):
+        begin(data, tmp_path / "2", teacher=DEMO_TEACHER, say=print)
+
+
+def test_a_student_that_is_not_there_is_said_before_anything_is_packed(data, tmp_path):
+    with pytest.raises(ConfigError, match="model 'gone': no such local folder"):
+        begin(data, tmp_path / "out", teacher=DEMO_TEACHER, student="gone", say=print)
+    assert not (tmp_path / "out").exists()
 
 
 def test_losses_that_do_not_fit_the_pair_are_left_out_with_the_reason(data, tmp_path, family_folder):

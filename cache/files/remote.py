@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
@@ -29,7 +30,12 @@ _FORBIDDEN = (
     "the URL, then ask for the right to list (on S3 s3:ListBucket) and to read"
 )
 
+RangeOfUrl = tuple[str, int, int | None]  # start and stop; without a stop, to its end
+Answer = bytes | StoreUnreachable | None
+
 ATTEMPTS = 4
+MORE_ATTEMPTS = 8  # in about 20 seconds
+_answered: set[tuple[str, str]] = set()  # servers, by scheme and name
 retried = retry(
     retry=retry_if_exception_type(StoreUnreachable),
     stop=stop_after_attempt(ATTEMPTS),
@@ -38,11 +44,49 @@ retried = retry(
 )
 
 
-def fetch_once(ranges: Sequence[tuple[str, int, int | None]]) -> list[bytes | None]:
+def fetch(ranges: Sequence[RangeOfUrl]) -> list[bytes | None]:
+    """Do as `fetch_once`; what a server failed to send is asked for again, without what has come.
+
+    A server that has answered before is asked for longer: a training should not end where a server starts anew.
+    """
+    if not ranges:
+        return []
+    found: dict[RangeOfUrl, bytes | None] = {}
+    filesystem(ranges[0][0])  # a driver that is missing now is missing later
+    server = urlsplit(ranges[0][0])[:2]
+
+    @retried
+    def fetch_rest() -> None:
+        rest = [asked for asked in dict.fromkeys(ranges) if asked not in found]
+        answers = dict(zip(rest, _fetched(rest), strict=True))
+        found.update({asked: it for asked, it in answers.items() if not isinstance(it, StoreUnreachable)})
+        _raise_first(answers.values())
+
+    attempts = MORE_ATTEMPTS if server in _answered else ATTEMPTS
+    fetch_rest.retry_with(stop=stop_after_attempt(attempts))()
+    _answered.add(server)
+    return [found[asked] for asked in ranges]
+
+
+def fetch_once(ranges: Sequence[RangeOfUrl]) -> list[bytes | None]:
     """Return the bytes start..stop of files of one server, all requested at once; None where there is no file.
 
     A server without range requests sends the whole file; the range is then cut from it.
     """
+    return _raise_first(_fetched(ranges))
+
+
+def _raise_first(answers: Iterable[Answer]) -> list[bytes | None]:
+    """Return the answers if none of them is an error."""
+    received: list[bytes | None] = []
+    for answer in answers:
+        if isinstance(answer, StoreUnreachable):
+            raise answer
+        received.append(answer)
+    return received
+
+
+def _fetched(ranges: Sequence[RangeOfUrl]) -> list[Answer]:
     if not ranges:
         return []
     fs, _ = filesystem(ranges[0][0])
@@ -52,9 +96,6 @@ def fetch_once(ranges: Sequence[tuple[str, int, int | None]]) -> list[bytes | No
     with driver_errors(ranges[0][0]):
         answers = _cat(fs, paths, starts, [stop for _, _, stop in ranges])
     return [_bytes_of(answer, *asked) for answer, asked in zip(answers, ranges, strict=True)]
-
-
-fetch = retried(fetch_once)
 
 
 def _cat(fs: Any, paths: list[str], starts: list[int | None], stops: list[int | None]) -> list[Any]:
@@ -68,13 +109,13 @@ def _cat(fs: Any, paths: list[str], starts: list[int | None], stops: list[int | 
         return [answer for answers in each for answer in answers]
 
 
-def _bytes_of(answer: Any, url: str, start: int, stop: int | None) -> bytes | None:
+def _bytes_of(answer: Any, url: str, start: int, stop: int | None) -> Answer:
     if isinstance(answer, FileNotFoundError):
         return None
     if _is_past_the_end(answer):
         return b""
     if isinstance(answer, BaseException):
-        raise unreachable(url, answer) from answer
+        return unreachable(url, answer)
     is_whole_file = stop is not None and len(answer) > stop - start
     return answer[start:stop] if is_whole_file else answer
 

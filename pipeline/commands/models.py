@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -55,8 +56,13 @@ def make_student(
     It answers nothing sensible before it is trained. Cutting the width costs more of what the teacher knows than
     cutting layers does.
     """
-    from pipeline.models import cut
+    from transformers.utils import logging
 
+    from pipeline.models import cut
+    from pipeline.progress import can_redraw
+
+    if not can_redraw(sys.stderr):
+        logging.disable_progress_bar()
     made = cut.make_student(
         teacher,
         folder,

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cache import without_secrets
 from pipeline.config.config import Config, to_yaml
 from pipeline.errors import writing
 
@@ -21,18 +22,27 @@ PACKAGES = ("accelerate", "numcodecs", "numpy", "pillow", "tokenizers", "torch",
 
 
 def provenance(config: Config) -> dict[str, Any]:
-    """Return the config, versions, git commit, command and time, ready for JSON."""
+    """Return the config, versions, git commit, command and time, ready for JSON. Tokens in URLs are masked."""
     return {
-        "config": config.model_dump(mode="json"),
+        "config": recorded(config),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "git_commit": git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": without_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
+def recorded(config: Config, *sections: str) -> dict[str, Any]:
+    """Return a config, or some sections of it, for a record that others may read: URLs keep no token."""
+    settings = config.model_dump(mode="json", include=set(sections) or None)
+    return json.loads(without_secrets(json.dumps(settings, ensure_ascii=False)))
+
+
 def save_provenance(folder: Path, config: Config, **more: Any) -> None:
-    """Write `config.yaml` (usable as --config) and `provenance.json`, with `more` in it, into a run's folder."""
+    """Write `config.yaml` and `provenance.json`, with `more` in it, into a run's folder.
+
+    The first is usable as --config, so URLs are whole in it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder):
         (folder / "config.yaml").write_text(to_yaml(config))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.conversation import check_conversations
-from pipeline.data.forms import FORMS, form_of
+from pipeline.data.forms import CAPTIONS, FORMS, form_of
 from pipeline.data.media import check_media
 from pipeline.data.templates import IMAGE_TOKEN, Turn
+from pipeline.data.unread import check_entry, check_marks
 from pipeline.errors import BadSample
 
 ROLES = {
@@ -20,8 +22,26 @@ ROLES = {
 }  # fmt: skip
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
-PLACES = ("image", "image_url", "url", "path", "base64")  # keys of an image part that say where the image is
+PLACES = (
+    "image",
+    "image_url",
+    "url",
+    "path",
+    "base64",
+    "source",
+)  # keys of an image part that say where the image is
+ELSEWHERE = (
+    "file_id",
+    "file",
+    "filename",
+    "data",
+    "bytes",
+    "image_base64",
+    "inline_data",
+)  # and what is not read
 COLUMNS = ("image", "images")  # keys of a record that hold its images; the first one that names any counts
+SYSTEM = ("system", "system_prompt")  # keys of a record that hold its system turn
+INLINE = re.compile(r"<img>([^<>\n]+)</img>")  # an image in a text of Qwen-VL and ms-swift
 NEXT = object()  # stands for the next image of the record's column
 
 
@@ -52,20 +72,26 @@ def read_dialogue(record: Mapping[str, Any], images: Sequence[Any] | None = None
     unless each image has its place in the text.
     """
     form = form_of(record)
+    check_entry(record)
     column, given = _column(record) if images is None else ("", list(images))
     turns, marks = _turns(record, form)
     if images is not None:
         marks = [NEXT] * len(marks)
-    is_llava = form == "conversations" and all(isinstance(turn.get("value"), str) for turn in record[form])
-    if given and not marks and not is_llava:
-        marks = [NEXT] * len(given)
-        _put_first(turns, len(given))
+    is_llava = form == "conversations" and all(_is_llava(turn) for turn in record[form])
+    if not is_llava:
+        for number, turn in enumerate(turns, start=1):
+            check_marks(turn["value"], number)
+        if given and not marks:
+            marks = [NEXT] * len(given)
+            _put_first(turns, len(given))
+    if form in CAPTIONS and not marks:
+        raise BadSample("caption without an image", f"{form} is an image's caption here; name it in `image`")
     num_own = sum(mark is not NEXT for mark in marks)
     check_conversations(turns, num_images=num_own + (len(given) if NEXT in marks or not marks else 0))
     if marks and all(mark is not NEXT and not isinstance(mark, int) for mark in marks):
         column = ""  # every image stands in the text itself
-    check_media(record, form, num_images=len(marks), known=column)
-    keys = frozenset((*FORMS[form].keys, "system"))
+    check_media(record, FORMS[form].keys, num_images=len(marks), known=column)
+    keys = frozenset((*FORMS[form].keys, *SYSTEM))
     return Dialogue(turns, _filled(marks, given), is_llava, keys, column)
 
 
@@ -74,14 +100,17 @@ def _turns(record: Mapping[str, Any], form: str) -> tuple[list[Turn], list[Any]]
     turns: list[Turn] = []
     marks: list[Any] = []
     utterances = list(FORMS[form].utterances(record))
-    if (system := record.get("system")) and isinstance(system, str):
-        utterances.insert(0, ("system", system))
+    utterances[:0] = [("system", record[key]) for key in SYSTEM if record.get(key)]
     for number, (role, content) in enumerate(utterances, start=1):
         text, found = _content(content, number)
         marks += found
         if (known := _role(role, number)) != "system" or text:
             turns.append({"from": known, "value": text})
     return turns, marks
+
+
+def _is_llava(turn: Mapping[str, Any]) -> bool:
+    return isinstance(turn.get("value"), str) and not INLINE.search(turn["value"])
 
 
 def _role(role: Any, number: int) -> str:
@@ -97,17 +126,26 @@ def _role(role: Any, number: int) -> str:
 def _content(content: Any, number: int) -> tuple[str, list[Any]]:
     """Return the text of a content with an <image> for each image, and what each of them is."""
     parts = content if isinstance(content, list | tuple) else [content]
+    if len(parts) > 1 and any(isinstance(part, str) for part in parts):
+        raise BadSample(
+            "several texts for one turn", f"turn {number} is {reprlib.repr(content)}; name one of them"
+        )
     texts: list[str] = []
     marks: list[Any] = []
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else "text"
+        kind = _kind(part)
         text = part.get("text") if isinstance(part, dict) else part
         if kind in IMAGE_PARTS:
             texts.append(IMAGE_TOKEN)
             marks.append(_image(part))
+        elif isinstance(text, str) and text.startswith(('[{"type":', '[{"text":')):
+            raise BadSample(
+                "malformed turn", f"turn {number} is a JSON text of its parts; write the parts themselves"
+            )
         elif kind in TEXT_PARTS and isinstance(text, str):
-            texts.append(text)
-            marks += [NEXT] * text.count(IMAGE_TOKEN)
+            texts.append(INLINE.sub(IMAGE_TOKEN, text))
+            places = re.finditer(f"{IMAGE_TOKEN}|{INLINE.pattern}", text)
+            marks += [place[1] or NEXT for place in places]
         elif kind in TEXT_PARTS:
             raise BadSample("malformed turn", f"turn {number} has no text, found {reprlib.repr(text)}")
         else:
@@ -117,14 +155,25 @@ def _content(content: Any, number: int) -> tuple[str, list[Any]]:
     return "".join(texts), marks
 
 
+def _kind(part: Any) -> Any:
+    """Return the type of a part; one that names none, as Qwen-VL has them, is of the type of its first key."""
+    if not isinstance(part, dict):
+        return "text"
+    return part.get("type") or next((key for key, value in part.items() if value is not None), None)
+
+
 def _image(part: Mapping[str, Any]) -> Any:
     """Return the image of a part: what it names, else its number in the column, else NEXT."""
     for place in PLACES:
         value = part.get(place)
-        if place == "image_url" and isinstance(value, dict):  # OpenAI's {"image_url": {"url": ...}}
-            value = value.get("url")
+        if place in ("image_url", "source") and isinstance(value, dict):  # of OpenAI and of Anthropic
+            place, value = ("base64", value["data"]) if value.get("data") else (place, value.get("url"))
         if value:
             return f"data:;base64,{value}" if place == "base64" else value
+    if place := next((key for key in ELSEWHERE if part.get(key)), None):
+        raise BadSample(
+            "image is no path", f"a part of type image has {place}; name the image's path as image"
+        )
     index = part.get("index")
     return index if isinstance(index, int) and not isinstance(index, bool) else NEXT
 
@@ -134,9 +183,14 @@ def _column(record: Mapping[str, Any]) -> tuple[str, list[Any]]:
     for key in COLUMNS:
         value = record.get(key)
         values = list(value) if isinstance(value, list | tuple) else [value]
-        if any(image is not None and image != "" for image in values):
+        if not all(_is_none(image) for image in values):
             return key, values
     return "", []
+
+
+def _is_none(image: Any) -> bool:
+    """Return whether there is no image, as a table says it: None, "", or a struct whose fields are empty."""
+    return not any(image.values()) if isinstance(image, dict) else image is None or image == ""
 
 
 def _put_first(turns: list[Turn], num_images: int) -> None:
@@ -155,4 +209,9 @@ def _filled(marks: Sequence[Any], given: Sequence[Any]) -> tuple[Any, ...]:
         if isinstance(mark, int) and not 0 <= mark < len(given):
             raise BadSample("<image> in the text, but no image", f"image {mark} of {len(given)} asked for")
         images.append(next(coming) if mark is NEXT else given[mark] if isinstance(mark, int) else mark)
+    numbers = {mark for mark in marks if isinstance(mark, int)}
+    if numbers and NEXT not in marks and (left := set(range(len(given))) - numbers):
+        raise BadSample(
+            "number of <image> differs from number of images", f"image {min(left)} is never shown"
+        )
     return tuple(images)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.data.unread import check_turn
 from pipeline.errors import BadSample
 
 Utterance = tuple[Any, Any]
@@ -29,6 +31,7 @@ def _listed(record: Mapping[str, Any], key: str) -> Iterator[Utterance]:
         if not isinstance(turn, dict) or not all(name in turn for name in names):
             expected = '{"from": role, "value": text} or {"role": role, "content": text or parts}'
             raise BadSample("malformed turn", f"turn {number} must be {expected}")
+        check_turn(turn, number, turn[names[0]])
         yield turn[names[0]], turn[names[1]]
 
 
@@ -52,22 +55,24 @@ def _completed(record: Mapping[str, Any]) -> Iterator[Utterance]:
         if isinstance(record.get(key), list):
             yield from _listed(record, key)
         else:
-            yield role, record.get(key)
+            yield role, _needed(record, key)
 
 
 def _instruction(record: Mapping[str, Any]) -> Iterator[Utterance]:
     """Alpaca: an instruction with its input on the next line, and an output, after a history of pairs."""
     yield from _history(record)
     asked = [text for key in ("instruction", "input") if (text := record.get(key))]
-    yield "user", "\n".join(map(str, asked))
-    yield "assistant", record.get("output")
+    if not all(isinstance(text, str) for text in asked):
+        raise BadSample("malformed turn", "instruction and input must be texts")
+    yield "user", "\n".join(asked)
+    yield "assistant", _needed(record, "output")
 
 
 def _query(record: Mapping[str, Any]) -> Iterator[Utterance]:
     """ms-swift: a query and a response, after a history of pairs."""
     yield from _history(record)
     yield "user", record["query"]
-    yield "assistant", record.get("response")
+    yield "assistant", _needed(record, "response")
 
 
 def _history(record: Mapping[str, Any]) -> Iterator[Utterance]:
@@ -80,15 +85,41 @@ def _history(record: Mapping[str, Any]) -> Iterator[Utterance]:
 
 def _question(record: Mapping[str, Any]) -> Iterator[Utterance]:
     """A question and its one answer, as visual question answering has them."""
+    for key in ("choices", "options"):
+        if record.get(key):
+            raise BadSample(
+                "question with choices",
+                f"{key}: {reprlib.repr(record[key])}; write them into the question, and the right one as answer",
+            )
     yield "user", record["question"]
-    yield "assistant", record.get("answer")
+    yield "assistant", _needed(record, "answer")
+
+
+def _needed(record: Mapping[str, Any], key: str) -> Any:
+    """Return what an exchange cannot be without. Datasets of preferences, for example, have `chosen` instead."""
+    if record.get(key) is None:
+        found = ", ".join(map(str, record))[:200]
+        raise BadSample(
+            "no prompt" if key == "prompt" else "no answer", f"{key} is missing, found {found}; name it so"
+        )
+    return record[key]
 
 
 def _caption(key: str) -> Callable[[Mapping[str, Any]], Iterator[Utterance]]:
     """A text about an image that nobody asked for."""
-    return lambda record: iter((("user", ""), ("assistant", record[key])))
+
+    def utterances(record: Mapping[str, Any]) -> Iterator[Utterance]:
+        if "<image>" in str(record[key]):
+            raise BadSample(
+                "caption with an <image>", f"{key} must be the caption alone; name dialogues messages"
+            )
+        yield "user", ""
+        yield "assistant", record[key]
+
+    return utterances
 
 
+CAPTIONS = ("caption", "text")
 # By the key that a form is known by; the first one that a record has counts.
 FORMS: dict[str, Form] = {
     "conversations": Form(("conversations",), lambda record: _listed(record, "conversations")),
@@ -98,8 +129,7 @@ FORMS: dict[str, Form] = {
     "instruction": Form(("instruction", "input", "output", "history"), _instruction),
     "query": Form(("query", "response", "history"), _query),
     "question": Form(("question", "answer"), _question),
-    "caption": Form(("caption",), _caption("caption")),
-    "text": Form(("text",), _caption("text")),
+    **{key: Form((key,), _caption(key)) for key in CAPTIONS},
 }
 
 

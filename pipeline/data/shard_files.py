@@ -142,5 +142,7 @@ def _printed(command: str) -> Iterator[bytes]:
         ) from error
     finally:
         pipe.timeout = _PATIENCE
+        if pipe.proc.poll() is None:  # nobody wants what it would print
+            pipe.proc.terminate()
         with suppress(Exception):
             pipe.close()

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from braceexpand import braceexpand
 
+from cache import MASK
 from pipeline.data.file_names import as_stored, expand_home, longest_stored
 from pipeline.data.reading import reading
 from pipeline.data.remote_shards import expand_urls
@@ -26,11 +27,20 @@ def expand_shards(patterns: str | Sequence[str]) -> list[str]:
     if not patterns:
         raise ShardError("No shards are named; name a folder, a glob, or shard-{000000..000009}.tar.")
     places = [str(pattern).removeprefix("file://") for pattern in patterns]
+    _check_whole(places)
     urls = [(place, name) for place in places if is_remote(place) for name in _braces(place, place)]
     paths = {path for place in places if not is_remote(place) for path in _expand(place)}
     shards = sorted(paths | set(expand_urls(urls)))
     _check_names(shards)
     return shards
+
+
+def _check_whole(places: Sequence[str]) -> None:
+    if masked := next((place for place in places if MASK in place and "://" in place), None):
+        raise ShardError(
+            f"{masked} is the record of a URL, in which a token or the like is masked as {MASK}; name the shards "
+            "anew in data.shards, or give the --config that has them."
+        )
 
 
 def _check_names(shards: Sequence[str]) -> None:

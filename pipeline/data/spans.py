@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from blake3 import blake3
 
-from cache import Mirror, Range, RemotePath, Span, find_ranges
+from cache import Mirror, Range, RemotePath, Span, find_ranges, without_secrets
 from pipeline.config.config import DataConfig
 from pipeline.data.reading import opened, reading
 from pipeline.data.remote_shards import about, sends_ranges
@@ -76,10 +76,9 @@ class SpanReader:
         return {place: checked(*place, data or b"") for place, data in zip(places, found, strict=True)}
 
     def _mirror_of(self, shard: str) -> Mirror | None:
-        """Return the mirror for a shard: of another version of it nothing is taken."""
-        if self.mirror is None:
+        """Return the mirror for a shard: of another version of it nothing is taken, and without one nothing kept."""
+        if self.mirror is None or not (file := about(shard)).version:
             return None
-        file = about(shard)
         return replace(self.mirror, version=blake3(f"{file.size} {file.version}".encode()).hexdigest())
 
 
@@ -111,7 +110,7 @@ def warn_of_streams(shards: Sequence[str]) -> None:
         first, why = next(iter(reasons.items()))
         print(
             f"alignkd: {len(reasons)} of {len(shards)} shards can be captured, but stage 2 will not be able to read "
-            f"samples of them, first {first} ({why}); before training {REMEDY}.",
+            f"samples of them, first {without_secrets(first)} ({why}); before training {REMEDY}.",
             file=sys.stderr,
         )
 

@@ -44,13 +44,13 @@ def open_dataset(config: Config) -> tuple[JoinedDataset, JoinCollator]:
     return dataset, JoinCollator(targets, preparation.image_token_id)
 
 
-def training_shards(data: DataConfig) -> list[str]:
-    """Return the shards that stage 2 trains on. Raises `ConfigError` if all of them are held out."""
+def training_shards(data: DataConfig) -> dict[str, str]:
+    """Return the shards that stage 2 trains on, by their parts. Raises `ConfigError` if all of them are held out."""
     held_out = (
         {part_name(shard) for shard in expand_shards(data.held_out_shards)} if data.held_out_shards else ()
     )
     shards = expand_shards(data.shards)
-    if not (left := [shard for shard in shards if part_name(shard) not in held_out]):
+    if not (left := {part_name(shard): shard for shard in shards if part_name(shard) not in held_out}):
         raise ConfigError(
             f"data.held_out_shards names all {len(shards)} shards of data.shards: nothing is left to train on; hold "
             "fewer of them out"

@@ -9,7 +9,7 @@ import numpy as np
 
 from cache import digest_of
 from pipeline.errors import PipelineError
-from pipeline.evaluation.evaluate import Prediction, accuracy_by_type
+from pipeline.evaluation.evaluate import NO_TYPE, Prediction, accuracy_by_type
 from pipeline.resampling import resampled_means
 from pipeline.text_table import text_table
 
@@ -85,9 +85,14 @@ def gap_closed(student: float, none: float, teacher: float) -> float | None:
 
 
 def accuracy_table(models: Mapping[str, Sequence[Prediction]]) -> str:
-    """Return accuracies in percent: a row for each model, a column for each question type, counts below the names."""
+    """Return accuracies in percent: a row for each model, a column for each question type, counts below the names.
+
+    Where no question has a type of its own there is one column.
+    """
     scores = {name: accuracy_by_type(predictions) for name, predictions in models.items()}
-    first = next(iter(scores.values()))
+    first = dict(next(iter(scores.values())))
+    if set(first) == {NO_TYPE, "all"}:
+        del first[NO_TYPE]
     rows = [["accuracy, %", *first], ["questions", *(str(number) for _, number in first.values())]]
     rows += [[name, *(f"{100 * score[t][0]:.2f}" for t in first)] for name, score in scores.items()]
     return text_table(rows, num_heads=2)

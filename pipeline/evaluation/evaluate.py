@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from blake3 import blake3
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from cache import Span
@@ -30,8 +29,10 @@ from pipeline.models.loading import load_network
 from pipeline.models.processors import Tensors
 from pipeline.models.vlm import ImageFeatures, VisionLanguageModel
 from pipeline.positions import IGNORE_INDEX
+from pipeline.progress import Progress
 
 PREDICTIONS_FILE = "predictions.jsonl"
+NO_TYPE = "all questions"  # the type of questions that have none
 FEATURE_CACHE_BYTES = 256 * 2**20
 
 
@@ -113,9 +114,12 @@ def evaluate_model(
     questions = sorted(read_questions(settings, preparation, data), key=lambda q: len(q.prompt))
     features, read = TensorCache(FEATURE_CACHE_BYTES), SpanReader.of(data)
     predictions: list[Prediction] = []
-    for start in tqdm(range(0, len(questions), settings.batch_size), desc=description, unit="batch"):
-        batch = questions[start : start + settings.batch_size]
-        predictions += _answer(vlm, preparation, batch, features, read)
+    with Progress(description, unit="questions", doing="asking") as progress:
+        for start in range(0, len(questions), settings.batch_size):
+            progress(start, len(questions))
+            batch = questions[start : start + settings.batch_size]
+            predictions += _answer(vlm, preparation, batch, features, read)
+        progress(len(questions), len(questions))
     predictions.sort(key=lambda prediction: (prediction.test_set, prediction.key))
     output.parent.mkdir(parents=True, exist_ok=True)
     # All of them or none: who reads the file may not know how many there should be.
@@ -163,7 +167,7 @@ def read_questions(
             unanswered = Prediction(
                 key=item.key,
                 group=item.image_digests[0] if item.image_digests else item.key,
-                question_type=str(item.metadata.get("question_type", "all questions")),
+                question_type=str(item.metadata.get("question_type", NO_TYPE)),
                 answer=item.conversations[-1]["value"],
                 prediction="",
                 test_set=test_set,

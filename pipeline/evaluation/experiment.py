@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pipeline.config.provenance import provenance, replace_text
 from pipeline.distill.student import train_student, training_arguments
 from pipeline.distill.training.processes import is_first_process
 from pipeline.distill.training.training_folder import MODEL_FOLDER, check_inputs
-from pipeline.evaluation.answer_scores import metrics_for, scores_by_type
+from pipeline.evaluation.answer_scores import metrics_for, score_table, scores_by_type
 from pipeline.evaluation.compare import Answered, accuracy_table, paired_gain, questions_of
 from pipeline.evaluation.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set
 from pipeline.evaluation.scores import (
@@ -63,6 +63,7 @@ def run_experiment(config: Config, *, say: Callable[[str], None], overwrite: boo
 
 
 def _compare(config: Config, models: dict[str, list[Prediction]], output: Path) -> str:
+    assert config.evaluate is not None
     blocks = []
     sets = {name: by_test_set(predictions) for name, predictions in models.items()}
     if TEACHER in sets and questions_of(sets[TEACHER]) != questions_of(sets[DISTILLED]):
@@ -75,8 +76,11 @@ def _compare(config: Config, models: dict[str, list[Prediction]], output: Path) 
     for test_set in sets[DISTILLED]:
         of_set = {name: predictions[test_set] for name, predictions in sets.items()}
         results["accuracy"][test_set] = {name: accuracy_by_type(p) for name, p in of_set.items()}
-        results["scores"][test_set] = _other_scores(config, of_set)
+        metrics = metrics_for(config.evaluate, of_set[DISTILLED])
+        results["scores"][test_set] = _other_scores(of_set, metrics)
         table = accuracy_table(of_set)
+        if set(metrics) != {"exact_match"}:
+            table += f"\n\n{score_table(of_set, metrics)}"
         blocks.append(table if len(sets[DISTILLED]) == 1 else f"test set {test_set}\n{table}")
         if BASELINE in of_set:
             gain = paired_gain([Answered.of(of_set[DISTILLED])], [Answered.of(of_set[BASELINE])])
@@ -91,10 +95,8 @@ def _compare(config: Config, models: dict[str, list[Prediction]], output: Path) 
     return "\n\n".join(blocks)
 
 
-def _other_scores(config: Config, models: dict[str, list[Prediction]]) -> dict[str, Any]:
+def _other_scores(models: dict[str, list[Prediction]], metrics: Sequence[str]) -> dict[str, Any]:
     """Return model -> question type -> the scores that `alignkd evaluate` shows beside accuracy."""
-    assert config.evaluate is not None
-    metrics = metrics_for(config.evaluate, models[DISTILLED])
     return {
         name: {kind: scores.to_json() for kind, scores in scores_by_type(predictions, metrics).items()}
         for name, predictions in models.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from pipeline.init.choose import (
     losses_for,
     max_length_for,
     measure,
-    num_layers,
     preparation_for,
 )
 from pipeline.init.look import Found, look
+from pipeline.models.configuration import read_config
+from pipeline.models.files.checkpoint import checkpoint_folder
 from pipeline.packing.pack import pack
 from pipeline.packing.sources import open_source
 
@@ -54,10 +56,14 @@ def begin(
     if file.exists():
         raise ConfigError(f"{file} is there already; name another --output, or remove it to begin anew")
     found = look(place)
-    preparation = preparation_for(teacher)
+    model = read_config(checkpoint_folder(teacher))
+    if student:
+        read_config(checkpoint_folder(student))
+    preparation = preparation_for(teacher, model)
     shards = list(found.shards) or _packed(found, output / "shards", say, progress)
     seen = measure(shards, preparation)
-    for line in _in_words(found, seen, len(shards)):
+    max_length = max_length_for(seen, model)
+    for line in _in_words(found, seen, len(shards), max_length):
         say(line)
     training, held_out = (shards[:-1], shards[-1:]) if len(shards) > 1 else (shards, [])
     settings: dict[str, Any] = {
@@ -67,16 +73,15 @@ def begin(
         "data": {
             "shards": as_pattern(training),
             "template": preparation.template,
-            "max_length": max_length_for(seen, teacher),
+            "max_length": max_length,
         },
         "cache": {"path": str(output / "teacher.zarr")},
     }
     losses = losses_for(settings, seen, is_cut=student is None)
     output.mkdir(parents=True, exist_ok=True)
-    file.write_text(_text(settings, losses, seen, held_out, teacher=teacher))
-    return Begun(
-        file, tuple(_commands(file, settings, teacher, is_cut=student is None, held_out=bool(held_out)))
-    )
+    file.write_text(_text(settings, losses, seen, held_out))
+    layers = None if student else model.get_text_config().num_hidden_layers // 2
+    return Begun(file, tuple(_commands(file, settings, layers=layers, held_out=bool(held_out))))
 
 
 def _packed(
@@ -99,33 +104,34 @@ def _packed(
     return [str(output / name) for name in summary.shards]
 
 
-def _in_words(found: Found, seen: Measured, num_shards: int) -> Iterator[str]:
+def _in_words(found: Found, seen: Measured, num_shards: int, max_length: int) -> Iterator[str]:
     if found.annotations:
         yield f"annotations  {found.annotations}, in the form of `{found.form}`; images below {found.image_folder}"
-    yield f"shards       {num_shards}; {seen.samples} samples were looked at"
+    yield f"shards       {num_shards}; samples looked at: {seen.samples}"
     yield f"images       {in_words(seen.widths)} pixels wide, {in_words(seen.heights)} high"
     yield f"tokens       {in_words(seen.lengths)} a sample, of which vision {in_words(seen.vision_tokens)} an image"
     yield f"answers      {in_words(seen.answers)} tokens"
+    if too_long := sum(length > max_length for length in seen.lengths):
+        yield f"too long     {too_long} of {seen.samples}: the teacher reads {max_length:,} tokens; they are left out"
     if seen.rejected:
         yield f"unusable     {', '.join(f'{count} {reason}' for reason, count in seen.rejected.items())}"
 
 
-def _commands(
-    file: Path, settings: dict[str, Any], teacher: str, *, is_cut: bool, held_out: bool
-) -> Iterator[str]:
-    if is_cut:
-        last = num_layers(teacher) // 2 - 1
-        yield f"alignkd make-student {teacher} {settings['student']['model']} --layers 0-{last}"
+def _commands(file: Path, settings: dict[str, Any], *, layers: int | None, held_out: bool) -> Iterator[str]:
+    """Yield what to type next; `layers` are kept for a student that is cut from the teacher."""
+    teacher, student = (shlex.quote(settings[name]["model"]) for name in ("teacher", "student"))
+    config = shlex.quote(str(file))
+    if layers is not None:
+        yield f"alignkd make-student {teacher} {student} --layers 0-{layers - 1}"
     yield f"alignkd models check {teacher}"
-    yield f"alignkd teacher-cache --config {file}"
-    yield f"alignkd distill --config {file}"
+    yield f"alignkd teacher-cache --config {config}"
+    yield f"alignkd distill --config {config}"
     if held_out:
-        yield f"alignkd evaluate --config {file}"
+        yield f"alignkd evaluate --config {config}"
+    yield f"alignkd report {shlex.quote(settings['output_dir'])}"
 
 
-def _text(
-    settings: dict[str, Any], losses: Losses, seen: Measured, held_out: list[str], *, teacher: str
-) -> str:
+def _text(settings: dict[str, Any], losses: Losses, seen: Measured, held_out: list[str]) -> str:
     """Return the YAML of a config, with the reason of each choice."""
     data, length = settings["data"], settings["data"]["max_length"]
     note = f"\n# Left out, because: {losses.note}" if losses.note else ""
@@ -143,13 +149,13 @@ baseline: true # also train the same student on labels alone, and compare: what 
     )
     return f"""\
 # Written by `alignkd init` from {seen.samples} samples. docs/config.md explains every key.
-output_dir: {settings["output_dir"]}
+output_dir: {_flow(settings["output_dir"])}
 
 teacher:
-  model: {teacher}
+  model: {_flow(settings["teacher"]["model"])}
 
 student:
-  model: {settings["student"]["model"]}
+  model: {_flow(settings["student"]["model"])}
 
 data:
   shards: {_flow(data["shards"])}
@@ -158,7 +164,7 @@ data:
   max_length: {length}
 
 cache:
-  path: {settings["cache"]["path"]}
+  path: {_flow(settings["cache"]["path"])}
 
 # What stage 1 keeps of the teacher.
 targets:
@@ -177,7 +183,7 @@ train:
   lr_scheduler_type: cosine
   warmup_steps: 0.03 # a value below 1 is a share of all steps
   bf16: {"true" if has_gpu() else "false"} # {"a GPU" if has_gpu() else "no GPU"} was found
-  logging_steps: 10
+  logging_steps: 0.01 # of all steps
   save_strategy: "no"
   report_to: none # or tensorboard
 """

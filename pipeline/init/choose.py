@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from pipeline.config.config import Config, DataConfig
 from pipeline.data.conversation import TokenizedSample
@@ -21,8 +22,6 @@ from pipeline.data.pairing import check_student
 from pipeline.data.preparation import Preparation
 from pipeline.data.shards import Sample, read_shard
 from pipeline.errors import BadSample, ConfigError
-from pipeline.models.configuration import read_config
-from pipeline.models.files.checkpoint import checkpoint_folder
 from pipeline.models.mobilevlm import MobileVLMConfig
 from pipeline.positions import IGNORE_INDEX
 from pipeline.upkeep.slices import evenly
@@ -63,10 +62,9 @@ class Losses:
     note: str
 
 
-def preparation_for(teacher: str) -> Preparation:
+def preparation_for(teacher: str, model: PreTrainedConfig) -> Preparation:
     """Return the teacher's preparation with the template that fits it, and no limit of length."""
-    is_mobilevlm = isinstance(read_config(checkpoint_folder(teacher)), MobileVLMConfig)
-    names = TEMPLATES if is_mobilevlm else ("chat",)
+    names = TEMPLATES if isinstance(model, MobileVLMConfig) else ("chat",)
     for name in names:
         preparation = load_preparation(teacher, DataConfig(shards="", template=name, max_length=NO_LIMIT))
         try:
@@ -108,11 +106,17 @@ def measure(shards: Sequence[str], preparation: Preparation) -> Measured:
     )
 
 
-def max_length_for(found: Measured, teacher: str) -> int:
-    """Return a limit of length a quarter above the longest sample, within what the teacher can read."""
-    most = getattr(
-        read_config(checkpoint_folder(teacher)).get_text_config(), "max_position_embeddings", NO_LIMIT
-    )
+def max_length_for(found: Measured, model: PreTrainedConfig) -> int:
+    """Return a limit of length a quarter above the longest sample, within what the teacher can read.
+
+    Raises `ConfigError` if all samples are longer than that.
+    """
+    most = getattr(model.get_text_config(), "max_position_embeddings", NO_LIMIT)
+    if min(found.lengths) > most:
+        raise ConfigError(
+            f"samples are {in_words(found.lengths)} tokens long, and the teacher reads {most:,}; shorten "
+            "their texts, or name another teacher"
+        )
     return min(most, math.ceil(max(found.lengths) * 1.25 / 64) * 64)
 
 
@@ -136,11 +140,6 @@ def losses_for(settings: dict[str, Any], found: Measured, *, is_cut: bool) -> Lo
             continue
         return Losses(targets, losses, note if without else "")
     raise ConfigError(note)
-
-
-def num_layers(model: str) -> int:
-    """Return the number of decoder layers of a checkpoint."""
-    return read_config(checkpoint_folder(model)).get_text_config().num_hidden_layers
 
 
 def in_words(values: Sequence[int]) -> str:

@@ -18,6 +18,7 @@ from pipeline.packing.sources import open_source
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
 SAVED = ("state.json", "dataset_dict.json")  # of a folder that `datasets` saved
+EXAMPLE = '{"image": "1.jpg", "caption": "A red circle."}'
 TRIED = 20  # entries of a file that are read to see whether it holds conversations
 
 
@@ -47,8 +48,8 @@ def look(place: Path) -> Found:
     for file, form in readable.items():
         return Found(annotations=file, form=form, image_folder=_image_folder(file, place))
     raise ConfigError(
-        f"{place} holds neither shards (.tar) nor a file with conversations ({', '.join(ENDINGS)}); docs/data.md "
-        "shows what entries may look like"
+        f"{place} holds neither shards (.tar) nor a file with conversations ({', '.join(ENDINGS)}); write one, "
+        f"such as captions.jsonl with a line for each image: {EXAMPLE}; docs/data.md shows other forms"
     )
 
 

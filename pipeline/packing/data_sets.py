@@ -12,8 +12,10 @@ from blake3 import blake3
 
 from cache import hash_file
 from pipeline.errors import PackError, reason_of
+from pipeline.packing.json_files import LINES, json_entries
+from pipeline.packing.tables import TABLES, read_tables, with_encoded_media
 
-TABLES = (".parquet", ".arrow")
+JSON = (".json", *LINES)
 Rows = Callable[[], Iterator[dict[str, Any]]]
 
 
@@ -32,8 +34,8 @@ def open_data_set(
             f"{where} is read by the package `datasets`; install it with `pip install 'alignkd[datasets]'`."
         ) from error
     try:
-        digest, loaded = _opened(datasets, where, subset)
-        chosen = _split(loaded, split, where)
+        digest, splits = _opened(datasets, where, subset)
+        rows = _split(splits, split, where)
     except PackError:
         raise
     except Exception as error:  # the library, its drivers and its readers each have their own
@@ -42,51 +44,69 @@ def open_data_set(
     return (
         name,
         lambda: f"{digest()} {subset or ''} {split or ''}".strip(),
-        lambda: _rows(chosen, where),
+        lambda: _rows(rows, where),
     )
 
 
-def _rows(chosen: Any, where: str | Path) -> Iterator[dict[str, Any]]:
-    rows = iter(chosen)
-    while True:
-        try:
-            row = next(rows, None)
-        except Exception as error:
-            raise PackError(f"{where} cannot be read as a data set: {reason_of(error)}") from error
-        if row is None:
-            return
-        yield row
+def _rows(read: Rows, where: str | Path) -> Iterator[dict[str, Any]]:
+    try:
+        yield from read()
+    except PackError:
+        raise
+    except Exception as error:
+        raise PackError(f"{where} cannot be read as a data set: {reason_of(error)}") from error
 
 
-def _opened(datasets: Any, where: str | Path, subset: str | None) -> tuple[Callable[[], str], Any]:
+def _opened(
+    datasets: Any, where: str | Path, subset: str | None
+) -> tuple[Callable[[], str], dict[str, Rows]]:
+    """Return what digests the content of a data set, and the rows of each of its splits."""
     if isinstance(where, str):
         from huggingface_hub import HfApi
 
         revision = HfApi().dataset_info(where).sha
-        return lambda: f"{where}@{revision}", datasets.load_dataset(
-            where, subset, revision=revision, streaming=True
+        return lambda: f"{where}@{revision}", _splits(
+            datasets.load_dataset_builder(where, subset, revision=revision)
         )
-    if where.is_dir() and any((where / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return partial(_digest, where), datasets.load_from_disk(where)
-    if where.is_dir():
-        return partial(_digest, where), datasets.load_dataset(str(where), subset, streaming=True)
-    kind = {".parquet": "parquet", ".arrow": "arrow"}[where.suffix.lower()]
-    return partial(_digest, where), datasets.load_dataset(kind, subset, data_files=str(where), streaming=True)
+    if where.is_file():
+        return partial(_digest, where), {"train": partial(read_tables, [str(where)])}
+    if any((where / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        loaded = datasets.load_from_disk(where)
+        parts = loaded if isinstance(loaded, dict) else {"train": loaded}
+        files = {name: [file["filename"] for file in part.cache_files] for name, part in parts.items()}
+        return partial(_digest, where), {name: partial(read_tables, found) for name, found in files.items()}
+    return partial(_digest, where), _splits(datasets.load_dataset_builder(str(where), subset))
 
 
-def _split(loaded: Any, split: str | None, where: str | Path) -> Any:
-    """Return the split that is asked for, or the only one, as a stream whose images stay encoded."""
-    if isinstance(loaded, dict):
-        names = list(loaded)
-        if split is None and len(names) > 1:
-            raise PackError(f"{where} has the splits {', '.join(names)}; name one with --split.")
-        if split is not None and split not in loaded:
-            raise PackError(f"{where} has no split {split!r}, only {', '.join(names)}; name one of these.")
-        loaded = loaded[split or names[0]]
-    elif split is not None:
-        raise PackError(f"{where} is one data set without splits; remove --split.")
-    stream = loaded.to_iterable_dataset() if hasattr(loaded, "to_iterable_dataset") else loaded
-    return stream.decode(False) if stream.features else stream
+def _splits(builder: Any) -> dict[str, Rows]:
+    """Return the rows of each split: of tables and JSON read here, else by `datasets` with images encoded."""
+    files = {str(name): list(found) for name, found in (builder.config.data_files or {}).items()}
+    if files and all(file.lower().endswith(TABLES) for found in files.values() for file in found):
+        return {name: partial(read_tables, found) for name, found in files.items()}
+    if files and all(
+        Path(file).suffix in JSON and "://" not in file for found in files.values() for file in found
+    ):
+        return {name: partial(_json_entries, found) for name, found in files.items()}
+    return {name: partial(_streamed, part) for name, part in builder.as_streaming_dataset().items()}
+
+
+def _streamed(stream: Any) -> Iterator[dict[str, Any]]:
+    return iter(stream.cast(with_encoded_media(stream.features)) if stream.features else stream)
+
+
+def _json_entries(files: list[str]) -> Iterator[Any]:
+    """Yield the entries of JSON files as they are written; `datasets` makes JSON texts of contents of mixed types."""
+    for file in files:
+        yield from (entry for _, entry in json_entries(Path(file))())
+
+
+def _split(splits: dict[str, Rows], split: str | None, where: str | Path) -> Rows:
+    """Return the rows of the split that is asked for, or of the only one."""
+    if split is None and len(splits) > 1:
+        raise PackError(f"{where} has the splits {', '.join(splits)}; name one with --split.")
+    if split is not None and split not in splits:
+        raise PackError(f"{where} has no split {split!r}, only {', '.join(splits)}; name one of these.")
+    return splits[split or next(iter(splits))]
 
 
 def _digest(path: Path) -> str:

@@ -25,6 +25,7 @@ from pipeline.errors import BadSample, writing
 UNREADABLE = "unreadable image file"
 # Errors of one image file. All others, of a failing disk or of too many open files, end the run.
 ERRORS_OF_ONE_FILE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.ENOENT}
+MAX_PATH = 4096  # characters, Linux's limit
 
 State = list[int] | None  # bytes, and nanoseconds of the last change; None for a file that is not there
 Image = str | bytes  # a path relative to the image folder, or the bytes themselves
@@ -45,14 +46,18 @@ def image_of(value: Any, image_folder: Path) -> Image:
 
     Raises `BadSample` for anything else, for other URLs, and for a path that leaves the image folder.
     """
+    given = value
     if isinstance(value, dict):  # of the `datasets` library, with bytes first
         value = next((value[key] for key in ("bytes", "path", "url") if value.get(key)), None)
     if isinstance(value, bytes | bytearray):
         return bytes(value)
     if not isinstance(value, str) or not value or "\0" in value or not is_unicode(value):
-        raise BadSample("image is no path", reprlib.repr(value))
+        raise BadSample("image is no path", reprlib.repr(given))
     if value.startswith("data:"):
         return _from_data_url(value)
+    if len(value) > MAX_PATH:
+        remedy = "write base64 as a URL: data:image/png;base64,..."
+        raise BadSample("image is no path", f"{value[:30]!r}... of {len(value)} characters; {remedy}")
     if value.startswith("file://"):
         value = urllib.parse.unquote(value.removeprefix("file://"))
     if re.match(r"[a-z][a-z0-9+.-]*://", value):

@@ -26,7 +26,8 @@ def read_json_list(path: Path) -> Iterator[Any]:
             ) from error
         except NoListError as error:
             raise PackError(
-                f"{path} must be a JSON list of entries, found {error}; wrap it in [ ]."
+                f"{path} must be a JSON list of entries, found {error}; wrap an entry in [ ], and of an object that "
+                "has a list of entries save that list alone."
             ) from error
         except (ValueError, RecursionError) as error:  # not UTF-8, or nested too deeply
             raise PackError(f"{path} is not valid JSON: {error}; save it as UTF-8.") from error
@@ -45,7 +46,9 @@ class _Reader:
 
     def entries(self) -> Iterator[Any]:
         if self._next() != "[":
-            raise NoListError(type(self._value()).__name__)
+            value = self._value()
+            keys = f" with the keys {', '.join(value)[:200]}" if isinstance(value, dict) else ""
+            raise NoListError(f"{type(value).__name__}{keys}")
         self.at += 1
         ends = self._next() == "]"
         while not ends:

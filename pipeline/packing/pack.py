@@ -1,8 +1,8 @@
 """Annotations and images to WebDataset shards; image bytes are unchanged.
 
 Samples are ordered by the first appearance of their image. All samples of an image are adjacent, and in one shard if
-one shard can hold them. A text-only sample keeps its place. A source that holds the images itself, such as Parquet,
-keeps the order of all its samples. The same input gives the same bytes.
+one shard can hold them and their images fit into `MAX_BYTES`. A text-only sample keeps its place. A source that holds
+the images itself, such as Parquet, keeps the order of all its samples. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pipeline.data.decoding import MAX_IMAGE_PIXELS
 from pipeline.data.file_names import expand_home
-from pipeline.errors import PackError
+from pipeline.errors import BadSample, PackError
 from pipeline.packing.again import replacing, settle
 from pipeline.packing.annotations import BadRecord, Record, read_annotations
 from pipeline.packing.folder import (
@@ -28,10 +28,12 @@ from pipeline.packing.folder import (
     refuse_rejects,
     was_interrupted,
 )
-from pipeline.packing.images import UNREADABLE, ImageFile, PackedImages, read_images, state_of
+from pipeline.packing.images import UNREADABLE, Image, ImageFile, PackedImages, read_images, state_of
 from pipeline.packing.shard_writer import ShardWriter
 from pipeline.packing.sources import Source, open_source
 from pipeline.packing.worklist import Worklist
+
+MAX_BYTES = 128 << 20  # of images in memory at once, if no entry alone has more
 
 
 def pack(
@@ -59,6 +61,11 @@ def pack(
     cannot be packed and, with "fail", after listing bad entries.
     """
     output = expand_home(output)
+    inputs = expand_home(annotations)
+    if inputs.is_dir() and output.resolve().is_relative_to(inputs.resolve()):
+        raise PackError(
+            f"{output} lies in the folder of the annotations, and would change it; name one outside of it."
+        )
     source = open_source(annotations, subset=subset, split=split)
     image_folder = source.folder if image_folder is None else expand_home(image_folder)
     asked = _asked(source, image_folder, samples_per_shard, on_bad_sample, max_pixels)
@@ -127,7 +134,8 @@ class _Packing:
         ) as writer:
             num_done = 0
             for group in groups:
-                writer.write(self._samples(group))
+                for samples in self._samples(group):
+                    writer.write(samples)
                 self._refuse()
                 num_done += len(group)
                 self.progress(num_done, total)
@@ -148,29 +156,44 @@ class _Packing:
         if self.fails:
             refuse_rejects(self.place, self.work)
 
-    def _samples(self, group: list[Record]) -> list[tuple[str, dict[str, bytes]]]:
-        """Return key and members of each good record; reads an image once a group."""
-        wanted = (image for record in group for image in record.images)
-        files, errors = read_images(wanted, self.image_folder, self.max_pixels)
-        samples = []
-        packed: dict[str, ImageFile] = {}
+    def _samples(self, group: list[Record]) -> Iterator[list[tuple[str, dict[str, bytes]]]]:
+        """Yield key and members of the good records, in several lists where images do not fit into `MAX_BYTES`.
+
+        An image is read once for each list.
+        """
+        files: dict[Image, ImageFile] = {}
+        errors: dict[Image, BadSample] = {}
+        listed: set[Image] = set()
+        samples: list[tuple[str, dict[str, bytes]]] = []
         for record in group:
-            if bad := {image: errors[image] for image in record.images if image in errors}:
-                # Size and time do not show who may read a file: without a state, it is tried on every run.
-                states = {
-                    image: None if error.kind == UNREADABLE else state_of(image, self.image_folder)
-                    for image, error in bad.items()
-                    if isinstance(image, str)
-                }
-                first = next(iter(bad.values()))
-                self.work.reject(BadRecord(record.id, record.line, first.kind, first.detail, states))
+            wanted = [image for image in record.images if image not in files and image not in errors]
+            good, bad = read_images(wanted, self.image_folder, self.max_pixels)
+            files |= good
+            errors |= bad
+            if any(image in errors for image in record.images):
+                self._reject(record, errors)
                 continue
-            packed |= {image: files[image] for image in record.images if isinstance(image, str)}
+            for image in record.images:
+                if isinstance(image, str) and image not in listed:
+                    listed.add(image)
+                    self.contents.images.add(image, files[image])
             members = _members(record, [files[image] for image in record.images])
             samples.append((key_of_id(record.id, record.repeat), members))
-        for image, file in packed.items():
-            self.contents.images.add(image, file)
-        return samples
+            if sum(len(file.data) for file in files.values()) > MAX_BYTES:
+                yield samples
+                files, samples = {}, []
+        yield samples
+
+    def _reject(self, record: Record, errors: Mapping[Image, BadSample]) -> None:
+        bad = {image: errors[image] for image in record.images if image in errors}
+        # Size and time do not show who may read a file: without a state, it is tried on every run.
+        states = {
+            image: None if error.kind == UNREADABLE else state_of(image, self.image_folder)
+            for image, error in bad.items()
+            if isinstance(image, str)
+        }
+        first = next(iter(bad.values()))
+        self.work.reject(BadRecord(record.id, record.line, first.kind, first.detail, states))
 
 
 def _members(record: Record, images: list[ImageFile]) -> dict[str, bytes]:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cache import hash_file
 from pipeline.data.file_names import expand_home
 from pipeline.errors import PackError
-from pipeline.packing.data_sets import TABLES, open_data_set
-from pipeline.packing.json_list import read_json_list
+from pipeline.packing.data_sets import open_data_set
+from pipeline.packing.json_files import LINES, Entries, json_entries
+from pipeline.packing.tables import TABLES
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-LINES = (".jsonl", ".ndjson")  # endings of files with an entry a line
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-Entries = Iterator[tuple[int, Any]]  # each with its number from 1; of JSONL bytes that are not parsed yet
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,7 @@ def open_source(annotations: str | Path, *, subset: str | None = None, split: st
             raise PackError(
                 f"{path} is one file of entries, which has no subset and no split; remove the option."
             )
-        read = _read_list if _is_list(path) else _read_lines
-        return Source(path.stem, partial(hash_file, path), partial(read, path), path.parent)
+        return Source(path.stem, partial(hash_file, path), json_entries(path), path.parent)
     is_hub_id = HUB_ID.fullmatch(str(annotations)) and path.suffix.lower() not in (".json", *LINES, *TABLES)
     if path.exists() or is_hub_id:
         where = path if path.exists() else str(annotations)
@@ -57,36 +53,3 @@ def open_source(annotations: str | Path, *, subset: str | None = None, split: st
     raise PackError(
         f"No annotations at {path}; name a JSON, JSONL or Parquet file, a folder of `datasets`, or a Hub id."
     )
-
-
-def _digest(path: Path) -> str:
-    return hash_file(path)
-
-
-# JSON
-
-
-def _is_list(path: Path) -> bool:
-    """Return whether a file holds one JSON list; else it holds an entry a line. Raises `PackError` for neither.
-
-    By the name .jsonl a list is refused: read line by line, each of its lines would be a broken entry.
-    """
-    with open(path, "rb") as file:
-        lines = (text.removeprefix(BYTE_ORDER_MARK).strip() for text in file)
-        filled = (text for text in lines if text)
-        first, second = next(filled, b""), next(filled, b"")
-    if path.suffix.lower() in LINES:
-        if first.startswith(b"[") and not (second and first.endswith(b"]")):
-            raise PackError(f"{path} holds one JSON list, not an entry a line; name it .json.")
-        return False
-    return not (first.startswith(b"{") and second.startswith(b"{") and first.endswith(b"}"))
-
-
-def _read_lines(path: Path) -> Entries:
-    """Yield every filled line with its number, not parsed yet."""
-    with open(path, "rb") as file:
-        yield from ((line, text) for line, text in enumerate(file, start=1) if text.strip())
-
-
-def _read_list(path: Path) -> Entries:
-    yield from enumerate(read_json_list(path), start=1)

@@ -16,6 +16,7 @@ from blake3 import blake3
 from pipeline.packing.annotations import BadRecord, Record
 from pipeline.packing.images import Image
 
+MAX_BYTES = 64 << 20  # of the records of a group that are in memory at once
 FILE = "pack.worklist.sqlite"
 TABLES = """
 PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA locking_mode=EXCLUSIVE;
@@ -70,14 +71,14 @@ class Worklist(AbstractContextManager["Worklist"]):
         return self._number_in("rejects")
 
     def groups(self, limit: int) -> Iterator[list[Record]]:
-        """Yield the records of each first image, by first appearance, at most `limit` at once.
+        """Yield the records of each first image, by first appearance: `limit` at once, of large ones fewer.
 
         A text-only record is a group of its own.
         """
         rows = self.database.execute("SELECT * FROM records ORDER BY first, line")
         for _, of_image in groupby(rows, key=lambda row: row[0]):
             records = (_record(*row) for row in of_image)
-            while group := [record for _, record in zip(range(limit), records, strict=False)]:
+            while group := _at_most(records, limit):
                 yield group
 
     def reject(self, bad: BadRecord) -> None:
@@ -100,6 +101,16 @@ class Worklist(AbstractContextManager["Worklist"]):
     def _number_in(self, table: str) -> int:
         [[number]] = self.database.execute(f"SELECT COUNT(*) FROM {table}")
         return number
+
+
+def _at_most(records: Iterator[Record], limit: int) -> list[Record]:
+    """Return the next records: `limit`, or fewer that hold `MAX_BYTES` of texts and images themselves."""
+    taken: list[Record] = []
+    size = 0
+    while len(taken) < limit and size < MAX_BYTES and (record := next(records, None)):
+        taken.append(record)
+        size += len(record.json) + sum(len(image) for image in record.images)
+    return taken
 
 
 def _record(_first: int, line: int, identity: str, repeat: int, text: bytes, images: str) -> Record:

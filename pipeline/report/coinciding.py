@@ -28,7 +28,7 @@ def _coincide(one: Curve, other: Curve, scale: Scale) -> bool:
     if list(one.steps) != list(other.steps):
         return False
     places = zip(map(scale.place, one.values), map(scale.place, other.values), strict=True)
-    return all(abs(a - b) <= NEAR or (math.isnan(a) and math.isnan(b)) for a, b in places)
+    return all(a == b or abs(a - b) <= NEAR or (math.isnan(a) and math.isnan(b)) for a, b in places)
 
 
 def sentence(curves: Sequence[Curve], scale: Scale, labels: Mapping[int, str]) -> str:

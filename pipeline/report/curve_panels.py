@@ -68,6 +68,7 @@ def draw_curves(findings: Findings) -> dict[str, Any]:
         "not_drawn": labels[NUM_SERIES:],
         "num_runs": len(runs),
         "num_gone": sum(run.history is None for run in findings.runs),
+        "kind": scales[next(iter(scales))].kind if scales else "linear",
         "points_are_means": any(len(run.history or ()) > MAX_POINTS for run in runs),
     }
 

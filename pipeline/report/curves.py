@@ -57,8 +57,9 @@ class Scale:
 
     @classmethod
     def covering(cls, values: Sequence[float], kind: Kind = "linear") -> Scale:
-        """Return a scale a little wider than all finite values; for a logarithmic one all must be positive."""
-        finite = [value for value in values if math.isfinite(value)] or [1.0]
+        """Return a scale a little wider than all finite values; a logarithmic one than the positive ones."""
+        lowest = 0 if kind == "log" else -math.inf
+        finite = [value for value in values if lowest < value < math.inf] or [1.0]
         low, high = min(finite), max(finite)
         if kind == "log":
             return cls(low / 1.2, high * 1.2, "log")
@@ -76,12 +77,15 @@ class Scale:
 
 
 def kind_for(panels: Iterable[Sequence[float]]) -> Kind:
-    """Return one kind of scale for panels of one quantity: logarithmic if one needs it and all can have it."""
+    """Return one kind of scale for panels of one quantity: logarithmic if one needs it and all can have it.
+
+    A panel can have it if most of its values are positive; its other values are then below the axis.
+    """
     finite = [[value for value in values if math.isfinite(value)] for values in panels]
-    filled = [values for values in finite if values]
-    if any(min(values) <= 0 for values in filled):
+    filled = [(values, [value for value in values if value > 0]) for values in finite if values]
+    if any(2 * len(positive) <= len(values) for values, positive in filled):
         return "linear"
-    return "log" if any(max(values) / min(values) >= LOG_FROM for values in filled) else "linear"
+    return "log" if any(max(positive) / min(positive) >= LOG_FROM for _, positive in filled) else "linear"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.config.config import Config
-from pipeline.config.provenance import provenance, replace_text
+from pipeline.config.provenance import provenance, recorded, replace_text
 from pipeline.data.load_preparation import load_preparation
 from pipeline.distill.join.stores import open_stores
 from pipeline.distill.student import train_student
@@ -103,7 +103,7 @@ def _finished(
 def _begin(config: Config, folder: Path, identities: Mapping[str, str]) -> None:
     """Write `sweep.json` and remove the summary of an earlier sweep."""
     (folder / SUMMARY).unlink(missing_ok=True)
-    made = {"config": config.model_dump(mode="json"), "runs": identities, "provenance": provenance(config)}
+    made = {"config": recorded(config), "runs": identities, "provenance": provenance(config)}
     replace_text(folder / SWEEP, json.dumps(made, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The progress bar of stage 1 on stderr: it counts bytes of shards, which gives the time left."""
+"""The progress of stage 1 on stderr: it counts bytes of shards, which gives the time left."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from tqdm import tqdm
 
 from cache import PartSummary
 from pipeline.data.shard_files import stored_bytes
-from pipeline.progress import LINE_SECONDS, can_redraw
+from pipeline.progress import Progress as Line
+from pipeline.readable import readable_bytes
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """A tqdm bar over the bytes of the shards, with counters of samples, rejects, bytes and parts."""
+    """The bytes of the shards that were read, with counters of samples, rejects, bytes and parts."""
 
     def __init__(self, shards: Sequence[str], *, description: str):
         self.shards = shards
-        self.samples = self.rejected = self.bytes_written = self.parts = 0
+        self.samples = self.rejected = self.bytes_written = self.parts = self.read = 0
         self.started = time.monotonic()
-        total = sum(map(stored_bytes, shards)) or None
-        often = 0.5 if can_redraw(sys.stderr) else LINE_SECONDS
-        self.bar = tqdm(total=total, desc=description, unit="B", unit_scale=True, mininterval=often)
+        self.total = sum(map(stored_bytes, shards)) or None
+        self.line = Line(description, unit="bytes", doing="reading the first shard")
+
+    def __enter__(self) -> Progress:
+        self.line.__enter__()
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        self.line.__exit__()
 
     def begin_shard(self, shard: str, *, num_samples: int, done: int = 0) -> None:
         """Begin a shard, of which each sample counts for the same share of the bytes."""
@@ -40,7 +44,6 @@ class Progress(AbstractContextManager["Progress"]):
         self.samples += num_samples
         self.shard_done += num_samples
         self._read_to(self.shard_bytes * self.shard_done // self.shard_samples)
-        self._show()
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -60,14 +63,14 @@ class Progress(AbstractContextManager["Progress"]):
         self._show()
 
     def _read_to(self, position: int) -> None:
-        self.bar.update(max(0, position - self.shard_read))
+        self.read += max(0, position - self.shard_read)
         self.shard_read = max(self.shard_read, position)
+        self._show()
 
     def _show(self) -> None:
         rate = self.samples / max(time.monotonic() - self.started, 1e-9)
-        written = tqdm.format_sizeof(self.bytes_written, "B")
-        self.bar.set_postfix_str(
-            f"{rate:.0f} samples/s, {self.rejected} rejected, {written} written, "
-            f"part {self.parts}/{len(self.shards)}",
-            refresh=False,
+        self.line.note = (
+            f"{rate:.2g} samples/s, {self.rejected} rejected, {readable_bytes(self.bytes_written)} written, "
+            f"part {self.parts} of {len(self.shards)}"
         )
+        self.line(self.read, self.total)

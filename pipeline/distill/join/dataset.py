@@ -74,6 +74,8 @@ class Refused:
 class JoinedDataset(Dataset[JoinedSample]):
     """The samples that the stores hold of the given shards, in the stores' order; map-style.
 
+    `shards` names them as `data.shards` does, or holds them by their parts' names.
+
     The first time a sample is read, its text is tokenised and compared with the ids and labels that the teacher saw,
     in every store, and its image bytes are compared with their digest; later epochs trust that. A student that may
     read text or images in another way (`Stores.read_alike`) gets its own ids, of which only what the targets are
@@ -83,7 +85,7 @@ class JoinedDataset(Dataset[JoinedSample]):
     def __init__(
         self,
         stores: Stores | Store,
-        shards: str | Sequence[str],
+        shards: str | Sequence[str] | Mapping[str, str],
         preparation: Preparation,
         *,
         targets: Mapping[str, Target],
@@ -93,7 +95,11 @@ class JoinedDataset(Dataset[JoinedSample]):
         self.stores = stores if isinstance(stores, Stores) else Stores.single(stores, targets)
         self.preparation = preparation
         self.targets = targets
-        self.shards = {part_name(shard): shard for shard in expand_shards(shards)}
+        self.shards = (
+            dict(shards)
+            if isinstance(shards, Mapping)
+            else {part_name(shard): shard for shard in expand_shards(shards)}
+        )
         check_ranges(list(self.shards.values()))
         check_unchanged(self.stores.opened, self.shards)
         self.read = read or SpanReader()

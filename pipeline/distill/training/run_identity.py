@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from cache import digest_of
 from pipeline.config.config import Config
 from pipeline.config.held_out import OF_CHECKPOINTS, OF_HELD_OUT, decides_weights
+from pipeline.config.provenance import recorded
 from pipeline.config.training_arguments import HOW_IT_RUNS, OF_THE_LOG, samples_per_step
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.join.stores import TOKENS
@@ -142,7 +143,7 @@ def settings_of_weights(config: Config) -> dict[str, Any]:
     Of `train`, how a run is logged and how its work is cut up do not count, nor when held-out losses are computed,
     unless they decide something.
     """
-    settings = config.model_dump(mode="json", include={"student", "data", "targets", "losses", "train"})
+    settings = recorded(config, "student", "data", "targets", "losses", "train")
     for name in ("mirror", "mirror_bytes"):  # a mirror does not change what is read
         settings["data"].pop(name, None)
     left_out = {*OF_THE_LOG, *HOW_IT_RUNS, *OF_HELD_OUT}

@@ -8,15 +8,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from pipeline.progress import bar_beside, can_redraw
+from pipeline.progress import can_redraw
 from pipeline.readable import readable_seconds
 
 REDRAW_SECONDS = 0.25
+BAR_COLUMNS = 12
 
 
 class TrainingLine(TrainerCallback, AbstractContextManager["TrainingLine"]):
@@ -76,10 +80,14 @@ class TrainingLine(TrainerCallback, AbstractContextManager["TrainingLine"]):
         self.__exit__()
         if seconds := self.speed.seconds:
             _print(f"trained to {_step(state)} in {readable_seconds(seconds)}")
+        if args.load_best_model_at_end and (best := state.best_model_checkpoint):
+            _print(
+                f"the weights are those of {best}, with the best {args.metric_for_best_model} of all checkpoints"
+            )
 
     def _draw(self, live: Live) -> None:
         state = self.trainer.state
-        live.update(bar_beside(self.text(), done=state.global_step, total=state.max_steps), refresh=True)
+        live.update(_bar_beside(self.text(), done=state.global_step, total=state.max_steps), refresh=True)
         self.drawn = self.clock()
 
     def text(self) -> str:
@@ -154,3 +162,11 @@ def _tensorboard_folders(trainer: Trainer) -> Iterator[str]:
 
 def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _bar_beside(text: str, *, done: float, total: float) -> RenderableType:
+    row = Table.grid(padding=(0, 1))
+    row.add_column(no_wrap=True)
+    row.add_column(overflow="fold")
+    row.add_row(ProgressBar(total=total, completed=done, width=BAR_COLUMNS), Text(text))
+    return row

@@ -53,7 +53,7 @@ def checkpoint_folder(name: str) -> Path:
 
 
 def _downloaded(name: str) -> Path:
-    if Path(name).is_absolute() or Path(name).exists():
+    if Path(name).is_absolute() or Path(name).exists() or name.count("/") > 1:  # which no Hub id has
         found = "a file" if Path(name).exists() else "nothing"
         raise ConfigError(f"model {name!r}: no such local folder, found {found}; name a checkpoint's folder")
     from huggingface_hub import snapshot_download

@@ -21,13 +21,14 @@ import cli
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.export.gguf import writing
 from pipeline.export.gguf.card import card, write_card
-from pipeline.export.gguf.folder import GGUFFolder, digest_of_file, export_gguf
+from pipeline.export.gguf.folder import GGUFFolder, export_gguf
 from pipeline.export.gguf.language_model import language_model_plan
 from pipeline.export.gguf.types import read_back, stored
 from pipeline.export.gguf.vocabulary import CHAT_TEMPLATE
 from pipeline.export.llama_cpp import verify as verify_module
 from pipeline.export.llama_cpp.process import LlamaCpp, Settings
 from pipeline.export.llama_cpp.verify import verify_gguf
+from pipeline.export.mark import digest_of_file
 from pipeline.export.source import Source
 from pipeline.export.torch_model import TorchModel, prompt_about, relative_error
 from pipeline.models.mobilevlm.processor import MobileVLMProcessor

@@ -148,3 +148,44 @@ def gguf(
         print(found)
     print(write_card(written, source, verified=str(found) if found else None))
     fail_unless(found is None or found.passed)
+
+
+@app.command()
+def executorch(
+    model: Model,
+    folder: Folder,
+    decoder: Annotated[
+        bool, typer.Option(help="Write the language model, too, where its family allows it.")
+    ] = True,
+    verify: Annotated[
+        Path | None, typer.Option(help="Folder of at least 20 images: run the files, compare with PyTorch.")
+    ] = None,
+    question: Annotated[
+        str, typer.Option(help="Asked about each image by --verify.")
+    ] = "What is in the picture?",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of --verify.")] = 16,
+    licence: Licence = None,
+    overwrite: Replace = False,
+) -> None:
+    """Write eyes.pte (tower and projector) and decoder.pte for ExecuTorch, and a card that says how to run them.
+
+    The eyes' embeddings also serve llama.cpp: see `export gguf --no-vision`. With --verify the exit code is 1 if the
+    files compute something else than PyTorch.
+    """
+    from pipeline.export.executorch.export import export_executorch
+    from pipeline.export.source import Source
+
+    written, found = export_executorch(
+        Source.of(model, licence=licence),
+        folder,
+        images=verify,
+        question=question,
+        max_new_tokens=max_new_tokens,
+        decoder=decoder,
+        overwrite=overwrite,
+        say=say,
+    )
+    if found:
+        print(found)
+    print(written.path)
+    fail_unless(found is None or found.passed)

@@ -51,7 +51,9 @@ def picture_files(folder: Path, *, fewest: int = FEWEST) -> list[Path]:
     """Return the images of a folder in order of their names. Raises `ConfigError` for fewer than `fewest`."""
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower().lstrip(".") in ENDINGS and f.is_file())
     if len(files) < fewest:
-        raise ConfigError(f"{folder}: {len(files)} images, at least {fewest} are needed; name a folder of more")
+        raise ConfigError(
+            f"{folder}: {len(files)} images, at least {fewest} are needed; name a folder of more"
+        )
     return files
 
 

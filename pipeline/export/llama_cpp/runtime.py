@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +138,19 @@ class Runtime:
 
     def answer(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         *,
         image: NDArray[np.uint8] | None = None,
         embeddings: Floats | None = None,
         max_new_tokens: int = 0,
+        all_logits: bool = True,
+        ignore_end: bool = False,
     ) -> Answer:
         """Read a prompt, in which `<image>` stands for the image, and answer greedily.
 
-        `image` uint8 'Y X C' goes through the file's own eyes; `embeddings` 'N D' were computed elsewhere.
+        `image` uint8 'Y X C' goes through the file's own eyes; `embeddings` 'N D' were computed elsewhere. A prompt
+        of ids has a negative number in the place of each row of `embeddings`. Without `all_logits` only those behind the
+        prompt are computed. With `ignore_end` the answer has `max_new_tokens`, whatever they are.
         """
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         self.position, made = 0, Answer()
@@ -153,7 +158,7 @@ class Runtime:
         for kind, value in self._parts(prompt, image, embeddings):
             if kind == "text":
                 made.prompt_ids += value
-                logits.append(self._timed(made, "prompt", tokens=value))
+                logits.append(self._timed(made, "prompt", tokens=value, all_logits=all_logits))
                 continue
             if kind == "image":
                 start = time.perf_counter()
@@ -161,14 +166,21 @@ class Runtime:
                 made.seconds.image += time.perf_counter() - start
             made.embeddings = value
             made.prompt_ids += [-1] * len(value)
-            logits.append(self._timed(made, "prompt", embeddings=value))
+            logits.append(self._timed(made, "prompt", embeddings=value, all_logits=all_logits))
         made.logits = np.concatenate(logits)
-        made.answer_ids = self._greedy(made, max_new_tokens)
+        made.answer_ids = self._greedy(made, max_new_tokens, ignore_end=ignore_end)
         made.text = self.text_of(made.answer_ids)
         return made
 
-    def _parts(self, prompt: str, image: Any, embeddings: Any) -> list[tuple[str, Any]]:
+    def image_embeddings(self, image: NDArray[np.uint8]) -> Floats:
+        """Return what the file's own eyes make of an image uint8 'Y X C': 'N D'."""
+        [chunk] = [value for kind, value in self._chunks(IMAGE_MARK, image) if kind == "image"]
+        return self._embedded(chunk)
+
+    def _parts(self, prompt: str | Sequence[int], image: Any, embeddings: Any) -> list[tuple[str, Any]]:
         """Return the prompt's parts: ids of text, an image of `mtmd`, or embeddings."""
+        if not isinstance(prompt, str):
+            return _parts_of_ids(prompt, embeddings)
         if image is None and embeddings is None:
             return [("text", self.tokens_of(prompt))]
         if embeddings is not None:
@@ -179,10 +191,11 @@ class Runtime:
                 ("embeddings", embeddings),
                 ("text", self.tokens_of(after)[1:]),
             ]
-        return self._chunks(prompt, np.ascontiguousarray(image, np.uint8))
+        return self._chunks(prompt, image)
 
     def _chunks(self, prompt: str, image: NDArray[np.uint8]) -> list[tuple[str, Any]]:
         ffi, lib = self.ffi, self.lib
+        image = np.ascontiguousarray(image, np.uint8)
         marker = ffi.string(lib.mtmd_default_marker()).decode()
         data = prompt.replace(IMAGE_MARK, marker).encode()
         bitmap = lib.mtmd_bitmap_init(
@@ -224,8 +237,14 @@ class Runtime:
         setattr(made.seconds, part, getattr(made.seconds, part) + time.perf_counter() - start)
         return logits
 
-    def _decoded(self, tokens: Sequence[int] | None = None, embeddings: Floats | None = None) -> Floats:
-        """Run tokens or embeddings behind what was run before: logits 'S V'."""
+    def _decoded(
+        self,
+        tokens: Sequence[int] | None = None,
+        embeddings: Floats | None = None,
+        *,
+        all_logits: bool = True,
+    ) -> Floats:
+        """Run tokens or embeddings behind what was run before: logits 'S V', or the last alone."""
         count = len(tokens) if tokens is not None else len(embeddings)  # pyright: ignore[reportArgumentType]
         if count == 0:
             return np.empty((0, self.vocab_size), np.float32)
@@ -234,7 +253,8 @@ class Runtime:
         for n in range(count):
             if tokens is not None:
                 batch.token[n] = tokens[n]
-            batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0], batch.logits[n] = self.position + n, 1, 0, 1
+            batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0] = self.position + n, 1, 0
+            batch.logits[n] = all_logits or n == count - 1
         if embeddings is not None:
             values = np.ascontiguousarray(embeddings, np.float32)
             self.ffi.memmove(batch.embd, self.ffi.from_buffer(values), values.nbytes)
@@ -245,18 +265,35 @@ class Runtime:
                 f"llama.cpp cannot run {count} positions behind {self.position} (llama_decode: {code})"
             )
         self.position += count
-        rows = (self.lib.llama_get_logits_ith(self.context, n) for n in range(count))
+        first = 0 if all_logits else count - 1
+        rows = (self.lib.llama_get_logits_ith(self.context, n) for n in range(first, count))
         return np.stack(
             [np.frombuffer(self.ffi.buffer(row, self.vocab_size * 4), np.float32) for row in rows]
         )
 
-    def _greedy(self, made: Answer, max_new_tokens: int) -> list[int]:
+    def _greedy(self, made: Answer, max_new_tokens: int, *, ignore_end: bool) -> list[int]:
         assert made.logits is not None
         ids: list[int] = []
         last = made.logits[-1]
         for _ in range(max_new_tokens):
             ids.append(int(last.argmax()))
-            if self.lib.llama_vocab_is_eog(self.vocabulary, ids[-1]) or len(ids) == max_new_tokens:
+            ends = not ignore_end and self.lib.llama_vocab_is_eog(self.vocabulary, ids[-1])
+            if ends or len(ids) == max_new_tokens:
                 break
             last = self._timed(made, "answer", tokens=[ids[-1]])[0]
         return ids
+
+
+def _parts_of_ids(ids: Sequence[int], embeddings: Floats | None) -> list[tuple[str, Any]]:
+    """Return runs of ids, and of rows of embeddings where the ids are negative."""
+    parts: list[tuple[str, Any]] = []
+    taken = 0
+    for is_image, run in groupby(ids, key=lambda number: number < 0):
+        run = list(run)
+        if not is_image:
+            parts.append(("text", run))
+            continue
+        assert embeddings is not None
+        parts.append(("embeddings", embeddings[taken : taken + len(run)]))
+        taken += len(run)
+    return parts

@@ -1,0 +1,1 @@
+"""What a model costs and answers in each runtime: PyTorch, llama.cpp, ExecuTorch."""

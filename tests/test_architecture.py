@@ -20,8 +20,8 @@ MAX_FUNCTION_LINES = 60
 # the ground that a package stands on (cache/errors.py, pipeline/errors.py, ...), are free to all above.
 ROOMS: dict[str, str] = {
     "cli": "pipeline/commands",
-    "pipeline/commands": "init packing report sweep upkeep conformance inspection evaluation teacher_cache "
-    "distill/training config models",
+    "pipeline/commands": "init packing report sweep upkeep conformance inspection benchmarks evaluation "
+    "teacher_cache distill/training config models",
     "pipeline/init": "packing upkeep data config models models/mobilevlm models/files",
     "pipeline/report": "sweep evaluation distill/training losses",
     "pipeline/sweep": "evaluation distill distill/training distill/join data config models/files",
@@ -31,6 +31,7 @@ ROOMS: dict[str, str] = {
     "pipeline/studies": "evaluation data config models/mobilevlm",
     "pipeline/conformance": "data config models models/mobilevlm models/files targets",
     "pipeline/inspection": "distill/join data config losses models models/files targets",
+    "pipeline/benchmarks": "distill/join data config models models/mobilevlm models/files",
     "pipeline/evaluation": "distill distill/training distill/join data config models models/files targets",
     "pipeline/teacher_cache": "data config models targets",
     "pipeline/distill": "distill/training distill/model distill/join data config models models/files targets",

@@ -1,0 +1,102 @@
+"""The paper's table with measured rows above the published ones, intervals, and a comparison of two models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.benchmarks.paper import PAPER
+from pipeline.benchmarks.scores import AVERAGED, BenchmarkScore, Interval, SuiteScores, differences
+from pipeline.text_table import text_table
+
+NONE = "-"
+
+
+def suite_text(models: Sequence[SuiteScores]) -> str:
+    """Return the tables and the notes that belong to them."""
+    return "\n\n".join([_paper_table(models), _interval_table(models), *_notes(models)])
+
+
+def _paper_table(models: Sequence[SuiteScores]) -> str:
+    """Return the form of the paper: a row a model, measured ones first."""
+    rows = [["", *(row.title for row in AVERAGED), "Avg"]]
+    for model in models:
+        cells = [_cell(model.scores.get(row.name)) for row in AVERAGED]
+        rows.append([model.model, *cells, NONE if model.average is None else f"{model.average.value:.1f}"])
+    for paper in PAPER:
+        cells = [f"{paper.scores[row.name]:.1f}" for row in AVERAGED]
+        rows.append([f"published: {paper.name}", *cells, f"{paper.average:.1f}"])
+    return text_table(rows)
+
+
+def _cell(score: BenchmarkScore | None) -> str:
+    if score is None:
+        return NONE
+    return f"{score.headline.value:.1f}{'*' if score.is_sample else ''}"
+
+
+def _interval_table(models: Sequence[SuiteScores]) -> str:
+    """Return a row a benchmark, a column a model: the headline with its 95% interval."""
+    first = models[0].scores
+    pair = differences(models[0], models[1]) if len(models) == 2 else {}
+    heads = ["95% intervals", "metric", "questions", *(model.model for model in models)]
+    rows = [[*heads, *(["first minus second"] if pair else [])]]
+    for name, score in first.items():
+        cells = [model.scores[name].headline.text() for model in models]
+        cells += [pair[name].text(signed=True)] if pair else []
+        rows.append([score.benchmark.title, score.benchmark.metric, _questions(score), *cells])
+    averages = [model.average for model in models]
+    if all(averages):
+        cells = [average.text() for average in averages if average is not None]
+        cells += [pair["average"].text(signed=True)] if pair else []
+        rows.append(["Avg", "mean of the six, MME / 20", "", *cells])
+    return text_table(rows)
+
+
+def _questions(score: BenchmarkScore) -> str:
+    asked = f"{score.num_questions:,}"
+    return f"sample of {asked} from {score.num_all:,}" if score.is_sample else asked
+
+
+def _notes(models: Sequence[SuiteScores]) -> list[str]:
+    """Return what a reader must know of the numbers."""
+    notes = [f"published rows: {source}" for source in dict.fromkeys(paper.source for paper in PAPER)]
+    if missing := models[0].missing:
+        notes.append(
+            f"no average: it is the mean of all six complete benchmarks; missing: {', '.join(missing)}"
+        )
+    scores = models[0].scores.values()
+    if any(score.is_sample for score in scores):
+        notes.append("* a sample of the questions: not comparable with published numbers")
+    notes += [
+        f"{score.benchmark.title}: {score.num_all:,} questions in these files, "
+        f"{' or '.join(f'{n:,}' for n in score.benchmark.num_questions)} are published; the number is not comparable"
+        for score in scores
+        if not score.is_published
+    ]
+    rotations = models[0].scores["mmbench"].measures["rotations"] if "mmbench" in models[0].scores else 2.0
+    if rotations == 1:
+        notes.append("MMB-dev: the file holds no rotations, so that circular accuracy is plain accuracy")
+    return ["\n".join(notes)]
+
+
+def suite_json(models: Sequence[SuiteScores]) -> dict[str, Any]:
+    """Return all scores, intervals and published rows."""
+    pair = differences(models[0], models[1]) if len(models) == 2 else {}
+    return {
+        "models": {model.model: _model_json(model) for model in models},
+        "missing": models[0].missing,
+        "first_minus_second": _intervals(pair),
+        "published": [
+            {"name": row.name, "source": row.source, **row.scores, "average": row.average} for row in PAPER
+        ],
+    }
+
+
+def _model_json(model: SuiteScores) -> dict[str, Any]:
+    benchmarks = {name: score.to_json() for name, score in model.scores.items()}
+    return {"benchmarks": benchmarks, "average": model.average.to_json() if model.average else None}
+
+
+def _intervals(found: Mapping[str, Interval]) -> dict[str, Any]:
+    return {name: interval.to_json() for name, interval in found.items()}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.benchmarks.places import ImageFile, ParquetImage
 from pipeline.errors import PipelineError, needing, reason_of
+
+T = TypeVar("T", dict, list)
+NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
 
 
 class MissingFile(PipelineError):  # noqa: N818 - it names what is missing
@@ -29,14 +32,20 @@ def found(folder: Path, name: str, *, get: str) -> Path:
     return path
 
 
-def read_json(file: Path) -> Any:
-    """Return the content of a JSON file."""
+def read_json(file: Path, kind: type[T]) -> T:
+    """Return the content of a JSON file, an object (`dict`) or a list."""
     try:
-        return json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except (ValueError, OSError) as error:
         raise PipelineError(
             f"{file} cannot be read as JSON ({reason_of(error)}); download it again"
         ) from error
+    if not isinstance(content, kind):
+        wanted, there = (NAMES.get(one, one.__name__) for one in (kind, type(content)))
+        raise PipelineError(
+            f"{file} holds {there}, where the published file holds {wanted}; download it again"
+        )
+    return content
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def _read_official(folder: Path) -> list[BenchmarkQuestion]:
     file = found(folder, QUESTIONS, get=GET)
     images = found(folder, "images", get=GET)
     questions: list[BenchmarkQuestion] = []
-    for number, entry in read_json(file).items():
+    for number, entry in read_json(file, dict).items():
         where = f"{file}, question {number}"
         image = str(field_of(entry, "imageId", where=where))
         text, answer = (str(field_of(entry, name, where=where)) for name in ("question", "answer"))

@@ -43,11 +43,11 @@ def read_scienceqa(folder: Path) -> list[BenchmarkQuestion]:
         files := parquet_files(folder, "test", subset="ScienceQA-IMG")
     ):
         return _read_parquet(files)
-    problems = read_json(found(folder, "problems.json", get=GET))
+    problems = read_json(found(folder, "problems.json", get=GET), dict)
     file = found(folder, "pid_splits.json", get=GET)
     images = _images(folder)
     questions: list[BenchmarkQuestion] = []
-    for number in field_of(read_json(file), "test", where=str(file)):
+    for number in field_of(read_json(file, dict), "test", where=str(file)):
         row = field_of(problems, number, where=f"{folder}, problems.json")
         if row.get("image"):
             place = image_file(images, f"{number}/{row['image']}", get=GET)
@@ -58,13 +58,13 @@ def read_scienceqa(folder: Path) -> list[BenchmarkQuestion]:
 def _read_llava(file: Path, folder: Path) -> list[BenchmarkQuestion]:
     images = _images(folder)
     questions: list[BenchmarkQuestion] = []
-    for number, row in enumerate(read_json(file)):
+    for number, row in enumerate(read_json(file, list)):
         if "image" not in row:
             continue
         where = f"{file}, entry {number}"
         turns = [field_of(turn, "value", where=where) for turn in field_of(row, "conversations", where=where)]
         text, place = turns[0].replace("<image>", "").strip(), image_file(images, row["image"], get=GET)
-        questions.append(_question(str(row["id"]), text, place, turns[1], where))
+        questions.append(_question(str(field_of(row, "id", where=where)), text, place, turns[1], where))
     return questions
 
 

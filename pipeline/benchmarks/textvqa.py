@@ -42,7 +42,7 @@ def read_textvqa(folder: Path, *, with_ocr: bool) -> list[BenchmarkQuestion]:
     images = found(folder, "train_images", get=GET)
     tokens = _ocr_texts(folder) if with_ocr else {}
     questions: list[BenchmarkQuestion] = []
-    for number, row in enumerate(field_of(read_json(file), "data", where=str(file))):
+    for number, row in enumerate(field_of(read_json(file, dict), "data", where=str(file))):
         where = f"{file}, entry {number}"
         image, text = (str(field_of(row, name, where=where)) for name in ("image_id", "question"))
         ocr = _tokens_for(tokens, image, text, folder) if with_ocr else None
@@ -81,8 +81,11 @@ def _ocr_texts(folder: Path) -> dict[Key, str]:
     if (file := find(folder, PROMPTS)) is not None:
         return dict(_of_prompt(row, f"{file}, line {n}") for n, row in enumerate(read_lines(file), start=1))
     file = found(folder, OCR, get=GET)
-    rows = field_of(read_json(file), "data", where=str(file))
-    return {(row["image_id"], ""): ", ".join(row["ocr_tokens"]) for row in rows}
+    rows = field_of(read_json(file, dict), "data", where=str(file))
+    return {
+        (str(field_of(row, "image_id", where=str(file))), ""): ", ".join(field_of(row, "ocr_tokens", where=str(file)))
+        for row in rows
+    }
 
 
 def _of_prompt(row: Mapping[str, Any], where: str) -> tuple[Key, str]:

@@ -14,15 +14,22 @@ NONE = "-"
 
 def suite_text(models: Sequence[SuiteScores]) -> str:
     """Return the tables and the notes that belong to them."""
-    return "\n\n".join([_paper_table(models), _interval_table(models), *_notes(models)])
+    names = _short_names([model.model for model in models])
+    return "\n\n".join([_paper_table(models, names), _interval_table(models, names), _notes(models)])
 
 
-def _paper_table(models: Sequence[SuiteScores]) -> str:
+def _short_names(models: Sequence[str]) -> list[str]:
+    """Return the last parts of models' paths or ids if they tell the models apart, else the whole names."""
+    short = [model.rstrip("/").rsplit("/", 1)[-1] for model in models]
+    return short if len(set(short)) == len(short) else list(models)
+
+
+def _paper_table(models: Sequence[SuiteScores], names: Sequence[str]) -> str:
     """Return the form of the paper: a row a model, measured ones first."""
     rows = [["", *(row.title for row in AVERAGED), "Avg"]]
-    for model in models:
+    for model, name in zip(models, names, strict=True):
         cells = [_cell(model.scores.get(row.name)) for row in AVERAGED]
-        rows.append([model.model, *cells, NONE if model.average is None else f"{model.average.value:.1f}"])
+        rows.append([name, *cells, NONE if model.average is None else f"{model.average.value:.1f}"])
     for paper in PAPER:
         cells = [f"{paper.scores[row.name]:.1f}" for row in AVERAGED]
         rows.append([f"published: {paper.name}", *cells, f"{paper.average:.1f}"])
@@ -35,12 +42,12 @@ def _cell(score: BenchmarkScore | None) -> str:
     return f"{score.headline.value:.1f}{'*' if score.is_sample else ''}"
 
 
-def _interval_table(models: Sequence[SuiteScores]) -> str:
+def _interval_table(models: Sequence[SuiteScores], names: Sequence[str]) -> str:
     """Return a row a benchmark, a column a model: the headline with its 95% interval."""
     first = models[0].scores
     pair = differences(models[0], models[1]) if len(models) == 2 else {}
-    heads = ["95% intervals", "metric", "questions", *(model.model for model in models)]
-    rows = [[*heads, *(["first minus second"] if pair else [])]]
+    heads = ["95% intervals", "metric", "questions", *names]
+    rows = [[*heads, *([f"{names[0]} minus {names[1]}"] if pair else [])]]
     for name, score in first.items():
         cells = [model.scores[name].headline.text() for model in models]
         cells += [pair[name].text(signed=True)] if pair else []
@@ -58,7 +65,7 @@ def _questions(score: BenchmarkScore) -> str:
     return f"sample of {asked} from {score.num_all:,}" if score.is_sample else asked
 
 
-def _notes(models: Sequence[SuiteScores]) -> list[str]:
+def _notes(models: Sequence[SuiteScores]) -> str:
     """Return what a reader must know of the numbers."""
     notes = [f"published rows: {source}" for source in dict.fromkeys(paper.source for paper in PAPER)]
     if missing := models[0].missing:
@@ -74,10 +81,9 @@ def _notes(models: Sequence[SuiteScores]) -> list[str]:
         for score in scores
         if not score.is_published
     ]
-    rotations = models[0].scores["mmbench"].measures["rotations"] if "mmbench" in models[0].scores else 2.0
-    if rotations == 1:
+    if any(score.measures.get("rotations") == 1 for score in scores):
         notes.append("MMB-dev: the file holds no rotations, so that circular accuracy is plain accuracy")
-    return ["\n".join(notes)]
+    return "\n".join(notes)
 
 
 def suite_json(models: Sequence[SuiteScores]) -> dict[str, Any]:

@@ -83,7 +83,9 @@ def _ocr_texts(folder: Path) -> dict[Key, str]:
     file = found(folder, OCR, get=GET)
     rows = field_of(read_json(file, dict), "data", where=str(file))
     return {
-        (str(field_of(row, "image_id", where=str(file))), ""): ", ".join(field_of(row, "ocr_tokens", where=str(file)))
+        (str(field_of(row, "image_id", where=str(file))), ""): ", ".join(
+            field_of(row, "ocr_tokens", where=str(file))
+        )
         for row in rows
     }
 

@@ -201,6 +201,8 @@ def hub_gqa(data: Path) -> Path:
     table(folder / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet", rows)
     ids = [{"id": "n1"}, {"id": "n2"}, {"id": "n3"}]
     table(folder / "testdev_balanced_images" / "testdev-00000-of-00001.parquet", ids, images=[1, 2, 3])
+    # The whole data set has all questions of the split as well.
+    table(folder / "testdev_all_instructions" / "testdev-00000-of-00001.parquet", rows)
     return folder
 
 

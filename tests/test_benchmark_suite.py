@@ -210,6 +210,14 @@ def test_an_answer_to_a_question_that_changed_is_refused(changed, tmp_path):
             file.known([question("a", **changed)])
 
 
+def test_two_runs_do_not_write_one_file(tmp_path):
+    file = tmp_path / "gqa.jsonl"
+    with AnswersFile(file, IDENTITY), pytest.raises(PipelineError, match="another run writes it"):
+        AnswersFile(file, IDENTITY)
+    with AnswersFile(file, IDENTITY) as answers:
+        assert answers.known([question("a")]) == {}
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "gqa.jsonl").mkdir()
     with pytest.raises(PipelineError, match=r"gqa.jsonl: cannot be written"):

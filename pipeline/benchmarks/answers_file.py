@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,6 +30,7 @@ class AnswersFile(AbstractContextManager["AnswersFile"]):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file: IO[str] = open(path, "a+", encoding="utf-8", newline="\n")  # noqa: SIM115 - `close` closes it
         try:
+            self._lock()
             self._read()
         except BaseException:
             self.file.close()
@@ -35,6 +38,17 @@ class AnswersFile(AbstractContextManager["AnswersFile"]):
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+
+    def _lock(self) -> None:
+        """Hold the file until it is closed, so that two runs do not mix their answers."""
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise PipelineError(
+                    f"{self.path}: another run writes it; wait for it, or give another --output"
+                ) from error
+            # A file system without locks: other runs go unnoticed.
 
     def _read(self) -> None:
         lines, torn = _whole_lines(self.path)

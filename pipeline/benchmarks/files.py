@@ -86,13 +86,17 @@ def image_file(folder: Path, name: str, *, get: str) -> ImageFile:
 
 
 def parquet_files(folder: Path, split: str, *, subset: str = "") -> list[Path]:
-    """Return the Parquet files of a split, by name. With `subset`, those in a folder of that name, if any."""
+    """Return the Parquet files of a split, by name. With `subset`, those in a folder whose name begins so, if any."""
     every = sorted(folder.rglob("*.parquet"))
     of_split = [
         f for f in every if f.stem == split or f.name.startswith(f"{split}-") or f.parent.name == split
     ]
     chosen = of_split or (every if len(every) == 1 else [])
-    of_subset = [file for file in chosen if subset and subset in file.relative_to(folder).parts]
+    of_subset = [
+        file
+        for file in chosen
+        if subset and any(p.startswith(subset) for p in file.relative_to(folder).parts)
+    ]
     return of_subset or chosen
 
 

@@ -45,7 +45,7 @@ def _read_official(folder: Path) -> list[BenchmarkQuestion]:
 
 
 def _read_parquet(folder: Path) -> list[BenchmarkQuestion]:
-    files = parquet_files(folder, "testdev")
+    files = parquet_files(folder, "testdev", subset="testdev_balanced")
     asked = [file for file in files if "question" in columns_of(file)]
     shown = [file for file in files if file not in asked]
     places: dict[str, ParquetImage] = {row["id"]: place for row, place in parquet_rows(shown, ["id"])}

@@ -11,6 +11,7 @@ import pytest
 from benchmark_files import HUB, OFFICIAL, mmbench_rows, put, write_mmbench
 from small_experiment import picture
 
+from pipeline.benchmarks import places
 from pipeline.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from pipeline.benchmarks.mmbench import read_mmbench
 from pipeline.benchmarks.places import TableImage
@@ -262,6 +263,29 @@ def test_a_parquet_file_that_is_cut_off_or_another_is_named(tmp_path):
     benchmark_files.table(file, [{"question": "?"}], images=[1])
     with pytest.raises(PipelineError, match="no column answer, category, image_source, only image, question"):
         read("pope", tmp_path)
+
+
+def test_images_of_a_parquet_file_are_read_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "ROWS", 2)
+    file = benchmark_files.table(tmp_path / "x.parquet", [{"id": n} for n in range(7)], images=range(7))
+    benchmark_files.pq.write_table(benchmark_files.pq.read_table(file), file, row_group_size=5)
+    for row in (0, 4, 1, 1, 6, 5, 3, 0):
+        assert places.ParquetImage(file, row // 5, row % 5).read() == picture(row)
+
+
+def test_damage_inside_a_parquet_file_is_named(tmp_path):
+    [file] = HUB["pope"](tmp_path).rglob("*.parquet")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4] + bytes(len(whole) - 4 - 3000) + whole[-3000:])
+    with pytest.raises(PipelineError, match=r"parquet cannot be read as Parquet \(.*\); download it again"):
+        for question in read("pope", tmp_path):
+            question.image.read()
+
+
+def test_a_row_without_an_image_is_named(tmp_path):
+    file = benchmark_files.table(tmp_path / "x.parquet", [{"image": None}, {"image": None}])
+    with pytest.raises(PipelineError, match=r"x.parquet: row 1 of row group 0 has no image bytes"):
+        places.ParquetImage(file, 0, 1).read()
 
 
 def test_an_image_that_is_no_base64_is_named(tmp_path):

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.benchmarks.places import ImageFile, ParquetImage
-from pipeline.errors import PipelineError, needing, reason_of
+from pipeline.benchmarks.places import ImageFile, ParquetImage, reading_parquet
+from pipeline.errors import PipelineError, reason_of
 
 T = TypeVar("T", dict, list)
 NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
@@ -119,18 +119,14 @@ def parquet_rows(
                 )
             wanted = [*columns, *(name for name in optional if name in names)]
             for group in range(parquet.num_row_groups):
-                rows = parquet.read_row_group(group, columns=wanted).to_pylist()
+                with reading_parquet(file):
+                    rows = parquet.read_row_group(group, columns=wanted, use_threads=False).to_pylist()
                 for number, row in enumerate(rows):
                     yield row, ParquetImage(file, group, number)
 
 
 def _opened(file: Path) -> Any:
-    with needing("datasets", by=f"reading {file}"):
-        from pyarrow import ArrowException
+    with reading_parquet(file):
         from pyarrow.parquet import ParquetFile
-    try:
+
         return ParquetFile(file)
-    except (ArrowException, OSError) as error:
-        raise PipelineError(
-            f"{file} cannot be read as Parquet ({reason_of(error)}); download it again"
-        ) from error

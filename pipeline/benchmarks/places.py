@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError, reason_of
+from pipeline.errors import PipelineError, needing, reason_of
 
-HELD_ROW_GROUPS = 2  # questions come in the order of the files: the image column of a row group is read once
+ROWS = 32  # images of a Parquet file in memory at once, and the page that holds them
+BUFFER = 4 << 20  # bytes read at once of a Parquet file
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,8 @@ class ParquetImage:
 
     def read(self) -> bytes:
         """Return the bytes of the image."""
-        value = _images_of(self.path, self.row_group)[self.row].as_py()
+        with reading_parquet(self.path):
+            value = _column(self.path, self.row_group).row(self.row)
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise PipelineError(
@@ -50,12 +54,48 @@ class ParquetImage:
         return data
 
 
-@lru_cache(HELD_ROW_GROUPS)
-def _images_of(path: Path, row_group: int) -> Any:
-    from pyarrow.parquet import ParquetFile
+@contextmanager
+def reading_parquet(file: Path) -> Iterator[None]:
+    """Turn what pyarrow raises of a file into one sentence, also where the package is missing."""
+    with needing("datasets", by=f"reading {file}"):
+        from pyarrow import ArrowException
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        raise PipelineError(
+            f"{file} cannot be read as Parquet ({reason_of(error)}); download it again"
+        ) from error
 
-    with ParquetFile(path) as file:
-        return file.read_row_group(row_group, columns=["image"]).column("image")
+
+class _ImageColumn:
+    """The images of one row group, some rows in memory: a whole group may be gigabytes."""
+
+    def __init__(self, path: Path, row_group: int):
+        self.path, self.row_group = path, row_group
+        self._begin()
+
+    def _begin(self) -> None:
+        from pyarrow.parquet import ParquetFile
+
+        file = ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False)
+        self.batches = file.iter_batches(
+            ROWS, row_groups=[self.row_group], columns=["image"], use_threads=False
+        )
+        self.start, self.rows = 0, []
+
+    def row(self, number: int) -> Any:
+        """Return a row's image. Questions come in the order of the files, so that this is seldom a step back."""
+        if number < self.start:
+            self._begin()
+        while number >= self.start + len(self.rows):
+            self.start += len(self.rows)
+            self.rows = next(self.batches).column(0).to_pylist()
+        return self.rows[number - self.start]
+
+
+@lru_cache(1)
+def _column(path: Path, row_group: int) -> _ImageColumn:
+    return _ImageColumn(path, row_group)
 
 
 @dataclass(frozen=True, slots=True)

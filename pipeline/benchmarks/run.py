@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cache import digest_of
 from pipeline.benchmarks.answering import Answerer, HowToAsk
 from pipeline.benchmarks.answers_file import AnswersFile
@@ -17,6 +15,7 @@ from pipeline.benchmarks.benchmark import Answered, Benchmark, BenchmarkQuestion
 from pipeline.benchmarks.scores import BenchmarkScore, SuiteScores, score_of
 from pipeline.benchmarks.suite import BENCHMARKS, SUITES
 from pipeline.errors import ConfigError, PipelineError, did_you_mean
+from pipeline.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,11 @@ def _measured(answerer: Answerer, asked: Asked, folder: Path) -> BenchmarkScore:
     with AnswersFile(folder / f"{benchmark.name}.jsonl", identity) as file:
         known = file.known(questions)
         rest = [question for question in questions if question.id not in known]
-        with tqdm(total=len(questions), initial=len(known), desc=benchmark.title, unit="question") as bar:
+        with Progress(benchmark.title, unit="questions", doing=f"asking {answerer.model}") as progress:
+            progress(len(known), len(questions))
             for batch, answers in answerer.answers(benchmark, preparation, rest):
                 file.add(batch, answers)
-                bar.update(len(batch))
+                progress(len(file.known(questions)), len(questions))
         known = file.known(questions)
     answered = [Answered(question, known[question.id]) for question in questions]
     return score_of(benchmark, answered, num_all=asked.num_all)

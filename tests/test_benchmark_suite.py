@@ -334,6 +334,12 @@ def test_the_published_averages_are_the_means_of_their_rows(row):
     assert mean == pytest.approx(row.average, abs=0.1)
 
 
+def test_the_page_shows_the_published_rows_as_they_are_printed():
+    printed = suite_text([made_suite("a", {"gqa": 20})]).splitlines()[3:9]
+    assert all(line.startswith("published: ") for line in printed) and len(printed) == len(PAPER)
+    assert "\n".join(printed) in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
 def test_a_subset_has_no_average_and_says_what_is_missing():
     suite = made_suite("a", dict.fromkeys(SIX[:5], 20))
     assert suite.average is None and suite.missing == ["MMB-dev"]
@@ -397,6 +403,7 @@ def test_the_suite_prints_the_papers_table_for_two_models(experiment, tmp_path, 
         "TextVQA, no OCR",
         "Align-KD (CVPR 2025)",
         "GQA: 3 questions in these files, 12,578 are published",
+        "Avg: not comparable with published averages",
     ):
         assert words in " ".join(out.split()), out
     found = json.loads(alignkd(*line, "--json")[1])

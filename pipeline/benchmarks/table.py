@@ -81,6 +81,10 @@ def _notes(models: Sequence[SuiteScores]) -> str:
         for score in scores
         if not score.is_published
     ]
+    if models[0].average and not all(models[0].scores[row.name].is_published for row in AVERAGED):
+        notes.append(
+            "Avg: not comparable with published averages, since not all files hold the published split"
+        )
     if any(score.measures.get("rotations") == 1 for score in scores):
         notes.append("MMB-dev: the file holds no rotations, so that circular accuracy is plain accuracy")
     return "\n".join(notes)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from pipeline.commands import experiments, export, inspect, models, share, stages, store
+from pipeline.commands import evaluate, experiments, export, inspect, models, share, stages, store
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a check failed or the work could not be done; 2 a wrong command line or config;
@@ -29,7 +29,7 @@ COMMANDS = {
         models.make_student,
         stages.teacher_cache,
         stages.distill,
-        stages.evaluate,
+        evaluate.evaluate,
     ),
     "Experiments": (experiments.sweep, experiments.report),
     "Store": (store.plan, store.info, store.verify, store.check, store.gc),

@@ -26,3 +26,19 @@ def resampled_means(sums: np.ndarray, sizes: np.ndarray, *, seed: int) -> np.nda
         return of_seeds.mean() + standard_error * generator.standard_t(num_seeds - 1)
 
     return np.array([resampled() for _ in range(NUM_RESAMPLES)])
+
+
+def resampled_totals(rows: np.ndarray, strata: np.ndarray, *, seed: int) -> np.ndarray:
+    """Return the column sums of every resample, 'resamples columns', from the counts of images 'images columns'.
+
+    Images are drawn within their stratum, 'images', so that each resample has as many of each. Equal seeds, strata
+    and numbers of images draw the same images: two models are compared in pairs.
+    """
+    generator = np.random.default_rng(seed)
+    blocks = [rows[strata == stratum] for stratum in np.unique(strata)]
+
+    def resampled() -> np.ndarray:
+        drawn = (block[generator.integers(len(block), size=len(block))].sum(axis=0) for block in blocks)
+        return np.sum(list(drawn), axis=0)
+
+    return np.array([resampled() for _ in range(NUM_RESAMPLES)])

@@ -20,8 +20,8 @@ MAX_FUNCTION_LINES = 60
 # the ground that a package stands on (cache/errors.py, pipeline/errors.py, ...), are free to all above.
 ROOMS: dict[str, str] = {
     "cli": "pipeline/commands",
-    "pipeline/commands": "export export/gguf export/llama_cpp init packing report sweep upkeep conformance "
-    "inspection evaluation teacher_cache distill/training config models",
+    "pipeline/commands": "export export/executorch export/gguf export/llama_cpp init packing report sweep upkeep "
+    "conformance inspection benchmarks evaluation teacher_cache distill/training config models",
     "pipeline/export/llama_cpp": "export/gguf export models/mobilevlm",
     "pipeline/export/gguf": "export config models models/mobilevlm models/files",
     "pipeline/export/executorch": "export config data models models/mobilevlm models/files",
@@ -35,6 +35,7 @@ ROOMS: dict[str, str] = {
     "pipeline/studies": "evaluation data config models/mobilevlm",
     "pipeline/conformance": "data config models models/mobilevlm models/files targets",
     "pipeline/inspection": "distill/join data config losses models models/files targets",
+    "pipeline/benchmarks": "distill/join data config models models/mobilevlm models/files",
     "pipeline/evaluation": "distill distill/training distill/join data config models models/files targets",
     "pipeline/teacher_cache": "data config models targets",
     "pipeline/distill": "distill/training distill/model distill/join data config models models/files targets",

@@ -1,8 +1,7 @@
-"""From annotations to a measured student: pack, teacher-cache, distill, evaluate."""
+"""From annotations to a student: init, pack, teacher-cache, distill."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +10,6 @@ import typer
 
 from pipeline.commands.options import (
     AllowFewer,
-    AsJson,
     ConfigFile,
     Overrides,
     Overwrite,
@@ -234,46 +232,3 @@ def distill(
         result = run_experiment(settings, say=say, overwrite=overwrite)
     if is_first_process():
         print(result)
-
-
-def evaluate(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or hub id; default: the config's teacher.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="File for the predictions, JSON lines.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a checkpoint on the config's held-out conversations: accuracy and log probability of the references.
-
-    Accuracy is of exact matches, by question type. Where references are sentences, token F1 and ROUGE-L are shown,
-    too; `evaluate.metrics` chooses.
-    """
-    settings = load(config, overrides)
-    from pipeline.evaluation.answer_scores import metrics_for, score_table, scores_by_type
-    from pipeline.evaluation.compare import accuracy_table
-    from pipeline.evaluation.evaluate import accuracy_by_type, by_test_set
-    from pipeline.evaluation.scores import evaluate_checkpoint
-
-    sets = by_test_set(evaluate_checkpoint(settings, model or settings.teacher.model, output=output))
-    assert settings.evaluate is not None  # else there would be no predictions
-    metrics = {
-        test_set: metrics_for(settings.evaluate, predictions) for test_set, predictions in sets.items()
-    }
-    if as_json:
-        print(json.dumps({
-            test_set: {
-                name: {"accuracy": accuracy[name][0], "questions": scores.questions, **scores.to_json()}
-                for name, scores in scores_by_type(predictions, metrics[test_set]).items()
-            }
-            for test_set, predictions in sets.items()
-            for accuracy in [accuracy_by_type(predictions)]
-        }))  # fmt: skip
-        return
-    for test_set, predictions in sets.items():
-        print(f"test set {test_set}\n" if len(sets) > 1 else "", end="")
-        of_model = {model or "teacher": predictions}
-        if "exact_match" in metrics[test_set]:
-            print(accuracy_table(of_model), end="\n\n")
-        print(score_table(of_model, metrics[test_set]))

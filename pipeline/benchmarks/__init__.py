@@ -1,0 +1,1 @@
+"""Public benchmarks: their published files as questions, and answers as scores."""

@@ -13,7 +13,17 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from pipeline.commands import evaluate, experiments, export, inspect, models, share, stages, store
+from pipeline.commands import (
+    bench_model,
+    evaluate,
+    experiments,
+    export,
+    inspect,
+    models,
+    share,
+    stages,
+    store,
+)
 
 EXIT_CODES = """\
 Exit codes: 0 done; 1 a check failed or the work could not be done; 2 a wrong command line or config;
@@ -34,6 +44,7 @@ COMMANDS = {
     "Experiments": (experiments.sweep, experiments.report),
     "Store": (store.plan, store.info, store.verify, store.check, store.gc),
     "Sharing": (share.push, share.pull, share.slice_, share.merge),
+    "Phones": (bench_model.bench_model,),
 }
 
 
@@ -44,7 +55,7 @@ class CommandGroups(typer.core.TyperGroup):
         names = {heading: [_name(command) for command in group] for heading, group in COMMANDS.items()}
         names["Experiments"].append("inspect")
         names["Stages"].insert(0, "models")
-        names["Sharing"].insert(0, "export")
+        names["Phones"].insert(0, "export")
         for heading, group in names.items():
             with formatter.section(heading):
                 formatter.write_dl([(n, self.commands[n].get_short_help_str(limit=1000)) for n in group])

@@ -25,6 +25,7 @@ from pipeline.export.gguf.folder import GGUFFolder, export_gguf
 from pipeline.export.gguf.language_model import language_model_plan
 from pipeline.export.gguf.types import read_back, stored
 from pipeline.export.gguf.vocabulary import CHAT_TEMPLATE
+from pipeline.export.llama_cpp import defect
 from pipeline.export.llama_cpp import verify as verify_module
 from pipeline.export.llama_cpp.process import LlamaCpp, Settings
 from pipeline.export.llama_cpp.verify import verify_gguf
@@ -180,6 +181,7 @@ def test_a_build_that_computes_clip_rightly_is_called_right(exported, checkpoint
     def mended(settings: Settings) -> LlamaCpp:
         return LlamaCpp(dataclasses.replace(settings, class_token_width=64))
 
+    monkeypatch.setattr(defect, "LlamaCpp", mended)
     monkeypatch.setattr(verify_module, "LlamaCpp", mended)
     found = verified(exported, checkpoint, pictures)
     assert found.passed and "no workaround is needed" in found.eyes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ class Pictures:
     def __init__(self, folder: Path, source: Source, *, fewest: int = FEWEST) -> None:
         self.files = picture_files(folder, fewest=fewest)
         self.clip = clip_processor(source.folder, source.config.tower.image_size)
-        self.pads = source.config.image_aspect_ratio == "pad"
+        self.source = source
 
     def __len__(self) -> int:
         return len(self.files)
@@ -35,16 +34,17 @@ class Pictures:
     def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Yield each picture as a square, uint8 'Y X C', and as the tower's input, float32 'C Y X'."""
         for file in self.files:
-            square = self.square(decode_image(file.read_bytes()))
+            square = square_of(decode_image(file.read_bytes()), self.source)
             yield np.asarray(square), pixels_of(square, self.clip, pads=False)
 
-    def square(self, image: Image.Image) -> Image.Image:
-        """Return an image padded to a square, or its middle if the model was trained on that."""
-        if self.pads:
-            return pad_to_square(image, _colour(self.clip))
-        side, (width, height) = min(image.size), image.size
-        left, top = (width - side) // 2, (height - side) // 2
-        return image.crop((left, top, left + side, top + side))
+
+def square_of(image: Image.Image, source: Source) -> Image.Image:
+    """Return an image padded to a square, or its middle if the model was trained on that."""
+    if source.config.image_aspect_ratio == "pad":
+        return pad_to_square(image, background(source))
+    side, (width, height) = min(image.size), image.size
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def picture_files(folder: Path, *, fewest: int = FEWEST) -> list[Path]:
@@ -59,8 +59,5 @@ def picture_files(folder: Path, *, fewest: int = FEWEST) -> list[Path]:
 
 def background(source: Source) -> tuple[int, ...]:
     """Return the colour with which pictures are padded, red, green and blue of 255: CLIP's mean."""
-    return _colour(clip_processor(source.folder, source.config.tower.image_size))
-
-
-def _colour(clip: Any) -> tuple[int, ...]:
+    clip = clip_processor(source.folder, source.config.tower.image_size)
     return tuple(int(mean * 255) for mean in clip.image_mean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +59,12 @@ class Vision(Program):
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer, and the logits 'V' behind the prompt."""
+    """A greedy answer, the logits 'V' behind the prompt, and the seconds of the prompt and of the later tokens."""
 
     ids: list[int]
     logits: Tensor
+    prompt_seconds: float
+    answer_seconds: float
 
 
 class Decoder(Program):
@@ -92,12 +95,16 @@ class Decoder(Program):
         self, ids: Tensor, is_vision: Tensor, vision: Tensor, *, max_new_tokens: int, stops: Collection[int]
     ) -> Answer:
         """Answer a prompt of ids 'S' greedily; vision tokens 'N D' stand where `is_vision`."""
-        embeddings = embedded(self.embed(ids.masked_fill(is_vision, 0)), is_vision, vision)
+        start = time.perf_counter()
+        embeddings = self.embed(ids.masked_fill(is_vision, 0))
+        if is_vision.any():
+            embeddings = embedded(embeddings, is_vision, vision)
         first = logits = self.logits(embeddings)
+        read = time.perf_counter()
         made: list[int] = []
         while len(made) < max_new_tokens:
             made.append(int(logits.argmax()))
             if made[-1] in stops or len(made) == max_new_tokens:
                 break
             logits = self.logits(self.embed(torch.tensor(made[-1:])), position=len(ids) + len(made) - 1)
-        return Answer(made, first)
+        return Answer(made, first, read - start, time.perf_counter() - read)

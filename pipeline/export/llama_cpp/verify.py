@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.errors import PipelineError
 from pipeline.export.gguf.folder import GGUFFolder
-from pipeline.export.llama_cpp.defect import defective_embeddings
+from pipeline.export.llama_cpp.defect import EMBEDDINGS_LIMIT, with_right_eyes
 from pipeline.export.llama_cpp.library import build_name
 from pipeline.export.llama_cpp.process import LlamaCpp, Settings
 from pipeline.export.pictures import Pictures
@@ -26,15 +25,8 @@ from pipeline.text_table import text_table
 
 # Relative errors, rms over rms. Unquantised matrices are multiplied in 16 bits; quantised ones by activations of 8.
 WEIGHTS_LIMIT = {"f16": 0.002, "q8_0": 0.02, "q4_k_m": 0.3}
-EMBEDDINGS_LIMIT = {"f16": 0.005, "q8_0": 0.03}
 LOGITS_LIMIT = {"f16": 0.02, "q8_0": 0.05, "q4_k_m": 0.05}
 TIE = 8.0  # times the rms error of the logits: two tokens that lie nearer are equally good
-ISSUE = "https://github.com/ggml-org/llama.cpp/issues/25814"
-WRONG = (
-    f"this build of llama.cpp ({{build}}) computes CLIP wrongly ({ISSUE}): its embeddings are those of a class token "
-    "behind the patches, {error:.0%} off. Verified with the class token put first; the card says what to do."
-)
-RIGHT = "this build of llama.cpp ({build}) computes CLIP as PyTorch does: no workaround is needed with it."
 
 
 @dataclass
@@ -129,7 +121,8 @@ def verify_gguf(
     eyes = None
     with torch.no_grad(), ExitStack() as stack:
         if folder.mmproj:
-            settings, eyes = _with_class_token(settings, torch_model, pictures)
+            square, pixels = next(iter(pictures))
+            settings, eyes = with_right_eyes(settings, torch_model.network, square, pixels)
         say(
             f"{len(pictures)} images through llama.cpp {build_name()}, compared with the file's weights in PyTorch"
         )
@@ -154,26 +147,3 @@ def verify_gguf(
                 )
             )
     return Verification(found, weights, eyes, folder.quant, folder.vision)
-
-
-def _with_class_token(
-    settings: Settings, torch_model: TorchModel, pictures: Pictures
-) -> tuple[Settings, str]:
-    """Return settings with which the tower is right, and a sentence: is this build, or does it have the defect?"""
-    square, pixels = next(iter(pictures))
-    with LlamaCpp(settings) as stock:
-        found = stock.answer(torch_model.prompt, image=square).embeddings
-    right = torch_model.embeddings(pixels)
-    wrong = defective_embeddings(torch_model.network, pixels[None])[0].numpy()
-    limit = max(EMBEDDINGS_LIMIT.values())
-    error = relative_error(found, right)
-    if error <= limit:
-        return settings, RIGHT.format(build=build_name())
-    if relative_error(found, wrong) > limit:
-        raise PipelineError(
-            f"{settings.mmproj}: llama.cpp {build_name()} computes embeddings that are {error:.0%} off, and not by "
-            "the known defect of the class token; the file or this build is wrong"
-        )
-    width = torch_model.network.config.tower.hidden_size
-    sentence = WRONG.format(build=build_name(), error=error)
-    return Settings(**{**settings.__dict__, "class_token_width": width}), sentence

@@ -25,14 +25,7 @@ class Pictures:
     """
 
     def __init__(self, folder: Path, source: Source, *, fewest: int = FEWEST) -> None:
-        files = sorted(
-            f for f in folder.rglob("*") if f.suffix.lower().lstrip(".") in ENDINGS and f.is_file()
-        )
-        if len(files) < fewest:
-            raise ConfigError(
-                f"{folder}: {len(files)} images, at least {fewest} are needed; name a folder of more"
-            )
-        self.files = files
+        self.files = picture_files(folder, fewest=fewest)
         self.clip = clip_processor(source.folder, source.config.tower.image_size)
         self.pads = source.config.image_aspect_ratio == "pad"
 
@@ -52,6 +45,14 @@ class Pictures:
         side, (width, height) = min(image.size), image.size
         left, top = (width - side) // 2, (height - side) // 2
         return image.crop((left, top, left + side, top + side))
+
+
+def picture_files(folder: Path, *, fewest: int = FEWEST) -> list[Path]:
+    """Return the images of a folder in order of their names. Raises `ConfigError` for fewer than `fewest`."""
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower().lstrip(".") in ENDINGS and f.is_file())
+    if len(files) < fewest:
+        raise ConfigError(f"{folder}: {len(files)} images, at least {fewest} are needed; name a folder of more")
+    return files
 
 
 def background(source: Source) -> tuple[int, ...]:

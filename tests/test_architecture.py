@@ -20,8 +20,10 @@ MAX_FUNCTION_LINES = 60
 # the ground that a package stands on (cache/errors.py, pipeline/errors.py, ...), are free to all above.
 ROOMS: dict[str, str] = {
     "cli": "pipeline/commands",
-    "pipeline/commands": "export export/executorch export/gguf export/llama_cpp init packing report sweep upkeep "
-    "conformance inspection benchmarks evaluation teacher_cache distill/training config models",
+    "pipeline/commands": "phone export export/executorch export/gguf export/llama_cpp init packing report sweep "
+    "upkeep conformance inspection benchmarks evaluation teacher_cache distill/training config models",
+    "pipeline/phone": "export export/executorch export/gguf export/llama_cpp evaluation data config models "
+    "models/mobilevlm",
     "pipeline/export/llama_cpp": "export/gguf export models/mobilevlm",
     "pipeline/export/gguf": "export config models models/mobilevlm models/files",
     "pipeline/export/executorch": "export config data models models/mobilevlm models/files",

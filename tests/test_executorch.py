@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_experiment import picture
 from tiny_families import write_checkpoint
@@ -16,6 +18,7 @@ from tiny_families import write_checkpoint
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.export.executorch.export import export_executorch
 from pipeline.export.executorch.folder import CARD, DECODER, VISION, ExecutorchFolder, write_executorch
+from pipeline.export.executorch.inputs import Inputs, embedded
 from pipeline.export.executorch.packages import importing, is_installed
 from pipeline.export.executorch.runtime import Vision
 from pipeline.export.executorch.verify import relative_error, verify_executorch
@@ -191,7 +194,39 @@ class TestDecoder:
         [said] = [line for line in found.said if DECODER in line]
         assert "the decoder of 'gemma3' is not exported" in said
         assert "There is no `decoder.pte`" in found.card
+        assert "llama_batch" not in found.card  # it would see pictures one way alone
         assert list(found.rows) == ["vision tokens"]
+
+
+# Inputs
+
+
+def test_the_steps_of_the_card_make_the_pixels_of_the_checkpoints_processor(tmp_path: Path):
+    source = Source.of(str(write_checkpoint("mobilevlm", tmp_path / "model")))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "wide.png").write_bytes(picture(1, (40, 30)))
+    [(_, expected)] = Pictures(tmp_path / "images", source, fewest=1)
+    image = Image.open(tmp_path / "images" / "wide.png")
+    square = Image.new("RGB", (40, 40), (122, 116, 104))
+    square.paste(image, (0, 5))
+    values = np.asarray(square.resize((56, 56), Image.Resampling.BICUBIC), np.float32) / 255
+    mean, deviation = (
+        np.array([0.48145466, 0.4578275, 0.40821073]),
+        np.array([0.26862954, 0.26130258, 0.27577711]),
+    )
+    by_hand = ((values - mean) / deviation).transpose(2, 0, 1)
+    np.testing.assert_allclose(expected.numpy(), by_hand, atol=1e-5)
+    prompt = Inputs(source).prompt("What is it?", image)
+    np.testing.assert_allclose(prompt.pixels[0].numpy(), by_hand, atol=1e-5)
+    assert int(prompt.is_vision.sum()) == 4
+
+
+def test_vision_tokens_take_their_places_in_order():
+    embeddings, vision = torch.zeros(5, 2), torch.tensor([[1.0, 1], [2, 2]])
+    is_vision = torch.tensor([False, True, False, True, False])
+    assert embedded(embeddings, is_vision, vision)[:, 0].tolist() == [0, 1, 0, 2, 0]
+    with pytest.raises(ConfigError, match="the prompt has 2 places for vision tokens, the picture has 1"):
+        embedded(embeddings, is_vision, vision[:1])
 
 
 # Refusals
@@ -205,12 +240,16 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="has no size of its own"):
             write_executorch(source, tmp_path / "export")
 
-    def test_a_tower_that_torchs_exporter_does_not_take(self, tmp_path: Path):
-        source = Source.of(str(write_checkpoint("llava_next", tmp_path / "model")))
-        with pytest.raises(ConfigError, match="does not take the vision tower of 'llava_next'") as refused:
+    @pytest.mark.parametrize(
+        ("family", "reason"),
+        [("llava_next", "data-dependent expression"), ("smolvlm", "shapes inside it depend on the values")],
+    )
+    def test_a_tower_that_torchs_exporter_does_not_take(self, tmp_path: Path, family: str, reason: str):
+        source = Source.of(str(write_checkpoint(family, tmp_path / "model")))
+        message = f"does not take the vision tower of '{family}': .*{reason}"
+        with pytest.raises(ConfigError, match=message) as refused:
             write_executorch(source, tmp_path / "export", say=lambda _: None)
         assert "\n" not in str(refused.value)
-        assert "data-dependent" in str(refused.value)
         assert not (tmp_path / "export" / "export.json").exists()
 
     @pytest.mark.parametrize(
@@ -269,6 +308,7 @@ class TestCard:
     def test_the_card_names_shapes_and_preprocessing(self, demo: Export):
         for words in ("(1, 3, 64, 64)", "(16, 192)", "(122, 116, 104)", "0.48145466", demo.source.digest):
             assert words in demo.card
+        assert "one `llama_batch` whose `embd` holds the 16 rows" in demo.card
         assert str(demo.folder.path) not in demo.card
 
     def test_the_card_of_a_decoder(self, small: Export):

@@ -110,6 +110,8 @@ def test_every_imported_package_is_declared():
     files = [ROOT / "cli.py", *(ROOT / "cache").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")]
     declared = {
         canonicalize_name(requirement.name)
-        for requirement in _requirements("datasets", "emoji", "report", "tensorboard")
+        for requirement in _requirements(
+            "datasets", "emoji", "executorch", "gguf", "llama-cpp", "report", "tensorboard"
+        )
     }
     assert sorted(_imported(files) - declared) == []

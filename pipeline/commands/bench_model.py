@@ -34,7 +34,7 @@ def bench_model(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a MobileVLM V2 in PyTorch, llama.cpp at each quantisation and ExecuTorch: speed, memory, size, accuracy.
+    """Measure a MobileVLM V2 in PyTorch, llama.cpp and ExecuTorch: speed, memory, size, accuracy.
 
     The exports are written where they are missing. All runtimes answer the same questions in alternating turns.
     """

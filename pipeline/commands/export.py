@@ -18,6 +18,15 @@ Folder = Annotated[Path, typer.Argument(help="Folder for what is written.")]
 Licence = Annotated[
     str | None, typer.Option("--license", help="Licence to name in the card, such as apache-2.0.")
 ]
+Verify = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of at least 20 images: run the files in the real runtime, compare with PyTorch."
+    ),
+]
+Question = Annotated[str, typer.Option(help="Asked about each image by --verify.")]
+ASKED = "What is in the picture?"
+LongestAnswer = Annotated[int, typer.Option(min=1, help="Longest answer of --verify, in tokens.")]
 Replace = Annotated[bool, typer.Option("--overwrite", help="Replace an export that lies there.")]
 
 
@@ -96,16 +105,9 @@ def gguf(
         bool,
         typer.Option("--no-vision", help="Write the language model alone; embeddings come from elsewhere."),
     ] = False,
-    verify: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of at least 20 images: run the files in a real llama.cpp, compare with PyTorch."
-        ),
-    ] = None,
-    question: Annotated[
-        str, typer.Option(help="Asked about each image by --verify.")
-    ] = "What is in the picture?",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of --verify.")] = 16,
+    verify: Verify = None,
+    question: Question = ASKED,
+    max_new_tokens: LongestAnswer = 16,
     licence: Licence = None,
     overwrite: Replace = False,
 ) -> None:
@@ -157,13 +159,9 @@ def executorch(
     decoder: Annotated[
         bool, typer.Option(help="Write the language model, too, where its family allows it.")
     ] = True,
-    verify: Annotated[
-        Path | None, typer.Option(help="Folder of at least 20 images: run the files, compare with PyTorch.")
-    ] = None,
-    question: Annotated[
-        str, typer.Option(help="Asked about each image by --verify.")
-    ] = "What is in the picture?",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of --verify.")] = 16,
+    verify: Verify = None,
+    question: Question = ASKED,
+    max_new_tokens: LongestAnswer = 16,
     licence: Licence = None,
     overwrite: Replace = False,
 ) -> None:
@@ -187,5 +185,5 @@ def executorch(
     )
     if found:
         print(found)
-    print(written.path)
+    print(written.path / "README.md")
     fail_unless(found is None or found.passed)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import resource
+import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pipeline.errors import PipelineError, reason_of
 
 LAST_CHARACTERS = 400
 PEAK = "peak of memory"
+# Linux' own: what a process had at most, and how to make it forget that.
+STATUS, CLEAR, FORGET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
 
 
-class Served(AbstractContextManager["Served"]):
+class Served(AbstractContextManager[Any]):
     """Calls the methods of `build(*arguments)`, which is made in another process.
 
     `what` names it in messages. Raises `PipelineError` if it raises, or if the process ends.
@@ -35,6 +39,9 @@ class Served(AbstractContextManager["Served"]):
         self.process.start()
         theirs.close()
         self._received()
+
+    def __enter__(self) -> Self:
+        return self
 
     def call(self, method: str, *arguments: Any, **named: Any) -> Any:
         """Return what a method of the object returns."""
@@ -70,7 +77,7 @@ def _serve(connection: Connection, words: str, build: Callable[..., Any], argume
     """Build the object and call it until the other end closes."""
     os.environ["GGML_NO_BACKTRACE"] = "1"
     os.dup2(os.open(words, os.O_WRONLY), 2)
-    before = _peak_bytes()
+    before = _start_peak()
     try:
         served = build(*arguments)
         connection.send((False, None))
@@ -86,5 +93,17 @@ def _serve(connection: Connection, words: str, build: Callable[..., Any], argume
         connection.send((True, reason_of(error)))
 
 
+def _start_peak() -> int:
+    """Let the peak begin at what the process has now, and return that in bytes."""
+    with suppress(OSError):
+        CLEAR.write_text(FORGET_PEAK)
+    return _peak_bytes()
+
+
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the process's largest resident memory; `getrusage` also counts that of its parent."""
+    with suppress(OSError):
+        [kilobytes] = re.findall(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(), flags=re.MULTILINE)
+        return int(kilobytes) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -86,8 +86,8 @@ def _asked(question: Question, preparation: Any, source: Source) -> Asked:
     ids = tuple(int(number) for number in question.prompt)
     if len(question.image_spans) > 1:
         raise ConfigError(
-            f"{question.shard}: {question.unanswered.key!r} has {len(question.image_spans)} images; bench-model takes "
-            "questions with one image at most"
+            f"{question.shard}: {question.unanswered.key!r} has {len(question.image_spans)} images; bench-model "
+            "takes questions with one image at most"
         )
     if not question.image_spans:
         return Asked(ids)
@@ -99,7 +99,7 @@ def _asked(question: Question, preparation: Any, source: Source) -> Asked:
 def _turns(
     served: Sequence[Served], asked: Sequence[Asked], new_tokens: int
 ) -> tuple[list[list[Timed]], list[list[float | None]]]:
-    """Let each answer each question, one after another, each turn beginning with another one; the first is to warm up."""
+    """Let each answer each question, each turn beginning with another one; one answer before warms up."""
     timed: list[list[Timed]] = [[] for _ in served]
     joules: list[list[float | None]] = [[] for _ in served]
     for one in served:

@@ -29,7 +29,7 @@ QUANTS = ("f16", "q8_0", "q4_k_m")
 
 @dataclass(frozen=True)
 class Contestant:
-    """A runtime with its files: `build(*arguments)` makes its runner, `bytes` is the size of what a phone would hold."""
+    """A runtime: `build(*arguments)` makes its runner, `bytes` is the size of the files that a phone would hold."""
 
     name: str
     bytes: int

@@ -1,4 +1,4 @@
-"""Energy of the processor's package, where the machine says it (Linux' powercap, which needs the rights to read it)."""
+"""Energy of the processor, where the machine says it: Linux' powercap, which needs the rights to read it."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.export.executorch.folder import ExecutorchFolder
 from pipeline.export.llama_cpp.process import Settings, open_runtime
+from pipeline.export.llama_cpp.runtime import Runtime
 from pipeline.models.loading import load_network
 from pipeline.models.mobilevlm import IMAGE_TOKEN_ID
 
@@ -26,7 +27,7 @@ ABSENT = -1  # in a prompt of ids, the place of a vision token
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt: ids 'S' with -200 for each vision token, and its picture, if it has one, as both kinds of eyes take it.
+    """A prompt: ids 'S' with -200 for each vision token, and its picture, if any, as both kinds of eyes take it.
 
     `pixels` float32 'C Y X' is the tower's input, `square` uint8 'Y X C' the picture before it is resized.
     """
@@ -84,8 +85,19 @@ class ExecutorchEyes:
         return self.vision(torch.from_numpy(asked.pixels)[None]).numpy()
 
 
+class OwnEyes:
+    """The eyes of a GGUF file in llama.cpp."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, asked: Asked) -> Floats:
+        assert asked.square is not None
+        return self.runtime.image_embeddings(asked.square)
+
+
 class Runner:
-    """Times a runtime: subclasses say what its eyes are, and how it answers a prompt whose vision tokens are given."""
+    """Times a runtime: subclasses say what its eyes are, and how it answers a prompt with given vision tokens."""
 
     eyes: Eyes
 
@@ -135,7 +147,7 @@ class LlamaCppRunner(Runner):
         torch.set_num_threads(settings.threads)
         self.runtime = open_runtime(settings)
         if other_eyes is None:
-            self.eyes = lambda asked: self.runtime.image_embeddings(asked.square)
+            self.eyes = OwnEyes(self.runtime)
         elif isinstance(other_eyes, str):
             self.eyes = TorchEyes(load_network(other_eyes, dtype=torch.float32).eval())
         else:

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.config.provenance import replace_text
-from pipeline.export.executorch.decoder import CHUNK
+from pipeline.export.executorch.decoder import CHUNK, why_not
 from pipeline.export.executorch.folder import CARD, ExecutorchFolder
 from pipeline.export.executorch.inputs import Inputs
 from pipeline.export.origin import head, origin_lines
@@ -28,7 +28,9 @@ def write_card(folder: ExecutorchFolder, source: Source, *, verified: str | None
 
 def card(folder: ExecutorchFolder, source: Source, *, verified: str | None) -> str:
     """Return the card's text."""
-    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
+    )
     mark, inputs = folder.mark, Inputs(source)
     number, width = mark["vision_tokens"]
     sizes = {name: readable_bytes(size) for name, size in mark["bytes"].items()}
@@ -44,6 +46,7 @@ def card(folder: ExecutorchFolder, source: Source, *, verified: str | None) -> s
         prompt=inputs.text_about("What is in the picture?"),
         marker=inputs.processor.image_token,
         side=inputs.side,
+        causal=why_not(source.config) is None,
         context=mark["context"],
         chunk=min(CHUNK, mark["context"] or CHUNK),
         stops=mark["stops"],

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from pipeline.errors import building, writing
 from pipeline.export.executorch.packages import importing
@@ -45,7 +46,11 @@ def write_program(methods: Mapping[str, Method], file: Path, *, what: str, other
 @torch.no_grad()
 def _traced(method: Method) -> torch.export.ExportedProgram:
     module = method.module.eval().requires_grad_(False)  # a cache that is written to has no gradient
-    return torch.export.export(module, method.examples, dynamic_shapes=method.dynamic, strict=False)
+    program = torch.export.export(module, method.examples, dynamic_shapes=method.dynamic, strict=False)
+    # Lowering stops at these much later, and says nothing.
+    if any(symbol_is_type(symbol, SymT.UNBACKED_INT) for symbol in program.range_constraints):
+        raise RuntimeError("shapes inside it depend on the values of its inputs")
+    return program
 
 
 @contextmanager
@@ -54,5 +59,5 @@ def _shortened() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first, *_ = str(error).strip().splitlines() or [""]
-        raise RuntimeError(f"{type(error).__name__}: {first}") from error
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        raise RuntimeError(first) from error

@@ -63,8 +63,8 @@ class Answer:
 
     ids: list[int]
     logits: Tensor
-    prompt_seconds: float
-    answer_seconds: float
+    prompt_seconds: float = 0.0
+    answer_seconds: float = 0.0
 
 
 class Decoder(Program):

@@ -80,6 +80,7 @@ def selected_layer(config: MobileVLMConfig) -> int:
 
 
 def head_width(config: MobileVLMConfig) -> int:
+    """Return the width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 

@@ -44,10 +44,11 @@ class ClassTokenFirst:
         return is_joining or not asks
 
     def _move(self, tensor: Any) -> None:
-        rows = np.empty(self.ggml.ggml_nbytes(tensor) // 4, np.float32)
-        self.ggml.ggml_backend_tensor_get(tensor, self.ffi.from_buffer(rows), 0, rows.nbytes)
-        moved = np.ascontiguousarray(np.roll(rows.reshape(-1, self.width), 1, axis=0))
-        self.ggml.ggml_backend_tensor_set(tensor, self.ffi.from_buffer(moved), 0, moved.nbytes)
+        data = bytearray(self.ggml.ggml_nbytes(tensor))
+        self.ggml.ggml_backend_tensor_get(tensor, self.ffi.from_buffer(data), 0, len(data))
+        rows = np.frombuffer(data, np.float32).reshape(-1, self.width)
+        moved = np.roll(rows, 1, axis=0).tobytes()
+        self.ggml.ggml_backend_tensor_set(tensor, self.ffi.from_buffer(moved), 0, len(moved))
         self.times += 1
 
     def check_it_was_moved(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ def with_right_eyes(
     """
     with LlamaCpp(settings) as stock:
         found = stock.call("image_embeddings", square)
-    right = network.get_image_features(pixels[None]).pooler_output[0].numpy()
+    features: Any = network.get_image_features(pixels[None]).pooler_output
+    right = features[0].numpy()
     limit, error = max(EMBEDDINGS_LIMIT.values()), relative_error(found, right)
     if error <= limit:
         return settings, RIGHT.format(build=build_name())

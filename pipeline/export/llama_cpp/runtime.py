@@ -149,8 +149,8 @@ class Runtime:
         """Read a prompt, in which `<image>` stands for the image, and answer greedily.
 
         `image` uint8 'Y X C' goes through the file's own eyes; `embeddings` 'N D' were computed elsewhere. A prompt
-        of ids has a negative number in the place of each row of `embeddings`. Without `all_logits` only those behind the
-        prompt are computed. With `ignore_end` the answer has `max_new_tokens`, whatever they are.
+        of ids has a negative number in the place of each row of `embeddings`. Without `all_logits` only the
+        last of each part are computed. With `ignore_end` the answer has `max_new_tokens`, whatever they are.
         """
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
         self.position, made = 0, Answer()
@@ -191,6 +191,7 @@ class Runtime:
                 ("embeddings", embeddings),
                 ("text", self.tokens_of(after)[1:]),
             ]
+        assert image is not None
         return self._chunks(prompt, image)
 
     def _chunks(self, prompt: str, image: NDArray[np.uint8]) -> list[tuple[str, Any]]:

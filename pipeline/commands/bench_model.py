@@ -45,14 +45,16 @@ def bench_model(
         import libgguf  # noqa: F401
 
         from pipeline.phone.bench import bench_model
+    with needing("report", by="alignkd bench-model"):
+        from pipeline.phone.answers import draw_answers
+        from pipeline.phone.picture import draw_bench
     from pipeline.export.source import Source
-    from pipeline.phone.picture import draw_bench
 
     wanted = [quant.strip() for quant in quants.split(",")]
     if unknown := [quant for quant in wanted if quant not in ("f16", "q8_0", "q4_k_m")]:
         raise ConfigError(f"--quants: unknown {', '.join(unknown)}; known are f16, q8_0, q4_k_m")
     folder = output or Path(settings.output_dir) / "phone"
-    result = bench_model(
+    result, shown = bench_model(
         Source.of(model or str(Path(settings.output_dir) / "align_kd")),
         settings,
         folder,
@@ -64,5 +66,6 @@ def bench_model(
         say=say,
     )
     file = result.write(folder)
+    draw_answers(shown, folder / "answers.png")
     draw_bench(result, folder / "bench-model.png", folder / "bench-model.svg")
     print(file.read_text() if as_json else result, end="\n" * (not as_json))

@@ -15,6 +15,7 @@ from pipeline.export.source import Source
 from pipeline.models.mobilevlm.images import clip_processor, pad_to_square, pixels_of
 
 FEWEST = 20
+MOST = 50  # more would show nothing new, and each runs in two programs
 
 
 class Pictures:
@@ -48,13 +49,17 @@ def square_of(image: Image.Image, source: Source) -> Image.Image:
 
 
 def picture_files(folder: Path, *, fewest: int = FEWEST) -> list[Path]:
-    """Return the images of a folder in order of their names. Raises `ConfigError` for fewer than `fewest`."""
+    """Return images of a folder in order of their names, 50 evenly spread if it has more.
+
+    Raises `ConfigError` for fewer than `fewest`.
+    """
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower().lstrip(".") in ENDINGS and f.is_file())
     if len(files) < fewest:
         raise ConfigError(
             f"{folder}: {len(files)} images, at least {fewest} are needed; name a folder of more"
         )
-    return files
+    number = min(len(files), MOST)
+    return [files[n * len(files) // number] for n in range(number)]
 
 
 def background(source: Source) -> tuple[int, ...]:

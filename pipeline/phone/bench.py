@@ -22,6 +22,7 @@ from pipeline.export.gguf.geometry import check_is_mobilevlm
 from pipeline.export.pictures import square_of
 from pipeline.export.served import Served
 from pipeline.export.source import Source
+from pipeline.phone.answers import Shown, question_text
 from pipeline.phone.contestants import Bench, Contestant
 from pipeline.phone.energy import EnergyMeter
 from pipeline.phone.result import BenchResult, Ratios, Row
@@ -40,8 +41,8 @@ def bench_model(
     new_tokens: int,
     threads: int,
     say: Callable[[str], None],
-) -> BenchResult:
-    """Measure a checkpoint in PyTorch, llama.cpp at each quantisation, and ExecuTorch.
+) -> tuple[BenchResult, list[Shown]]:
+    """Measure a checkpoint in PyTorch, llama.cpp at each quantisation, and ExecuTorch; return all answers, too.
 
     Exports are kept in `folder` and used again. Raises `ConfigError` for a family that llama.cpp's files are not
     written for, or a test set whose questions have several images.
@@ -72,7 +73,8 @@ def bench_model(
     ]
     machine = f"{platform.processor() or platform.machine()}, {platform.system()}"
     turns = min(turns, len(asked))
-    return BenchResult(rows, source.name, source.digest, len(asked), turns, new_tokens, threads, machine)
+    result = BenchResult(rows, source.name, source.digest, len(asked), turns, new_tokens, threads, machine)
+    return result, _shown(contestants, asked, predictions, preparation.tokenizer)
 
 
 def _chosen(questions: list[Question], number: int) -> list[Question]:
@@ -165,6 +167,25 @@ def _row(
         ),
         difference=None if gain is None else (gain.difference, gain.low, gain.high),
     )
+
+
+def _shown(
+    contestants: Sequence[Contestant],
+    asked: Sequence[Asked],
+    predictions: Sequence[Sequence[Prediction]],
+    tokenizer: Any,
+) -> list[Shown]:
+    """Return each question with its image and all answers, for people."""
+    names = [contestant.name for contestant in contestants]
+    return [
+        Shown(
+            question_text(tokenizer.decode([n for n in one.ids if n >= 0], skip_special_tokens=True)),
+            one.square,
+            answers[0].answer,
+            {name: answer.prediction for name, answer in zip(names, answers, strict=True)},
+        )
+        for one, answers in zip(asked, zip(*predictions, strict=True), strict=True)
+    ]
 
 
 def _ratio(name: str, ours: list[Timed], theirs: list[Timed]) -> Ratios:

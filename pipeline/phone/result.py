@@ -14,6 +14,7 @@ from pipeline.readable import readable_bytes
 from pipeline.text_table import text_table
 
 RESULT = "bench-model.json"
+HEADS = ("", "size", "memory", "image, ms", "first token, ms", "tokens/s", "accuracy, %", "beside PyTorch")
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,12 @@ class BenchResult:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise PipelineError(f"{file} is damaged; run `alignkd bench-model` again") from error
 
+    def cells(self) -> list[list[str]]:
+        """Return a table's cells: name, size, memory, image, first token, tokens a second, accuracy, difference."""
+        return [_cells(row) for row in self.rows]
+
     def __str__(self) -> str:
-        heads = [
-            "",
-            "size",
-            "memory",
-            "image, ms",
-            "first token, ms",
-            "tokens/s",
-            "accuracy, %",
-            "to PyTorch, points",
-        ]
-        table = [heads, *(_cells(row) for row in self.rows)]
+        table = [list(HEADS), *self.cells()]
         joules = [f"{row.name} {row.joules:.3g}" for row in self.rows if row.joules is not None]
         notes = [
             f"accuracy of {self.questions:,} questions, difference with a paired 95% interval; times are medians of "

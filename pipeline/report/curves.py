@@ -23,6 +23,7 @@ from pipeline.errors import writing
 INK, RULE = "#000001", "#000002"
 CSS = {INK: "currentColor", RULE: "var(--rule)"}
 NUM_SERIES = 8
+FIRST_SERIES = "#000101"
 CSS |= {f"#0001{number:02x}": f"var(--series-{number})" for number in range(1, NUM_SERIES + 1)}
 
 MAX_POINTS = 300  # a panel is 340 pixels wide: more points would not be visible
@@ -102,7 +103,7 @@ def draw_panel(groups: Sequence[Sequence[Curve]], frame: Frame, *, label: str) -
 
     Curves of one group coincide: their colours take turns along the line.
     """
-    return _inline(panel_figure(groups, frame), label)
+    return inline(panel_figure(groups, frame), label)
 
 
 def panel_figure(groups: Sequence[Sequence[Curve]], frame: Frame) -> Figure:
@@ -237,7 +238,7 @@ def _log_ticks(span: float) -> Locator:
     return LogLocator(subs=subs, numticks=8)
 
 
-def _inline(figure: Figure, label: str) -> str:
+def inline(figure: Figure, label: str) -> str:
     """The figure as an element of a page: no prolog, namespaces or fonts; ids of its own, the page's colours."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

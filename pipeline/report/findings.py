@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from pipeline.evaluation.compare import Gain, gap_closed
+from pipeline.phone.result import BenchResult
 from pipeline.report.cost import StoreCost
 from pipeline.report.training_run import TrainingRun
 
@@ -94,6 +95,7 @@ class Findings:
     runs: tuple[TrainingRun, ...]
     store: StoreCost | None
     store_absent: str
+    phone: BenchResult | None = None
 
     def test_sets(self) -> list[str]:
         """Return the test sets in the order of the results."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from pipeline.evaluation.evaluate import (
     read_predictions,
 )
 from pipeline.evaluation.experiment import BASELINE, DISTILLED
+from pipeline.phone.result import RESULT, BenchResult
 from pipeline.report.cost import cost_of_store
 from pipeline.report.findings import Findings, Result
 from pipeline.report.run_folder import PROVENANCE, named_if_damaged, origin_of, read_json, read_run
@@ -26,12 +28,18 @@ from pipeline.sweep.lines import SWEEP
 from pipeline.sweep.summary import rows_of
 
 DISTILLED_FOLDER, BASELINE_FOLDER, TEACHER_FOLDER = "align_kd", "supervised", "teacher"
+PHONE_FOLDER = "phone"
 
 Predictions = Mapping[str, list[Prediction]]  # by test set
 
 
 def gather(folder: Path) -> Findings:
     """Return all that a folder holds. Raises `PipelineError` if it is none of the three, or a file is damaged."""
+    findings, measured = _gather(folder), folder / PHONE_FOLDER / RESULT
+    return replace(findings, phone=BenchResult.read(measured)) if measured.is_file() else findings
+
+
+def _gather(folder: Path) -> Findings:
     if (folder / SWEEP).is_file():
         return gather_sweep(folder)
     if (folder / STATE_FILE).is_file():

@@ -10,11 +10,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.errors import writing
 from pipeline.evaluation.compare import MIN_GAP
+from pipeline.phone.picture import bench_figure
 from pipeline.readable import readable_bytes
 from pipeline.report import number_format
 from pipeline.report.cost import throughput_of
 from pipeline.report.curve_panels import draw_curves
-from pipeline.report.curves import MAX_POINTS
+from pipeline.report.curves import FIRST_SERIES, INK, MAX_POINTS, inline
 from pipeline.report.findings import Findings
 from pipeline.report.forest import ForestAxis
 from pipeline.report.gather import gather
@@ -61,11 +62,20 @@ def render_page(findings: Findings) -> str:
         min_gap=MIN_GAP,
         curves=draw_curves(findings),
         max_points=MAX_POINTS,
+        phone_plot=phone_plot(findings),
         throughputs=[throughput_of(label, findings.runs) for label in findings.labels()],
         config=yaml.safe_dump(
             dict(findings.config), sort_keys=False, allow_unicode=True
         ),  # it holds no token
     )
+
+
+def phone_plot(findings: Findings) -> str:
+    """Return the plot of size against accuracy as SVG; '' if nothing was measured."""
+    if findings.phone is None:
+        return ""
+    figure = bench_figure(findings.phone, ink=INK, point=FIRST_SERIES)
+    return inline(figure, "accuracy of each runtime by the size of its files")
 
 
 def created(time: str) -> str:

@@ -22,14 +22,14 @@ ROOMS: dict[str, str] = {
     "cli": "pipeline/commands",
     "pipeline/commands": "phone export export/executorch export/gguf export/llama_cpp init packing report sweep "
     "upkeep conformance inspection benchmarks evaluation teacher_cache distill/training config models",
+    "pipeline/init": "packing upkeep data config models models/mobilevlm models/files",
+    "pipeline/report": "phone sweep evaluation distill/training losses",
     "pipeline/phone": "export export/executorch export/gguf export/llama_cpp evaluation data config models "
     "models/mobilevlm",
     "pipeline/export/llama_cpp": "export/gguf export models/mobilevlm",
     "pipeline/export/gguf": "export config models models/mobilevlm models/files",
     "pipeline/export/executorch": "export config data models models/mobilevlm models/files",
     "pipeline/export": "config data models models/mobilevlm models/files",
-    "pipeline/init": "packing upkeep data config models models/mobilevlm models/files",
-    "pipeline/report": "sweep evaluation distill/training losses",
     "pipeline/sweep": "evaluation distill distill/training distill/join data config models/files",
     "pipeline/upkeep": "teacher_cache distill distill/model distill/join data config losses models models/files "
     "targets",

@@ -76,7 +76,10 @@ def _print_plan(config: Path) -> None:
 
 def pack(
     annotations: Annotated[
-        str, typer.Argument(help="JSON, JSONL or Parquet file, folder of `datasets`, or Hub id.")
+        str,
+        typer.Argument(
+            help="JSON, JSONL, CSV or Parquet file, folder of `datasets` or of images with texts, or Hub id."
+        ),
     ],
     output: Annotated[Path, typer.Argument(help="Folder for shard-000000.tar, shard-000001.tar, ...")],
     image_folder: Annotated[

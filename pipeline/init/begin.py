@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.data.forms import CAPTIONS
 from pipeline.errors import ConfigError
 from pipeline.init.choose import (
     Losses,
@@ -107,6 +108,8 @@ def _packed(
 def _in_words(found: Found, seen: Measured, num_shards: int, max_length: int) -> Iterator[str]:
     if found.annotations:
         yield f"annotations  {found.annotations}, in the form of `{found.form}`; images below {found.image_folder}"
+    if found.form in CAPTIONS:
+        yield "questions    none: the image alone is what the model is asked, and its caption is the answer"
     yield f"shards       {num_shards}; samples looked at: {seen.samples}"
     yield f"images       {in_words(seen.widths)} pixels wide, {in_words(seen.heights)} high"
     yield f"tokens       {in_words(seen.lengths)} a sample, of which vision {in_words(seen.vision_tokens)} an image"

@@ -26,10 +26,20 @@ from pipeline.report.page import write_report
 
 def row(name: str, **changes) -> Row:
     fields = {
-        "name": name, "eyes": "its own", "bytes": 10_000_000, "memory": 20_000_000, "image": 0.01,
-        "first_token": 0.03, "tokens_a_second": 50.0, "first_token_ratio": None, "tokens_ratio": None, "joules": None, "accuracy": 0.9,
-        "same_answers": 1.0, "difference": None,
-    }  # fmt: skip
+        "name": name,
+        "eyes": "its own",
+        "bytes": 10_000_000,
+        "memory": 20_000_000,
+        "image": 0.01,
+        "first_token": 0.03,
+        "tokens_a_second": 50.0,
+        "first_token_ratio": None,
+        "tokens_ratio": None,
+        "joules": None,
+        "accuracy": 0.9,
+        "same_answers": 1.0,
+        "difference": None,
+    }
     return Row(**fields | changes)
 
 

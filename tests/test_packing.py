@@ -264,12 +264,6 @@ def test_an_unreadable_json_file_is_refused_with_the_place(tmp_path, images, tex
         pack(tmp_path / "data.json", tmp_path / "out", image_folder=images)
 
 
-def test_a_table_of_texts_is_refused_with_what_to_do(tmp_path):
-    (tmp_path / "data.csv").write_text("image,caption\n0.png,A dog.\n")
-    with pytest.raises(PackError, match=r"data.csv is a table of texts, which is not read; save it as JSONL"):
-        pack(tmp_path / "data.csv", tmp_path / "out")
-
-
 def test_shards_inside_the_annotations_would_change_them(tmp_path):
     with pytest.raises(
         PackError, match=r"out lies in the folder of the annotations, and would change it; name"

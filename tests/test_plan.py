@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import tarfile
 
 import pytest
 from small_experiment import one, picture, text
@@ -13,6 +14,7 @@ import cli
 from cache import part_sizes, summarise
 from pipeline.errors import ConfigError
 from pipeline.packing.pack import pack
+from pipeline.progress import Progress
 from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.teacher import cache_teacher
 from pipeline.upkeep.describe import parse_bytes
@@ -115,12 +117,31 @@ def test_cheaper_settings_grow_smaller_until_only_logits_are_stored(experiment, 
     }  # fmt: skip
 
 
+class Watched(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.counts: list[tuple[int, int | None]] = []
+        super().__init__("plan", unit="samples", doing="")
+
+    def step(self, doing: str) -> None:
+        super().step(doing)
+        self.steps.append(doing)
+
+    def __call__(self, done: int, total: int | None) -> None:
+        super().__call__(done, total)
+        self.counts.append((done, total))
+
+
 def test_the_first_settings_that_fit_are_chosen(many, experiment, tmp_path):
     config = experiment.config(tmp_path, *many, f"cache.path={tmp_path}/store")
-    steps: list[str] = []
-    whole = plan_store(config, num_samples=60, step=steps.append)
-    assert [step.split()[0] for step in steps] == ["reading", "probing", "measuring"]
-    assert "probing 60 samples of " in steps[1]
+    progress = Watched()
+    whole = plan_store(config, num_samples=60, progress=progress)
+    assert [step.split()[0] for step in progress.steps[1:]] == ["reading", "probing", "measuring"]
+    assert "probing 60 samples of " in progress.steps[2]
+    assert progress.counts[-1] == (60, 60) and len(progress.counts) > 3
+    assert {total for _, total in progress.counts} == {60}
     assert plan_within(config, max_bytes=whole.total_bytes * 1.01, num_samples=60).settings == {}
     less = plan_within(config, max_bytes=whole.total_bytes * 0.99, num_samples=60)
     assert less.settings == {"targets.attention.source": "recompute"} and less.total_bytes < whole.total_bytes
@@ -157,6 +178,45 @@ def test_the_command_tells_bytes_hours_disk_and_advice(experiment, many, tmp_pat
     with pytest.raises(SystemExit):
         cli.main([*command, "--max-bytes", "1GB", "--json"])
     assert json.loads(capsys.readouterr().out)["settings"] == {}
+
+
+def plan_in_words(experiment, folder, capsys, *overrides: str) -> tuple[str, object]:
+    line = [
+        "plan",
+        "--config",
+        str(experiment.file),
+        *overrides,
+        f"cache.path={folder}/store",
+        "--samples",
+        "24",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(line)
+    return capsys.readouterr().out, stopped.value.code
+
+
+def test_rejected_samples_of_the_probe_are_said_with_their_reasons(experiment, many, tmp_path, capsys):
+    shown, code = plan_in_words(experiment, tmp_path, capsys, *many, "data.max_length=60")
+    assert code == 0 and "logits: store: it needs" in shown
+    found = re.search(r"(\d+) of 24 probed samples rejected, such as: too long: \d+ positions with", shown)
+    assert found and 0 < int(found[1]) < 24
+
+
+def test_where_all_samples_of_the_probe_are_rejected_no_figure_is_given(experiment, many, tmp_path, capsys):
+    shown, code = plan_in_words(experiment, tmp_path, capsys, *many, "data.max_length=3")
+    assert code == 1
+    assert "3 shards; all 24 probed samples were rejected: nothing can be said of bytes and hours" in shown
+    assert "24 of 24 probed samples rejected, such as: too long: " in shown
+    assert "recompute" not in shown and "disk" not in shown
+
+
+def test_shards_without_one_usable_sample_are_said_to_be_so(experiment, tmp_path, capsys):
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        for number in range(3):
+            tar.addfile(tarfile.TarInfo(f"{number}.json"))
+    shown, code = plan_in_words(experiment, tmp_path, capsys, f"data.shards={tmp_path}/bad.tar")
+    assert code == 1 and "all 3 probed samples were rejected" in shown
+    assert "3 of 3 probed samples rejected, such as: broken JSON" in shown
 
 
 @pytest.mark.parametrize(

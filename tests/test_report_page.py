@@ -195,5 +195,31 @@ def test_a_cache_that_has_not_paid_back_says_so(tmp_path: Path):
     assert "Teacher time saved −1 s" in text and "Stage 1 has not paid back yet." in text
 
 
+def test_held_out_losses_are_rings_at_their_steps_in_the_panel_of_their_term(tmp_path: Path):
+    write_run(tmp_path / "run", ["supervised", "logits"], config={"cache": {"path": "nowhere"}})
+    said = "Rings in the panels of raw losses are held-out samples, which no step trains on."
+    before = page_of(tmp_path / "run")
+    assert said not in before.text
+    state = tmp_path / "run" / "trainer_state.json"
+    log = json.loads(state.read_text())["log_history"]
+    for step in (15, 30):
+        log.insert(-1, {"step": step, "eval_loss": 9.0, "eval_supervised": 3.0, "eval_runtime": 1.0})
+    change(state, log_history=log)
+    [run] = gather(tmp_path / "run").runs
+    held_out = [
+        (entry["step"], entry["held_out/supervised"])
+        for entry in run.history or ()
+        if "held_out/supervised" in entry
+    ]
+    assert held_out == [(15, 3.0), (30, 3.0)] and "held_out/logits" not in str(run.history)
+    page = page_of(tmp_path / "run")
+    assert said in page.text
+    rings = [
+        sum(tag == "use" and "series-1" in attributes.get("style", "") for tag, attributes in found.tags)
+        for found in (before, page)
+    ]
+    assert rings == [0, 2]
+
+
 def test_the_config_stands_in_the_page(sweep: Path):
     assert "output_dir: runs/sweep" in page_of(sweep).text

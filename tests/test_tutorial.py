@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import tiny_families
 from small_experiment import picture
 from test_packing import write
 
+import cli
 from pipeline.config.config import Config, load_config
 from pipeline.config.yaml_text import read_yaml
 from pipeline.errors import ConfigError
@@ -148,6 +150,46 @@ def test_a_student_that_is_not_there_is_said_before_anything_is_packed(data, tmp
     with pytest.raises(ConfigError, match="model 'gone': no such local folder"):
         begin(data, tmp_path / "out", teacher=DEMO_TEACHER, student="gone", say=print)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file_is_said_before_anything_is_packed(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"--output .*: .*/file is a file; name a folder"):
+            begin(data, output, teacher=DEMO_TEACHER, say=print)
+
+
+def test_a_teacher_without_weights_ends_without_commands(data, tmp_path, capsys):
+    teacher = shutil.copytree(
+        DEMO_TEACHER, tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["init", str(data), "--teacher", str(teacher), "--output", str(tmp_path / "out")])
+    shown = capsys.readouterr()
+    assert stopped.value.code == 1 and "next:" not in shown.out
+    assert "the plan could not be made: " in shown.err and "put it right, remove " in shown.err
+
+
+def test_a_student_that_the_first_command_makes_is_not_missed(data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["init", str(data), "--teacher", DEMO_TEACHER, "--output", str(tmp_path / "out")])
+    shown = capsys.readouterr()
+    assert stopped.value.code == 0 and "student.model" not in shown.err and "next:" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("number", "epochs", "said"),
+    [
+        (40, 40, "36 samples are 5 steps of 8, and a student needs about 200"),
+        (3, 50, "2 samples are 1 step of 8"),
+        (1900, 1, "an epoch has at least 200 steps"),
+    ],
+)
+def test_little_data_is_trained_on_more_often(data, tmp_path, number, epochs, said):
+    write(data, [{"id": n, "question": "What is it?", "answer": "A circle."} for n in range(number)])
+    begun = begin(data, tmp_path / "out", teacher=DEMO_TEACHER, say=print)
+    assert load_config(begun.config).train["num_train_epochs"] == epochs
+    assert f"  num_train_epochs: {epochs} # {said}" in begun.config.read_text()
 
 
 def test_losses_that_do_not_fit_the_pair_are_left_out_with_the_reason(data, tmp_path, family_folder):

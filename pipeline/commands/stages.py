@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -42,7 +43,8 @@ def init(
     """Begin with your own data: look at what is there, write a config that runs, and say what to type next.
 
     Annotations are packed into shards. Lengths are measured through the teacher's processor, and the reason of each
-    setting is in the config. Then the config's plan is printed: bytes, hours, and whether they fit.
+    setting is in the config. Then the config's plan is printed: bytes, hours, and whether they fit. The exit code is
+    1 if no plan can be made of this teacher and data.
     """
     from pipeline.init.begin import begin
     from pipeline.progress import Progress
@@ -59,22 +61,39 @@ def init(
 
 
 def _print_plan(config: Path) -> None:
-    """Print a config's plan; a teacher that this machine cannot run leaves the config as it is."""
-    from pipeline.errors import PipelineError
+    """Print a config's plan; if nothing of the data or the teacher can be used, end with exit code 1.
+
+    A machine that is too small for the teacher leaves the config as it is.
+    """
+    from pipeline.errors import ConfigError, PipelineError
+    from pipeline.progress import Progress
     from pipeline.upkeep.describe import describe_plan
     from pipeline.upkeep.plan import plan_store
 
+    again = f"put it right, remove {config}, and type the same command again"
     try:
-        print(f"\n{describe_plan(plan_store(load(config, None), num_samples=64))}")
+        with Progress("plan", unit="samples", doing="reading the teacher") as progress:
+            # The student was checked, or is made by the first of the commands.
+            plan = plan_store(load(config, None), num_samples=64, progress=progress, checks_student=False)
+    except ConfigError as error:
+        say(f"alignkd: the plan could not be made: {error}; {again}")
+        raise typer.Exit(1) from error
     except (PipelineError, MemoryError, RuntimeError) as error:
-        say(
-            f"the plan could not be made: {error}; try `alignkd plan --config {config}` where the teacher fits"
-        )
+        command = f"alignkd plan --config {shlex.quote(str(config))}"
+        say(f"the plan could not be made: {error}; try `{command}` where the teacher fits")
+        return
+    print(f"\n{describe_plan(plan)}")
+    if not plan.is_known:
+        say(f"alignkd: no sample can be used; {again}")
+        raise typer.Exit(1)
 
 
 def pack(
     annotations: Annotated[
-        str, typer.Argument(help="JSON, JSONL or Parquet file, folder of `datasets`, or Hub id.")
+        str,
+        typer.Argument(
+            help="JSON, JSONL, CSV or Parquet file, folder of `datasets` or of images with texts, or Hub id."
+        ),
     ],
     output: Annotated[Path, typer.Argument(help="Folder for shard-000000.tar, shard-000001.tar, ...")],
     image_folder: Annotated[

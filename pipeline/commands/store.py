@@ -147,7 +147,8 @@ def plan(
 ) -> None:
     """Estimate a store before anything is written: bytes by target, hours, the disk, store or recompute.
 
-    Real samples are probed with the real teacher on this machine. Exit code 1 if the store does not fit on the disk.
+    Real samples are probed with the real teacher on this machine. Exit code 1 if the store does not fit on the disk,
+    or if all probed samples are rejected.
     With --on-paper neither shards nor weights are needed: bytes and hours are computed from the shapes.
     """
     if on_paper and (samples, max_bytes) != (None, None):
@@ -167,11 +168,11 @@ def plan(
     limit, num_samples = None if max_bytes is None else parse_bytes(max_bytes), samples or 256
     with Progress("plan", unit="samples", doing="comparing teacher and student") as progress:
         if limit is None:
-            found = plan_store(settings, num_samples=num_samples, step=progress.step)
+            found = plan_store(settings, num_samples=num_samples, progress=progress)
         else:
-            found = plan_within(settings, max_bytes=limit, num_samples=num_samples, step=progress.step)
+            found = plan_within(settings, max_bytes=limit, num_samples=num_samples, progress=progress)
     show(found, describe_plan, as_json=as_json)
-    fail_unless(found.fits)
+    fail_unless(found.fits and found.is_known)
 
 
 def _plan_on_paper(config: Config, assume: list[str], *, as_json: bool) -> None:

@@ -109,6 +109,8 @@ def _caption(key: str) -> Callable[[Mapping[str, Any]], Iterator[Utterance]]:
     """A text about an image that nobody asked for."""
 
     def utterances(record: Mapping[str, Any]) -> Iterator[Utterance]:
+        if isinstance(record[key], str) and not record[key].strip():
+            raise BadSample("no text", f"{key} is empty")
         if "<image>" in str(record[key]):
             raise BadSample(
                 "caption with an <image>", f"{key} must be the caption alone; name dialogues messages"
@@ -138,6 +140,8 @@ def form_of(record: Mapping[str, Any]) -> str:
     for name in FORMS:
         if record.get(name) is not None:
             return name
+    if name := next((name for name in FORMS if name in record), None):
+        raise BadSample("no text", f"{name} is empty")
     known = ", ".join(FORMS)
     raise BadSample(
         "no conversations", f"found {', '.join(map(str, record)) or 'nothing'}; known are {known}"

@@ -11,10 +11,14 @@ from typing import Any
 
 import yaml
 
+from pipeline.data.forms import CAPTIONS
 from pipeline.errors import ConfigError
 from pipeline.init.choose import (
+    BATCH_SIZE,
+    Epochs,
     Losses,
     Measured,
+    epochs_for,
     has_gpu,
     in_words,
     losses_for,
@@ -53,6 +57,8 @@ def begin(
     Raises `ConfigError` or `PackError` for data that cannot be used, and if `output` holds a config already.
     """
     file = output / "config.yaml"
+    if obstacle := next((at for at in (output, *output.parents) if at.exists() and not at.is_dir()), None):
+        raise ConfigError(f"--output {output}: {obstacle} is a file; name a folder")
     if file.exists():
         raise ConfigError(f"{file} is there already; name another --output, or remove it to begin anew")
     found = look(place)
@@ -79,7 +85,7 @@ def begin(
     }
     losses = losses_for(settings, seen, is_cut=student is None)
     output.mkdir(parents=True, exist_ok=True)
-    file.write_text(_text(settings, losses, seen, held_out))
+    file.write_text(_text(settings, losses, seen, held_out, epochs_for(training)))
     layers = None if student else model.get_text_config().num_hidden_layers // 2
     return Begun(file, tuple(_commands(file, settings, layers=layers, held_out=bool(held_out))))
 
@@ -107,6 +113,8 @@ def _packed(
 def _in_words(found: Found, seen: Measured, num_shards: int, max_length: int) -> Iterator[str]:
     if found.annotations:
         yield f"annotations  {found.annotations}, in the form of `{found.form}`; images below {found.image_folder}"
+    if found.form in CAPTIONS:
+        yield "questions    none: the image alone is what the model is asked, and its caption is the answer"
     yield f"shards       {num_shards}; samples looked at: {seen.samples}"
     yield f"images       {in_words(seen.widths)} pixels wide, {in_words(seen.heights)} high"
     yield f"tokens       {in_words(seen.lengths)} a sample, of which vision {in_words(seen.vision_tokens)} an image"
@@ -131,7 +139,9 @@ def _commands(file: Path, settings: dict[str, Any], *, layers: int | None, held_
     yield f"alignkd report {shlex.quote(settings['output_dir'])}"
 
 
-def _text(settings: dict[str, Any], losses: Losses, seen: Measured, held_out: list[str]) -> str:
+def _text(
+    settings: dict[str, Any], losses: Losses, seen: Measured, held_out: list[str], epochs: Epochs
+) -> str:
     """Return the YAML of a config, with the reason of each choice."""
     data, length = settings["data"], settings["data"]["max_length"]
     note = f"\n# Left out, because: {losses.note}" if losses.note else ""
@@ -177,8 +187,8 @@ losses:
 # Common starting points, not tuned.
 train:
   seed: 0
-  num_train_epochs: 1
-  per_device_train_batch_size: 8
+  num_train_epochs: {epochs.number} # {epochs.reason}
+  per_device_train_batch_size: {BATCH_SIZE}
   learning_rate: 1.0e-4
   lr_scheduler_type: cosine
   warmup_steps: 0.03 # a value below 1 is a share of all steps

@@ -37,6 +37,9 @@ LOSSES = {
     "vision_all": {"weight": 0.1},
     "logits": {"weight": 0.1, "direction": "reverse"},
 }
+BATCH_SIZE = 8
+STEPS = 200  # at least: a student of fewer has hardly moved, and its result says nothing
+MAX_EPOCHS = 50
 OF_IMAGES = ("attention", "vision_all", "vision_focus")  # losses that compare images token by token
 
 
@@ -60,6 +63,14 @@ class Losses:
     targets: dict[str, Any]
     losses: dict[str, Any]
     note: str
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """How often the data is trained on, and why."""
+
+    number: int
+    reason: str
 
 
 def preparation_for(teacher: str, model: PreTrainedConfig) -> Preparation:
@@ -118,6 +129,20 @@ def max_length_for(found: Measured, model: PreTrainedConfig) -> int:
             "their texts, or name another teacher"
         )
     return min(most, math.ceil(max(found.lengths) * 1.25 / 64) * 64)
+
+
+def epochs_for(shards: Sequence[str]) -> Epochs:
+    """Return as many epochs as `STEPS` steps take, at most `MAX_EPOCHS`; reads no more samples than these steps."""
+    samples = (sample for shard in shards for sample in read_shard(shard) if isinstance(sample, Sample))
+    number = sum(1 for _ in islice(samples, STEPS * BATCH_SIZE))
+    steps = math.ceil(number / BATCH_SIZE)
+    if steps >= STEPS:
+        return Epochs(1, f"an epoch has at least {STEPS} steps")
+    epochs = min(MAX_EPOCHS, math.ceil(STEPS / max(1, steps)))
+    of_one = f"{number:,} samples are {steps} {'step' if steps == 1 else 'steps'} of {BATCH_SIZE}"
+    return Epochs(
+        epochs, f"{of_one}, and a student needs about {STEPS} to learn anything; {MAX_EPOCHS} at most"
+    )
 
 
 def losses_for(settings: dict[str, Any], found: Measured, *, is_cut: bool) -> Losses:

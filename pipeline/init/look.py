@@ -15,8 +15,9 @@ from pipeline.data.shards import parse_record
 from pipeline.errors import BadSample, ConfigError, PackError
 from pipeline.packing.images import image_of
 from pipeline.packing.sources import open_source
+from pipeline.packing.text_files import has_text_files
 
-ENDINGS = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
+ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 SAVED = ("state.json", "dataset_dict.json")  # of a folder that `datasets` saved
 EXAMPLE = '{"image": "1.jpg", "caption": "A red circle."}'
 TRIED = 20  # entries of a file that are read to see whether it holds conversations
@@ -41,20 +42,21 @@ def look(place: Path) -> Found:
         raise ConfigError(f"{place}: no such file or folder; name the folder of your images and annotations")
     if place.is_dir() and any(place.glob("*.tar")):
         return Found(shards=tuple(expand_shards(str(place))))
-    readable = {file: form for file in _candidates(place) if (form := _form(file))}
+    readable = {file: form for file in _candidates(place) if (form := _form(file, is_named=file == place))}
     if len(readable) > 1:
         names = ", ".join(str(file) for file in readable)
         raise ConfigError(f"{place} holds several files of conversations: {names}; name one of them instead")
     for file, form in readable.items():
         return Found(annotations=file, form=form, image_folder=_image_folder(file, place))
     raise ConfigError(
-        f"{place} holds neither shards (.tar) nor a file with conversations ({', '.join(ENDINGS)}); write one, "
-        f"such as captions.jsonl with a line for each image: {EXAMPLE}; docs/data.md shows other forms"
+        f"{place} holds neither shards (.tar) nor a file with conversations ({', '.join(ENDINGS)}), nor images with "
+        f"a .txt beside each; write a file such as captions.jsonl with a line for each image: {EXAMPLE}; "
+        "docs/data.md shows other forms"
     )
 
 
 def _candidates(place: Path) -> list[Path]:
-    if place.is_file() or any((place / name).is_file() for name in SAVED):
+    if place.is_file() or has_text_files(place) or any((place / name).is_file() for name in SAVED):
         return [place]
     files = [
         file for depth in ("*", "*/*") for file in sorted(place.glob(depth)) if file.suffix.lower() in ENDINGS
@@ -63,8 +65,11 @@ def _candidates(place: Path) -> list[Path]:
     return list(dict.fromkeys(file.parent if file.suffix.lower() == ".parquet" else file for file in files))
 
 
-def _form(annotations: Path) -> str:
-    """Return the form of the first entry that is a conversation; "" if none of the first ones is."""
+def _form(annotations: Path, *, is_named: bool) -> str:
+    """Return the form of the first entry that is a conversation; "" if none of the first ones is.
+
+    Raises `PackError` for annotations that cannot be read if the user named them.
+    """
     try:
         for entry in _entries(annotations):
             if isinstance(entry, dict):
@@ -74,7 +79,8 @@ def _form(annotations: Path) -> str:
                     continue
                 return form_of(entry)
     except PackError:
-        return ""
+        if is_named:
+            raise
     return ""
 
 

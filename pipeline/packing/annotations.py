@@ -61,6 +61,8 @@ def read_annotations(
     for line, entry in source.entries():
         identity = None
         try:
+            if isinstance(entry, BadSample):
+                raise entry
             fields = parse_record(entry) if isinstance(entry, bytes) else entry
             if not isinstance(fields, dict):
                 raise BadSample("JSON is no object", type(fields).__name__)

@@ -10,12 +10,13 @@ from typing import Any
 from pipeline.errors import PackError
 from pipeline.packing.json_list import read_json_list
 
-# What files that are no JSON in UTF-8 begin with: gzip, zip, zstd, bzip2, xz, and texts in UTF-16.
+# What files that are no text in UTF-8 begin with: gzip, zip, zstd, bzip2, xz, and texts in UTF-16.
 COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LINES = (".jsonl", ".ndjson")  # endings of files with an entry a line
-Entries = Iterator[tuple[int, Any]]  # each with its number from 1; of JSONL bytes that are not parsed yet
+# Each with its number from 1: of JSONL bytes that are not parsed yet; a `BadSample` for what cannot be read.
+Entries = Iterator[tuple[int, Any]]
 
 
 def json_entries(path: Path) -> Callable[[], Entries]:
@@ -28,7 +29,7 @@ def _is_list(path: Path) -> bool:
 
     By the name .jsonl a list is refused: read line by line, each of its lines would be a broken entry.
     """
-    _check_is_text(path)
+    check_is_text(path)
     with open(path, "rb") as file:
         lines = (text.removeprefix(BYTE_ORDER_MARK).strip() for text in file)
         filled = (text for text in lines if text)
@@ -40,16 +41,14 @@ def _is_list(path: Path) -> bool:
     return not (first.startswith(b"{") and second.startswith(b"{") and first.endswith(b"}"))
 
 
-def _check_is_text(path: Path) -> None:
-    """Raise `PackError` for a file that is known to be no JSON in UTF-8, with what to do."""
+def check_is_text(path: Path) -> None:
+    """Raise `PackError` for a file that is known to be no text in UTF-8, with what to do."""
     with open(path, "rb") as file:
         start = file.read(8)
     if start.startswith(COMPRESSED):
         raise PackError(f"{path} is compressed, which is not read; unpack it first.")
     if start.startswith(UTF_16):
         raise PackError(f"{path} is UTF-16, which is not read; save it as UTF-8.")
-    if path.suffix.lower() in (".csv", ".tsv"):
-        raise PackError(f"{path} is a table of texts, which is not read; save it as JSONL or Parquet.")
 
 
 def _read_lines(path: Path) -> Entries:

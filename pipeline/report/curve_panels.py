@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.report.coinciding import groups_of, sentence
@@ -12,6 +12,7 @@ from pipeline.report.findings import Findings
 from pipeline.report.training_run import TrainingRun
 
 RAW, WEIGHTED, SHARE = "raw", "weighted", "share of gradient norm"
+HELD_OUT = "held_out/{}"  # raw, too
 KINDS = {RAW: "loss/{}", WEIGHTED: "loss/{}_weighted", SHARE: "gradient_share/{}"}
 NATS, SQUARE = "nats", "mean square"
 UNITS = {"supervised": NATS, "logits": NATS, "vision_all": SQUARE, "vision_focus": SQUARE}
@@ -29,8 +30,9 @@ def draw_curves(findings: Findings) -> dict[str, Any]:
     """Draw all panels, and return what the page says of them.
 
     `rows` is term -> a panel for each of `kinds`. `legend` holds the variations drawn, `not_drawn` those beyond the
-    colours; `num_gone` counts runs whose folders are gone. Panels of the weighted terms share one scale, so that
-    terms can be compared; those of losses are all linear or all logarithmic; all have the same steps.
+    colours; `num_gone` counts runs whose folders are gone; `held_out` is whether held-out losses are drawn, as rings
+    in the panels of raw losses. Panels of the weighted terms share one scale, so that terms can be compared; those of
+    losses are all linear or all logarithmic; all have the same steps.
     """
     baselines = {result.label for result in findings.results if result.is_baseline}
     labels = findings.labels()
@@ -45,15 +47,25 @@ def draw_curves(findings: Findings) -> dict[str, Any]:
         for term in terms
         for kind, key in KINDS.items()
     }
-    scales = _scales(curves)
-    steps = sorted({step for panel in curves.values() for curve in panel for step in curve.steps})
+    held_out = {
+        (term, RAW): [
+            replace(curve, held_out=True)
+            for run in runs
+            if (curve := _curve(run, HELD_OUT.format(term), number_of, baselines))
+        ]
+        for term in terms
+    }
+    every = {place: [*drawn, *held_out.get(place, [])] for place, drawn in curves.items()}
+    scales = _scales(every)
+    steps = sorted({step for panel in every.values() for curve in panel for step in curve.steps})
 
     def panel(term: str, kind: str) -> Panel:
         drawn, scale = curves[term, kind], scales[term, kind]
         if not drawn:
             return Panel()
         frame = Frame(scale, axis_name(kind, unit_of(term, findings)), steps)
-        svg = draw_panel(groups_of(drawn, scale), frame, label=f"{term}: {kind}, over optimizer steps")
+        groups = [*groups_of(drawn, scale), *([curve] for curve in held_out.get((term, kind), []))]
+        svg = draw_panel(groups, frame, label=f"{term}: {kind}, over optimizer steps")
         return Panel(svg, sentence(drawn, scale, label_of))
 
     kinds = [kind for kind in KINDS if any(curves[term, kind] for term in terms)]
@@ -69,6 +81,7 @@ def draw_curves(findings: Findings) -> dict[str, Any]:
         "num_runs": len(runs),
         "num_gone": sum(run.history is None for run in findings.runs),
         "kind": scales[next(iter(scales))].kind if scales else "linear",
+        "held_out": any(held_out.values()),
         "points_are_means": any(len(run.history or ()) > MAX_POINTS for run in runs),
     }
 

@@ -45,6 +45,7 @@ class Curve:
     values: Sequence[float]
     series: int
     dashed: bool = False
+    held_out: bool = False  # drawn as rings without a line
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,14 @@ def _draw_curve(axes: Axes, curve: Curve, *, turn: int, turns: int) -> None:
     style: Any = (0, (4, 2)) if curve.dashed else "-"
     if turns > 1:
         style = (DASH * ((turns - turn) % turns), (DASH, DASH * (turns - 1)))
+    colour = f"#0001{curve.series:02x}"
+    if curve.held_out:
+        axes.plot(steps, values, "o", mfc="none", mec=colour, ms=4, mew=0.9)
+        return
     marker = "." if len(steps) == 1 else ""
     axes.plot(
-        steps, values, color=f"#0001{curve.series:02x}", linewidth=0.9, linestyle=style, marker=marker,
-        dash_capstyle="butt",
-    )  # fmt: skip
+        steps, values, color=colour, linewidth=0.9, linestyle=style, marker=marker, dash_capstyle="butt"
+    )
 
 
 def step_ticks(steps: Iterable[float]) -> list[float]:

@@ -27,8 +27,15 @@ def read_run(folder: Path, label: str = "") -> tuple[dict[str, Any], list[dict[s
         ]
         keys = {key.removeprefix("loss/") for entry in history for key in entry if key.startswith("loss/")}
         terms = [key for key in keys if not key.endswith("_weighted")]
+        history = sorted([*history, *_held_out(state, terms)], key=lambda entry: entry["step"])
         line = {"name": folder.resolve().name, "label": label, "terms": terms, **costs_of(state)}
         return line | {"threads": None}, history
+
+
+def _held_out(state: dict[str, Any], terms: Iterable[str]) -> Iterator[dict[str, float]]:
+    for entry in state["log_history"]:
+        if found := {f"held_out/{x}": float(entry[f"eval_{x}"]) for x in terms if f"eval_{x}" in entry}:
+            yield {"step": entry["step"]} | found
 
 
 def origin_of(folders: Iterable[Path]) -> Origin:

@@ -13,8 +13,8 @@ from pipeline.losses.losses import LOSSES
 class TrainingRun:
     """One training of a variation.
 
-    `history` holds, for each logged step, `step`, `loss/x`, `loss/x_weighted` and perhaps `gradient_share/x`; it is
-    None if the run's folder is gone.
+    `history` holds, for each logged step, `step`, `loss/x`, `loss/x_weighted` and perhaps `gradient_share/x`, and
+    for each step at which held-out samples were looked at, `held_out/x`. It is None if the run's folder is gone.
     """
 
     label: str

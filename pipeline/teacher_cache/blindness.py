@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -85,5 +86,5 @@ Usual reasons:
   - The prompt lacks the image. Look at a sample: `alignkd inspect sample STORE KEY`.
   - The text is enough for the answers. If that is meant, set teacher.blind_ok: true.
 
-Check the teacher: `alignkd models check {teacher}`. {then}"""
+Check the teacher: `alignkd models check {shlex.quote(teacher)}`. {then}"""
     return f"{FRAME}\n{text}\n{FRAME}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from tqdm import tqdm
@@ -18,8 +18,11 @@ from pipeline.readable import readable_bytes
 class Progress(AbstractContextManager["Progress"]):
     """The bytes of the shards that were read, with counters of samples, rejects, bytes and parts."""
 
-    def __init__(self, shards: Sequence[str], *, description: str):
-        self.shards = shards
+    def __init__(
+        self, shards: Sequence[str], *, description: str, count: Callable[[int], object] = lambda done: None
+    ):
+        """`count` gets how many samples were captured or rejected."""
+        self.shards, self.count = shards, count
         self.samples = self.rejected = self.bytes_written = self.parts = self.read = 0
         self.started = time.monotonic()
         self.total = sum(map(stored_bytes, shards)) or None
@@ -42,6 +45,7 @@ class Progress(AbstractContextManager["Progress"]):
     def advance(self, num_samples: int) -> None:
         """Count samples that were captured or rejected."""
         self.samples += num_samples
+        self.count(self.samples)
         self.shard_done += num_samples
         self._read_to(self.shard_bytes * self.shard_done // self.shard_samples)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -124,11 +124,13 @@ def write_parts(
     recapture_changed: bool = False,
     may_hold_fewer: bool = False,
     asks_if_blind: bool = False,
+    count: Callable[[int], object] = lambda done: None,
 ) -> CacheSummary:
     """Capture the shards of the plan that have no part, and again those whose part is in `recapture`.
 
     A part is replaced only when the new one is whole, and only by one with at least as many samples, unless
     `may_hold_fewer` or the shard changed. With `asks_if_blind` the teacher's use of the images is measured first.
+    `count` gets how many samples were captured or rejected.
     """
     config, shards = plan.config, plan.shards
     if not (recapture or recapture_changed) and (found := _finished_in_older_format(plan)):
@@ -144,7 +146,7 @@ def write_parts(
         teacher = load_teacher(plan.teacher, dtype=plan.dtype, device=_usable(plan.device))
         if asks_if_blind:
             _ask_if_blind(plan, store, teacher)
-        with Progress(todo, description="teacher-cache") as progress, Ahead() as ahead:
+        with Progress(todo, description="teacher-cache", count=count) as progress, Ahead() as ahead:
             capture = Capture(config, teacher, plan.preparation, progress, ahead)
             while todo:
                 todo = run.capture_all(capture, todo, worker)

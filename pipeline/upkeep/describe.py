@@ -104,6 +104,9 @@ def _agreement(found: Agreement) -> str:
 
 def describe_plan(plan: StorePlan) -> str:
     """Return the page that `alignkd plan` prints."""
+    if not plan.is_known:
+        what = f"all {plan.probed_samples:,} probed samples were rejected: nothing can be said of bytes and hours"
+        return f"{plan.path}: {plan.num_shards:,} shards; {what}\n\n{_probed_rejects(plan)}"
     how = "counted when packed" if plan.num_samples_known else "estimated from the shards' bytes"
     sizes = [(t.name, t.source, t.bytes_per_sample, t.total_bytes) for t in plan.targets]
     sizes.append(("store", "", plan.bytes_per_sample, plan.total_bytes))
@@ -117,6 +120,7 @@ def describe_plan(plan: StorePlan) -> str:
     blocks = [
         f"{plan.path}: {plan.num_shards:,} shards, {plan.num_samples:,} samples ({how}); "
         f"{plan.probed_samples:,} probed",
+        _probed_rejects(plan),
         text_table([["target", "source", "bytes a sample", "in all"], *rows]),
         "\n".join(advice),
         "\n".join(errors),
@@ -127,6 +131,15 @@ def describe_plan(plan: StorePlan) -> str:
     if plan.settings:
         blocks.append("chosen to fit: " + " ".join(f"{key}={value}" for key, value in plan.settings.items()))
     return "\n\n".join(block for block in blocks if block)
+
+
+def _probed_rejects(plan: StorePlan) -> str:
+    """Return why probed samples were rejected, each kind of reason with its first sample's."""
+    lines: list[str] = []
+    for kind, count in reasons_by_kind(plan.probed_rejects).items():
+        example = next(reason for reason in plan.probed_rejects if reason.partition(": ")[0] == kind)
+        lines.append(f"{count:,} of {plan.probed_samples:,} probed samples rejected, such as: {example}")
+    return "\n".join(lines)
 
 
 def describe_check(found: Check) -> str:

@@ -6,35 +6,28 @@ machine. Bytes that a part takes whatever it holds are separated from those that
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache import CODECS, PartSizes, Store, part_sizes
-from pipeline.config.config import Config, overridden
+from cache import CODECS
+from pipeline.config.config import Config
 from pipeline.data.pairing import check_student
 from pipeline.data.shard_files import ShardFacts, open_shard
-from pipeline.data.shard_kinds import is_local_tar, part_name
-from pipeline.data.shards import Sample, read_samples
+from pipeline.data.shard_kinds import is_local_tar
 from pipeline.data.spans import warn_of_streams
-from pipeline.errors import ConfigError, writing
-from pipeline.teacher_cache.teacher import CapturePlan, plan_capture, write_parts
-from pipeline.upkeep.agreement import Agreement, agreement_in
-from pipeline.upkeep.plan_costs import Costs, advice, measure_costs
+from pipeline.errors import ConfigError
+from pipeline.progress import Progress
+from pipeline.teacher_cache.teacher import CapturePlan, plan_capture
+from pipeline.upkeep.agreement import Agreement
+from pipeline.upkeep.plan_costs import Costs, advice
+from pipeline.upkeep.probe import PROBED_SHARDS, Probe, make_probe, with_settings
 from pipeline.upkeep.slices import evenly
-
-PROBED_SHARDS = 8
-TAR_BLOCK = 512
-
-Step = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -71,33 +64,48 @@ class StorePlan:
     targets: tuple[TargetPlan, ...]
     settings: dict[str, Any]  # the overrides of the config that it is for
     agreement: Agreement | None = None  # of the probed samples; None without logits
+    probed_rejects: dict[str, int] = field(default_factory=dict)  # of the probed samples, by reason
 
     @property
     def fits(self) -> bool:
         return self.total_bytes <= self.free_bytes
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a probed sample could be used: else all figures are 0."""
+        return sum(self.probed_rejects.values()) < self.probed_samples
 
     def to_json(self) -> dict[str, Any]:
         found = self.agreement.to_json() if self.agreement else None
         return asdict(self) | {"agreement": found, "fits": self.fits}
 
 
-def plan_store(config: Config, *, num_samples: int = 256, step: Step = lambda doing: None) -> StorePlan:
+def plan_store(
+    config: Config,
+    *,
+    num_samples: int = 256,
+    progress: Progress | None = None,
+    checks_student: bool = True,
+) -> StorePlan:
     """Probe `num_samples` and extrapolate. Raises what stage 1 would raise of config, shards and models.
 
-    `step` gets in words what is done next.
+    `progress` is told what is done next, and how many samples were probed. Whoever checked the student, or will make
+    it only then, needs no check.
     """
-    check_student(config)
-    return _plan(config, {}, num_samples=num_samples, stubs={}, step=step)
+    if checks_student:
+        check_student(config)
+    return _plan(config, {}, num_samples=num_samples, stubs={}, progress=progress or _unseen())
 
 
 def plan_within(
-    config: Config, *, max_bytes: float, num_samples: int = 256, step: Step = lambda doing: None
+    config: Config, *, max_bytes: float, num_samples: int = 256, progress: Progress | None = None
 ) -> StorePlan:
     """Return the plan of the first of `cheaper_settings` that fits. Raises `ConfigError` if none does."""
     check_student(config)
+    progress = progress or _unseen()
     plans, stubs = [], dict[str, float]()
     for settings in cheaper_settings(config):
-        plans.append(_plan(config, settings, num_samples=num_samples, stubs=stubs, step=step))
+        plans.append(_plan(config, settings, num_samples=num_samples, stubs=stubs, progress=progress))
         if plans[-1].total_bytes <= max_bytes:
             return plans[-1]
     smallest = min(plans, key=lambda plan: plan.total_bytes)
@@ -106,6 +114,10 @@ def plan_within(
         f"--max-bytes: even with {settings or 'the config as it is'} the store takes {smallest.total_bytes:,.0f} "
         f"bytes, not {max_bytes:,.0f}; cache fewer shards, or give it more room"
     )
+
+
+def _unseen() -> Progress:
+    return Progress("plan", unit="samples", doing="")
 
 
 def cheaper_settings(config: Config) -> Iterator[dict[str, Any]]:
@@ -126,85 +138,32 @@ def cheaper_settings(config: Config) -> Iterator[dict[str, Any]]:
         yield settings
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Parts of a few shards' first samples, and the bytes of the shards that these samples take."""
-
-    parts: list[PartSizes]
-    shard_bytes: int
-    store_bytes: int  # of the manifest and the groups' metadata
-    costs: Mapping[str, Costs]  # of the targets that can be recomputed
-    agreement: Agreement | None
-
-    def mean(self, of_part: Callable[[PartSizes], float]) -> float:
-        """Return a part's number for each sample, over all parts."""
-        return sum(map(of_part, self.parts)) / max(1, sum(part.samples for part in self.parts))
-
-
 def _plan(
-    config: Config, settings: dict[str, Any], *, num_samples: int, stubs: dict[str, float], step: Step
+    config: Config, settings: dict[str, Any], *, num_samples: int, stubs: dict[str, float], progress: Progress
 ) -> StorePlan:
     """The plan with overrides; `stubs` as `known` in `measure_costs`."""
     overrides = "".join(f", {key}={value}" for key, value in settings.items())
-    step(f"reading the shards' and the teacher's metadata{overrides}")
-    plan = plan_capture(_with(config, settings))
+    progress.step(f"reading the shards' and the teacher's metadata{overrides}")
+    plan = plan_capture(with_settings(config, settings))
     if not settings:  # the first of several plans
         warn_of_streams(plan.shards)
     # Below the store's own folder, if that can be written: reading is then measured on the disk that will hold it.
     place = _existing(Path(config.one_cache.path).absolute().parent)
     place = place if place.is_dir() and os.access(place, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".alignkd-plan-", dir=place) as folder:
-        probe = _probe(plan, Path(folder), num_samples=num_samples, stubs=stubs, step=step)
+        probe = make_probe(plan, Path(folder), num_samples=num_samples, stubs=stubs, progress=progress)
         return _extrapolate(plan, probe, settings)
 
 
-def _probe(
-    plan: CapturePlan, folder: Path, *, num_samples: int, stubs: dict[str, float], step: Step
-) -> Probe:
-    """Run stage 1 on the first samples of a few shards, into a store in `folder`."""
-    shards = evenly(plan.shards, PROBED_SHARDS)
-    step(f"probing {num_samples:,} samples of {len(shards)} shards with the teacher")
-    heads = [_head(shard, folder, max(1, num_samples // len(shards))) for shard in shards]
-    manifest = replace(plan.manifest, planned_parts=tuple(part_name(head) for head in heads))
-    store = folder / "probe.zarr"
-    config = _with(
-        plan.config, {"cache.path": str(store), "data.shards": heads, "data.held_out_shards": None}
-    )
-    with redirect_stderr(io.StringIO()):  # the probe's own progress bar would look like stage 1's
-        write_parts(replace(plan, config=config, shards=tuple(heads), manifest=manifest))
-    step("measuring how long reading and recomputing take")
-    documents = [*store.glob("*.json"), *store.glob("parts/*.json")]
-    return Probe(
-        parts=part_sizes(store),
-        shard_bytes=sum(Path(head).stat().st_size for head in heads),
-        store_bytes=sum(file.stat().st_size for file in documents),
-        costs=measure_costs(plan, store, heads, known=stubs),
-        agreement=agreement_in(Store(store), num_samples=None),
-    )
-
-
-def _head(shard: str, folder: Path, num_samples: int) -> str:
-    """Copy a shard's first samples, byte for byte, into a tar in `folder`."""
-    end = 0
-    with open_shard(shard) as opened:
-        for item in islice(read_samples(opened), num_samples):
-            if isinstance(item, Sample):
-                end = max(end, *(span.offset + span.size for span in (item.json_span, *item.image_spans)))
-        target = folder / f"{part_name(shard)}.tar"
-        size = -(-end // TAR_BLOCK) * TAR_BLOCK
-        with writing(target):
-            target.write_bytes(opened.read_at(0, size) + bytes(2 * TAR_BLOCK))
-    return str(target)
-
-
 def _extrapolate(plan: CapturePlan, probe: Probe, settings: dict[str, Any]) -> StorePlan:
-    rejected = sum(part.rejected for part in probe.parts)
+    rejected = probe.rejects.total()
     seen = sum(part.samples for part in probe.parts) + rejected
+    copied = sum(part.samples + part.rejected for part in probe.parts)
     counted = _counted_samples(plan.shards)
     shard_bytes = estimated_bytes(plan.shards)
-    num_samples = counted if counted is not None else round(shard_bytes * seen / probe.shard_bytes)
+    num_samples = counted if counted is not None else round(shard_bytes * copied / max(1, probe.shard_bytes))
     cached = num_samples * (seen - rejected) / max(1, seen)
-    fixed = len(plan.shards) * sum(part.fixed_bytes for part in probe.parts) / len(probe.parts)
+    fixed = len(plan.shards) * sum(part.fixed_bytes for part in probe.parts) / max(1, len(probe.parts))
     each = probe.mean(lambda part: part.other_bytes + sum(part.array_bytes.values()))
     total = probe.store_bytes + fixed + cached * each
     path = plan.config.one_cache.path
@@ -221,6 +180,7 @@ def _extrapolate(plan: CapturePlan, probe: Probe, settings: dict[str, Any]) -> S
         targets=tuple(_targets(plan, probe, cached)),
         settings=settings,
         agreement=probe.agreement,
+        probed_rejects=dict(probe.rejects.most_common()),
     )
 
 
@@ -271,11 +231,6 @@ def _counted_samples(shards: Sequence[str]) -> int | None:
         return sum(counts[str(Path(shard))] for shard in shards)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _with(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The config with `section.key` set, checked as a whole."""
-    return overridden(config, [f"{key}={json.dumps(value)}" for key, value in settings.items()], where="plan")
 
 
 def _existing(path: Path) -> Path:

@@ -110,6 +110,6 @@ def test_every_imported_package_is_declared():
     files = [ROOT / "cli.py", *(ROOT / "cache").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")]
     declared = {
         canonicalize_name(requirement.name)
-        for requirement in _requirements("datasets", "emoji", "report", "tensorboard")
+        for requirement in _requirements("datasets", "emoji", "lmms-eval", "report", "tensorboard")
     }
     assert sorted(_imported(files) - declared) == []

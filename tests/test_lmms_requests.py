@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from benchmark_files import write_gqa, write_scienceqa
 from PIL import ExifTags, Image
 from small_experiment import picture
@@ -273,9 +272,3 @@ def test_the_entry_point_names_the_function_and_the_class_that_are_there():
     tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
     names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     assert names == {function, "AlignKD"}
-
-
-def test_without_a_gpu_answers_are_float32(experiment):
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is there")
-    assert how_to_ask(str(experiment.student), 1, None).dtype_for("") == "float32"

@@ -111,7 +111,7 @@ def test_every_imported_package_is_declared():
     declared = {
         canonicalize_name(requirement.name)
         for requirement in _requirements(
-            "datasets", "emoji", "executorch", "gguf", "llama-cpp", "report", "tensorboard"
+            "datasets", "emoji", "executorch", "gguf", "llama-cpp", "lmms-eval", "report", "tensorboard"
         )
     }
     assert sorted(_imported(files) - declared) == []

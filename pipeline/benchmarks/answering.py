@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from pipeline.config.config import DataConfig, EvaluateConfig
 from pipeline.data.conversation import TokenizedSample
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.preparation import Preparation, pad_tokens
-from pipeline.data.templates import IMAGE_TOKEN
+from pipeline.data.templates import IMAGE_TOKEN, Turn
 from pipeline.distill.join.memory import TensorCache
 from pipeline.errors import BadSample, PipelineError, building
 from pipeline.models.configuration import read_config
@@ -66,6 +66,18 @@ def _template_of(model: str) -> Any:
     return "chatml" if is_chatml(load_tokenizer(checkpoint_folder(model))) else "v1"
 
 
+NamedImage = tuple[str, bytes]  # two images of one name are the same
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Turns, the last of which is to be answered, and their images in order; `where` names it in errors."""
+
+    where: str
+    turns: Sequence[Turn]
+    images: Sequence[NamedImage]
+
+
 class Answerer:
     """A checkpoint that answers questions. Its weights are loaded when the first question is asked."""
 
@@ -77,7 +89,11 @@ class Answerer:
 
     def preparation(self, benchmark: Benchmark) -> Preparation:
         """Return how this benchmark's questions become tokens and pixels."""
-        aspect = {"image_aspect_ratio": "square"} if benchmark.crops else {}
+        return self.preparation_that(crops=benchmark.crops)
+
+    def preparation_that(self, *, crops: bool) -> Preparation:
+        """Return the preparation with the original's preprocessing for ScienceQA, or for all others."""
+        aspect = {"image_aspect_ratio": "square"} if crops else {}
         return load_preparation(self.model, self.data.model_copy(update=aspect))
 
     def identity(self, benchmark: Benchmark, preparation: Preparation) -> dict[str, Any]:
@@ -91,9 +107,19 @@ class Answerer:
         """Yield batches of questions with their answers, in the order of the questions."""
         if not questions:
             return
-        vlm, held = self._vlm(), TensorCache(FEATURE_CACHE_BYTES)
+        answer = self.asking(preparation, max_new_tokens=benchmark.max_new_tokens)
+        for start in range(0, len(questions), self.how.batch_size):
+            batch = questions[start : start + self.how.batch_size]
+            images = {question.image_id: question.image.read() for question in batch}
+            yield batch, answer([_asked(question, images[question.image_id]) for question in batch])
+
+    def asking(
+        self, preparation: Preparation, *, max_new_tokens: int
+    ) -> Callable[[Sequence[Prompt]], list[str]]:
+        """Return a function from a batch of prompts to their greedy answers; it holds features of images."""
+        vlm = self._vlm()
         settings = GenerationConfig(
-            max_new_tokens=benchmark.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             pad_token_id=preparation.pad_id,
@@ -101,9 +127,8 @@ class Answerer:
         )
         # Replaces the checkpoint's own, from which transformers takes whatever a call does not name.
         vlm.network.generation_config = settings
-        for start in range(0, len(questions), self.how.batch_size):
-            batch = questions[start : start + self.how.batch_size]
-            yield batch, _answer(vlm, preparation, batch, held, settings)
+        held = TensorCache(FEATURE_CACHE_BYTES)
+        return lambda prompts: _answer(vlm, preparation, prompts, held, settings)
 
     def _vlm(self) -> VisionLanguageModel:
         if self._loaded is None:
@@ -117,44 +142,52 @@ class Answerer:
 def _answer(
     vlm: VisionLanguageModel,
     preparation: Preparation,
-    questions: Sequence[BenchmarkQuestion],
+    asked: Sequence[Prompt],
     held: TensorCache,
     settings: GenerationConfig,
 ) -> list[str]:
     """Greedy answers to a batch, prompts padded on the left, so that each is followed by its answer."""
-    images = {question.image_id: question.image.read() for question in questions}
-    prompts = [prompt_of(preparation, question, images[question.image_id]) for question in questions]
+    prompts = [_tokenized(preparation, prompt) for prompt in asked]
     batch = pad_tokens(prompts, preparation.image_token_id, on_the_left=True)
     batch = {n: v.to(vlm.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
-    names = [question.image_id for question in questions]
+    images = [image for prompt in asked for image in prompt.images]
     sizes = [size for prompt in prompts for size in prompt.sizes]
-    features = _features(vlm, preparation, images, names, sizes, held)
+    features = _features(vlm, preparation, images, sizes, held) if images else None
     made = vlm.generate(batch, features, generation_config=settings)
     return [text.strip() for text in preparation.tokenizer.batch_decode(made, skip_special_tokens=True)]
 
 
-def prompt_of(preparation: Preparation, question: BenchmarkQuestion, image: bytes) -> TokenizedSample:
-    """Return the ids of a question with its image in front, as the original writes it."""
+def _asked(question: BenchmarkQuestion, image: bytes) -> Prompt:
+    """Return a question with its image in front, as the original writes it."""
     turns = [{"from": "human", "value": f"{IMAGE_TOKEN}\n{question.text}"}]
+    return Prompt(f"question {question.id} about {question.image_id}", turns, [(question.image_id, image)])
+
+
+def prompt_of(preparation: Preparation, question: BenchmarkQuestion, image: bytes) -> TokenizedSample:
+    """Return the ids of a question with its image."""
+    return _tokenized(preparation, _asked(question, image))
+
+
+def _tokenized(preparation: Preparation, prompt: Prompt) -> TokenizedSample:
     try:
-        return preparation.prompt(turns, preparation.sizes_of([image]))
+        return preparation.prompt(prompt.turns, preparation.sizes_of([data for _, data in prompt.images]))
     except BadSample as error:
-        raise PipelineError(f"question {question.id} about {question.image_id}: {error.reason}") from error
+        raise PipelineError(f"{prompt.where}: {error.reason}") from error
 
 
 @torch.no_grad()
 def _features(
     vlm: VisionLanguageModel,
     preparation: Preparation,
-    images: dict[str, bytes],
-    names: Sequence[str],
+    images: Sequence[NamedImage],
     sizes: Sequence[int],
     held: TensorCache,
 ) -> ImageFeatures:
-    """The features of the questions' images. The tower runs once for each distinct image, where it can be split."""
+    """The features of the prompts' images. The tower runs once for each distinct image, where it can be split."""
+    names, files = [name for name, _ in images], dict(images)
 
     def pixels(wanted: Sequence[str]) -> list[Any]:
-        return [preparation.preprocess(images[name]) for name in wanted]
+        return [preparation.preprocess(files[name]) for name in wanted]
 
     try:
         if not vlm.splits_tower:
@@ -162,6 +195,6 @@ def _features(
         patches = held.stack(names, lambda fresh: vlm.patch_features(pixels(fresh)))
     except BadSample as error:
         raise PipelineError(
-            f"an image of {', '.join(sorted(images))}: {error.reason}; download it again"
+            f"an image of {', '.join(sorted(files))}: {error.reason}; download it again"
         ) from error
     return vlm.encode((), sizes, patch_features=patches)

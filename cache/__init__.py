@@ -58,7 +58,7 @@ from cache.write.scratch import sweep_dead, sweep_old
 from cache.write.taken_keys import TakenKeys
 from cache.write.writer import StoreWriter
 
-# The client of the Hub would ask its server by which agents a program may be run, and tell it which one runs this.
+# The client of the Hub would otherwise send what it is used by; nothing here reports home.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __all__ = [

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipeline.distill.parts import build_distiller, load_student, open_dataset
     from pipeline.errors import ConfigError, JoinError, PipelineError
 
-# The client of the Hub would ask its server by which agents a program may be run, and tell it which one runs this.
+# The client of the Hub would otherwise send what it is used by; nothing here reports home.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __all__ = [

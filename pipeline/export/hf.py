@@ -17,6 +17,19 @@ from pipeline.models.loading import load_network
 from pipeline.models.mobilevlm import MobileVLMConfig
 
 BIN = "pytorch_model.bin"
+# As published: the original code's AutoTokenizer finds no other sign of which tokenizer it is.
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER = {
+    "tokenizer_class": "LlamaTokenizer",
+    "legacy": True,
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<unk>",
+    "padding_side": "right",
+}
 DTYPES = {"source": "auto", "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -76,6 +89,9 @@ def _as_published(folder: Path, source: Source, say: Callable[[str], None]) -> N
         "mm_hidden_size": source.config.tower.hidden_size,
     }
     file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    if (folder / "tokenizer.model").is_file() and not (folder / TOKENIZER_CONFIG).exists():
+        about = TOKENIZER | {"model_max_length": source.config.max_position_embeddings}
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(about, indent=2) + "\n")
     if not fields.get("mm_vision_tower"):
         say(
             f"{file}: mm_vision_tower names no CLIP checkpoint; the original code builds its tower from the name, so "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from pipeline.errors import PipelineError, reason_of
 
 T = TypeVar("T", dict, list)
 NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(-\w+)?$")
+SPLITS = frozenset(("train", "val", "validation", "test", "testdev", "dev", "challenge", "submission"))
 
 
 class MissingFile(PipelineError):  # noqa: N818 - it names what is missing
@@ -72,6 +75,29 @@ def field_of(row: Mapping[str, Any], name: str, *, where: str) -> Any:
         ) from None
 
 
+def text_of(row: Mapping[str, Any], name: str, *, where: str) -> str:
+    """Return a field of an annotation that is a text or a number, as text. Raises `PipelineError` for another."""
+    value = field_of(row, name, where=where)
+    if not isinstance(value, str | int | float):
+        raise _other(name, value, "a text", where)
+    return str(value)
+
+
+def list_of(row: Mapping[str, Any], name: str, *, where: str) -> list[Any]:
+    """Return a field of an annotation that is a list. Raises `PipelineError` for another."""
+    value = field_of(row, name, where=where)
+    if not isinstance(value, list):
+        raise _other(name, value, "a list", where)
+    return value
+
+
+def _other(name: str, value: Any, wanted: str, where: str) -> PipelineError:
+    there = "nothing" if value is None else NAMES.get(type(value), type(value).__name__)
+    return PipelineError(
+        f"{where}: {name!r} holds {there}, where the published file holds {wanted}; download it again"
+    )
+
+
 def image_file(folder: Path, name: str, *, get: str) -> ImageFile:
     """Return the place of an image file, which must be there and inside the folder."""
     path = folder / name
@@ -91,13 +117,32 @@ def parquet_files(folder: Path, split: str, *, subset: str = "") -> list[Path]:
     of_split = [
         f for f in every if f.stem == split or f.name.startswith(f"{split}-") or f.parent.name == split
     ]
-    chosen = of_split or (every if len(every) == 1 else [])
+    chosen = of_split or [file for file in every if len(every) == 1 and not _names_a_split(file)]
     of_subset = [
         file
         for file in chosen
         if subset and any(p.startswith(subset) for p in file.relative_to(folder).parts)
     ]
+    _check_shards(of_subset or chosen)
     return of_subset or chosen
+
+
+def _names_a_split(file: Path) -> bool:
+    return bool({file.stem.split("-")[0], file.parent.name} & SPLITS)
+
+
+def _check_shards(files: Sequence[Path]) -> None:
+    """Raise `MissingFile` unless all files of a split are there, which their names number."""
+    held: dict[tuple[Path, str, int], set[int]] = {}
+    for file in files:
+        if named := SHARD.match(file.stem):
+            held.setdefault((file.parent, named[1], int(named[3])), set()).add(int(named[2]))
+    for (folder, split, total), numbers in held.items():
+        if absent := sorted(set(range(total)) - numbers):
+            raise MissingFile(
+                f"{folder}: {split}-{absent[0]:05}-of-{total:05}.parquet is missing, {len(absent)} of {total} files "
+                "are; download the rest of the split"
+            )
 
 
 def columns_of(file: Path) -> set[str]:
@@ -107,20 +152,23 @@ def columns_of(file: Path) -> set[str]:
 
 
 def parquet_rows(
-    files: Sequence[Path], columns: Sequence[str], *, optional: Sequence[str] = ()
+    files: Sequence[Path], columns: Sequence[str], *, image: str | None = "image"
 ) -> Iterator[tuple[dict[str, Any], ParquetImage]]:
-    """Yield the rows of Parquet files without their images, and the place of each row's image."""
+    """Yield the rows of Parquet files without their images, and the place of each row's image.
+
+    Raises `PipelineError` for a file without these columns or that of the images.
+    """
+    needed = {*columns, *([image] if image else [])}
     for file in files:
         with _opened(file) as parquet:
             names = set(parquet.schema_arrow.names)
-            if absent := sorted(set(columns) - names):
+            if absent := sorted(needed - names):
                 raise PipelineError(
                     f"{file}: no column {', '.join(absent)}, only {', '.join(sorted(names))}; use the published file"
                 )
-            wanted = [*columns, *(name for name in optional if name in names)]
             for group in range(parquet.num_row_groups):
                 with reading_parquet(file):
-                    rows = parquet.read_row_group(group, columns=wanted, use_threads=False).to_pylist()
+                    rows = parquet.read_row_group(group, columns=list(columns), use_threads=False).to_pylist()
                 for number, row in enumerate(rows):
                     yield row, ParquetImage(file, group, number)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from pipeline.benchmarks.benchmark import SHORT_ANSWER, Answered, Benchmark, BenchmarkQuestion, MeanScore
 from pipeline.benchmarks.files import (
     columns_of,
-    field_of,
     find,
     found,
     image_file,
     parquet_files,
     parquet_rows,
     read_json,
+    text_of,
 )
 from pipeline.benchmarks.places import ParquetImage
 from pipeline.errors import PipelineError
@@ -37,8 +37,9 @@ def _read_official(folder: Path) -> list[BenchmarkQuestion]:
     questions: list[BenchmarkQuestion] = []
     for number, entry in read_json(file, dict).items():
         where = f"{file}, question {number}"
-        image = str(field_of(entry, "imageId", where=where))
-        text, answer = (str(field_of(entry, name, where=where)) for name in ("question", "answer"))
+        image, text, answer = (
+            text_of(entry, name, where=where) for name in ("imageId", "question", "answer")
+        )
         place = image_file(images, f"{image}.jpg", get=GET)
         questions.append(BenchmarkQuestion(number, text + SHORT_ANSWER, place, image, answer))
     return questions
@@ -48,15 +49,16 @@ def _read_parquet(folder: Path) -> list[BenchmarkQuestion]:
     files = parquet_files(folder, "testdev", subset="testdev_balanced")
     asked = [file for file in files if "question" in columns_of(file)]
     shown = [file for file in files if file not in asked]
-    places: dict[str, ParquetImage] = {row["id"]: place for row, place in parquet_rows(shown, ["id"])}
+    places: dict[str, ParquetImage] = {str(row["id"]): place for row, place in parquet_rows(shown, ["id"])}
     order = {image: number for number, image in enumerate(places)}
     questions: list[BenchmarkQuestion] = []
-    for row, _ in parquet_rows(asked, ["id", "imageId", "question", "answer"]):
-        image = row["imageId"]
+    for row, place in parquet_rows(asked, ["id", "imageId", "question", "answer"], image=None):
+        name, image, question, answer = (
+            text_of(row, column, where=str(place.path)) for column in ("id", "imageId", "question", "answer")
+        )
         if image not in places:
-            raise PipelineError(f"{folder}: no Parquet file holds the image {image} of {row['id']}; {GET}")
-        text = row["question"] + SHORT_ANSWER
-        questions.append(BenchmarkQuestion(str(row["id"]), text, places[image], image, row["answer"]))
+            raise PipelineError(f"{folder}: no Parquet file holds the image {image} of {name}; {GET}")
+        questions.append(BenchmarkQuestion(name, question + SHORT_ANSWER, places[image], image, answer))
     return sorted(questions, key=lambda question: order[question.image_id])  # each row group is read once
 
 

@@ -22,7 +22,7 @@ from pipeline.benchmarks.benchmark import (
     Totals,
     ratio,
 )
-from pipeline.benchmarks.files import MissingFile, parquet_files, parquet_rows
+from pipeline.benchmarks.files import MissingFile, parquet_files, parquet_rows, text_of
 from pipeline.benchmarks.places import TableImage
 from pipeline.errors import PipelineError, reason_of
 
@@ -35,8 +35,14 @@ LETTERS = "ABCD"
 ROTATION = 1_000_000  # a rotation's index is that of its question plus a multiple of this
 MAX_FIELD = 64 * 2**20
 LONGEST_REFERENCE = 64  # characters: a shorter image field names the row that holds the image
-# What pandas reads as missing, with which the original reads the table.
-ABSENT = {*("", "#n/a", "n/a", "na", "null", "nan", "none", "<na>", "#na", "-nan", "1.#ind", "1.#qnan"), None}
+# What pandas reads as missing, with which the original reads the table; "Na", sodium, is none of these.
+ABSENT = frozenset(
+    (
+        *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+        *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+    )
+)
+ABSENT_IN_ANY_CASE = ("nan", "none")  # the original's own test
 MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 ANSWER_IS = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
 LAST_WORDS = 5
@@ -83,6 +89,9 @@ def _rows(table: Path) -> Iterator[tuple[dict[str, str], int, int, dict[str, int
                 raise PipelineError(f"{table}: no column {', '.join(sorted(absent))}; {GET}")
             start = lines.position
             for cells in reader:
+                if not cells:  # a blank line
+                    start = lines.position
+                    continue
                 if len(cells) != len(columns):
                     raise PipelineError(
                         f"{table}: a row of {len(cells)} cells at byte {start}; download it again"
@@ -105,8 +114,9 @@ class _Lines:
 
     def __next__(self) -> str:
         line: bytes = next(self.file)
+        text = line.decode("utf-8" if self.position else "utf-8-sig")
         self.position += len(line)
-        return line.decode()
+        return text
 
 
 def _question(row: Mapping[str, Any], place: ImagePlace, image_id: str, where: str) -> BenchmarkQuestion:
@@ -124,7 +134,7 @@ def _question(row: Mapping[str, Any], place: ImagePlace, image_id: str, where: s
     number = _index(row["index"], where)
     return BenchmarkQuestion(
         str(number),
-        hint + "\n".join([str(row["question"]), *lines]) + LETTER_ANSWER,
+        hint + "\n".join([text_of(row, "question", where=where), *lines]) + LETTER_ANSWER,
         place,
         image_id,
         answer,
@@ -141,12 +151,12 @@ def _unit(index: Any, where: str) -> str:
 def _index(value: Any, where: str) -> int:
     try:
         return int(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise PipelineError(f"{where}: the index {value!r} is no number; download the table again") from None
 
 
 def _is_absent(value: Any) -> bool:
-    return value is None or str(value).lower() in ABSENT
+    return value is None or str(value) in ABSENT or str(value).lower() in ABSENT_IN_ANY_CASE
 
 
 def chosen(answer: str, options: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from pipeline.benchmarks.benchmark import (
     Totals,
     ratio,
 )
-from pipeline.benchmarks.files import MissingFile, find, parquet_files, parquet_rows
+from pipeline.benchmarks.files import MissingFile, find, parquet_files, parquet_rows, text_of
 from pipeline.benchmarks.places import ImageFile
 from pipeline.errors import PipelineError, reason_of
 
@@ -61,11 +61,13 @@ def read_mme(folder: Path) -> list[BenchmarkQuestion]:
 
 def _read_parquet(files: Sequence[Path]) -> list[BenchmarkQuestion]:
     columns = ["question_id", "question", "answer", "category"]
-    rows = [(row, place) for row, place in parquet_rows(files, columns) if row["category"] in PERCEPTION]
-    return [
-        _question(row["category"], row["question_id"], row["question"], row["answer"], place, str(place.path))
-        for row, place in rows
-    ]
+    questions: list[BenchmarkQuestion] = []
+    for row, place in parquet_rows(files, columns):
+        where = str(place.path)
+        name, text, answer, task = (text_of(row, column, where=where) for column in columns)
+        if task in PERCEPTION:
+            questions.append(_question(task, name, text, answer, place, where))
+    return questions
 
 
 def _read_tree(folder: Path) -> list[BenchmarkQuestion]:
@@ -101,7 +103,7 @@ def _image_beside(images: Path, stem: str) -> ImageFile:
 def _lines_of(file: Path) -> list[tuple[str, str]]:
     """Return the questions and answers of a file, a tab between them."""
     try:
-        rows = [line.strip().split("\t") for line in file.read_text("utf-8").splitlines() if line.strip()]
+        rows = [line.strip().split("\t") for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
         return [(question, answer) for question, answer in rows]
     except ValueError as error:
         raise PipelineError(

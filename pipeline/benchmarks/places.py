@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,9 +113,10 @@ class TableImage:
         with open(self.path, "rb") as file:
             file.seek(self.start)
             line = file.read(self.length).decode()
-        [row] = csv.reader(line.splitlines(keepends=True), delimiter="\t")
+        # Lines end as the reader of the table ends them: U+2028 and others are no end.
+        row = next(csv.reader(io.StringIO(line, newline="\n"), delimiter="\t"))
         try:
-            return base64.b64decode(row[self.column], validate=True)
+            return base64.b64decode("".join(row[self.column].split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise PipelineError(
                 f"{self.path}: the row at byte {self.start} holds no base64 image ({error}); download it again"

@@ -18,13 +18,13 @@ from pipeline.benchmarks.benchmark import (
     ratio,
 )
 from pipeline.benchmarks.files import (
-    field_of,
     find,
     found,
     image_file,
     parquet_files,
     parquet_rows,
     read_lines,
+    text_of,
 )
 from pipeline.errors import PipelineError
 
@@ -44,9 +44,11 @@ def read_pope(folder: Path) -> list[BenchmarkQuestion]:
     questions: list[BenchmarkQuestion] = []
     for split in SPLITS:
         file = found(folder, f"coco_pope_{split}.json", get=GET)
-        for number, row in enumerate(read_lines(file)):  # question_id begins anew in each split
+        if not (rows := read_lines(file)):
+            raise PipelineError(f"{file} holds no question; download it again")
+        for number, row in enumerate(rows):  # question_id begins anew in each split
             where = f"{file}, line {number + 1}"
-            image, text, label = (str(field_of(row, n, where=where)) for n in ("image", "text", "label"))
+            image, text, label = (text_of(row, n, where=where) for n in ("image", "text", "label"))
             place = image_file(images, image, get=GET)
             questions.append(_question(f"{split}/{number}", text, place, image, label, split, where))
     return questions
@@ -54,18 +56,12 @@ def read_pope(folder: Path) -> list[BenchmarkQuestion]:
 
 def _read_parquet(files: Sequence[Path]) -> list[BenchmarkQuestion]:
     columns = ["question", "answer", "image_source", "category"]
-    return [
-        _question(
-            f"{row['category']}/{number}",
-            row["question"].strip(),
-            place,
-            row["image_source"],
-            row["answer"],
-            row["category"],
-            f"{place.path}, row {number}",
-        )
-        for number, (row, place) in enumerate(parquet_rows(files, columns))
-    ]
+    questions: list[BenchmarkQuestion] = []
+    for number, (row, place) in enumerate(parquet_rows(files, columns)):
+        where = f"{place.path}, row {number}"
+        text, label, image, split = (text_of(row, name, where=where) for name in columns)
+        questions.append(_question(f"{split}/{number}", text.strip(), place, image, label, split, where))
+    return questions
 
 
 def _question(

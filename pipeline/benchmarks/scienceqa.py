@@ -20,13 +20,18 @@ from pipeline.benchmarks.files import (
     find,
     found,
     image_file,
+    list_of,
     parquet_files,
     parquet_rows,
     read_json,
+    text_of,
 )
 from pipeline.errors import PipelineError
 
 OPTIONS = "ABCDE"
+REFERENCE = re.compile(
+    r"(?:The answer is )?([A-E])\.?"
+)  # LLaVA's script that makes its file writes sentences
 ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
 GET = (
     "put problems.json, pid_splits.json and images/test/ there, from data/scienceqa of "
@@ -49,9 +54,10 @@ def read_scienceqa(folder: Path) -> list[BenchmarkQuestion]:
     questions: list[BenchmarkQuestion] = []
     for number in field_of(read_json(file, dict), "test", where=str(file)):
         row = field_of(problems, number, where=f"{folder}, problems.json")
-        if row.get("image"):
+        where = f"{folder}, problem {number}"
+        if field_of(row, "image", where=where):
             place = image_file(images, f"{number}/{row['image']}", get=GET)
-            questions.append(_from_problem(number, row, place, f"{folder}, problem {number}"))
+            questions.append(_from_problem(number, row, place, where))
     return questions
 
 
@@ -59,12 +65,18 @@ def _read_llava(file: Path, folder: Path) -> list[BenchmarkQuestion]:
     images = _images(folder)
     questions: list[BenchmarkQuestion] = []
     for number, row in enumerate(read_json(file, list)):
-        if "image" not in row:
-            continue
         where = f"{file}, entry {number}"
-        turns = [field_of(turn, "value", where=where) for turn in field_of(row, "conversations", where=where)]
-        text, place = turns[0].replace("<image>", "").strip(), image_file(images, row["image"], get=GET)
-        questions.append(_question(str(field_of(row, "id", where=where)), text, place, turns[1], where))
+        name = text_of(row, "id", where=where)
+        if not row.get("image"):
+            continue
+        turns = [text_of(turn, "value", where=where) for turn in list_of(row, "conversations", where=where)]
+        if len(turns) < 2:
+            raise PipelineError(
+                f"{where}: {len(turns)} turns, no question with an answer; use the published file"
+            )
+        text, place = turns[0].replace("<image>", "").strip(), image_file(images, str(row["image"]), get=GET)
+        letter = REFERENCE.fullmatch(turns[1].strip())
+        questions.append(_question(name, text, place, letter[1] if letter else turns[1], where))
     return questions
 
 
@@ -81,9 +93,8 @@ def _images(folder: Path) -> Path:
 
 
 def _from_problem(number: str, row: Mapping[str, Any], place: ImagePlace, where: str) -> BenchmarkQuestion:
-    question, choices, answer = (
-        field_of(row, name, where=where) for name in ("question", "choices", "answer")
-    )
+    question, choices = text_of(row, "question", where=where), list_of(row, "choices", where=where)
+    answer = field_of(row, "answer", where=where)
     if not isinstance(answer, int) or not 0 <= answer < len(choices) <= len(OPTIONS):
         raise PipelineError(f"{where}: answer {answer!r} of {len(choices)} choices; use the published file")
     context = f"Context: {row['hint']}\n" if row.get("hint") else ""

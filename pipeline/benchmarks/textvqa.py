@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,14 +10,15 @@ from typing import Any
 
 from pipeline.benchmarks.benchmark import SHORT_ANSWER, Answered, Benchmark, BenchmarkQuestion, MeanScore
 from pipeline.benchmarks.files import (
-    field_of,
     find,
     found,
     image_file,
+    list_of,
     parquet_files,
     parquet_rows,
     read_json,
     read_lines,
+    text_of,
 )
 from pipeline.benchmarks.vqa_answers import vqa_accuracy
 from pipeline.errors import PipelineError
@@ -40,15 +41,14 @@ def read_textvqa(folder: Path, *, with_ocr: bool) -> list[BenchmarkQuestion]:
         return _read_parquet(files, with_ocr)
     file = found(folder, ANNOTATIONS, get=GET)
     images = found(folder, "train_images", get=GET)
-    tokens = _ocr_texts(folder) if with_ocr else {}
+    prompt = _prompts_with_ocr(folder) if with_ocr else lambda image, question: _prompt(question, None)
     questions: list[BenchmarkQuestion] = []
-    for number, row in enumerate(field_of(read_json(file, dict), "data", where=str(file))):
+    for number, row in enumerate(list_of(read_json(file, dict), "data", where=str(file))):
         where = f"{file}, entry {number}"
-        image, text = (str(field_of(row, name, where=where)) for name in ("image_id", "question"))
-        ocr = _tokens_for(tokens, image, text, folder) if with_ocr else None
+        image, text = (text_of(row, name, where=where) for name in ("image_id", "question"))
         place = image_file(images, f"{image}.jpg", get=GET)
         name = str(row.get("question_id", number))
-        questions.append(BenchmarkQuestion(name, _prompt(text, ocr), place, image, _answers(row, where)))
+        questions.append(BenchmarkQuestion(name, prompt(image, text), place, image, _answers(row, where)))
     return questions
 
 
@@ -56,10 +56,12 @@ def _read_parquet(files: Sequence[Path], with_ocr: bool) -> list[BenchmarkQuesti
     columns = ["image_id", "question_id", "question", "answers", *(["ocr_tokens"] if with_ocr else [])]
     questions: list[BenchmarkQuestion] = []
     for number, (row, place) in enumerate(parquet_rows(files, columns)):
-        ocr = ", ".join(row["ocr_tokens"]) if with_ocr else None
-        answers = _answers(row, f"{place.path}, row {number}")
-        text = _prompt(row["question"], ocr)
-        questions.append(BenchmarkQuestion(str(row["question_id"]), text, place, row["image_id"], answers))
+        where = f"{place.path}, row {number}"
+        name, image, question = (
+            text_of(row, column, where=where) for column in ("question_id", "image_id", "question")
+        )
+        text = _prompt(question, _tokens(row, where) if with_ocr else None)
+        questions.append(BenchmarkQuestion(name, text, place, image, _answers(row, where)))
     return questions
 
 
@@ -68,7 +70,7 @@ def _prompt(question: str, ocr: str | None) -> str:
 
 
 def _answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    answers = tuple(map(str, field_of(row, "answers", where=where) or ()))
+    answers = tuple(map(str, list_of(row, "answers", where=where)))
     if len(answers) != NUM_ANSWERS:
         raise PipelineError(
             f"{where}: {len(answers)} answers, where TextVQA has ten; use the validation split"
@@ -76,33 +78,36 @@ def _answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return answers
 
 
-def _ocr_texts(folder: Path) -> dict[Key, str]:
-    """Return (image, question in lower case) -> OCR tokens as LLaVA's prompts hold them; '' is any question."""
+def _tokens(row: Mapping[str, Any], where: str) -> str:
+    return ", ".join(map(str, list_of(row, "ocr_tokens", where=where)))
+
+
+def _prompts_with_ocr(folder: Path) -> Callable[[str, str], str]:
+    """Return what gives (image, question) a prompt: LLaVA's own, letter by letter, or one made of the OCR tokens."""
     if (file := find(folder, PROMPTS)) is not None:
-        return dict(_of_prompt(row, f"{file}, line {n}") for n, row in enumerate(read_lines(file), start=1))
-    file = found(folder, OCR, get=GET)
-    rows = field_of(read_json(file, dict), "data", where=str(file))
-    return {
-        (str(field_of(row, "image_id", where=str(file))), ""): ", ".join(
-            field_of(row, "ocr_tokens", where=str(file))
+        prompts = dict(
+            _of_prompt(row, f"{file}, line {n}") for n, row in enumerate(read_lines(file), start=1)
         )
-        for row in rows
-    }
+        return lambda image, question: _known(prompts, (image, question.lower()), folder, image, question)
+    file = found(folder, OCR, get=GET)
+    rows = list_of(read_json(file, dict), "data", where=str(file))
+    tokens = {text_of(row, "image_id", where=str(file)): _tokens(row, str(file)) for row in rows}
+    return lambda image, question: _prompt(question, _known(tokens, image, folder, image, question))
 
 
 def _of_prompt(row: Mapping[str, Any], where: str) -> tuple[Key, str]:
-    lines = str(field_of(row, "text", where=where)).split("\n")
+    """Return (image, question in lower case), by which LLaVA's scorer finds a question, and its prompt."""
+    text, image = (text_of(row, name, where=where) for name in ("text", "question_id"))
+    lines = text.split("\n")
     if len(lines) != 3 or not lines[1].startswith("Reference OCR token: "):
         raise PipelineError(f"{where}: no question, OCR tokens and suffix in three lines; use LLaVA's file")
-    image = str(field_of(row, "question_id", where=where))
-    return (image, lines[0].lower()), lines[1].removeprefix("Reference OCR token: ")
+    return (image, lines[0].lower()), text
 
 
-def _tokens_for(tokens: Mapping[Key, str], image: str, question: str, folder: Path) -> str:
-    for key in ((image, question.lower()), (image, "")):
-        if key in tokens:
-            return tokens[key]
-    raise PipelineError(f"{folder}: no OCR tokens for the question {question!r} about {image}; {GET}")
+def _known(texts: Mapping[Any, str], key: Any, folder: Path, image: str, question: str) -> str:
+    if key not in texts:
+        raise PipelineError(f"{folder}: no OCR tokens for the question {question!r} about {image}; {GET}")
+    return texts[key]
 
 
 def score_textvqa(answered: Answered) -> float:

@@ -54,7 +54,9 @@ def test_the_old_layout_is_one_file_of_floats_that_holds_the_same_tensors(tmp_pa
     assert Source.of(str(old)).digest == Source.of(str(tmp_path / "new")).digest
     assert (old / "tokenizer.model").is_file()
     about = json.loads((old / "tokenizer_config.json").read_text())
-    assert about["tokenizer_class"] == "LlamaTokenizer" and about["model_max_length"] == 1024 and about["legacy"]
+    assert (
+        about["tokenizer_class"] == "LlamaTokenizer" and about["model_max_length"] == 1024 and about["legacy"]
+    )
 
 
 @pytest.mark.parametrize("family", ["llava", "smolvlm", "qwen2_5_vl"])

@@ -57,6 +57,14 @@ def briefly(monkeypatch):
 
 
 @pytest.fixture
+def small_splits(briefly, monkeypatch):
+    """Takes the splits of `write_all` for the published ones."""
+    sizes = {"gqa": 3, "scienceqa": 2, "textvqa": 3, "textvqa-no-ocr": 3, "pope": 6, "mme": 20, "mmbench": 5}
+    for name, size in sizes.items():
+        monkeypatch.setitem(BENCHMARKS, name, replace(BENCHMARKS[name], num_questions=(size,)))
+
+
+@pytest.fixture
 def alignkd(capsys):
     """Runs the command line in this process: (exit code, stdout, stderr)."""
 
@@ -303,9 +311,13 @@ def test_a_sample_holds_whole_units_of_each_group_whatever_their_order():
 # Scores
 
 
-def made_score(name: str, right: list[bool], *, num_all: int | None = None) -> BenchmarkScore:
+def made_score(
+    name: str, right: list[bool], *, num_all: int | None = None, published: int | None = None
+) -> BenchmarkScore:
     """A score of GQA's kind under the name of any benchmark: one question an image."""
-    benchmark = replace(BENCHMARKS["gqa"], name=name, average_divisor=BENCHMARKS[name].average_divisor)
+    row = BENCHMARKS[name]
+    benchmark = replace(BENCHMARKS["gqa"], name=name, title=row.title, average_divisor=row.average_divisor)
+    benchmark = replace(benchmark, num_questions=(published or num_all or len(right),))
     answers = [Answered(question(str(n)), "yes" if hit else "no") for n, hit in enumerate(right)]
     return score_of(benchmark, answers, num_all=num_all or len(right))
 
@@ -344,7 +356,7 @@ def test_a_subset_has_no_average_and_says_what_is_missing():
     suite = made_suite("a", dict.fromkeys(SIX[:5], 20))
     assert suite.average is None and suite.missing == ["MMB-dev"]
     text = suite_text([suite])
-    assert "no average: it is the mean of all six complete benchmarks; missing: MMB-dev" in text
+    assert "no average: it is the mean of all six whole published splits; missing: MMB-dev" in text
     assert text.splitlines()[2].split()[-2:] == ["-", "-"]
     assert suite_json([suite])["models"]["a"]["average"] is None
 
@@ -356,6 +368,24 @@ def test_a_sample_is_marked_and_keeps_the_average_away():
     assert suite.average is None and suite.missing == ["POPE (a sample)"]
     text = suite_text([suite])
     assert "50.0*" in text and "sample of 2 from 8,910" in text
+
+
+def test_files_of_another_number_of_questions_keep_the_average_away():
+    scores = dict(made_suite("a", dict.fromkeys(SIX, 20)).scores)
+    for published in (39, 41):  # more than the published ones are not the split either
+        scores["gqa"] = made_score("gqa", [True] * 40, published=published)
+        suite = SuiteScores("a", scores)
+        assert suite.average is None and suite.missing == ["GQA (not the published split)"]
+        assert "average" not in differences(suite, suite)
+        notes = suite_text([suite]).splitlines()
+        assert (
+            f"GQA: 40 questions in these files, {published} are published; the number is not comparable"
+            in notes
+        )
+        assert (
+            "no average: it is the mean of all six whole published splits; missing: GQA (not the published split)"
+            in notes
+        )
 
 
 def test_the_difference_of_two_models_is_paired():
@@ -388,7 +418,7 @@ def test_models_that_answered_other_questions_are_not_compared():
 # The command line
 
 
-def test_the_suite_prints_the_papers_table_for_two_models(experiment, tmp_path, briefly, alignkd):
+def test_the_suite_prints_the_papers_table_for_two_models(experiment, tmp_path, small_splits, alignkd):
     write_all(tmp_path)
     line = ["evaluate", "--suite", "align-kd", "--data", tmp_path, "--output", tmp_path / "out"]
     line += ["--model", experiment.teacher, "--model", experiment.student]
@@ -402,8 +432,7 @@ def test_the_suite_prints_the_papers_table_for_two_models(experiment, tmp_path, 
         "teacher minus student",
         "TextVQA, no OCR",
         "Align-KD (CVPR 2025)",
-        "GQA: 3 questions in these files, 12,578 are published",
-        "Avg: not comparable with published averages",
+        "Avg mean of the six, MME / 20",
     ):
         assert words in " ".join(out.split()), out
     found = json.loads(alignkd(*line, "--json")[1])
@@ -415,7 +444,7 @@ def test_the_suite_prints_the_papers_table_for_two_models(experiment, tmp_path, 
 
 
 def test_the_answers_of_the_suite_are_scored_as_they_stand_in_the_file(
-    experiment, tmp_path, briefly, alignkd
+    experiment, tmp_path, small_splits, alignkd
 ):
     """Right answers put into the files by hand give full scores: 100 each, and MME 2000."""
     write_all(tmp_path)

@@ -67,6 +67,13 @@ class BenchmarkScore:
         """Whether the files hold as many questions as the published split."""
         return self.num_all in self.benchmark.num_questions
 
+    @property
+    def lacks(self) -> str:
+        """Why the score is not that of the whole published split, empty if it is."""
+        if self.is_sample:
+            return "a sample"
+        return "" if self.is_published else "not the published split"
+
     def to_json(self) -> dict[str, Any]:
         return {
             **self.headline.to_json(),
@@ -118,18 +125,14 @@ class SuiteScores:
 
     @property
     def missing(self) -> list[str]:
-        """What keeps the average from being the paper's: absent benchmarks, and those of which a sample was asked."""
+        """What keeps the average from being the paper's: benchmarks that are absent, or not asked as published."""
         absent = [row.title for row in AVERAGED if row.name not in self.scores]
-        samples = [
-            f"{row.title} (a sample)"
-            for row in AVERAGED
-            if row.name in self.scores and self.scores[row.name].is_sample
-        ]
-        return absent + samples
+        there = [self.scores[row.name] for row in AVERAGED if row.name in self.scores]
+        return absent + [f"{score.benchmark.title} ({score.lacks})" for score in there if score.lacks]
 
     @property
     def average(self) -> Interval | None:
-        """The mean of all six benchmarks, with MME / 20; None unless all are complete."""
+        """The mean of all six benchmarks, with MME / 20; None unless all are whole published splits."""
         if self.missing:
             return None
         return Interval.of(self._mean(lambda s: s.headline.value), self._resampled)

@@ -70,7 +70,7 @@ def _notes(models: Sequence[SuiteScores]) -> str:
     notes = [f"published rows: {source}" for source in dict.fromkeys(paper.source for paper in PAPER)]
     if missing := models[0].missing:
         notes.append(
-            f"no average: it is the mean of all six complete benchmarks; missing: {', '.join(missing)}"
+            f"no average: it is the mean of all six whole published splits; missing: {', '.join(missing)}"
         )
     scores = models[0].scores.values()
     if any(score.is_sample for score in scores):
@@ -81,10 +81,6 @@ def _notes(models: Sequence[SuiteScores]) -> str:
         for score in scores
         if not score.is_published
     ]
-    if models[0].average and not all(models[0].scores[row.name].is_published for row in AVERAGED):
-        notes.append(
-            "Avg: not comparable with published averages, since not all files hold the published split"
-        )
     if any(score.measures.get("rotations") == 1 for score in scores):
         notes.append("MMB-dev: the file holds no rotations, so that circular accuracy is plain accuracy")
     return "\n".join(notes)

@@ -39,7 +39,7 @@ def _paper_table(models: Sequence[SuiteScores], names: Sequence[str]) -> str:
 def _cell(score: BenchmarkScore | None) -> str:
     if score is None:
         return NONE
-    return f"{score.headline.value:.1f}{'*' if score.is_sample else ''}"
+    return f"{score.headline.value:.1f}{'*' if score.lacks else ''}"
 
 
 def _interval_table(models: Sequence[SuiteScores], names: Sequence[str]) -> str:
@@ -73,11 +73,13 @@ def _notes(models: Sequence[SuiteScores]) -> str:
             f"no average: it is the mean of all six whole published splits; missing: {', '.join(missing)}"
         )
     scores = models[0].scores.values()
-    if any(score.is_sample for score in scores):
-        notes.append("* a sample of the questions: not comparable with published numbers")
+    if any(score.lacks for score in scores):
+        notes.append(
+            "* not all questions of the published split, or others: not comparable with published numbers"
+        )
     notes += [
         f"{score.benchmark.title}: {score.num_all:,} questions in these files, "
-        f"{' or '.join(f'{n:,}' for n in score.benchmark.num_questions)} are published; the number is not comparable"
+        f"{' or '.join(f'{n:,}' for n in score.benchmark.num_questions)} are published"
         for score in scores
         if not score.is_published
     ]

@@ -88,7 +88,7 @@ def _evaluate_suite(
     names = list(models or ([settings.teacher.model] if settings else []))
     if len(names) not in (1, 2) or len(set(names)) < len(names):
         raise typer.BadParameter("--suite needs one --model, or two different ones to compare")
-    chosen = chosen_benchmarks(suite, only.split(",") if only else [])
+    chosen = chosen_benchmarks(suite, [name.strip() for name in only.split(",")] if only else [])
     asked = read_suite(data, chosen, limit=limit, must_all=only is not None, say=say)
     folder = output or (Path(settings.output_dir) / "benchmarks" if settings else BENCHMARK_OUTPUT)
     try:

@@ -32,8 +32,19 @@ def written_before(
         raise ConfigError(
             f"{path} holds another export ({found}); name another folder, or --overwrite to replace it"
         )
+    if not _is_whole(path, mark, names):
+        raise PipelineError(f"{path / MARK} is damaged; export again with --overwrite")
     check_files(path, mark["files"])
     return mark
+
+
+def _is_whole(path: Path, mark: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Whether a mark has the digest and the size of each of its files, and of every other that lies there."""
+    files, sizes = mark.get("files"), mark.get("bytes")
+    if not isinstance(files, dict) or not isinstance(sizes, dict) or files.keys() != sizes.keys():
+        return False
+    lie_there = {name for name in names if not name.endswith(".md") and (path / name).exists()}
+    return bool(files) and lie_there <= files.keys() <= set(names)
 
 
 def start_writing(path: Path, names: Collection[str]) -> None:

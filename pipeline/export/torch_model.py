@@ -65,13 +65,13 @@ class TorchModel:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.network.state_dict().items()}
 
-    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[float, str]:
-        """Replace weights, one by one; return the largest relative error beside those before, and whose it is."""
-        state, largest = self.network.state_dict(), (0.0, "none")
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
+        """Replace weights, one by one; return their relative errors beside those before."""
+        state, errors = self.network.state_dict(), {}
         for name, tensor in tensors:
-            largest = max(largest, (_weight_error(tensor, state[name]), name))
+            errors[name] = _weight_error(tensor, state[name])
             state[name].copy_(tensor)
-        return largest
+        return errors
 
     @torch.no_grad()
     def embeddings(self, pixels: torch.Tensor) -> Floats:

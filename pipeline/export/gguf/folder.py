@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from pipeline.export.gguf.geometry import check_is_mobilevlm, check_language_model, check_vision
-from pipeline.export.gguf.language_model import language_model_plan, write_language_model
+from pipeline.export.gguf.language_model import language_model_layout, language_model_plan
 from pipeline.export.gguf.reading import read_tensors
-from pipeline.export.gguf.vision import vision_plan, write_vision
+from pipeline.export.gguf.vision import vision_layout, vision_plan
+from pipeline.export.gguf.writing import Layout
 from pipeline.export.mark import check_files, start_writing, write_mark, written_before
 from pipeline.export.source import Source
 from pipeline.models.loading import load_network
@@ -63,7 +64,8 @@ def export_gguf(
     """Write `model.gguf` and, unless `vision` is None, `mmproj.gguf`; files of the same export are left as they are.
 
     Raises `ConfigError` for a model that llama.cpp does not take, before a weight is opened, and `PipelineError` if
-    the folder holds another export, or files of one that were changed, unless `overwrite`.
+    the folder holds another export, or files of one that were changed, unless `overwrite`. Neither touches what lies
+    in the folder.
     """
     config = check_is_mobilevlm(source.config, source.folder)
     check_language_model(config, source.folder)
@@ -75,12 +77,17 @@ def export_gguf(
     if found:
         say(f"{path}: written before from the same weights; nothing was done")
     else:
-        start_writing(path, names)
+        layouts = layouts_of(source, quant, vision)
         state = load_network(str(source.folder), dtype="auto").state_dict()
-        say(f"{path / MODEL}: writing, {quant}")
-        write_language_model(source, state, path / MODEL, quant=quant)
-        if vision:
-            say(f"{path / MMPROJ}: writing, {vision}")
-            write_vision(source, state, path / MMPROJ, quant=vision)
-        found = write_mark(path, asked, [MODEL, MMPROJ] if vision else [MODEL])
+        start_writing(path, names)
+        for name, layout in layouts.items():
+            say(f"{path / name}: writing, {quant if name == MODEL else vision}")
+            layout.write(path / name, state)
+        found = write_mark(path, asked, list(layouts))
     return GGUFFolder(path, source.digest, quant, vision, dict(found["files"]), config)
+
+
+def layouts_of(source: Source, quant: str, vision: str | None) -> dict[str, Layout]:
+    """Return what each file of an export holds, by its name."""
+    layouts = {MODEL: language_model_layout(source, quant)}
+    return layouts | ({MMPROJ: vision_layout(source, vision)} if vision else {})

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from pipeline.export.gguf.geometry import head_width
 from pipeline.export.gguf.types import FILE_TYPES, language_model_type
 from pipeline.export.gguf.vocabulary import Vocabulary
-from pipeline.export.gguf.writing import Planned, write_gguf
+from pipeline.export.gguf.writing import Layout, Planned
 from pipeline.export.source import Source
 from pipeline.models.mobilevlm import MobileVLMConfig
 
@@ -30,17 +27,15 @@ MATRICES = {
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 
-def write_language_model(
-    source: Source, tensors: Mapping[str, torch.Tensor], file: Path, *, quant: str
-) -> None:
-    """Write the language model of a checkpoint, quantised as `llama-quantize` does.
+def language_model_layout(source: Source, quant: str) -> Layout:
+    """Return what the file of a checkpoint's language model holds, quantised as `llama-quantize` does.
 
-    Raises `ConfigError` for a tokenizer that does not fit, or weights that are not finite.
+    Raises `ConfigError` for a tokenizer that does not fit.
     """
     config: MobileVLMConfig = source.config
     vocabulary = Vocabulary.of(source.folder, config.vocab_size)
     describe = partial(_describe, source=source, vocabulary=vocabulary, quant=quant)
-    write_gguf(file, "llama", describe, language_model_plan(config, quant), tensors)
+    return Layout("llama", describe, language_model_plan(config, quant))
 
 
 def language_model_plan(config: MobileVLMConfig, quant: str) -> list[Planned]:

@@ -14,6 +14,16 @@ from pipeline.export.gguf.types import read_back
 from pipeline.export.gguf.writing import Planned
 
 
+def opened(file: Path) -> GGUFReader:
+    """Return a reader of a file. Raises `PipelineError` if the file is damaged."""
+    try:
+        return GGUFReader(file)
+    except Exception as error:  # gguf raises what it stumbles over
+        raise PipelineError(
+            f"{file} is damaged ({reason_of(error)}); export again with --overwrite"
+        ) from error
+
+
 def read_tensors(
     file: Path, plan: Sequence[Planned], shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -21,12 +31,7 @@ def read_tensors(
 
     Raises `PipelineError` for a file that is damaged, or that lacks a tensor of the plan.
     """
-    try:
-        found = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
-    except Exception as error:  # gguf raises what it stumbles over
-        raise PipelineError(
-            f"{file} is damaged ({reason_of(error)}); export again with --overwrite"
-        ) from error
+    found = {tensor.name: tensor for tensor in opened(file).tensors}
     for one in plan:
         if one.name not in found:
             raise PipelineError(f"{file} has no tensor {one.name!r}; export again with --overwrite")

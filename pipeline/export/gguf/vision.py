@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
-import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import CLIPVisionConfig
 
 from pipeline.export.gguf.geometry import selected_layer
 from pipeline.export.gguf.types import FILE_TYPES
-from pipeline.export.gguf.writing import Planned, write_gguf
+from pipeline.export.gguf.writing import Layout, Planned
 from pipeline.export.source import Source
 from pipeline.models.mobilevlm import MobileVLMConfig
 from pipeline.models.mobilevlm.images import clip_processor
@@ -34,10 +31,9 @@ NORMS = {"layer_norm1": "ln1", "layer_norm2": "ln2"}
 PAIR = ("weight", "bias")
 
 
-def write_vision(source: Source, tensors: Mapping[str, torch.Tensor], file: Path, *, quant: str) -> None:
-    """Write tower and projector of a checkpoint; `quant` is f16 or q8_0: fewer bits cost a tower too much."""
-    describe = partial(_describe, source=source, quant=quant)
-    write_gguf(file, "clip", describe, vision_plan(source.config, quant), tensors)
+def vision_layout(source: Source, quant: str) -> Layout:
+    """Return what the file of tower and projector holds; `quant` is f16 or q8_0: fewer bits cost a tower too much."""
+    return Layout("clip", partial(_describe, source=source, quant=quant), vision_plan(source.config, quant))
 
 
 def vision_plan(config: MobileVLMConfig, quant: str) -> list[Planned]:

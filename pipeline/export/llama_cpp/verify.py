@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.export.gguf.checking import check_layout
 from pipeline.export.gguf.folder import GGUFFolder
+from pipeline.export.gguf.vision import PROJECTOR, TOWER
 from pipeline.export.llama_cpp.defect import EMBEDDINGS_LIMIT, with_right_eyes
 from pipeline.export.llama_cpp.library import build_name
 from pipeline.export.llama_cpp.process import LlamaCpp, Settings
@@ -47,7 +49,8 @@ class Verification:
     """The pictures' results, and what was found of llama.cpp's tower; None where it has no eyes."""
 
     found: list[Found]
-    weights: tuple[float, str]  # the largest relative error beside the checkpoint, and the tensor's name
+    # The relative error beside the checkpoint that is nearest to its limit, the tensor's name, and the limit.
+    weights: tuple[float, str, float]
     eyes: str | None
     quant: str
     vision: str | None
@@ -56,13 +59,14 @@ class Verification:
     def rows(self) -> list[tuple[str, str, str, bool]]:
         """What was compared, what was found, what is asked, and whether it passes."""
         found, count = self.found, len(self.found)
-        embeddings = max(one.embeddings_error for one in found)
-        logits = max(one.logits_error for one in found)
+        embeddings = float(
+            np.max([one.embeddings_error for one in found])
+        )  # `max` passes over what is no number
+        logits = float(np.max([one.logits_error for one in found]))
         ids, equal = sum(one.ids_equal for one in found), sum(one.answer_equal for one in found)
         good = sum(one.answer_equal or one.is_tie for one in found)
         limit = LOGITS_LIMIT[self.quant]
-        error, name = self.weights
-        most = max(WEIGHTS_LIMIT[one] for one in (self.quant, self.vision) if one)
+        error, name, most = self.weights
         rows = [
             (
                 "weights in the file",
@@ -114,9 +118,10 @@ def verify_gguf(
     folder.check_files()
     pictures = Pictures(images, source)
     torch_model = TorchModel(source, question, max_new_tokens=max_new_tokens)
+    check_layout(folder, source, torch_model.network.state_dict())
     say(f"{len(pictures)} images through the checkpoint in PyTorch")
     expected = [torch_model.answer(pixels) for _, pixels in pictures]
-    weights = torch_model.load(folder.tensors(torch_model.shapes))
+    weights = _worst(torch_model.load(folder.tensors(torch_model.shapes)), folder)
     settings = Settings(folder.model, folder.mmproj, context=torch_model.context, threads=threads)
     eyes = None
     with torch.no_grad(), ExitStack() as stack:
@@ -147,3 +152,15 @@ def verify_gguf(
                 )
             )
     return Verification(found, weights, eyes, folder.quant, folder.vision)
+
+
+def _worst(errors: dict[str, float], folder: GGUFFolder) -> tuple[float, str, float]:
+    """Return the error of a tensor that is nearest to its limit, the tensor's name, and the limit."""
+    limits = dict.fromkeys(errors, WEIGHTS_LIMIT[folder.quant])
+    if folder.vision:
+        limits |= {
+            name: WEIGHTS_LIMIT[folder.vision] for name in errors if name.startswith((TOWER, PROJECTOR))
+        }
+    shares = np.array([errors[name] / limits[name] for name in errors])
+    name = list(errors)[int(np.where(np.isnan(shares), np.inf, shares).argmax())]
+    return errors[name], name, limits[name]

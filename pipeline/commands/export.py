@@ -124,6 +124,8 @@ def gguf(
         from pipeline.export.gguf.folder import export_gguf
     from pipeline.export.source import Source
 
+    if verify is not None:
+        _check_can_verify(verify)
     source = Source.of(model, licence=licence)
     written = export_gguf(
         source,
@@ -150,6 +152,19 @@ def gguf(
         print(found)
     print(write_card(written, source, verified=str(found) if found else None))
     fail_unless(found is None or found.passed)
+
+
+def _check_can_verify(images: Path) -> None:
+    """Raise `ConfigError` if llama.cpp or the images are missing, before minutes are spent on an export."""
+    from pipeline.errors import needing
+
+    with needing("llama-cpp", by="--verify"):
+        import cffi  # noqa: F401
+    from pipeline.export.llama_cpp.library import load_library
+    from pipeline.export.pictures import picture_files
+
+    load_library()
+    picture_files(images)
 
 
 @app.command()

@@ -47,10 +47,11 @@ def export_hf(
     With `as_bin` the weights are one `pytorch_model.bin`, as the original code and llama.cpp's old scripts read them.
     Raises `ConfigError` if the folder holds something and `overwrite` is not given.
     """
+    source.check_is_not(folder)
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ConfigError(f"{folder} is not empty; name another folder, or --overwrite to write into it")
-    if folder.resolve() == source.folder.resolve():
-        raise ConfigError(f"{folder} is the checkpoint itself; name another folder")
     network = load_network(str(source.folder), dtype=DTYPES[dtype])
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

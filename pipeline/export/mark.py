@@ -49,7 +49,7 @@ def _is_whole(path: Path, mark: Mapping[str, Any], names: Collection[str]) -> bo
 
 def start_writing(path: Path, names: Collection[str]) -> None:
     """Make the folder, and remove its mark and the files `names` of an earlier export."""
-    with writing(path):
+    with writing(path, then="correct the path or the rights, and run the same command again"):
         path.mkdir(parents=True, exist_ok=True)
         for name in (MARK, *names):
             (path / name).unlink(missing_ok=True)

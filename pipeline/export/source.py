@@ -43,14 +43,20 @@ class Source:
                 )
             folder = folder / "model"
         found = checkpoint_folder(str(folder) if folder.is_dir() else model)
+        named = folder.resolve() if folder.is_dir() else folder  # `.` has no name
         return cls(
-            name=folder.parent.name if folder.name == "model" else folder.name,
+            name=named.parent.name if named.name == "model" else named.name,
             folder=found,
             config=read_config(found),
             digest=Checkpoint(str(found)).digest(),
             origin=_origin(found),
             licence=licence,
         )
+
+    def check_is_not(self, path: Path) -> None:
+        """Raise `ConfigError` if a folder to be written is that of the checkpoint."""
+        if path.resolve() == self.folder.resolve():
+            raise ConfigError(f"{path} is the checkpoint itself; name another folder")
 
 
 def _origin(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.export.executorch.card import write_card
 from pipeline.export.executorch.folder import ExecutorchFolder, write_executorch
 from pipeline.export.executorch.verify import Verification, verify_executorch
+from pipeline.export.pictures import picture_files
 from pipeline.export.source import Source
 
 
@@ -26,6 +27,8 @@ def export_executorch(
 
     With `decoder` the language model is written as well, where the family allows it.
     """
+    if images is not None:
+        picture_files(images)  # raises before minutes are spent on an export
     written = write_executorch(source, folder, decoder=decoder, overwrite=overwrite, say=say)
     found = None
     if images is not None:

@@ -59,6 +59,7 @@ def write_executorch(
     Files of the same export are left as they are. Raises `ConfigError` for a tower that torch's exporter does not
     take, and if the folder holds another export, unless `overwrite`.
     """
+    source.check_is_not(path)
     asked = {"layout": LAYOUT, "source_digest": source.digest, "decoder": decoder}
     names = (VISION, DECODER, CARD)
     found = written_before(path, asked, names, overwrite=overwrite)

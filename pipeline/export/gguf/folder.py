@@ -71,6 +71,7 @@ def export_gguf(
     check_language_model(config, source.folder)
     if vision:
         check_vision(config, source.folder)
+    source.check_is_not(path)
     asked = {"layout": LAYOUT, "source_digest": source.digest, "quant": quant, "vision": vision}
     names = (MODEL, MMPROJ, CARD)
     found = written_before(path, asked, names, overwrite=overwrite)

@@ -8,11 +8,13 @@ from typing import Any
 from transformers import CLIPVisionConfig
 
 from pipeline.errors import ConfigError
+from pipeline.models.files.checkpoint import Checkpoint
 from pipeline.models.mobilevlm import MobileVLMConfig
 
 # llama.cpp pools 24 x 24 patches 2 x 2, whatever the file says (tools/mtmd/models/llava.cpp).
 PATCHES_A_SIDE = 24
 TOKENS_A_SIDE = 12
+LAYERS, TOWER_LAYERS = "model.layers.", "model.vision_tower.vision_tower.vision_model.encoder.layers."
 OWN_EYES = "export the language model alone (--no-vision) and compute the image embeddings elsewhere"
 
 
@@ -39,14 +41,33 @@ def check_language_model(config: MobileVLMConfig, folder: Path) -> None:
         "head_dim": (head, "an even number", head % 2 == 0),
         "num_attention_heads": (config.num_attention_heads, f"a multiple of num_key_value_heads, which is "
                                 f"{config.num_key_value_heads}",
-                                config.num_attention_heads % (config.num_key_value_heads or 1) == 0),
+                                bool(config.num_key_value_heads)
+                                and config.num_attention_heads % config.num_key_value_heads == 0),
     }  # fmt: skip
     _refuse_first(wants, folder, then="it cannot be exported")
+    _check_num_layers(config, folder)
     if not (folder / "tokenizer.model").is_file():
         raise ConfigError(
             f"{folder}: no tokenizer.model; llama.cpp's tokenizer is written from the sentencepiece file, so copy it "
             "into the folder"
         )
+
+
+def _check_num_layers(config: MobileVLMConfig, folder: Path) -> None:
+    """Raise `ConfigError` if the weights have layers that the config does not count: they would be left out."""
+    names = Checkpoint(str(folder)).names()
+    counted = {
+        LAYERS: config.num_hidden_layers,
+        TOWER_LAYERS: getattr(config.tower, "num_hidden_layers", None),
+    }
+    for prefix, number in counted.items():
+        numbers = [name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)]
+        last = max((int(one) for one in numbers if one.isdigit()), default=-1)
+        if number is not None and last >= number:
+            raise ConfigError(
+                f"{folder}: the weights have {last + 1} layers ({prefix}N), config.json says {number}; use the "
+                "config.json that belongs to the checkpoint"
+            )
 
 
 def check_vision(config: MobileVLMConfig, folder: Path) -> None:

@@ -150,7 +150,9 @@ def test_scienceqa(said, expected):
         *(("I choose option B", "B"), ("option B is right because it barks", "Z")),
         *(("two birds", "C"), ("two birds, not a cat", "Z")),
         ("it seems to me that there are two birds there", "Z"),  # longer than twice the options
-        ("Sorry, I can't help with images of people yet.", "Z"),
+        *(("Cannot determine the answer. B", "Z"), ("I can't process this file. B", "Z")),
+        ("I'm sorry, but without the image provided I say B", "Z"),
+        ("Sorry, I can't help with images of people yet. B", "Z"),
     ],
 )
 def test_mmbench(said, expected):

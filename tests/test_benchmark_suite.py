@@ -534,6 +534,9 @@ def test_questions_with_one_name_are_refused(tmp_path, monkeypatch):
     twice = replace(BENCHMARKS["gqa"], read=lambda folder: [question("a"), question("a")])
     with pytest.raises(PipelineError, match="2 questions are called 'a'"):
         read_suite(tmp_path, [twice], limit=None, must_all=True, say=print)
+    placed = replace(twice, read=lambda folder: [question("a", "Is <image> here?")])
+    with pytest.raises(PipelineError, match="the text of question a holds <image>"):
+        read_suite(tmp_path, [placed], limit=None, must_all=True, say=print)
     none = replace(twice, read=lambda folder: [])
     with pytest.raises(PipelineError, match="hold no question"):
         read_suite(tmp_path, [none], limit=None, must_all=True, say=print)

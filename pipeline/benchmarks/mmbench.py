@@ -46,6 +46,12 @@ ABSENT_IN_ANY_CASE = ("nan", "none")  # the original's own test
 MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 ANSWER_IS = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
 LAST_WORDS = 5
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
 
 
 def read_mmbench(folder: Path) -> list[BenchmarkQuestion]:
@@ -163,7 +169,10 @@ def chosen(answer: str, options: Sequence[str]) -> str:
     """Return the letter that an answer gives, by VLMEvalKit's exact matching; Z for none.
 
     The only option letter among the words, near the end; else "answer is X"; else the only option whose text occurs.
+    A refusal is none, whatever it says besides.
     """
+    if any(refusal in answer for refusal in REFUSALS):
+        return "Z"
     letters = LETTERS[: len(options)]
     words = answer.translate(MARKS).split()
     there = [letter for letter in letters if letter in words]

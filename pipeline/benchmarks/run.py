@@ -14,6 +14,7 @@ from pipeline.benchmarks.answers_file import AnswersFile
 from pipeline.benchmarks.benchmark import Answered, Benchmark, BenchmarkQuestion
 from pipeline.benchmarks.scores import BenchmarkScore, SuiteScores, score_of
 from pipeline.benchmarks.suite import BENCHMARKS, SUITES
+from pipeline.data.templates import IMAGE_TOKEN
 from pipeline.errors import ConfigError, PipelineError, did_you_mean
 from pipeline.progress import Progress
 
@@ -59,20 +60,25 @@ def read_suite(
             say(absent)
             continue
         questions = benchmark.read(folder)
-        _check_distinct(questions, folder)
+        _check(questions, folder)
         asked.append(Asked(benchmark, sample_of(questions, limit), len(questions)))
     if not asked:
         raise ConfigError(f"--data {data}: holds no benchmark; docs/benchmarks.md says where to get them")
     return asked
 
 
-def _check_distinct(questions: Sequence[BenchmarkQuestion], folder: Path) -> None:
-    """Raise `PipelineError` unless there are questions and each has a name of its own."""
+def _check(questions: Sequence[BenchmarkQuestion], folder: Path) -> None:
+    """Raise `PipelineError` unless there are questions, each with a name of its own and with one image."""
     if not questions:
         raise PipelineError(f"{folder}: its files hold no question; use the published files")
     name, times = Counter(question.id for question in questions).most_common(1)[0]
     if times > 1:
         raise PipelineError(f"{folder}: {times} questions are called {name!r}; use the published files")
+    if placed := [question.id for question in questions if IMAGE_TOKEN in question.text]:
+        raise PipelineError(
+            f"{folder}: the text of question {placed[0]} holds {IMAGE_TOKEN}, the place of an image; use the "
+            "published files"
+        )
 
 
 def sample_of(questions: Sequence[BenchmarkQuestion], limit: int | None) -> Sequence[BenchmarkQuestion]:

@@ -13,9 +13,12 @@ from small_sweep import write_sweep, write_timed_store
 
 import cli
 from pipeline.errors import PipelineError
+from pipeline.evaluation.evaluate import Prediction
 from pipeline.export.executorch.packages import is_installed
 from pipeline.export.served import Served
 from pipeline.phone.answers import Shown, draw_answers, question_text
+from pipeline.phone.bench import _row
+from pipeline.phone.contestants import Contestant
 from pipeline.phone.energy import EnergyMeter
 from pipeline.phone.picture import draw_bench
 from pipeline.phone.result import RESULT, BenchResult, Ratios, Row
@@ -93,6 +96,15 @@ def test_energy_is_counted_over_the_end_of_the_counter_and_absent_without_one(tm
     assert meter.joules() == pytest.approx((400 - 2_000_900 + 1000) / 1e6)
 
 
+def test_the_time_of_an_image_is_that_of_questions_that_have_one():
+    timed = [Timed((1, 2), image, 0.1, 0.1) for image in (0.0, 0.0, 0.0, 0.4, 0.6)]
+    contestant = Contestant("PyTorch", 1, list, ())
+    answer = Prediction("0", "image", "", "red", "red")
+    assert _row(contestant, 1, timed, [], [answer], timed, [answer]).image == 0.5
+    without = [Timed((1, 2), 0.0, 0.1, 0.1)]
+    assert _row(contestant, 1, without, [], [answer], without, [answer]).image == 0
+
+
 # Pictures
 
 
@@ -157,6 +169,14 @@ def test_what_ends_the_process_or_is_raised_in_it_is_one_sentence():
 # The command
 
 
+def test_without_a_student_it_says_how_to_get_one(experiment_like, capsys):
+    config, _ = experiment_like
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench-model", "--config", str(config)])
+    told = capsys.readouterr().err
+    assert "align_kd: no student yet; train it with `alignkd distill`, or name one by --model" in told
+
+
 @pytest.fixture(scope="module")
 def experiment_like(tmp_path_factory) -> tuple[Path, Path]:
     """A config with held-out questions, and a random model whose tower llama.cpp takes."""
@@ -216,7 +236,7 @@ def test_every_runtime_answers_the_same_questions(experiment_like, capsys):
     assert all((folder / name).is_file() for name in ("bench-model.png", "bench-model.svg", "answers.png"))
     with pytest.raises(SystemExit, match="2"):
         cli.main([*command, "--quants", "f16,q3"])
-    assert "unknown q3; known are f16, q8_0, q4_k_m" in capsys.readouterr().err
+    assert "unknown 'q3'; known are f16, q8_0, q4_k_m" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from phone_models import write_phone_model, write_pictures
+import torch
+from phone_models import phone_config, write_phone_model, write_pictures
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import cli
 from pipeline.errors import ConfigError
@@ -91,3 +94,36 @@ def test_too_few_pictures_are_found_before_anything_is_written(checkpoint, tmp_p
             cli.main(["export", kind, str(checkpoint), str(tmp_path / kind), "--verify", str(pictures)])
         assert "3 images, at least 20 are needed" in capsys.readouterr().err
         assert not (tmp_path / kind).exists()
+
+
+@pytest.mark.parametrize("changed", ["config", "tokenizer", "image processor", "tower elsewhere"])
+def test_an_export_of_the_same_weights_with_another_config_is_another(changed, checkpoint, tmp_path):
+    if changed == "tower elsewhere":
+        separate_tower(checkpoint, tmp_path / "clip", seed=0)
+    export(Source.of(str(checkpoint)), tmp_path / "gguf")
+    export(Source.of(str(checkpoint)), tmp_path / "gguf")
+    if changed == "config":
+        fields = json.loads((checkpoint / "config.json").read_text())
+        (checkpoint / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 0.01}))
+    elif changed == "tokenizer":
+        (checkpoint / "tokenizer_config.json").write_text("{}")
+    elif changed == "image processor":
+        size = {"crop_size": {"height": 96, "width": 96}, "size": {"shortest_edge": 96}}
+        (checkpoint / "preprocessor_config.json").write_text(
+            json.dumps(size | {"image_mean": [0.1, 0.2, 0.3]})
+        )
+    else:
+        separate_tower(checkpoint, tmp_path / "clip", seed=1)
+    with pytest.raises(ConfigError, match=r"holds another export \(other_digest"):
+        export(Source.of(str(checkpoint)), tmp_path / "gguf")
+
+
+def separate_tower(checkpoint: Path, folder: Path, *, seed: int) -> None:
+    """Write a CLIP, and let the checkpoint name it in place of the tower that it holds."""
+    torch.manual_seed(seed)
+    CLIPVisionModel(CLIPVisionConfig(**phone_config(**SMALL).tower.to_dict())).save_pretrained(folder)
+    tensors = load_file(checkpoint / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "vision_tower" not in name}
+    save_file(kept, checkpoint / "model.safetensors", {"format": "pt"})
+    fields = json.loads((checkpoint / "config.json").read_text()) | {"mm_vision_tower": str(folder)}
+    (checkpoint / "config.json").write_text(json.dumps(fields))

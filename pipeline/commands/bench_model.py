@@ -52,10 +52,15 @@ def bench_model(
 
     wanted = [quant.strip() for quant in quants.split(",")]
     if unknown := [quant for quant in wanted if quant not in ("f16", "q8_0", "q4_k_m")]:
-        raise ConfigError(f"--quants: unknown {', '.join(unknown)}; known are f16, q8_0, q4_k_m")
+        raise ConfigError(f"--quants: unknown {', '.join(map(repr, unknown))}; known are f16, q8_0, q4_k_m")
+    student = Path(settings.output_dir) / "align_kd"
+    if model is None and not student.is_dir():
+        raise ConfigError(
+            f"{student}: no student yet; train it with `alignkd distill`, or name one by --model"
+        )
     folder = output or Path(settings.output_dir) / "phone"
     result, shown = bench_model(
-        Source.of(model or str(Path(settings.output_dir) / "align_kd")),
+        Source.of(model or str(student)),
         settings,
         folder,
         quants=wanted,

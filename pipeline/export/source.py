@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
+from cache import digest_of
 from pipeline.errors import ConfigError
 from pipeline.models.configuration import read_config
-from pipeline.models.files.checkpoint import Checkpoint, checkpoint_folder
+from pipeline.models.files.checkpoint import PROCESSOR_FILES, Checkpoint, checkpoint_folder
 
 PROVENANCE = "provenance.json"
 
@@ -52,6 +55,23 @@ class Source:
             origin=_origin(found),
             licence=licence,
         )
+
+    @property
+    def other_digest(self) -> str:
+        """A digest of what else an export is made of: config, tokenizer, a tower that lies elsewhere."""
+        found = {file.name: blake3(file.read_bytes()).hexdigest() for file in self._other_files()}
+        tower = getattr(self.config, "mm_vision_tower", None)
+        if (
+            tower
+            and Path(tower).is_dir()
+            and not any("vision_tower" in n for n in Checkpoint(str(self.folder)).names())
+        ):
+            found["mm_vision_tower"] = Checkpoint(tower).digest()
+        return digest_of(found)
+
+    def _other_files(self) -> list[Path]:
+        patterns = ("config.json", *PROCESSOR_FILES)
+        return sorted({file for pattern in patterns for file in self.folder.glob(pattern) if file.is_file()})
 
     def check_is_not(self, path: Path) -> None:
         """Raise `ConfigError` if a folder to be written is that of the checkpoint."""

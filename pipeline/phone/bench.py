@@ -155,7 +155,7 @@ def _row(
         eyes=contestant.eyes,
         bytes=contestant.bytes,
         memory=memory,
-        image=statistics.median(one.image for one in timed),
+        image=statistics.median([one.image for one in timed if one.image] or [0.0]),
         first_token=statistics.median(one.first_token for one in timed),
         tokens_a_second=statistics.median(one.tokens_a_second for one in timed),
         first_token_ratio=None if is_base else _ratio("first_token", timed, base),

@@ -105,7 +105,7 @@ class Runner:
         """Answer greedily. With `ignore_end` the answer has `max_new_tokens`, whatever they are."""
         start = time.perf_counter()
         vision = self.eyes(asked) if asked.pixels is not None else None
-        image = time.perf_counter() - start
+        image = time.perf_counter() - start if vision is not None else 0.0
         ids, prompt, answer = self._answer(asked.ids, vision, max_new_tokens, ignore_end)
         return Timed(tuple(ids), image, prompt, answer)
 

@@ -60,11 +60,12 @@ def write_executorch(
     take, and if the folder holds another export, unless `overwrite`.
     """
     source.check_is_not(path)
-    asked = {"layout": LAYOUT, "source_digest": source.digest, "decoder": decoder}
+    asked = {"layout": LAYOUT, "source_digest": source.digest, "other_digest": source.other_digest}
+    asked |= {"decoder": decoder}
     names = (VISION, DECODER, CARD)
     found = written_before(path, asked, names, overwrite=overwrite)
     if found:
-        say(f"{path}: written before from the same weights; nothing was done")
+        say(f"{path}: written before from the same checkpoint; nothing was done")
         return ExecutorchFolder(path, found)
     inputs = Inputs(source)
     network = load_network(str(source.folder), dtype=torch.float32).eval()

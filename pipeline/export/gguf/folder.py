@@ -72,11 +72,12 @@ def export_gguf(
     if vision:
         check_vision(config, source.folder)
     source.check_is_not(path)
-    asked = {"layout": LAYOUT, "source_digest": source.digest, "quant": quant, "vision": vision}
+    asked = {"layout": LAYOUT, "source_digest": source.digest, "other_digest": source.other_digest}
+    asked |= {"quant": quant, "vision": vision}
     names = (MODEL, MMPROJ, CARD)
     found = written_before(path, asked, names, overwrite=overwrite)
     if found:
-        say(f"{path}: written before from the same weights; nothing was done")
+        say(f"{path}: written before from the same checkpoint; nothing was done")
     else:
         layouts = layouts_of(source, quant, vision)
         state = load_network(str(source.folder), dtype="auto").state_dict()

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cli
 from pipeline.config.config import EvaluateConfig, overridden
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import read_shard
@@ -191,17 +192,27 @@ def test_means_are_by_type_and_a_token_counts_as_much_in_any_answer():
 
 
 def test_the_command_shows_them_and_its_json_has_all(experiment, tmp_path, capsys):
-    from pipeline.commands.stages import evaluate
+    def evaluate(*options: str) -> None:
+        overrides = [f"output_dir={tmp_path}", "evaluate.metrics=[token_f1, rouge_l]"]
+        arguments = [
+            "--config",
+            str(experiment.file),
+            "--model",
+            str(experiment.student),
+            *options,
+            *overrides,
+        ]
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["evaluate", *arguments])
 
-    overrides = [f"output_dir={tmp_path}", "evaluate.metrics=[token_f1, rouge_l]"]
-    evaluate(experiment.file, overrides, str(experiment.student), None, False)
+    evaluate()
     lines = capsys.readouterr().out.splitlines()
     assert (
         lines[0].split("  ")[0] == "all questions"
         and "ROUGE-L, %" in lines[0]
         and "log p a token" in lines[0]
     )
-    evaluate(experiment.file, overrides, str(experiment.student), None, True)
+    evaluate("--json")
     [(test_set, found)] = json.loads(capsys.readouterr().out).items()
     assert test_set == "test" and set(found) == {"yes/no", "colour", "shape", "all questions", "all"}
     keys = {"accuracy", "questions", "token_f1", "rouge_l", "references"}

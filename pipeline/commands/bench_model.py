@@ -53,14 +53,9 @@ def bench_model(
     wanted = [quant.strip() for quant in quants.split(",")]
     if unknown := [quant for quant in wanted if quant not in ("f16", "q8_0", "q4_k_m")]:
         raise ConfigError(f"--quants: unknown {', '.join(map(repr, unknown))}; known are f16, q8_0, q4_k_m")
-    student = Path(settings.output_dir) / "align_kd"
-    if model is None and not student.is_dir():
-        raise ConfigError(
-            f"{student}: no student yet; train it with `alignkd distill`, or name one by --model"
-        )
     folder = output or Path(settings.output_dir) / "phone"
     result, shown = bench_model(
-        Source.of(model or str(student)),
+        Source.of(model or _student(settings.output_dir)),
         settings,
         folder,
         quants=wanted,
@@ -74,3 +69,15 @@ def bench_model(
     draw_answers(shown, folder / "answers.png")
     draw_bench(result, folder / "bench-model.png", folder / "bench-model.svg")
     print(file.read_text() if as_json else result, end="\n" * (not as_json))
+
+
+def _student(output_dir: str) -> str:
+    """Return the folder of the student that the config trains."""
+    from pipeline.errors import ConfigError
+
+    student = Path(output_dir) / "align_kd"
+    if not student.is_dir():
+        raise ConfigError(
+            f"{student}: no student yet; train it with `alignkd distill`, or name one by --model"
+        )
+    return str(student)

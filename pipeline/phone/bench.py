@@ -18,6 +18,7 @@ from pipeline.data.load_preparation import load_preparation
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compare import Answered, paired_gain
 from pipeline.evaluation.evaluate import Prediction, Question, read_questions
+from pipeline.export.executorch.packages import hidden
 from pipeline.export.gguf.geometry import check_is_mobilevlm
 from pipeline.export.pictures import square_of
 from pipeline.export.served import Served
@@ -58,7 +59,8 @@ def bench_model(
     bench = Bench(source, folder, threads, longest, tuple(preparation.stop_ids), say)
     contestants = list(bench.contestants(quants))
     with ExitStack() as stack:
-        served = [stack.enter_context(Served(c.build, *c.arguments, what=c.name)) for c in contestants]
+        with hidden():
+            served = [stack.enter_context(Served(c.build, *c.arguments, what=c.name)) for c in contestants]
         timed, joules = _turns(served, asked[:turns], new_tokens)
         predictions = [
             _predictions(one, contestant.name, questions, asked, preparation.tokenizer, settings)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.errors import ConfigError
 from pipeline.export.executorch.folder import ExecutorchFolder, write_executorch
-from pipeline.export.executorch.packages import is_installed
+from pipeline.export.executorch.packages import hidden, is_installed
 from pipeline.export.gguf.folder import export_gguf
 from pipeline.export.gguf.geometry import check_vision
 from pipeline.export.llama_cpp.defect import with_right_eyes
@@ -101,6 +101,7 @@ class Bench:
         square = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
         clip = clip_processor(self.source.folder, side)
         pixels = pixels_of(Image.fromarray(square), clip, pads=False)
-        settings, sentence = with_right_eyes(settings, network, square, pixels)
+        with hidden():
+            settings, sentence = with_right_eyes(settings, network, square, pixels)
         self.say(sentence)
         return settings

@@ -12,6 +12,7 @@ from pipeline.phone.result import BenchResult
 from pipeline.readable import readable_bytes
 
 BLUE, GREY = "#0072b2", "#6b6b6b"
+ROOM = 0.6  # points above and below, for the names
 
 
 def draw_bench(result: BenchResult, *files: Path) -> None:
@@ -50,7 +51,9 @@ def bench_figure(result: BenchResult, *, ink: str = GREY, point: str = BLUE) -> 
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     axes.set_xlabel("size of the files", color=ink)
     axes.set_ylabel(f"accuracy, % of {result.questions:,} questions", color=ink)
-    axes.margins(0.18, 0.25)
+    axes.margins(x=0.18)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(0.0, low - ROOM), min(100.0, high) + ROOM)
     axes.tick_params(colors=ink)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -44,6 +44,17 @@ def importing(*, by: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Leave the folder out of the path: a process that is started here inherits it, and would import torchao."""
+    before = list(sys.path)
+    sys.path[:] = [place for place in before if place != str(_folder())]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def _find_folder() -> None:
     """Put the folder last on the path, unless ExecuTorch can be imported without it."""
     if _folder().is_dir() and importlib.util.find_spec("executorch") is None:

@@ -129,7 +129,7 @@ def test_the_question_is_the_last_of_a_prompt():
 
 
 class Parrot:
-    """Says what it is told, or ends its process."""
+    """Repeats a word, or ends its process."""
 
     def __init__(self, word: str) -> None:
         if word == "never":

@@ -89,7 +89,7 @@ def plan_store(
 ) -> StorePlan:
     """Probe `num_samples` and extrapolate. Raises what stage 1 would raise of config, shards and models.
 
-    `progress` is told what is done next, and how many samples were probed. Whoever checked the student, or will make
+    `progress` receives what is done next, and how many samples were probed. Whoever checked the student, or will make
     it only then, needs no check.
     """
     if checks_student:

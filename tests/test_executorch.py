@@ -21,12 +21,12 @@ from pipeline.export.executorch.folder import CARD, DECODER, VISION, ExecutorchF
 from pipeline.export.executorch.inputs import Inputs, embedded
 from pipeline.export.executorch.packages import importing, is_installed
 from pipeline.export.executorch.runtime import Vision
-from pipeline.export.executorch.verify import relative_error, verify_executorch
+from pipeline.export.executorch.verify import Found, Verification, verify_executorch
 from pipeline.export.gguf.folder import export_gguf
 from pipeline.export.llama_cpp.process import LlamaCpp, Settings
 from pipeline.export.pictures import Pictures
 from pipeline.export.source import Source
-from pipeline.export.torch_model import TorchModel
+from pipeline.export.torch_model import TorchModel, relative_error
 from pipeline.models.loading import load_network
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.studies.demo import TEACHER, easy_vqa_folder, questions
@@ -332,3 +332,9 @@ def _one_question_an_image() -> Iterator[tuple[str, str, int]]:
     for question in questions("test"):
         first.setdefault(question[2], question)
     yield from (first[number] for number in range(20))
+
+
+def test_an_error_that_is_no_number_is_no_pass():
+    sound, broken = Found(1e-7, 1.0, 1.0), Found(float("nan"), 1.0, 1.0)
+    assert Verification([sound]).passed
+    assert not Verification([sound, broken]).passed

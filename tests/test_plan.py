@@ -118,7 +118,7 @@ def test_cheaper_settings_grow_smaller_until_only_logits_are_stored(experiment, 
 
 
 class Watched(Progress):
-    """Keeps what it is told."""
+    """Keeps what it receives."""
 
     def __init__(self) -> None:
         self.steps: list[str] = []

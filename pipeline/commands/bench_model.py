@@ -45,14 +45,15 @@ def bench_model(
         import libgguf  # noqa: F401
 
         from pipeline.phone.bench import bench_model
+        from pipeline.phone.contestants import QUANTS
     with needing("report", by="alignkd bench-model"):
         from pipeline.phone.answers import draw_answers
         from pipeline.phone.picture import draw_bench
     from pipeline.export.source import Source
 
     wanted = [quant.strip() for quant in quants.split(",")]
-    if unknown := [quant for quant in wanted if quant not in ("f16", "q8_0", "q4_k_m")]:
-        raise ConfigError(f"--quants: unknown {', '.join(map(repr, unknown))}; known are f16, q8_0, q4_k_m")
+    if unknown := [quant for quant in wanted if quant not in QUANTS]:
+        raise ConfigError(f"--quants: unknown {', '.join(map(repr, unknown))}; known are {', '.join(QUANTS)}")
     folder = output or Path(settings.output_dir) / "phone"
     result, shown = bench_model(
         Source.of(model or _student(settings.output_dir)),

@@ -27,7 +27,7 @@ class Pictures:
     def __init__(self, folder: Path, source: Source, *, fewest: int = FEWEST) -> None:
         self.files = picture_files(folder, fewest=fewest)
         self.clip = clip_processor(source.folder, source.config.tower.image_size)
-        self.source = source
+        self.padding = padding_of(source)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -35,14 +35,19 @@ class Pictures:
     def __iter__(self) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Yield each picture as a square, uint8 'Y X C', and as the tower's input, float32 'C Y X'."""
         for file in self.files:
-            square = square_of(decode_image(file.read_bytes()), self.source)
+            square = square_of(decode_image(file.read_bytes()), self.padding)
             yield np.asarray(square), pixels_of(square, self.clip, pads=False)
 
 
-def square_of(image: Image.Image, source: Source) -> Image.Image:
-    """Return an image padded to a square, or its middle if the model was trained on that."""
-    if source.config.image_aspect_ratio == "pad":
-        return pad_to_square(image, background(source))
+def padding_of(source: Source) -> tuple[int, ...] | None:
+    """Return the colour with which a model's pictures are padded; None if it was trained on their middles."""
+    return background(source) if source.config.image_aspect_ratio == "pad" else None
+
+
+def square_of(image: Image.Image, padding: tuple[int, ...] | None) -> Image.Image:
+    """Return an image padded to a square with a colour, or without one its middle; see `padding_of`."""
+    if padding is not None:
+        return pad_to_square(image, padding)
     side, (width, height) = min(image.size), image.size
     left, top = (width - side) // 2, (height - side) // 2
     return image.crop((left, top, left + side, top + side))

@@ -25,9 +25,10 @@ def prompt_about(question: str) -> str:
     return f"{SYSTEM} USER: <image>\n{question} ASSISTANT:"
 
 
-def relative_error(found: Floats, expected: Floats) -> float:
+def relative_error(found: Floats | torch.Tensor, expected: Floats | torch.Tensor) -> float:
     """Return the rms of the difference over the rms of what is expected."""
-    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+    ours, theirs = np.asarray(found), np.asarray(expected)
+    return float(np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2)))
 
 
 def _weight_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ from pipeline.evaluation.compare import Answered, paired_gain
 from pipeline.evaluation.evaluate import Prediction, Question, read_questions
 from pipeline.export.executorch.packages import hidden
 from pipeline.export.gguf.geometry import check_is_mobilevlm
-from pipeline.export.pictures import square_of
+from pipeline.export.pictures import padding_of, square_of
 from pipeline.export.served import Served
 from pipeline.export.source import Source
 from pipeline.phone.answers import Shown, question_text
@@ -54,7 +54,8 @@ def bench_model(
         raise ConfigError("evaluate: bench-model asks the held-out questions; name evaluate.shards")
     preparation = load_preparation(str(source.folder), config.data)
     questions = _chosen(list(read_questions(settings, preparation, config.data)), num_questions)
-    asked = [_asked(question, preparation, source) for question in questions]
+    padding = padding_of(source)
+    asked = [_asked(question, preparation, padding) for question in questions]
     longest = max(len(one.ids) for one in asked) + max(new_tokens, settings.max_new_tokens) + 8
     bench = Bench(source, folder, threads, longest, tuple(preparation.stop_ids), say)
     contestants = list(bench.contestants(quants))
@@ -86,7 +87,7 @@ def _chosen(questions: list[Question], number: int) -> list[Question]:
     return [questions[round(n * (len(questions) - 1) / (number - 1 or 1))] for n in range(number)]
 
 
-def _asked(question: Question, preparation: Any, source: Source) -> Asked:
+def _asked(question: Question, preparation: Any, padding: tuple[int, ...] | None) -> Asked:
     ids = tuple(int(number) for number in question.prompt)
     if len(question.image_spans) > 1:
         raise ConfigError(
@@ -97,7 +98,7 @@ def _asked(question: Question, preparation: Any, source: Source) -> Asked:
         return Asked(ids)
     data = question.read_image(0)
     pixels = preparation.preprocess(data)["pixel_values"][0].numpy()
-    return Asked(ids, pixels, np.asarray(square_of(decode_image(data), source)))
+    return Asked(ids, pixels, np.asarray(square_of(decode_image(data), padding)))
 
 
 def _turns(

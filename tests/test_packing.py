@@ -248,7 +248,7 @@ def test_a_broken_jsonl_line_is_one_bad_entry(tmp_path, images):
             r"data.json is not valid JSON: Expecting value at line 2, column 9; correct it",
         ),
         (b"", r"data.json is not valid JSON: Expecting value at line 1, column 1"),
-        (gzip.compress(b"[]"), r"data.json is compressed, which is not read; unpack it first"),
+        (gzip.compress(b"[]", mtime=0), r"data.json is compressed, which is not read; unpack it first"),
         ("[]".encode("utf-16"), r"data.json is UTF-16, which is not read; save it as UTF-8"),
         (
             b'{"images": [], "annotations": []}',

@@ -157,3 +157,25 @@ def _masked(scores: Tensor, kept: QueryAndKey, rows: Tensor) -> Tensor:
     mask = kept.mask.expand(len(rows), -1, -1, -1)
     mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
     return scores.masked_fill(~mask, smallest) if mask.dtype == torch.bool else scores + mask
+
+
+def query_to_vision(kept: QueryAndKey, rows: Tensor, vision: Tensor, *, whole_row: bool) -> Tensor:
+    """Return the attention of one position of each sample to the vision columns: float32 'B H J'.
+
+    `rows` 'B' are the positions, `vision` 'B J' the columns, both -1 where there is none. With `whole_row` the
+    softmax is over all keys that the model lets the position see; without, over the vision columns alone, so that
+    each head sums to 1. Columns that the position cannot see, padding, and samples without a position are zero.
+    """
+    num_groups, num_heads = kept.key.shape[1], kept.query.shape[1]
+    at = rows.clamp(min=0)[:, None]
+    query = kept.query.gather(2, at[:, None, :, None].expand(-1, num_heads, -1, kept.query.shape[3]))
+    # Heads that share a key are rows of one product: the keys are not repeated for each head.
+    scores = torch.matmul(query.unflatten(1, (num_groups, -1)).squeeze(3), kept.key.transpose(2, 3))
+    scores = _masked(scores.flatten(1, 2)[:, :, None] * kept.scaling, kept, at)[:, :, 0]
+    columns = vision.clamp(min=0)[:, None].expand(-1, num_heads, -1)
+    seen = scores.gather(2, columns) > torch.finfo(scores.dtype).min / 2
+    seen = seen & (vision >= 0)[:, None] & (rows >= 0)[:, None, None]
+    if whole_row:
+        return scores.softmax(dim=-1, dtype=torch.float32).gather(2, columns) * seen
+    scores = scores.gather(2, columns).masked_fill(~seen, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1, dtype=torch.float32) * seen

@@ -6,17 +6,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from cache import ArrayMismatch, ArraySpec, RefusedValue, SchemaError
-from cache.format.codecs import CODECS, check_specs, decode_rows, encode_rows, stored_arrays
+from cache.format.codecs import (
+    CODECS,
+    check_specs,
+    decode_rows,
+    encode_rows,
+    first_fill,
+    holds_fill,
+    stored_arrays,
+)
 
 FLOATS = st.floats(-(2.0**120), 2.0**120, width=32)
 CASES: list[tuple[str, dict[str, Any], Any, st.SearchStrategy[Any]]] = [
     ("float32", {}, np.float32, FLOATS),
     ("float16", {}, np.float32, st.floats(-65504, 65504, width=32)),
+    ("bfloat16", {}, np.float32, FLOATS),
+    ("bfloat16", {}, np.float32, st.floats(-(2.0**-125), 2.0**-125, width=32)),
+    ("bfloat16", {}, np.float16, st.floats(-65504, 65504, width=16)),
     ("integer", {"dtype": "uint16"}, np.int64, st.integers(0, 65535)),
     ("integer", {"dtype": "int32"}, np.int64, st.integers(-(2**31), 2**31 - 1)),
     ("fixed_point", {"step": 2.0**-7}, np.float32, st.floats(-32767 / 128, 32767 / 128, width=32)),
@@ -77,6 +89,31 @@ def test_codes_by_hand() -> None:
     assert scaled[""].tolist() == [[-127, 64, 0]] and scaled["scale"].tolist() == [2.0]
 
 
+def test_codes_of_bfloat16_are_those_of_torch() -> None:
+    spec = spec_of("bfloat16", {}, row_shape=(512,))
+    bits = np.random.default_rng(0).integers(0, 2**32, 2**18, dtype=np.uint32)
+    halves = np.arange(2**16, dtype=np.uint32) << 16 | 0x8000  # as near to one code as to the next
+    values = np.concatenate([bits, halves]).view(np.float32)
+    values = np.where(np.abs(values) < 3.38e38, values, 1).astype(np.float32).reshape(-1, 512)  # NaN too
+    theirs = torch.from_numpy(values).bfloat16()
+    codes = encode_rows(spec, values)
+    assert np.array_equal(codes[""], theirs.view(torch.uint16).numpy())
+    decoded = decode_rows(spec, codes)
+    assert np.array_equal(decoded.view(np.uint32), theirs.float().numpy().view(np.uint32))
+    again = encode_rows(spec, decoded)  # values of bfloat16 are kept bit for bit
+    assert np.array_equal(again[""], codes[""])
+
+
+def test_the_fill_value_of_bfloat16_is_a_nan_that_is_never_written() -> None:
+    [stored] = stored_arrays(spec_of("bfloat16", {}))
+    assert stored.dtype == "uint16" and stored.fill_is_reserved
+    assert torch.tensor(stored.fill_value, dtype=torch.uint16).view(torch.bfloat16).isnan()
+    codes = encode_rows(spec_of("bfloat16", {}), np.ones((2, 2, 3), np.float32))[""]
+    assert not holds_fill(stored, codes)
+    codes[1, 1, 0] = stored.fill_value
+    assert holds_fill(stored, codes) and first_fill(stored, codes) == 1
+
+
 @given(st.floats(0, 65504, width=32))
 def test_the_scale_is_never_below_the_largest_value(value: float) -> None:
     scale = encode_rows(spec_of("sqrt_uint8", {}, row_shape=(1,)), np.float32([[value]]))["scale"]
@@ -98,7 +135,7 @@ def test_a_fixed_step_loses_small_probabilities_that_a_root_keeps() -> None:
     assert kept.tolist() == [0.5, 0, 2.0**-12, 0] and (by_root > 0).all()
 
 
-@pytest.mark.parametrize("codec", ["float32", "float16", "fixed_point", "sqrt_uint8"])
+@pytest.mark.parametrize("codec", ["float32", "float16", "bfloat16", "fixed_point", "sqrt_uint8"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_is_refused_by_name(codec: str, value: float) -> None:
     options = {"step": 1.0} if codec == "fixed_point" else {}
@@ -117,6 +154,7 @@ def test_a_value_that_is_not_finite_is_refused_by_name(codec: str, value: float)
             "value 17000 is beyond 16383.5; use a larger step",
         ),
         ("fixed_point", {"step": 2.0**-90}, np.float32([[3e38]]), "is beyond 2.64"),
+        ("bfloat16", {}, np.float32([[-3.4e38]]), "value 3.4e+38 is beyond 3.38953e+38; use float32"),
         ("sqrt_uint8", {}, np.float32([[-0.5]]), "value -0.5 is negative; sqrt_uint8 keeps values >= 0 only"),
         (
             "sqrt_uint8",
@@ -156,7 +194,7 @@ def test_rows_of_a_wrong_shape_or_kind_are_refused() -> None:
     [
         (
             [spec_of("zip", {})],
-            "arrays[it].codec: expected one of float32, float16, integer, fixed_point, sqrt",
+            "arrays[it].codec: expected one of float32, float16, bfloat16, integer, fixed_point",
         ),
         (
             [spec_of("float32", {"step": 1})],

@@ -15,6 +15,8 @@ from cache.format.quantised import FixedPointCodec, Int8Codec, SqrtUint8Codec
 from cache.format.schema import ArraySpec, Options
 
 _INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64")
+_BFLOAT16_INFINITY, _BFLOAT16_NAN = 0x7F80, 0x7FC0
+_BFLOAT16_LARGEST = (2 - 2.0**-7) * 2.0**127
 
 
 class FloatCodec(Codec):
@@ -43,6 +45,36 @@ class FloatCodec(Codec):
     def max_error(self, rows: Array, options: Options) -> Array:
         magnitude = np.abs(rows.astype(np.float64))
         return np.maximum(magnitude * 2.0**-11, 2.0**-25) if self._dtype == "float16" else magnitude * 0
+
+
+class BFloat16Codec(Codec):
+    """uint16 codes that are the upper half of a float32: Zarr has no core type for bfloat16. NaN is never written."""
+
+    def stored(self, spec: ArraySpec) -> tuple[StoredArray, ...]:
+        return (codes_of(spec, "uint16", "bitshuffle", _BFLOAT16_NAN, is_reserved=True),)
+
+    def encode(self, rows: Array, options: Options) -> dict[str, Array]:
+        bits = np.ascontiguousarray(rows, dtype=np.float32).view(np.uint32)
+        # To the nearest, of two equally near ones to the even code. A carry into the exponent is right, too.
+        codes = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+        if (
+            (codes & _BFLOAT16_INFINITY) == _BFLOAT16_INFINITY
+        ).any():  # the rows were finite: these overflowed
+            raise too_large(rows, _BFLOAT16_LARGEST, "use float32")
+        return {"": codes}
+
+    def decode(self, stored: dict[str, Array], options: Options) -> Array:
+        bits = stored[""].astype(np.uint32)
+        bits <<= 16  # in place: fresh memory costs more than the shift
+        return bits.view(np.float32)
+
+    def stated_error(self, options: Options) -> str:
+        return "|error| <= 2^-8 |v|, exact for values of bfloat16"
+
+    def max_error(self, rows: Array, options: Options) -> Array:
+        return np.maximum(
+            np.abs(rows.astype(np.float64)) * 2.0**-8, 2.0**-134
+        )  # the latter of subnormal numbers
 
 
 class IntegerCodec(Codec):
@@ -81,6 +113,7 @@ class IntegerCodec(Codec):
 CODECS: dict[str, Codec] = {
     "float32": FloatCodec("float32"),
     "float16": FloatCodec("float16"),
+    "bfloat16": BFloat16Codec(),
     "integer": IntegerCodec(),
     "fixed_point": FixedPointCodec(),
     "sqrt_uint8": SqrtUint8Codec(),

@@ -1,0 +1,1 @@
+"""Decoding with a twig: pruned prefill, drafts, and the verification by the model itself."""

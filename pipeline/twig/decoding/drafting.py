@@ -1,0 +1,139 @@
+"""Drafts: tokens that the twig proposes, and the base's shallow states of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.twig.decoding.choosing import Choice
+from pipeline.twig.decoding.look_up import following_of_last_match
+from pipeline.twig.decoding.session import Session
+
+
+@dataclass
+class Drafts:
+    """Drafted tokens of a batch, column by column.
+
+    `tokens[b]` are those of a sample, with the column of each. `states` 'B Q D' and `rows` 'B Q' (-1: none) are the
+    outputs of layer K and the positions, in blocks of columns. `probs` has the distribution 'B V' that a column was
+    drawn from, None where it was not drawn.
+    """
+
+    tokens: list[list[tuple[int, int]]]
+    states: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+    probs: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def num_columns(self) -> int:
+        return len(self.probs)
+
+
+@dataclass(frozen=True)
+class DraftRules:
+    """When drafting stops.
+
+    `threshold` (theta): after a token of a lower probability, which is still submitted. `stop_ids`: after one of
+    these. `look_up`: where the twig stopped for being unsure, the tokens that followed the last occurrence of the last
+    `look_up` tokens are drafted, too; 0: never.
+    """
+
+    threshold: float
+    stop_ids: frozenset[int]
+    look_up: int = 0
+
+
+class Drafter:
+    """The twig of a session, and what it has not read yet.
+
+    `unread` are outputs of layer K 'B Q D' and rows 'B Q', in order. The last draft of an iteration is read together
+    with the next confirmed token: where it was rejected, it never is.
+    """
+
+    def __init__(self, session: Session, choice: Choice, rules: DraftRules):
+        assert session.twig is not None and session.own is not None
+        self.session, self.twig, self.own, self.choice, self.rules = session, session.twig, session.own, choice, rules
+        self.unread: list[tuple[Tensor, Tensor]] = []
+        self.output: Tensor | None = None  # of the last layer at the last position read 'B D', if it is the newest
+
+    def confirmed(self, states: Tensor, rows: Tensor) -> None:
+        """Take the newest confirmed token: its output of layer K 'B 1 D', and its row 'B 1'."""
+        self.unread.append((states, rows))
+        self.output = None
+
+    def draft(self, texts: Sequence[Sequence[int]], starts: Sequence[int], limits: Sequence[int]) -> Drafts:
+        """Return at most `limits` drafts of each sample, whose first one stands at position `starts`.
+
+        `texts` are the tokens of prompt and answer, for looking up.
+        """
+        drafts = Drafts([[] for _ in limits])
+        going = [limit > 0 for limit in limits]
+        unsure = [False] * len(limits)
+        while any(going):
+            drafted = self.choice.draft(self.twig.logits(self._newest()))
+            tokens, confidence = drafted.tokens.tolist(), drafted.confidence.tolist()
+            places = [s + len(of) if go else -1 for s, of, go in zip(starts, drafts.tokens, going, strict=True)]
+            self._add(drafts, drafted.tokens[:, None], [[place] for place in places], [drafted.probs])
+            for b, go in enumerate(going):
+                if not go:
+                    continue
+                drafts.tokens[b].append((tokens[b], drafts.num_columns - 1))
+                unsure[b] = confidence[b] < self.rules.threshold and tokens[b] not in self.rules.stop_ids
+                is_done = unsure[b] or tokens[b] in self.rules.stop_ids or len(drafts.tokens[b]) >= limits[b]
+                going[b] = not is_done
+        if self.rules.look_up and any(unsure):
+            self._look_up(drafts, texts, starts, [n if u else 0 for n, u in zip(limits, unsure, strict=True)])
+        return drafts
+
+    def _newest(self) -> Tensor:
+        """Return the twig's output at the newest position 'B D', after it has read all that it has not."""
+        if self.output is None:
+            states, rows = (torch.cat(parts, dim=1) for parts in zip(*self.unread, strict=True))
+            self.output, self.unread = self.own.run(states, rows)[:, -1], []
+        return self.output
+
+    def _add(
+        self, drafts: Drafts, tokens: Tensor, places: list[list[int]], probs: Sequence[Tensor | None]
+    ) -> None:
+        """Run drafted tokens 'B Q' through the shallow layers."""
+        rows = torch.tensor(places, device=tokens.device)
+        states = self.session.read_tokens(tokens, rows)
+        drafts.states.append(states)
+        drafts.rows.append(rows)
+        drafts.probs += probs
+        self.confirmed(states, rows)
+
+    def _look_up(
+        self, drafts: Drafts, texts: Sequence[Sequence[int]], starts: Sequence[int], limits: Sequence[int]
+    ) -> None:
+        found = []
+        for text, of_one, limit in zip(texts, drafts.tokens, limits, strict=True):
+            so_far = [*text, *(token for token, _ in of_one)]
+            room = limit - len(of_one)
+            found.append(following_of_last_match(so_far, self.rules.look_up, room) if room > 0 else [])
+        if not (width := max(map(len, found))):
+            return
+        places = [
+            [start + len(of_one) + n if n < len(tokens) else -1 for n in range(width)]
+            for start, of_one, tokens in zip(starts, drafts.tokens, found, strict=True)
+        ]
+        first = drafts.num_columns
+        padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in found], device=self.own.device)
+        self._add(drafts, padded, places, [None] * width)
+        for of_one, tokens in zip(drafts.tokens, found, strict=True):
+            of_one += [(token, first + n) for n, token in enumerate(tokens)]
+
+    def confirm(self, accepted: Tensor) -> None:
+        """Forget the drafts that were rejected, bool 'B n' by column: those that it read, and those that it did not."""
+        num_unread = sum(rows.shape[1] for _, rows in self.unread)
+        num_read = accepted.shape[1] - num_unread
+        self.session.confirm_own(accepted[:, :num_read])
+        if not num_unread:
+            return
+        states, rows = (torch.cat(parts, dim=1) for parts in zip(*self.unread, strict=True))
+        stays = accepted[:, num_read:]
+        columns = stays.any(dim=0)
+        self.unread = [(states[:, columns], rows.masked_fill(~stays, -1)[:, columns])] if bool(columns.any()) else []

@@ -1,0 +1,220 @@
+"""Generation with a twig: pruned prefill, drafts, verification, and the text that the base itself would write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import ConfigError
+from pipeline.twig.base import Base
+from pipeline.twig.decoding.choosing import Choice, Greedy, Verdict
+from pipeline.twig.decoding.drafting import Drafter, DraftRules, Drafts
+from pipeline.twig.decoding.prompts import Prompts
+from pipeline.twig.decoding.session import Session
+from pipeline.twig.module import Twig
+
+LONGEST_ADAPTED = 12  # drafts of an iteration under `delta: auto`
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to answer.
+
+    `keep`       share of vision tokens kept on average over the layers (1/9: 88.9% pruned); None: no pruning
+    `delta`      most drafts of an iteration; 0: none; `auto`: one more after an iteration that accepted all
+    `threshold`  probability below which drafting stops (theta)
+    `look_up`    tokens that must occur again for n-gram drafts where the twig is unsure; 0: none
+    """
+
+    max_new_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    keep: float | None = None
+    delta: int | Literal["auto"] = 5
+    threshold: float = 0.6
+    look_up: int = 0
+    choice: Choice = field(default_factory=Greedy)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens: expected a number from 1 on, found {self.max_new_tokens}")
+        if self.delta != "auto" and self.delta < 0:
+            raise ConfigError(f"delta: expected auto, or a number from 0 on, found {self.delta}")
+
+
+@dataclass
+class Answers:
+    """What was generated: `tokens` of each sample, the stop token included, and how it was done.
+
+    `drafted` and `accepted` count drafts of each sample, `passes` verifications of each; the first one includes the
+    prompts. `rows` are the positions that each group of layers computed, all samples together.
+    """
+
+    tokens: list[list[int]]
+    drafted: list[int]
+    accepted: list[int]
+    passes: list[int]
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def begun(cls, num_samples: int) -> Answers:
+        return cls([[] for _ in range(num_samples)], *([0] * num_samples for _ in range(3)))
+
+
+@torch.inference_mode()
+def answer(
+    base: Base, twig: Twig | None, prompts: Prompts, decoding: Decoding, *, scores: Tensor | None = None
+) -> Answers:
+    """Answer a batch. The tokens are those that the base, pruned alike, would write one by one.
+
+    Without a twig nothing is drafted. `scores` float32 'B J' of the vision tokens take the place of the twig's.
+    Raises `ConfigError` for a share that cannot be kept.
+    """
+    return _Loop(base, twig, prompts, decoding, scores).run()
+
+
+class _Loop:
+    """The iterations: draft, verify, confirm."""
+
+    def __init__(
+        self, base: Base, twig: Twig | None, prompts: Prompts, decoding: Decoding, scores: Tensor | None
+    ):
+        if twig is None and (decoding.keep is not None or decoding.delta != 0):
+            raise ConfigError("decoding without a twig: set keep to null and delta to 0")
+        geometry = None if twig is None else twig.geometry
+        first, wipe = (0, len(base.layers)) if geometry is None else (geometry.attach_layer, geometry.wipe_layer)
+        self.session = Session(base, twig, prompts, first=first, wipe=wipe, room=decoding.max_new_tokens)
+        self.prompts, self.decoding, self.scores = prompts, decoding, scores
+        self.answers = Answers.begun(len(prompts.is_vision))
+        self.active = [True] * len(self.answers.tokens)
+        self.delta = 5 if decoding.delta == "auto" else decoding.delta
+        self.drafter = self._drafter()
+
+    def _drafter(self) -> Drafter | None:
+        if self.session.twig is None or self.delta == 0:
+            return None
+        rules = DraftRules(self.decoding.threshold, self.decoding.stop_ids, self.decoding.look_up)
+        return Drafter(self.session, self.decoding.choice, rules)
+
+    def run(self) -> Answers:
+        self._begin()
+        while True:
+            drafts = self._draft()
+            verdict = self.decoding.choice.judge(self.session.verify(drafts.states, drafts.rows))
+            accepted = [self._take(b, drafts, verdict) for b in range(len(self.active))]
+            if not any(self.active):
+                self.answers.rows = self.session.num_rows()
+                return self.answers
+            self._confirm(drafts, accepted)
+
+    def _begin(self) -> None:
+        states = self.session.read_prompts()
+        has_images = bool(self.prompts.is_vision.any())
+        needs_scores = self.decoding.keep is not None and has_images and self.scores is None
+        scores = self.scores
+        if self.drafter is not None or needs_scores:
+            output, own = self.session.read_with_twig(states)
+            scores = own if scores is None else scores
+            if self.drafter is not None:
+                self.drafter.output = output
+        if self.decoding.keep is not None and has_images:
+            assert scores is not None
+            self.session.prune(scores, self._counts(self.decoding.keep))
+
+    def _counts(self, keep: float) -> list[int]:
+        """Return R, the vision tokens that stay, of each sample."""
+        assert self.session.twig is not None
+        geometry = self.session.twig.geometry
+        return [geometry.num_kept(m, keep) if m else 0 for m in self.prompts.is_vision.sum(dim=1).tolist()]
+
+    def _draft(self) -> Drafts:
+        lengths = [len(tokens) for tokens in self.answers.tokens]
+        most = self.decoding.max_new_tokens
+        limits = [
+            min(self.delta, most - length - 1) if on else 0 for length, on in zip(lengths, self.active, strict=True)
+        ]
+        if self.drafter is None or not any(limits):
+            return Drafts([[] for _ in limits])
+        starts = [self.prompts.length + length for length in lengths]
+        texts = [
+            [*prompt, *tokens] if self.decoding.look_up else tokens
+            for prompt, tokens in zip(self._prompt_ids(), self.answers.tokens, strict=True)
+        ]
+        return self.drafter.draft(texts, starts, limits)
+
+    def _prompt_ids(self) -> list[list[int]]:
+        if not self.decoding.look_up:
+            return [[] for _ in self.active]
+        return self.prompts.inputs["input_ids"].tolist()
+
+    def _take(self, b: int, drafts: Drafts, verdict: Verdict) -> list[int]:
+        """Add what a sample gets of an iteration: the accepted drafts, and the base's own token behind them.
+
+        Return the columns of the accepted drafts. A sample ends at a stop token, or when it is long enough.
+        """
+        if not self.active[b]:
+            return []
+        columns, place, rejected = [], 0, None
+        new: list[int] = []
+        for token, column in drafts.tokens[b]:
+            probs = drafts.probs[column]
+            of_sample = None if probs is None else probs[b]
+            if not verdict.accepts(b, place, token, of_sample):
+                rejected = token, of_sample
+                break
+            new.append(token)
+            columns.append(column)
+            place = column + 1
+        new.append(verdict.following(b, place, rejected))
+        self.answers.passes[b] += 1
+        self.answers.drafted[b] += len(drafts.tokens[b])
+        self.answers.accepted[b] += len(columns)
+        self._append(b, new)
+        return columns
+
+    def _append(self, b: int, new: Sequence[int]) -> None:
+        tokens = self.answers.tokens[b]
+        for token in new:
+            tokens.append(token)
+            if token in self.decoding.stop_ids or len(tokens) >= self.decoding.max_new_tokens:
+                self.active[b] = False
+                return
+
+    def _confirm(self, drafts: Drafts, columns: Sequence[Sequence[int]]) -> None:
+        """Cut the caches back to what is confirmed, and read the newest token."""
+        device = self.prompts.is_vision.device
+        if drafts.num_columns:
+            accepted = torch.zeros(len(columns), drafts.num_columns, dtype=torch.bool)
+            for b, of_one in enumerate(columns):
+                accepted[b, list(of_one)] = True
+            accepted = accepted.to(device)
+            self.session.confirm(accepted)
+            assert self.drafter is not None
+            self.drafter.confirm(accepted)
+        if self.decoding.delta == "auto":
+            self._adapt(drafts, columns)
+        newest = [tokens[-1] for tokens in self.answers.tokens]
+        rows = [
+            self.prompts.length + len(tokens) - 1 if on else -1
+            for tokens, on in zip(self.answers.tokens, self.active, strict=True)
+        ]
+        ids, at = (torch.tensor(values, device=device)[:, None] for values in (newest, rows))
+        states = self.session.read_tokens(ids, at)
+        self.session.pending = states, at
+        if self.drafter is not None:
+            self.drafter.confirmed(states, at)
+
+    def _adapt(self, drafts: Drafts, columns: Sequence[Sequence[int]]) -> None:
+        """One draft more after an iteration that accepted all, else as many as were accepted and one."""
+        most = max(map(len, columns))
+        is_whole = any(of and len(of) == len(taken) for of, taken in zip(drafts.tokens, columns, strict=True))
+        self.delta = min(self.delta + 1, LONGEST_ADAPTED) if is_whole else max(1, most + 1)
+
+
+def answers_as_tensor(answers: Answers, *, pad_id: int) -> Tensor:
+    """Return the new tokens as int64 'B S', padded on the right."""
+    width = max(map(len, answers.tokens))
+    return torch.tensor([[*tokens, *[pad_id] * (width - len(tokens))] for tokens in answers.tokens])

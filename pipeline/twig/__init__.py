@@ -1,1 +1,1 @@
-"""A twig: a small trained module on an early layer of a frozen model, which prunes vision tokens and drafts tokens."""
+"""A twig: a small trained module on an early layer of a frozen model, for pruning and for drafts."""

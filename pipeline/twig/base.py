@@ -60,5 +60,7 @@ def _final_norm(decoder: Any, anatomy: Anatomy, network: Any) -> nn.Module:
         and all(groups.get(name) == "head" for name in names)
     ]
     if len(found) != 1:
-        raise ConfigError(f"twig: {type(decoder).__name__} has {len(found)} modules before its head, one was expected")
+        raise ConfigError(
+            f"twig: {type(decoder).__name__} has {len(found)} modules before its head, one was expected"
+        )
     return found[0]

@@ -45,7 +45,11 @@ class LayerKind:
         """
         places = rows.clamp(min=0)
         rotary = tuple(_rows_of(values, places) for values in self.rotary)
-        return {"attention_mask": self._mask(rows, columns, is_plain), "position_embeddings": rotary, **self.others}
+        return {
+            "attention_mask": self._mask(rows, columns, is_plain),
+            "position_embeddings": rotary,
+            **self.others,
+        }
 
     def _mask(self, rows: Tensor, columns: Tensor, is_plain: bool) -> Tensor | None:
         if self.mask is None and is_plain and rows.shape[1] in (1, columns.shape[1]):
@@ -72,8 +76,8 @@ def _rows_of(values: Tensor, rows: Tensor) -> Tensor:
 class LayerInputs:
     """A recorded forward: the input of the first layer, and the arguments of every layer.
 
-    `embeds` 'B S D'. `kinds` has an entry a layer; layers of one kind share it. `added` holds what the decoder adds to
-    the output of a layer, 'B S D' by the layer's number: Qwen3-VL's deepstack features.
+    `embeds` 'B S D'. `kinds` has an entry a layer; layers of one kind share it. `added` holds what the decoder adds
+    to the output of a layer, 'B S D' by the layer's number: Qwen3-VL's deepstack features.
     """
 
     embeds: Tensor

@@ -33,6 +33,13 @@ ADAPTERS = "adapter_config.json"  # peft's
 ZIP = b"PK\x03\x04"
 
 
+def digest_of_tensor(tensor: torch.Tensor) -> str:
+    """Return the blake3 over dtype, shape and bytes of a tensor."""
+    header = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} "
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return blake3(header.encode()).update(content.data).hexdigest()
+
+
 def digest_of_tensors(digests: Mapping[str, str]) -> str:
     """Return one digest of many: name -> digest of a tensor."""
     return blake3("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
@@ -168,12 +175,7 @@ class Checkpoint:
 
     def tensor_digests(self, names: Iterable[str]) -> dict[str, str]:
         """Return the blake3 over dtype, shape and bytes of each of these tensors."""
-        digests = {}
-        for name, tensor in self.tensors(names):
-            header = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} "
-            content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            digests[name] = blake3(header.encode()).update(content.data).hexdigest()
-        return digests
+        return {name: digest_of_tensor(tensor) for name, tensor in self.tensors(names)}
 
 
 @contextmanager

@@ -37,8 +37,8 @@ class DraftRules:
     """When drafting stops.
 
     `threshold` (theta): after a token of a lower probability, which is still submitted. `stop_ids`: after one of
-    these. `look_up`: where the twig stopped for being unsure, the tokens that followed the last occurrence of the last
-    `look_up` tokens are drafted, too; 0: never.
+    these. `look_up`: where the twig stopped for being unsure, the tokens that followed the last occurrence of the
+    last `look_up` tokens are drafted, too; 0: never.
     """
 
     threshold: float
@@ -55,9 +55,17 @@ class Drafter:
 
     def __init__(self, session: Session, choice: Choice, rules: DraftRules):
         assert session.twig is not None and session.own is not None
-        self.session, self.twig, self.own, self.choice, self.rules = session, session.twig, session.own, choice, rules
+        self.session, self.twig, self.own, self.choice, self.rules = (
+            session,
+            session.twig,
+            session.own,
+            choice,
+            rules,
+        )
         self.unread: list[tuple[Tensor, Tensor]] = []
-        self.output: Tensor | None = None  # of the last layer at the last position read 'B D', if it is the newest
+        self.output: Tensor | None = (
+            None  # of the last layer at the last position read 'B D', if it is the newest
+        )
 
     def confirmed(self, states: Tensor, rows: Tensor) -> None:
         """Take the newest confirmed token: its output of layer K 'B 1 D', and its row 'B 1'."""
@@ -75,7 +83,9 @@ class Drafter:
         while any(going):
             drafted = self.choice.draft(self.twig.logits(self._newest()))
             tokens, confidence = drafted.tokens.tolist(), drafted.confidence.tolist()
-            places = [s + len(of) if go else -1 for s, of, go in zip(starts, drafts.tokens, going, strict=True)]
+            places = [
+                s + len(of) if go else -1 for s, of, go in zip(starts, drafts.tokens, going, strict=True)
+            ]
             self._add(drafts, drafted.tokens[:, None], [[place] for place in places], [drafted.probs])
             for b, go in enumerate(going):
                 if not go:
@@ -121,13 +131,15 @@ class Drafter:
             for start, of_one, tokens in zip(starts, drafts.tokens, found, strict=True)
         ]
         first = drafts.num_columns
-        padded = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in found], device=self.own.device)
+        padded = torch.tensor(
+            [[*tokens, *[0] * (width - len(tokens))] for tokens in found], device=self.own.device
+        )
         self._add(drafts, padded, places, [None] * width)
         for of_one, tokens in zip(drafts.tokens, found, strict=True):
             of_one += [(token, first + n) for n, token in enumerate(tokens)]
 
     def confirm(self, accepted: Tensor) -> None:
-        """Forget the drafts that were rejected, bool 'B n' by column: those that it read, and those that it did not."""
+        """Forget the drafts that were rejected, bool 'B n' by column, whether it has read them or not."""
         num_unread = sum(rows.shape[1] for _, rows in self.unread)
         num_read = accepted.shape[1] - num_unread
         self.session.confirm_own(accepted[:, :num_read])
@@ -136,4 +148,6 @@ class Drafter:
         states, rows = (torch.cat(parts, dim=1) for parts in zip(*self.unread, strict=True))
         stays = accepted[:, num_read:]
         columns = stays.any(dim=0)
-        self.unread = [(states[:, columns], rows.masked_fill(~stays, -1)[:, columns])] if bool(columns.any()) else []
+        self.unread = (
+            [(states[:, columns], rows.masked_fill(~stays, -1)[:, columns])] if bool(columns.any()) else []
+        )

@@ -61,7 +61,7 @@ class Answers:
 
     @classmethod
     def begun(cls, num_samples: int) -> Answers:
-        return cls([[] for _ in range(num_samples)], *([0] * num_samples for _ in range(3)))
+        return cls([[] for _ in range(num_samples)], [0] * num_samples, [0] * num_samples, [0] * num_samples)
 
 
 @torch.inference_mode()
@@ -85,7 +85,9 @@ class _Loop:
         if twig is None and (decoding.keep is not None or decoding.delta != 0):
             raise ConfigError("decoding without a twig: set keep to null and delta to 0")
         geometry = None if twig is None else twig.geometry
-        first, wipe = (0, len(base.layers)) if geometry is None else (geometry.attach_layer, geometry.wipe_layer)
+        first, wipe = (
+            (0, len(base.layers)) if geometry is None else (geometry.attach_layer, geometry.wipe_layer)
+        )
         self.session = Session(base, twig, prompts, first=first, wipe=wipe, room=decoding.max_new_tokens)
         self.prompts, self.decoding, self.scores = prompts, decoding, scores
         self.answers = Answers.begun(len(prompts.is_vision))
@@ -134,7 +136,8 @@ class _Loop:
         lengths = [len(tokens) for tokens in self.answers.tokens]
         most = self.decoding.max_new_tokens
         limits = [
-            min(self.delta, most - length - 1) if on else 0 for length, on in zip(lengths, self.active, strict=True)
+            min(self.delta, most - length - 1) if on else 0
+            for length, on in zip(lengths, self.active, strict=True)
         ]
         if self.drafter is None or not any(limits):
             return Drafts([[] for _ in limits])

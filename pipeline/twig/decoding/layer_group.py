@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ class LayerGroup:
     sample: padding, or a rejected draft. Room for `capacity` positions is allocated at first, and more when needed.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], first: int, inputs: LayerInputs, *, capacity: int, is_plain: bool):
+    def __init__(
+        self, layers: Iterable[nn.Module], first: int, inputs: LayerInputs, *, capacity: int, is_plain: bool
+    ):
         self.layers, self.first, self.capacity, self.is_plain = list(layers), first, capacity, is_plain
         self.kinds = inputs.kinds[first : first + len(self.layers)]
         self.added = inputs.added
@@ -53,7 +55,9 @@ class LayerGroup:
             return hidden
         return hidden + added.gather(1, rows.clamp(min=0)[..., None].expand_as(hidden))
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append a layer's new keys and values 'B G Q D/H', and return all of them; transformers' signature."""
         end, start = self.length, self.length - key.shape[2]
         keys, values = self.held.get(layer, (key[:, :, :0], value[:, :, :0]))
@@ -69,7 +73,9 @@ class LayerGroup:
         self.columns = self.columns[:, :length]
         if holes is not None and not self.is_plain:
             old = self.columns[:, length - holes.shape[1] :]
-            self.columns = torch.cat([self.columns[:, : length - holes.shape[1]], old.masked_fill(holes, -1)], dim=1)
+            self.columns = torch.cat(
+                [self.columns[:, : length - holes.shape[1]], old.masked_fill(holes, -1)], dim=1
+            )
 
 
 def _with_room(held: Tensor, length: int, capacity: int) -> Tensor:

@@ -29,7 +29,9 @@ class Prompts:
     @classmethod
     def of(cls, inputs: Mapping[str, Any], *, image_token_id: int) -> Prompts:
         """Wrap what a processor returns, or what `generate` gives its decoding method."""
-        kept = {name: value for name, value in inputs.items() if name not in OF_GENERATE and value is not None}
+        kept = {
+            name: value for name, value in inputs.items() if name not in OF_GENERATE and value is not None
+        }
         kept.setdefault("attention_mask", torch.ones_like(kept["input_ids"]))
         return cls(kept, kept["input_ids"] == image_token_id)
 

@@ -19,9 +19,9 @@ def kept_tokens(scores: Tensor, vision: Tensor, counts: Sequence[int], length: i
     wanted = torch.tensor(counts, device=scores.device)[:, None]
     is_kept = (torch.arange(order.shape[1], device=scores.device) < wanted) & (vision.gather(1, order) >= 0)
     places = vision.gather(1, order).masked_fill(~is_kept, length)  # one more column takes what goes
-    return torch.zeros(len(scores), length + 1, dtype=torch.bool, device=scores.device).scatter_(1, places, True)[
-        :, :length
-    ]
+    return torch.zeros(len(scores), length + 1, dtype=torch.bool, device=scores.device).scatter_(
+        1, places, True
+    )[:, :length]
 
 
 def compacted(hidden: Tensor, rows: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:

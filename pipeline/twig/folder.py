@@ -1,0 +1,116 @@
+"""A twig as a folder beside its base: `twig.safetensors`, and `config.json` that names the base by its digest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pipeline.config.provenance import replace_text
+from pipeline.errors import ConfigError, building, writing
+from pipeline.models.anatomy import empty_network
+from pipeline.models.checkpoint_names import source_names
+from pipeline.models.files.broken_files import named_if_broken
+from pipeline.models.files.checkpoint import Checkpoint
+from pipeline.twig.base_identity import BaseIdentity
+from pipeline.twig.geometry import Geometry
+from pipeline.twig.module import Twig
+
+WEIGHTS = "twig.safetensors"
+CONFIG = "config.json"
+MODEL_TYPE = "alignkd_twig"
+FORMAT = 1
+
+
+def save_twig(folder: Path, twig_tensors: dict[str, Tensor], geometry: Geometry, base: BaseIdentity) -> None:
+    """Write a twig's tensors, as `Twig.state_dict` names them, and what it belongs to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {
+        "model_type": MODEL_TYPE,
+        "format": FORMAT,
+        "attach_layer": geometry.attach_layer,
+        "num_layers": geometry.num_layers,
+        "wipe_layer": geometry.wipe_layer,
+        "base": base.to_json(),
+    }
+    with writing(folder):
+        # Not save_file, whose files only their owner may read.
+        (folder / WEIGHTS).write_bytes(save({name: t.contiguous() for name, t in twig_tensors.items()}))
+        replace_text(folder / CONFIG, json.dumps(fields, indent=1) + "\n")
+
+
+def read_twig_config(folder: Path) -> tuple[Geometry, BaseIdentity]:
+    """Return where a twig grows and what it belongs to. Raises `ConfigError` for a folder without a twig."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ConfigError(f"{folder}: no {CONFIG}; name a folder that `alignkd twig train` wrote")
+    with named_if_broken(file, kind="a twig's config", then="train the twig again, or restore the file"):
+        fields = json.loads(file.read_text())
+        if fields.get("model_type") != MODEL_TYPE or fields.get("format") != FORMAT:
+            found = f"{fields.get('model_type')!r}, format {fields.get('format')}"
+            raise ConfigError(
+                f"{file}: {MODEL_TYPE!r} of format {FORMAT} was asked for, found {found}; name a folder that "
+                "`alignkd twig train` wrote"
+            )
+        base = BaseIdentity.from_json(fields["base"])
+        places = (fields[name] for name in ("attach_layer", "num_layers", "wipe_layer"))
+        return Geometry(*places, num_base_layers=base.num_layers), base
+
+
+def load_twig(folder: str | Path, network: Any) -> Twig:
+    """Load a twig for its base, a model in memory, in the base's dtype and on its device, for generation.
+
+    Raises `ConfigError` if it belongs to another base, or if its files do not fit together.
+    """
+    folder = Path(folder)
+    geometry, base = read_twig_config(folder)
+    base.check_is(network, asked_by=f"the twig in {folder}")
+    twig = Twig.empty(network.config, geometry, dtype=network.dtype)
+    fill_twig(twig, read_tensors(folder), source=folder)
+    return twig.to(network.device, network.dtype).eval().requires_grad_(False)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a twig's folder."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise ConfigError(f"{folder}: no {WEIGHTS}; name a folder that `alignkd twig train` wrote")
+    with named_if_broken(file):
+        return load_file(file)
+
+
+def fill_twig(twig: Twig, tensors: dict[str, Tensor], *, source: object) -> None:
+    """Fill a twig that has no weights. Raises `ConfigError` unless the tensors are just those that it has."""
+    expected = twig.state_dict()
+    strange = sorted(expected.keys() ^ tensors.keys())
+    strange += [
+        name for name, tensor in tensors.items() if name in expected and tensor.shape != expected[name].shape
+    ]
+    if strange:
+        raise ConfigError(
+            f"{source}: its tensors are not those of a twig of this base; {strange[0]!r} is missing, unknown or of "
+            "another shape; use the config.json that belongs to the twig"
+        )
+    with building(f"twig {source}", then="use the files that `alignkd twig train` wrote"):
+        twig.load_state_dict(tensors, assign=True)
+
+
+def first_weights(
+    twig: Twig, checkpoint: Checkpoint, config: Any, *, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the tensors that a twig begins with: those of base layers K..K+T-1, of its norm and of its head.
+
+    Reads these tensors of the checkpoint, and no others. Raises `ConfigError` if one is missing.
+    """
+    sources = source_names(empty_network(config), checkpoint.names())
+    wanted: dict[str, list[str]] = {}
+    for name, of_base in twig.names_in_base(config).items():
+        wanted.setdefault(sources.get(of_base, of_base), []).append(name)
+    tensors: dict[str, Tensor] = {}
+    for source, tensor in checkpoint.tensors(wanted):
+        tensors |= {name: tensor.to(dtype).clone() for name in wanted[source]}
+    return tensors

@@ -62,24 +62,46 @@ def shared_prefix_row(item: ImageQuestions, num_vision_tokens: int) -> list[tupl
     return row
 
 
-def answer_loss(
-    model: MobileVLMForCausalLM, chosen: list[ImageQuestions], patch_features: torch.Tensor
-) -> torch.Tensor:
-    """Return the mean cross entropy over the answers to all questions of some images; `patch_features` 'I M W'."""
-    rows = [shared_prefix_row(item, model.config.num_vision_tokens) for item in chosen]
+@dataclass(frozen=True)
+class PackedQuestions:
+    """Rows of `shared_prefix_row` as a batch: int64 'B S', and `seen` bool 'B S S', what a position attends to."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    owner: torch.Tensor
+    position: torch.Tensor
+    seen: torch.Tensor
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """The label that each position predicts, int64 'B S'."""
+        return nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def pack_questions(chosen: Sequence[ImageQuestions], num_vision_tokens: int) -> PackedQuestions:
+    """Return the questions of some images as a batch; padding has the owner -2."""
+    rows = [shared_prefix_row(item, num_vision_tokens) for item in chosen]
     length = max(map(len, rows))
     padding = (0, IGNORE_INDEX, -2, 0)  # no question has the owner -2
     columns = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
     ids, labels, owner, position = columns.unbind(dim=2)
-    embeds = model.embed(ids, model.get_image_features(patch_features=patch_features).pooler_output)
     order = torch.arange(length)
     seen = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
+    return PackedQuestions(ids, labels, owner, position, seen & (order <= order[:, None]))
+
+
+def answer_loss(
+    model: MobileVLMForCausalLM, chosen: Sequence[ImageQuestions], patch_features: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean cross entropy over the answers to all questions of some images; `patch_features` 'I M W'."""
+    batch = pack_questions(chosen, model.config.num_vision_tokens)
     hidden = model.model(
-        inputs_embeds=embeds,
-        attention_mask=(seen & (order <= order[:, None]))[:, None],
-        position_ids=position,
+        inputs_embeds=model.embed(
+            batch.ids, model.get_image_features(patch_features=patch_features).pooler_output
+        ),
+        attention_mask=batch.seen[:, None],
+        position_ids=batch.position,
         use_cache=False,
     ).last_hidden_state
-    answers = labels[:, 1:] != IGNORE_INDEX
-    logits = model.lm_head(hidden[:, :-1][answers])
-    return nn.functional.cross_entropy(logits, labels[:, 1:][answers])
+    answers = batch.targets != IGNORE_INDEX
+    return nn.functional.cross_entropy(model.lm_head(hidden[answers]), batch.targets[answers])

@@ -1,4 +1,4 @@
-"""The training of the two studies' teachers: a loop, and its use to learn the answers to an image's questions."""
+"""The training of the studies' models: a loop, and its use to learn the answers to an image's questions."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def fit(
     num_steps: int,
     generator: torch.Generator,
     learning_rate: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
     max_norm: float = math.inf,
 ) -> None:
     """Minimise `loss_of(rows)` with AdamW over shuffled epochs of `num_rows` rows, and print the loss now and then.
@@ -32,7 +33,7 @@ def fit(
     The learning rate rises over the first 5% of the steps and falls to zero as a cosine.
     """
     parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, num_steps // 20), num_steps)
     whole_batches = max(1, num_rows // batch_size)
     batches = (

@@ -31,9 +31,9 @@ class Art:
     drawings: dict[tuple[str, str], str]
     licenses: str
 
-    def paint(self, scene: Scene) -> Image.Image:
-        """Return the scene as an RGB picture of 256 x 256 pixels."""
-        image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUNDS[scene.background])
+    def paint(self, scene: Scene, *, image_size: int = IMAGE_SIZE) -> Image.Image:
+        """Return the scene as an RGB picture, `image_size` pixels wide and high."""
+        image = Image.new("RGB", (image_size, image_size), BACKGROUNDS[scene.background])
         for thing in scene.things:
             emoji = self.draw(thing.concept.name, scene.style, size=thing.size)
             image.paste(emoji, (thing.left, thing.top), emoji)

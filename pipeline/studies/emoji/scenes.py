@@ -66,7 +66,7 @@ def all_concepts() -> tuple[Concept, ...]:
 
 @dataclass(frozen=True)
 class Thing:
-    """One emoji of a scene; cells are numbered 0 to 3, row by row, and lengths are in pixels."""
+    """One emoji of a scene; cells are numbered from 0 on, row by row, and lengths are in pixels."""
 
     concept: Concept
     cell: int

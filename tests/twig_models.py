@@ -22,6 +22,7 @@ from pipeline.models.vlm import VisionLanguageModel
 from pipeline.positions import IGNORE_INDEX
 from pipeline.twig.base import Base
 from pipeline.twig.decoding.prompts import Prompts
+from pipeline.twig.decoding.session import Session
 from pipeline.twig.geometry import Geometry
 from pipeline.twig.module import Twig
 
@@ -149,3 +150,19 @@ def oracle(
         if tokens[-1] in stop_ids:
             break
     return tokens
+
+
+@torch.inference_mode()
+def kept_by(specimen: TwigSpecimen, twig: Twig, prompts: Prompts, keep: float) -> Tensor | None:
+    """Return the vision tokens of one prompt that a twig keeps, bool 'P'; None where there are none."""
+    places = prompts.is_vision[0].nonzero()[:, 0]
+    if not len(places):
+        return None
+    geometry = twig.geometry
+    session = Session(
+        specimen.base, twig, prompts, first=geometry.attach_layer, wipe=geometry.wipe_layer, room=1
+    )
+    _, scores = session.read_with_twig(session.read_prompts())
+    kept = torch.zeros(prompts.length, dtype=torch.bool)
+    kept[places[scores[0].topk(geometry.num_kept(len(places), keep)).indices]] = True
+    return kept

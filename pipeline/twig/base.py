@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
 from pipeline.models.anatomy import Anatomy, anatomy_of
+from pipeline.models.tap import TAPPED
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Base:
         cannot be cut back to the confirmed ones.
         """
         decoder, anatomy = network.get_decoder(), anatomy_of(network.config)
+        decoder.set_attn_implementation({"": TAPPED})  # SDPA, whose masks can be cut to some rows
         if list(anatomy.layer_of) != list(range(len(decoder.layers))):
             raise ConfigError(
                 f"twig: of the {len(decoder.layers)} layers of the family {network.config.model_type!r} only "
@@ -42,6 +44,11 @@ class Base:
             network.get_output_embeddings(),
             network.get_input_embeddings(),
         )
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the head."""
+        return next(self.head.parameters()).shape[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits '... V' of the last layer's output '... D'."""

@@ -85,7 +85,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def fill_twig(twig: Twig, tensors: dict[str, Tensor], *, source: object) -> None:
     """Fill a twig that has no weights. Raises `ConfigError` unless the tensors are just those that it has."""
-    expected = twig.state_dict()
+    expected, ids = twig.state_dict(), tensors.get("draft_ids")
+    tensors = {name: tensor for name, tensor in tensors.items() if name != "draft_ids"}
     strange = sorted(expected.keys() ^ tensors.keys())
     strange += [
         name for name, tensor in tensors.items() if name in expected and tensor.shape != expected[name].shape
@@ -97,6 +98,8 @@ def fill_twig(twig: Twig, tensors: dict[str, Tensor], *, source: object) -> None
         )
     with building(f"twig {source}", then="use the files that `alignkd twig train` wrote"):
         twig.load_state_dict(tensors, assign=True)
+        if ids is not None:
+            twig.shorten(ids)
 
 
 def first_weights(

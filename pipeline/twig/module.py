@@ -20,8 +20,12 @@ from pipeline.twig.layer_inputs import LayerInputs
 class Twig(nn.Module):
     """A twig of a base (TwigVLM, arXiv 2503.14075): layers of its family, a final norm and an untied head.
 
-    Base and twig have the same arguments for their layers: those of base layers K..K+T-1.
+    Base and twig have the same arguments for their layers: those of base layers K..K+T-1. `draft_ids` int64 'V' are
+    the only tokens that it drafts, None: all.
     """
+
+    draft_ids: Tensor | None
+    short_weight: Tensor | None
 
     def __init__(self, geometry: Geometry, layers: Iterable[nn.Module], norm: nn.Module, head: nn.Module):
         super().__init__()
@@ -30,6 +34,8 @@ class Twig(nn.Module):
         self.norm = norm
         self.head = head
         self.gradient_checkpointing = False
+        self.register_buffer("draft_ids", None)
+        self.register_buffer("short_weight", None, persistent=False)
 
     @classmethod
     def empty(cls, config: Any, geometry: Geometry, *, dtype: torch.dtype | None = None) -> Twig:
@@ -59,7 +65,7 @@ class Twig(nn.Module):
         base, first = Base.of(network), self.geometry.attach_layer
         name_of = {id(parameter): name for name, parameter in network.named_parameters()}
         names = {}
-        for name in self.state_dict():
+        for name, _ in self.named_parameters():
             part, _, rest = name.partition(".")
             if part == "layers":
                 number, _, rest = rest.partition(".")
@@ -82,6 +88,17 @@ class Twig(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits '... V' of its last layer's output '... D'."""
         return self.head(self.norm(hidden))
+
+    def shorten(self, ids: Tensor) -> None:
+        """Draft these tokens alone, by their rows of the head, which is up to half of a small model's draft."""
+        assert isinstance(self.head, nn.Linear) and self.head.bias is None
+        self.draft_ids, self.short_weight = ids, self.head.weight.detach()[ids]
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """Return logits 'B V' of its last layer's output 'B D', or those of `draft_ids` alone, in their order."""
+        if self.short_weight is None:
+            return self.logits(hidden)
+        return nn.functional.linear(self.norm(hidden), self.short_weight)
 
     def forward(self, hidden: Tensor, inputs: LayerInputs, answers: Tensor) -> Tensor:
         """Return logits 'A V' at the positions `answers`, bool 'B S', from the output of base layer K, 'B S D'."""

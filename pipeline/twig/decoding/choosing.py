@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 # Scores '... V' -> scores in which the tokens that may not be drawn are -inf: temperature, top-k, top-p.
 Warp = Callable[[Tensor], Tensor]
+
+
+def _as_they_are(scores: Tensor) -> Tensor:
+    return scores
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,19 @@ class Choice(ABC):
         """Return what the base says to drafts, from its logits 'B Q V'."""
 
 
+@dataclass(frozen=True)
 class Greedy(Choice):
-    """The most probable token; a draft is accepted if it is the base's own."""
+    """The most probable token; a draft is accepted if it is the base's own. `warp` shapes the scores of both."""
+
+    warp: Warp = _as_they_are
 
     def draft(self, logits: Tensor) -> Drafted:
         # float32: the probability is compared with a threshold.
-        largest, tokens = logits.float().softmax(dim=-1).max(dim=-1)
+        largest, tokens = self.warp(logits).float().softmax(dim=-1).max(dim=-1)
         return Drafted(tokens, largest, None)
 
     def judge(self, logits: Tensor) -> Verdict:
-        return _GreedyVerdict(logits.argmax(dim=-1).tolist())
+        return _GreedyVerdict(self.warp(logits).argmax(dim=-1).tolist())
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Sampling(Choice):
     max(p - q, 0), normalised. `warp` shapes the scores of both.
     """
 
-    warp: Warp = field(default=lambda scores: scores)
+    warp: Warp = _as_they_are
     generator: torch.Generator | None = None
 
     def draft(self, logits: Tensor) -> Drafted:

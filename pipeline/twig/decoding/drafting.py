@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.twig.decoding.choosing import Choice
+from pipeline.twig.decoding.choosing import Choice, Drafted
 from pipeline.twig.decoding.look_up import following_of_last_match
 from pipeline.twig.decoding.session import Session
 
@@ -81,7 +81,7 @@ class Drafter:
         going = [limit > 0 for limit in limits]
         unsure = [False] * len(limits)
         while any(going):
-            drafted = self.choice.draft(self.twig.logits(self._newest()))
+            drafted = self._drafted()
             tokens, confidence = drafted.tokens.tolist(), drafted.confidence.tolist()
             places = [
                 s + len(of) if go else -1 for s, of, go in zip(starts, drafts.tokens, going, strict=True)
@@ -97,6 +97,16 @@ class Drafter:
         if self.rules.look_up and any(unsure):
             self._look_up(drafts, texts, starts, [n if u else 0 for n, u in zip(limits, unsure, strict=True)])
         return drafts
+
+    def _drafted(self) -> Drafted:
+        drafted = self.choice.draft(self.twig.draft_logits(self._newest()))
+        if (ids := self.twig.draft_ids) is None:
+            return drafted
+        probs = drafted.probs
+        if probs is not None:  # tokens that are never drafted have a probability of zero
+            whole = probs.new_zeros(len(probs), self.session.base.vocab_size)
+            probs = whole.index_copy(1, ids, probs)
+        return Drafted(ids[drafted.tokens], drafted.confidence, probs)
 
     def _newest(self) -> Tensor:
         """Return the twig's output at the newest position 'B D', after it has read all that it has not."""

@@ -151,7 +151,7 @@ class _Loop:
     def _prompt_ids(self) -> list[list[int]]:
         if not self.decoding.look_up:
             return [[] for _ in self.active]
-        return self.prompts.inputs["input_ids"].tolist()
+        return self.prompts.inputs["input_ids"].masked_fill(self.prompts.is_vision, -1).tolist()
 
     def _take(self, b: int, drafts: Drafts, verdict: Verdict) -> list[int]:
         """Add what a sample gets of an iteration: the accepted drafts, and the base's own token behind them.

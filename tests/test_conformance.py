@@ -27,9 +27,11 @@ from pipeline.models.configuration import read_config
 from pipeline.models.families import FAMILIES
 from pipeline.models.files.checkpoint import Checkpoint
 from pipeline.models.loading import load_network
+from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.models.stub import Teacher, load_teacher
 from pipeline.models.teacher_plan import plan_tensors, whole_model_digests
 from pipeline.models.vlm import VisionLanguageModel
+from pipeline.studies.scenes.models import model_config, write_checkpoint
 from pipeline.targets.attention import AttentionTarget
 from pipeline.targets.logits import LogitsTarget
 from pipeline.targets.vision import VisionTarget
@@ -279,6 +281,14 @@ def test_the_digests_of_a_whole_model_are_those_of_its_store(family, family_fold
 def test_a_sound_checkpoint_passes(family, family_folder, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["models", "check", str(family_folder(family))])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and "FAILED" not in printed and printed.count("ok ") == 3 + len(CHECKS)
+
+
+def test_a_mobilevlm_with_smollm2s_special_tokens_is_checked_with_its_template(tmp_path, capsys):
+    write_checkpoint(MobileVLMForCausalLM(model_config()), tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["models", "check", str(tmp_path)])
     printed = capsys.readouterr().out
     assert ended.value.code == 0 and "FAILED" not in printed and printed.count("ok ") == 3 + len(CHECKS)
 

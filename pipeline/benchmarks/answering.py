@@ -21,7 +21,7 @@ from pipeline.models.configuration import read_config
 from pipeline.models.files.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.loading import load_network
 from pipeline.models.mobilevlm import MobileVLMConfig
-from pipeline.models.mobilevlm.tokenizer import is_chatml, load_tokenizer
+from pipeline.models.mobilevlm.tokenizer import template_of
 from pipeline.models.vlm import ImageFeatures, VisionLanguageModel
 
 FEATURE_CACHE_BYTES = 256 * 2**20
@@ -63,7 +63,7 @@ def _is_mobilevlm(model: str) -> bool:
 def _template_of(model: str) -> Any:
     if not _is_mobilevlm(model):
         return "chat"
-    return "chatml" if is_chatml(load_tokenizer(checkpoint_folder(model))) else "v1"
+    return template_of(model)
 
 
 NamedImage = tuple[str, bytes]  # two images of one name are the same

@@ -23,6 +23,7 @@ from pipeline.models.configuration import read_config
 from pipeline.models.cut import keep_layers
 from pipeline.models.files.checkpoint import Checkpoint
 from pipeline.models.mobilevlm import MobileVLMConfig
+from pipeline.models.mobilevlm.tokenizer import template_of
 from pipeline.models.processors import Tensors
 from pipeline.models.stub import load_teacher
 from pipeline.models.teacher_plan import TeacherPlan, plan_tensors
@@ -77,7 +78,7 @@ def specimen_of(folder: Path) -> Specimen:
     """Return the first layers of a checkpoint, in float32 on the CPU. Raises what loading it would raise."""
     checkpoint = Checkpoint(str(folder))
     config = first_layers(read_config(checkpoint.folder, let_in_only=False))
-    template = "v1" if isinstance(config, MobileVLMConfig) else "chat"
+    template = template_of(checkpoint.folder) if isinstance(config, MobileVLMConfig) else "chat"
     data = DataConfig(shards="", template=template)
     preparation = preparation_of(checkpoint.folder, config, data)
     samples, images, refused = made_up_samples(preparation)

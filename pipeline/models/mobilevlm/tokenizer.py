@@ -8,6 +8,7 @@ sentencepiece before it is used.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -60,6 +61,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def is_chatml(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether a tokenizer is of SmolLM2's family, for the template `chatml`; the others need LLaMA's."""
     return tokenizer.bos_token == "<|im_start|>"
+
+
+def template_of(path: str | Path) -> Literal["chatml", "v1"]:
+    """Return the dialogue template that fits a checkpoint's tokenizer."""
+    return "chatml" if is_chatml(load_tokenizer(path)) else "v1"
 
 
 def _from_sentencepiece(file: Path) -> PreTrainedTokenizerFast:

@@ -1,0 +1,182 @@
+"""A twig in transformers' own `generate`, its folder, and the base that it belongs to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_families
+import torch
+from transformers import StoppingCriteria
+from twig_models import TwigSpecimen, twig_specimen
+
+from pipeline.errors import ConfigError
+from pipeline.models.loading import load_network
+from pipeline.twig.base import Base
+from pipeline.twig.base_identity import BaseIdentity
+from pipeline.twig.decoding.custom_generate import TwigGenerate, generate_with_twig
+from pipeline.twig.folder import load_twig, save_twig
+from pipeline.twig.geometry import Geometry
+
+pytestmark = pytest.mark.slow
+
+GEOMETRY = Geometry(attach_layer=1, num_layers=2, wipe_layer=5, num_base_layers=6)
+
+
+@pytest.fixture(scope="module")
+def specimen(tmp_path_factory: pytest.TempPathFactory) -> TwigSpecimen:
+    return twig_specimen("llava", tmp_path_factory.mktemp("generate") / "base")
+
+
+@pytest.fixture(scope="module")
+def twig_folder(specimen, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("folder") / "twig"
+    twig = specimen.twig(GEOMETRY)
+    save_twig(folder, twig.state_dict(), GEOMETRY, BaseIdentity.of_checkpoint(str(specimen.folder)))
+    return folder
+
+
+def inputs_of(specimen: TwigSpecimen, *numbers: int) -> dict[str, Any]:
+    """What a processor returns: ids, mask, and pixels in place of features."""
+    prompts = specimen.prompts(list(numbers))
+    pixels = [image for n in numbers for image in specimen.specimen.images[n]]
+    kept = {name: prompts.inputs[name] for name in ("input_ids", "attention_mask")}
+    return kept | (specimen.specimen.vlm.joined(pixels) if pixels else {})
+
+
+def stop_of(specimen: TwigSpecimen) -> int:
+    return specimen.specimen.vlm.image_token_id
+
+
+@pytest.mark.parametrize("numbers", [(0,), (1,), (0, 3), (0, 1, 2)])
+def test_generate_returns_what_the_base_does(specimen, twig_folder, numbers):
+    network, inputs = specimen.base.network, inputs_of(specimen, *numbers)
+    twig = load_twig(twig_folder, network)
+    asked = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": stop_of(specimen), "pad_token_id": 0}
+    expected = network.generate(**inputs, **asked)
+    assert (
+        network.generate(**inputs, **asked, custom_generate=TwigGenerate(twig)).tolist() == expected.tolist()
+    )
+
+
+def test_generate_prunes(specimen, twig_folder):
+    network, inputs = specimen.base.network, inputs_of(specimen, 0)
+    twig = load_twig(twig_folder, network)
+    asked = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": stop_of(specimen)}
+    ids = network.generate(**inputs, **asked, custom_generate=TwigGenerate(twig, keep=0.5))
+    answers = generate_with_twig(
+        network, twig, inputs, max_new_tokens=12, stop_ids=[stop_of(specimen)], keep=0.5
+    )
+    assert ids[0, inputs["input_ids"].shape[1] :].tolist() == answers.tokens[0]
+
+
+def test_generate_samples(specimen, twig_folder):
+    network, inputs = specimen.base.network, inputs_of(specimen, 3)
+    twig = load_twig(twig_folder, network)
+    texts = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        made = network.generate(
+            **inputs,
+            max_new_tokens=4,
+            do_sample=True,
+            temperature=5.0,
+            top_k=4,
+            custom_generate=TwigGenerate(twig),
+        )
+        texts.add(tuple(made[0].tolist()))
+    assert len(texts) > 3
+
+
+class Never(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"num_beams": 2}, "num_beams"),
+        ({"repetition_penalty": 1.5}, "RepetitionPenaltyLogitsProcessor"),
+        ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"stopping_criteria": [Never()]}, "Never"),
+    ],
+)
+def test_what_a_twig_cannot_do_is_refused(specimen, twig_folder, asked, complaint):
+    network = specimen.base.network
+    twig = load_twig(twig_folder, network)
+    with pytest.raises(ConfigError, match=complaint):
+        network.generate(
+            **inputs_of(specimen, 3), max_new_tokens=4, custom_generate=TwigGenerate(twig), **asked
+        )
+
+
+# The folder
+
+
+def test_a_folder_gives_the_same_twig(specimen, twig_folder):
+    twig, again = specimen.twig(GEOMETRY), load_twig(twig_folder, specimen.base.network)
+    assert again.geometry == GEOMETRY
+    for name, tensor in twig.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_another_base_is_refused(specimen, twig_folder, tmp_path):
+    other = twig_specimen("llava", tmp_path / "other", seed=9)
+    with pytest.raises(
+        ConfigError, match=r"belongs to the base .* which differs in embeddings, head, layer 0 and others"
+    ):
+        load_twig(twig_folder, other.base.network)
+    smaller = twig_specimen("llava", tmp_path / "smaller", num_layers=5)
+    with pytest.raises(ConfigError, match="num_layers 6, but this model has 5"):
+        load_twig(twig_folder, smaller.base.network)
+    family = twig_specimen("internvl", tmp_path / "internvl")
+    with pytest.raises(ConfigError, match="family llava, but this model has internvl"):
+        load_twig(twig_folder, family.base.network)
+
+
+def test_a_base_whose_weights_changed_in_memory_is_refused(specimen, twig_folder):
+    network = load_network(str(specimen.folder), dtype=torch.float32).eval()
+    with torch.no_grad():
+        network.get_decoder().layers[4].mlp.up_proj.weight[0, 0] += 0.5
+    with pytest.raises(ConfigError, match="differs in layer 4"):
+        load_twig(twig_folder, network)
+
+
+def test_a_base_in_another_dtype_is_compared_by_its_checkpoint(specimen, twig_folder, tmp_path):
+    network = load_network(str(specimen.folder), dtype=torch.bfloat16).eval()
+    assert load_twig(twig_folder, network).head.weight.dtype == torch.bfloat16
+    other = twig_specimen("llava", tmp_path / "other", seed=9)
+    network = load_network(str(other.folder), dtype=torch.bfloat16).eval()
+    with pytest.raises(ConfigError, match="which differs in"):
+        load_twig(twig_folder, network)
+
+
+def test_broken_folders_are_refused_in_one_sentence(specimen, twig_folder, tmp_path):
+    network = specimen.base.network
+    with pytest.raises(ConfigError, match=r"no config.json; name a folder that `alignkd twig train` wrote"):
+        load_twig(tmp_path, network)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    with pytest.raises(ConfigError, match="'alignkd_twig' of format 1 was asked for, found 'llava'"):
+        load_twig(tmp_path, network)
+    (tmp_path / "config.json").write_text((twig_folder / "config.json").read_text())
+    with pytest.raises(ConfigError, match=r"no twig.safetensors"):
+        load_twig(tmp_path, network)
+    (tmp_path / "twig.safetensors").write_bytes((twig_folder / "twig.safetensors").read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"twig.safetensors"):
+        load_twig(tmp_path, network)
+    fields = json.loads((twig_folder / "config.json").read_text()) | {"num_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "twig.safetensors").write_bytes((twig_folder / "twig.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match="its tensors are not those of a twig of this base"):
+        load_twig(tmp_path, network)
+
+
+def test_a_family_with_layers_without_attention_is_refused(tmp_path):
+    tiny_families.write_checkpoint("lfm2_vl", tmp_path / "base")
+    network = load_network(str(tmp_path / "base"), dtype=torch.float32)
+    with pytest.raises(ConfigError, match="a twig needs a base whose layers all have it"):
+        Base.of(network)

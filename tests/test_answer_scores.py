@@ -20,6 +20,7 @@ from pipeline.evaluation.answer_scores import (
     rouge_l,
     score_table,
     scores_by_type,
+    sentence_recall,
     token_f1,
     words,
 )
@@ -141,6 +142,15 @@ def test_rouge_l_is_that_of_its_paper():
     assert rouge_l("police kill the gunman", reference) == pytest.approx(3 / 4)
     assert rouge_l("the gunman kill police", reference) == pytest.approx(2 / 4)
     assert rouge_l("", "") == 1 and rouge_l("", "a") == 0
+
+
+def test_sentence_recall_counts_sentences_of_the_reference_that_were_said_word_for_word():
+    reference = "A red picture with two things. Top left: a fox! The line is 3.5 long"
+    assert sentence_recall("the line is 3.5 long. a RED picture, with two things.", reference) == 2 / 3
+    assert sentence_recall("not a red picture with two things. the line is 3 long.", reference) == 0
+    assert sentence_recall("yes. no", "yes. yes. no.") == 2 / 3  # said once, stated twice
+    assert sentence_recall("那是红。那是蓝。", "那是红。那是绿！") == 1 / 2
+    assert sentence_recall("", "") == sentence_recall(".", "!") == 1 and sentence_recall("a", "") == 0
 
 
 def _longest_common(a: tuple[str, ...], b: tuple[str, ...]) -> int:

@@ -21,8 +21,9 @@ from pipeline.phone.bench import _row
 from pipeline.phone.contestants import Contestant
 from pipeline.phone.energy import EnergyMeter
 from pipeline.phone.picture import draw_bench
-from pipeline.phone.result import RESULT, BenchResult, Ratios, Row
+from pipeline.phone.result import RESULT, BenchResult, Row
 from pipeline.phone.runners import Timed
+from pipeline.ratios import Ratios
 from pipeline.report.gather import PHONE_FOLDER
 from pipeline.report.page import write_report
 

@@ -27,7 +27,7 @@ from pipeline.settings import LocalPath, Section
 from pipeline.targets.targets import TARGETS
 
 Shards = str | list[str]
-Metric = Literal["exact_match", "token_f1", "rouge_l"]
+Metric = Literal["exact_match", "token_f1", "rouge_l", "sentence_recall"]
 
 
 class DataConfig(Section):
@@ -116,7 +116,8 @@ class EvaluateConfig(Section):
     """Questions answered together. [questions; stage 2, evaluate]"""
     metrics: Annotated[list[Metric], Field(min_length=1)] | None = None
     """What is shown beside the reference's log probability; null: exact match, and where the median reference has
-    more than five words token F1 and ROUGE-L, too. [stage 2, evaluate]"""
+    more than five words token F1 and ROUGE-L, too. `sentence_recall` is the share of the reference's sentences that
+    the answer has word for word. [stage 2, evaluate]"""
 
     def test_sets(self) -> dict[str, Shards]:
         """Return the shards by the test set's name; a single one is called `test`."""

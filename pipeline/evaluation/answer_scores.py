@@ -1,4 +1,4 @@
-"""Scores of answers that need not equal their references word for word: token F1, ROUGE-L, log probabilities."""
+"""Scores of answers that need not equal their references: token F1, ROUGE-L, sentence recall, log probabilities."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ LONG_WORDS = 5  # references are long if their median has more words
 NO_SPACES = (
     "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # scripts in which a character counts as a word
 )
+# A mark that ends a sentence; the point in 3.5 ends none.
+SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|[。！？]+")
 WORD = re.compile(rf"[{NO_SPACES}]|[^\W_{NO_SPACES}]+")
 
 
@@ -44,19 +46,37 @@ def rouge_l(prediction: str, reference: str) -> float:
     return Indel.normalized_similarity(ours, theirs)
 
 
+def sentence_recall(prediction: str, reference: str) -> float:
+    """Return the share of the reference's sentences that are sentences of the prediction, word for word."""
+    ours, theirs = Counter(_sentences(prediction)), Counter(_sentences(reference))
+    if not theirs:
+        return float(not ours)
+    return (ours & theirs).total() / theirs.total()
+
+
+def _sentences(text: str) -> list[tuple[str, ...]]:
+    return [tuple(found) for part in SENTENCE_END.split(text) if (found := words(part))]
+
+
 METRICS: dict[str, tuple[str, Callable[[Prediction], float]]] = {
     "exact_match": ("exact match, %", lambda p: float(p.correct)),
     "token_f1": ("token F1, %", lambda p: token_f1(p.prediction, p.answer)),
     "rouge_l": ("ROUGE-L, %", lambda p: rouge_l(p.prediction, p.answer)),
+    "sentence_recall": ("sentence recall, %", lambda p: sentence_recall(p.prediction, p.answer)),
 }
+OF_LONG_ANSWERS = ["exact_match", "token_f1", "rouge_l"]
 
 
 def metrics_for(settings: EvaluateConfig, predictions: Sequence[Prediction]) -> list[str]:
     """Return the metrics that a config asks for, or those that fit the length of the references."""
     if settings.metrics is not None:
         return list(dict.fromkeys(settings.metrics))
-    is_long = statistics.median(len(words(prediction.answer)) for prediction in predictions) > LONG_WORDS
-    return list(METRICS) if is_long else ["exact_match"]
+    return OF_LONG_ANSWERS if has_long_answers(predictions) else ["exact_match"]
+
+
+def has_long_answers(predictions: Sequence[Prediction]) -> bool:
+    """Return whether the median reference has more than `LONG_WORDS` words."""
+    return statistics.median(len(words(prediction.answer)) for prediction in predictions) > LONG_WORDS
 
 
 @dataclass(frozen=True)

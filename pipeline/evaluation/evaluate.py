@@ -18,22 +18,20 @@ from pipeline.config.config import DataConfig, EvaluateConfig
 from pipeline.config.provenance import replace_text
 from pipeline.data.conversation import TokenizedSample
 from pipeline.data.load_preparation import load_preparation
-from pipeline.data.preparation import Preparation, pad_tokens
+from pipeline.data.preparation import Preparation
 from pipeline.data.shard_names import expand_shards
 from pipeline.data.shards import Rejected, read_shard
-from pipeline.data.spans import ReadSpan, SpanReader, check_ranges, read_span
-from pipeline.distill.join.memory import TensorCache
+from pipeline.data.spans import ReadSpan, check_ranges, read_span
 from pipeline.errors import BadSample, PipelineError, ShardError, building
+from pipeline.evaluation.question_batches import QuestionBatches
 from pipeline.evaluation.references import Reference, reference_after, reference_log_probs
 from pipeline.models.loading import load_network
-from pipeline.models.processors import Tensors
-from pipeline.models.vlm import ImageFeatures, VisionLanguageModel
+from pipeline.models.vlm import VisionLanguageModel
 from pipeline.positions import IGNORE_INDEX
 from pipeline.progress import Progress
 
 PREDICTIONS_FILE = "predictions.jsonl"
 NO_TYPE = "all questions"  # the type of questions that have none
-FEATURE_CACHE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,11 @@ class Question:
     image_digests: tuple[str, ...]
     image_spans: tuple[Span, ...]
 
+    @property
+    def unlabelled(self) -> TokenizedSample:
+        """The prompt as a sample without labels."""
+        return TokenizedSample(tuple(self.prompt.tolist()), (IGNORE_INDEX,) * len(self.prompt), self.sizes)
+
     def read_image(self, number: int, read: ReadSpan = read_span) -> bytes:
         """Return the bytes of an image. Raises `ShardError` if the shard changed since the question was read."""
         data, span = read(self.shard, self.image_spans[number]), self.image_spans[number]
@@ -112,13 +115,13 @@ def evaluate_model(
     )
     vlm = VisionLanguageModel(network)
     questions = sorted(read_questions(settings, preparation, data), key=lambda q: len(q.prompt))
-    features, read = TensorCache(FEATURE_CACHE_BYTES), SpanReader.of(data)
+    batches = QuestionBatches(vlm, preparation, data)
     predictions: list[Prediction] = []
     with Progress(description, unit="questions", doing="asking") as progress:
         for start in range(0, len(questions), settings.batch_size):
             progress(start, len(questions))
             batch = questions[start : start + settings.batch_size]
-            predictions += _answer(vlm, preparation, batch, features, read)
+            predictions += _answer(batches, batch)
         progress(len(questions), len(questions))
     predictions.sort(key=lambda prediction: (prediction.test_set, prediction.key))
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -180,21 +183,14 @@ def read_questions(
             yield Question(unanswered, ids, reference, prompt.sizes, *places)
 
 
-def _answer(
-    vlm: VisionLanguageModel,
-    preparation: Preparation,
-    questions: Sequence[Question],
-    features: TensorCache,
-    read: SpanReader,
-) -> list[Prediction]:
+def _answer(batches: QuestionBatches, questions: Sequence[Question]) -> list[Prediction]:
     """Greedy answers to a batch, prompts padded on the left, so that each is followed by its answer."""
-    prompts = [
-        TokenizedSample(tuple(q.prompt.tolist()), (IGNORE_INDEX,) * len(q.prompt), q.sizes) for q in questions
-    ]
-    batch = pad_tokens(prompts, preparation.image_token_id, on_the_left=True)
-    batch = {n: v.to(vlm.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
-    images = _features(vlm, preparation, questions, features, read)
-    generated = vlm.generate(batch, images, generation_config=vlm.network.generation_config)
+    vlm, preparation = batches.vlm, batches.preparation
+    prompts = [q.unlabelled for q in questions]
+    images = batches.features(questions)
+    generated = vlm.generate(
+        batches.padded(questions), images, generation_config=vlm.network.generation_config
+    )
     texts = preparation.tokenizer.batch_decode(generated, skip_special_tokens=True)
     log_probs = reference_log_probs(
         vlm, prompts, [q.reference for q in questions], images, preparation.image_token_id
@@ -203,32 +199,3 @@ def _answer(
         replace(q.unanswered, prediction=text, log_prob=log_prob, num_tokens=q.reference.num_tokens)
         for q, text, log_prob in zip(questions, texts, log_probs, strict=True)
     ]
-
-
-@torch.no_grad()
-def _features(
-    vlm: VisionLanguageModel,
-    preparation: Preparation,
-    questions: Sequence[Question],
-    held: TensorCache,
-    read: SpanReader,
-) -> ImageFeatures | None:
-    """The features of all images of the batch. The tower runs once for each distinct image, where it can be split."""
-    places = [(q, number) for q in questions for number in range(len(q.image_digests))]
-    sizes = [size for q in questions for size in q.sizes]
-    if not places:
-        return None
-
-    def pixels(wanted: Sequence[tuple[Question, int]]) -> list[Tensors]:
-        fetched = read.holding((q.shard, q.image_spans[number]) for q, number in wanted)
-        return [preparation.preprocess(q.read_image(number, fetched)) for q, number in wanted]
-
-    if not vlm.splits_tower:
-        return vlm.encode(pixels(places), sizes)
-    images = {q.image_digests[number]: (q, number) for q, number in places}
-
-    def compute(fresh: list[str]) -> torch.Tensor:
-        return vlm.patch_features(pixels([images[digest] for digest in fresh]))
-
-    patches = held.stack([q.image_digests[number] for q, number in places], compute)
-    return vlm.encode((), sizes, patch_features=patches)

@@ -26,9 +26,10 @@ from pipeline.export.source import Source
 from pipeline.phone.answers import Shown, question_text
 from pipeline.phone.contestants import Bench, Contestant
 from pipeline.phone.energy import EnergyMeter
-from pipeline.phone.result import BenchResult, Ratios, Row
+from pipeline.phone.result import BenchResult, Row
 from pipeline.phone.runners import Asked, Timed
 from pipeline.progress import Progress
+from pipeline.ratios import Ratios
 
 
 def bench_model(

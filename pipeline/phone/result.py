@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.provenance import replace_text
 from pipeline.errors import PipelineError
+from pipeline.ratios import Ratios
 from pipeline.readable import readable_bytes
 from pipeline.text_table import text_table
 
 RESULT = "bench-model.json"
 HEADS = ("", "size", "memory", "image, ms", "first token, ms", "tokens/s", "accuracy, %", "beside PyTorch")
-
-
-@dataclass(frozen=True)
-class Ratios:
-    """A quantity of a runtime over PyTorch's in the same turn: median, smallest and largest of all turns."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, ours: list[float], theirs: list[float]) -> Ratios:
-        ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-        return cls(statistics.median(ratios), min(ratios), max(ratios))
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 @dataclass(frozen=True)

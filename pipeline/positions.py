@@ -51,13 +51,21 @@ def _padded_positions(chosen: Tensor) -> Tensor:
     return torch.where(torch.arange(order.shape[1], device=chosen.device) < counts[:, None], order, -1)
 
 
+def last_prompt_positions(labels: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the position before each sample's first answer token, int64 'B'; else the last unpadded one."""
+    predicts = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+    place = torch.arange(labels.shape[1], device=labels.device)
+    last = torch.where(attention_mask.bool(), place, -1).amax(dim=1)
+    return torch.where(predicts.any(dim=1), predicts.int().argmax(dim=1), last)
+
+
 @dataclass(frozen=True)
 class Counts:
     """What each sample of a batch has, int64 'B' each, known before any forward.
 
-    `vision_tokens` are those of all images of a sample. `text_rows` are the unpadded text tokens after the sample's
-    first vision token: the rows T of its attention. `attended_images` are the images that some text of their sample
-    follows.
+    `positions` are the unpadded ones. `vision_tokens` are those of all images of a sample. `text_rows` are the
+    unpadded text tokens after the sample's first vision token: the rows T of its attention. `attended_images` are the
+    images that some text of their sample follows.
     """
 
     images: Tensor
@@ -65,6 +73,7 @@ class Counts:
     text_rows: Tensor
     answers: Tensor
     attended_images: Tensor
+    positions: Tensor
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> Counts:
@@ -78,6 +87,7 @@ class Counts:
             text_rows=(is_text & after_vision).sum(dim=1),
             answers=(batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1),  # a position predicts the next token
             attended_images=_attended_images(is_vision, is_text, sizes),
+            positions=batch["attention_mask"].bool().sum(dim=1),
         )
 
 

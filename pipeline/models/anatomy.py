@@ -26,21 +26,34 @@ class Anatomy:
 
     `attention[n]` are those that query and key of the n-th layer with attention depend on, layers before it included.
     `layers` are the prefixes of the decoder's layers, and `layer_of[n]` is the number of the n-th one with attention
-    among them. `vision` is what text alone does not need: tower and projector, without what no forward reads.
+    among them. `inputs[n]` are those that the input of the n-th layer of the decoder depends on; the last entry is
+    what its final norm gets. `vision` is what text alone does not need: tower and projector, without what no forward
+    reads.
     """
 
     embeddings: frozenset[str]
     attention: tuple[frozenset[str], ...]
+    inputs: tuple[frozenset[str], ...]
     text: frozenset[str]
     vision: frozenset[str]
     layers: str
     layer_of: tuple[int, ...]
 
-    def needed(self, deepest: int | None) -> list[str]:
-        """Return the sorted names of what a teacher reads up to the n-th attention; -1: vision alone, None: all."""
+    def needed(self, deepest: int | None, hidden: int | None = None) -> list[str]:
+        """Return the sorted names of what a teacher reads up to the n-th attention; -1: vision alone, None: all.
+
+        With `hidden` also up to the input of that layer. Raises `ConfigError` if there is no such layer.
+        """
+        if hidden is not None and hidden >= len(self.inputs):
+            raise ConfigError(
+                f"targets.hidden_states.layer asks for what layer {hidden} gives, but the teacher's decoder has "
+                f"{len(self.inputs) - 1} layers; ask for 0 (the embeddings) to {len(self.inputs) - 1}"
+            )
         if deepest is None:
             return sorted(self.text | self.vision)
-        return sorted(self.vision | (self.attention[deepest] if deepest >= 0 else frozenset()))
+        of_attention = self.attention[deepest] if deepest >= 0 else frozenset[str]()
+        of_hidden = frozenset[str]() if hidden is None else self.inputs[hidden]
+        return sorted(self.vision | of_attention | of_hidden)
 
     def groups(self) -> dict[str, str]:
         """Return name -> `vision`, `embeddings`, `layer 0 attention`, `layer 0`, ..., `head`."""
@@ -98,7 +111,7 @@ def _traced(kind: type[PreTrainedConfig], fields: str) -> Anatomy:
             f"{type(network).__name__}: its decoder, {type(decoder).__name__}, has no list of layers; use another "
             "family"
         )
-    with torch.enable_grad(), _tracing(decoder.layers) as seen, _untraceable(network):
+    with torch.enable_grad(), _tracing(decoder.layers) as (seen, inputs), _untraceable(network):
         embeds = network.get_input_embeddings()(torch.zeros(1, 2, dtype=torch.long, device="meta"))
         logits = head(decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state)
     every_name = dict(
@@ -112,6 +125,7 @@ def _traced(kind: type[PreTrainedConfig], fields: str) -> Anatomy:
     return Anatomy(
         embeddings=frozenset(_leaves([embeds], name_of)),
         attention=tuple(frozenset(_leaves(of_one.inputs, name_of)) for of_one in seen),
+        inputs=tuple(frozenset(_leaves([hidden], name_of)) for hidden in inputs),
         text=frozenset(text),
         vision=frozenset((set(name_of.values()) | buffers) - text - never),
         layers=f"{prefix}.",
@@ -131,15 +145,30 @@ _running: ContextVar[tuple[list[int], list[_Seen]]] = ContextVar("running")
 
 
 @contextmanager
-def _tracing(layers: nn.ModuleList) -> Iterator[list[_Seen]]:
-    """Yield a list that a forward in the context fills, an entry for each call of the attention function."""
+def _tracing(layers: nn.ModuleList) -> Iterator[tuple[list[_Seen], list[Tensor]]]:
+    """Yield two lists that a forward in the context fills: calls of the attention function, and layers' inputs.
+
+    The inputs end with the last layer's output.
+    """
     begun: list[int] = []
     seen: list[_Seen] = []
+    inputs: list[Tensor] = []
+
+    def begin(number: int, args: Any, named: Any) -> None:
+        begun.append(number)
+        inputs.append(args[0] if args else named["hidden_states"])
+
+    def end(_: nn.Module, args: Any, output: Any) -> None:
+        inputs.append(output[0] if isinstance(output, tuple) else output)
+
     for number, layer in enumerate(layers):
-        layer.register_forward_pre_hook(lambda *_, number=number: begun.append(number))
+        layer.register_forward_pre_hook(
+            lambda _, args, named, number=number: begin(number, args, named), with_kwargs=True
+        )
+    layers[-1].register_forward_hook(end)
     token = _running.set((begun, seen))
     try:
-        yield seen
+        yield seen, inputs
     finally:
         _running.reset(token)
 

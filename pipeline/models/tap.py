@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -46,12 +46,23 @@ class QueryAndKey:
 
 @dataclass
 class Recording:
-    """One forward: what was kept of the chosen layers, each by its number among the layers that have attention."""
+    """One forward: what was kept of the chosen layers, each by its number among the layers that have attention.
+
+    `hidden` 'B S D' is the input of the decoder layer that `keeping_hidden` names.
+    """
 
     chosen: Collection[int]
     stop_at: int | None = None
+    wants_hidden: bool = False
     num_seen: int = 0
     kept: dict[int, QueryAndKey] = field(default_factory=dict)
+    hidden: Tensor | None = None
+
+    def stop_if_done(self) -> None:
+        """End the forward once all that was asked of it is kept, if it is to stop at all."""
+        lacks_hidden = self.wants_hidden and self.hidden is None
+        if self.stop_at is not None and self.num_seen > self.stop_at and not lacks_hidden:
+            raise _LayerReached
 
 
 class _LayerReached(Exception):  # noqa: N818 - it ends a forward, and is no error
@@ -62,13 +73,16 @@ _open: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 
 @contextmanager
-def recording(chosen: Collection[int], *, stop_at: int | None = None) -> Iterator[Recording]:
+def recording(
+    chosen: Collection[int], *, stop_at: int | None = None, wants_hidden: bool = False
+) -> Iterator[Recording]:
     """Yield what a forward in the context fills. The decoder must run the attention function `TAPPED`.
 
-    With `stop_at` the forward ends in that layer, before its softmax: nothing after it runs, so that its weights need
-    not be loaded. The statement in the context is then left without a result.
+    With `stop_at` the forward ends in that layer, before its softmax, or where it keeps `hidden`, if that comes
+    later: nothing after it runs, so that its weights need not be loaded. -1 stops for `hidden` alone. The statement
+    in the context is then left without a result.
     """
-    made = Recording(chosen, stop_at)
+    made = Recording(chosen, stop_at, wants_hidden)
     token = _open.set(made)
     try:
         yield made
@@ -76,6 +90,37 @@ def recording(chosen: Collection[int], *, stop_at: int | None = None) -> Iterato
         pass
     finally:
         _open.reset(token)
+
+
+@contextmanager
+def keeping_hidden(decoder: Any, layer: int) -> Iterator[None]:
+    """Let the open recording keep the input of a layer of the decoder; of layer L the input of the final norm.
+
+    The input of a layer, not the output of the one before: some families add to that (Qwen3-VL's deepstack).
+    """
+
+    def keep(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if (made := _open.get()) is not None:
+            made.hidden = args[0] if args else named["hidden_states"]
+            made.stop_if_done()
+
+    module = decoder.layers[layer] if layer < len(decoder.layers) else final_norm(decoder)
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def final_norm(decoder: Any) -> nn.Module:
+    """Return the norm that follows the decoder's last layer. Raises `ConfigError` unless there is exactly one."""
+    found = [module for name, module in decoder.named_children() if name.endswith("norm")]
+    if len(found) != 1:
+        raise ConfigError(
+            f"{type(decoder).__name__} has {len(found)} norms beside its layers, so that what its last layer gives "
+            "cannot be read; ask for the input of a layer"
+        )
+    return found[0]
 
 
 def _tapped_attention(
@@ -99,8 +144,7 @@ def _tapped_attention(
             if is_causal is None:
                 is_causal = getattr(module, "is_causal", True)
             made.kept[layer] = QueryAndKey(query, key, attention_mask, scale, is_causal)
-        if layer == made.stop_at:
-            raise _LayerReached
+        made.stop_if_done()
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -13,15 +13,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pipeline.errors import ConfigError, reason_of
 from pipeline.models.anatomy import anatomy_of
 from pipeline.models.configuration import image_token_of
 from pipeline.models.families import FAMILIES, Family
+from pipeline.models.image_features import ImageFeatures
 from pipeline.models.processors import Tensors
-from pipeline.models.tap import TAPPED, attention_of_layers, recording
-from pipeline.positions import Slots, find_slots
+from pipeline.models.tap import TAPPED, attention_of_layers, keeping_hidden, query_to_vision, recording
+from pipeline.positions import Slots, find_slots, last_prompt_positions
 
 # What torch says of tensors that do not fit together.
 ABOUT_SHAPES = (
@@ -34,71 +34,21 @@ ABOUT_SHAPES = (
 
 
 @dataclass(frozen=True)
-class ImageFeatures:
-    """Projected vision features of some images, in order: 'N D' of each.
-
-    `deepstack` are those that Qwen3-VL adds after its first decoder layers: image -> layer 'N D'. `is_list` says in
-    which form the family's forward takes them. `grids` is `image_grid_thw` 'I 3' of Qwen's positions.
-    """
-
-    tokens: tuple[Tensor, ...]
-    deepstack: tuple[tuple[Tensor, ...], ...] = ()
-    is_list: bool = False
-    grids: tuple[Tensor, ...] = ()
-
-    @property
-    def flat(self) -> Tensor:
-        """The features of all images, one after another: 'G D'."""
-        return torch.cat(self.tokens)
-
-    def of(self, chosen: Sequence[int]) -> ImageFeatures:
-        """Return those of the images of these numbers, in this order."""
-        return ImageFeatures(
-            tokens=tuple(self.tokens[n] for n in chosen),
-            deepstack=tuple(self.deepstack[n] for n in chosen) if self.deepstack else (),
-            is_list=self.is_list,
-            grids=tuple(self.grids[n] for n in chosen) if self.grids else (),
-        )
-
-    @classmethod
-    def joined(cls, images: Sequence[ImageFeatures]) -> ImageFeatures:
-        """Return several as one, in order."""
-        return cls(
-            tokens=tuple(tokens for one in images for tokens in one.tokens),
-            deepstack=tuple(layers for one in images for layers in one.deepstack),
-            is_list=images[0].is_list,
-            grids=tuple(grid for one in images for grid in one.grids),
-        )
-
-    def copied(self) -> ImageFeatures:
-        """Return copies of the tensors, without gradient."""
-        tokens = tuple(tensor.detach().clone() for tensor in self.tokens)
-        deepstack = tuple(tuple(tensor.detach().clone() for tensor in layers) for layers in self.deepstack)
-        return replace(self, tokens=tokens, deepstack=deepstack)
-
-    def to_output(self) -> EncoderOutput:
-        """Return them as the family's `get_image_features` did, for `mm_encoder_outputs`."""
-        pooled: Any = list(self.tokens) if self.is_list else self.flat
-        output = EncoderOutput(pooler_output=pooled)
-        if self.deepstack:
-            output.deepstack_features = [list(layer) for layer in zip(*self.deepstack, strict=True)]
-        return output
-
-
-@dataclass
-class EncoderOutput(BaseModelOutputWithPooling):
-    """What a forward reads of `get_image_features`' result, of every family."""
-
-    deepstack_features: Any = None
-
-
-@dataclass(frozen=True)
 class Forward:
-    """One batch through a model: logits 'A V' at the chosen positions, attention layer -> float32 'B H T J'."""
+    """One batch through a model, as far as it was asked for.
+
+    `logits`           'A V' at the chosen positions, and `final` 'A D', what the head gets there
+    `attention`        layer -> float32 'B H T J'
+    `query_attention`  float32 'B H J' of the last prompt position, a softmax over the vision columns alone
+    `hidden`           'B S D', the input of a layer of the decoder
+    """
 
     slots: Slots
     logits: Tensor | None
     attention: Mapping[int, Tensor] = field(default_factory=dict)
+    final: Tensor | None = None
+    query_attention: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class VisionLanguageModel:
@@ -213,20 +163,31 @@ class VisionLanguageModel:
         features: ImageFeatures | None,
         *,
         layers: Collection[int] = (),
+        query_layer: int | None = None,
+        hidden_layer: int | None = None,
         stop_at: int | None = None,
         answers: Tensor | None = None,
     ) -> Forward:
         """Run a batch of `pad_tokens`, with the features of all its images in order.
 
-        `layers` are the numbers of those whose attention is wanted, among the layers that have attention. `answers`
-        bool 'B S' are the positions whose logits are wanted. With `stop_at` the forward ends in that layer.
+        `layers` are the numbers of those whose attention is wanted, among the layers that have attention, and
+        `query_layer` that of `query_attention`. `hidden_layer` counts the decoder's layers; of L, their number, the
+        last one's output is kept. `answers` bool 'B S' are the positions whose logits are wanted. With `stop_at` the
+        forward ends in that layer, or where it keeps `hidden`, if that comes later.
         """
         slots = find_slots(batch["is_vision"], batch["attention_mask"], batch["sizes"])
-        logits = None
-        head = self._at(answers) if answers is not None else nullcontext()
-        with recording(layers, stop_at=stop_at) as kept, head:
+        logits = query = None
+        final: list[Tensor] = []
+        head = self._at(answers, final) if answers is not None else nullcontext()
+        hidden = keeping_hidden(self.decoder, hidden_layer) if hidden_layer is not None else nullcontext()
+        chosen = {*layers} if query_layer is None else {*layers, query_layer}
+        with recording(chosen, stop_at=stop_at, wants_hidden=hidden_layer is not None) as made, hidden, head:
             logits = self.network(**self.inputs(batch, features), use_cache=False).logits
-        return Forward(slots, logits, attention_of_layers(kept.kept, slots))
+        attention = attention_of_layers({n: one for n, one in made.kept.items() if n in layers}, slots)
+        if query_layer is not None:
+            rows = last_prompt_positions(batch["labels"], batch["attention_mask"])
+            query = query_to_vision(made.kept[query_layer], rows, slots.vision, whole_row=False)
+        return Forward(slots, logits, attention, next(iter(final), None), query, made.hidden)
 
     def inputs(self, batch: Mapping[str, Any], features: ImageFeatures | None) -> dict[str, Any]:
         """Return the arguments of the family's forward."""
@@ -242,13 +203,19 @@ class VisionLanguageModel:
         return inputs | {"mm_encoder_outputs": {"image": features.to_output()}}
 
     @contextmanager
-    def _at(self, positions: Tensor) -> Iterator[None]:
+    def _at(self, positions: Tensor, final: list[Tensor]) -> Iterator[None]:
         """Let the head run at these positions alone, bool 'B S': an answer is a few of them, a vocabulary is wide.
 
-        `logits_to_keep` takes one set of positions for all samples; here each sample has its own.
+        `logits_to_keep` takes one set of positions for all samples; here each sample has its own. What the head gets
+        there is appended to `final`.
         """
+
+        def at_positions(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            final.append(args[0][positions])
+            return (final[-1], *args[1:])
+
         head: nn.Module = self.network.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda _, args: (args[0][positions], *args[1:]))
+        handle = head.register_forward_pre_hook(at_positions)
         try:
             yield
         finally:

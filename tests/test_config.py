@@ -33,6 +33,9 @@ targets:
   attention: {layers: [0, 2], heads: each}
   vision: {}
   logits: {top_k: 8}
+  hidden_states: {layer: 3}
+  final_hidden: {codec: float32}
+  query_attention: {layer: 1, heads: each}
 losses:
   attention: {heads: mix, layers: [[0, 0], [2, 1]]}
   vision_all: {weight: 0.5}

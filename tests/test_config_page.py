@@ -79,6 +79,9 @@ VARIANTS = (
         "targets.attention.codec=fixed_point",
         "targets.vision.codec=fixed_point",
         "targets.logits.tail_samples=2",
+        "targets.hidden_states={}",
+        "targets.final_hidden={}",
+        "targets.query_attention={}",
         "losses.logits.direction=forward",
         "student.lora={}",
     ],
@@ -142,6 +145,11 @@ def caches(path: str = "{store}", allowed: str = ANY, **more: str) -> list[str]:
     return ["cache=null", f"caches=[{{path: '{path}', allow_mismatch: {allowed}{others}}}]"]
 
 
+def of_target(name: str, setting: str) -> tuple[list[str], list[str]]:
+    """Return overrides that add a target as it is by default, and with a setting."""
+    return [*ONE_STORE, f"targets.{name}={{}}"], [*ONE_STORE, f"targets.{name}={{{setting}}}"]
+
+
 # Key -> another value, or the overrides of two configs that differ in this key alone. Places are filled in.
 OTHER: dict[str, str | tuple[list[str], list[str]]] = {
     "output_dir": "{tmp}/elsewhere",
@@ -194,6 +202,15 @@ OTHER: dict[str, str | tuple[list[str], list[str]]] = {
     "targets.vision.step": "0.5",
     "targets.logits.top_k": "7",
     "targets.logits.tail_samples": "2",
+    "targets.hidden_states.source": of_target("hidden_states", "source: recompute"),
+    "targets.hidden_states.layer": of_target("hidden_states", "layer: 1"),
+    "targets.hidden_states.codec": of_target("hidden_states", "codec: float32"),
+    "targets.final_hidden.source": of_target("final_hidden", "source: recompute"),
+    "targets.final_hidden.codec": of_target("final_hidden", "codec: float32"),
+    "targets.query_attention.source": of_target("query_attention", "source: recompute"),
+    "targets.query_attention.layer": of_target("query_attention", "layer: 1"),
+    "targets.query_attention.heads": of_target("query_attention", "heads: each"),
+    "targets.query_attention.codec": of_target("query_attention", "codec: float16"),
     "losses.supervised.weight": "0.5",
     "losses.attention.weight": "0.5",
     "losses.attention.distance": "mse",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import family_specimens
 import pytest
 import tiny_families
 import torch
@@ -18,7 +19,6 @@ from cli import main
 from pipeline.conformance import checks
 from pipeline.conformance.checks import CHECKS
 from pipeline.conformance.specimen import Specimen, specimen_of
-from pipeline.data.conversation import TokenizedSample
 from pipeline.distill.model.distiller import Distiller
 from pipeline.errors import ConfigError
 from pipeline.losses.losses import LOSSES
@@ -56,35 +56,9 @@ SAME_FAMILY = {
 def specimens(family_folder) -> Callable[[str], Specimen]:
     @functools.cache
     def of(family: str) -> Specimen:
-        return (by_hand if family == "lfm2_vl" else specimen_of)(family_folder(family))
+        return family_specimens.specimen_of_family(family, family_folder(family))
 
     return of
-
-
-def by_hand(folder: Path) -> Specimen:
-    """Return LFM2-VL with inputs made by hand, since its image processor needs torchvision: tiles of 16 patches."""
-    config = read_config(folder)
-    plan = plan_tensors(Checkpoint(str(folder)), config, {"logits": LogitsTarget()})
-    network = load_teacher(plan, dtype=torch.float32, device=torch.device("cpu")).vlm
-    width = 3 * config.vision_config.patch_size**2
-    generator = torch.Generator().manual_seed(0)
-
-    def image() -> dict[str, torch.Tensor]:
-        return {
-            "pixel_values": torch.randn(1, 16, width, generator=generator),
-            "spatial_shapes": torch.tensor([[4, 4]]),
-            "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
-        }
-
-    vision, text = [network.image_token_id] * 4, list(range(10, 22))
-    rows = ([*text[:3], *vision, *text[3:]], [*vision, 11, *vision, *text], [*text, *vision, 12, 13], text)
-    samples = [
-        TokenizedSample(
-            tuple(row), (-100,) * (len(row) - 3) + tuple(row[-3:]), (4,) * (row.count(vision[0]) // 4)
-        )
-        for row in rows
-    ]
-    return Specimen(network, samples, [[image() for _ in sample.sizes] for sample in samples], plan=plan)
 
 
 def test_lfm2_vl_conforms_on_inputs_made_by_hand(specimens):

@@ -15,11 +15,16 @@ from cache import part_sizes, summarise
 from pipeline.errors import ConfigError
 from pipeline.packing.pack import pack
 from pipeline.progress import Progress
+from pipeline.targets.attention import AttentionTarget
+from pipeline.targets.final_hidden import FinalHiddenTarget
+from pipeline.targets.hidden_states import HiddenStatesTarget
+from pipeline.targets.logits import LogitsTarget
+from pipeline.targets.query_attention import QueryAttentionTarget
 from pipeline.targets.target import TeacherFacts
 from pipeline.teacher_cache.teacher import cache_teacher
 from pipeline.upkeep.describe import parse_bytes
 from pipeline.upkeep.plan import cheaper_settings, plan_store, plan_within
-from pipeline.upkeep.plan_costs import Costs, advice
+from pipeline.upkeep.plan_costs import Costs, advice, what_recomputes
 
 WORDS = ("red", "green", "circle", "triangle", "line", "image", "colour", "blue", "shape", "brown")
 
@@ -99,8 +104,22 @@ def test_reading_and_making_again_are_measured_not_assumed(many, experiment, tmp
     ],
 )
 def test_the_quicker_way_is_advised_and_bytes_weigh_where_they_are_many(reading, forward, size, choice):
-    facts = TeacherFacts("some/teacher", 32, 4, 32, 96)
-    assert advice(Costs(reading, forward), bytes_each=size, depth=0, facts=facts).startswith(choice)
+    runs = what_recomputes(AttentionTarget(), TeacherFacts("some/teacher", 32, 4, 32, 96))
+    assert advice(Costs(reading, forward), bytes_each=size, runs=runs).startswith(choice)
+
+
+@pytest.mark.parametrize(
+    ("target", "runs"),
+    [
+        (AttentionTarget(layers=[0, 3]), "the tower, the projector and 3 of 32 layers"),
+        (HiddenStatesTarget(layer=2), "the tower, the projector and the decoder's first 2 layers"),
+        (QueryAttentionTarget(layer=19), "the tower, the projector and 19 of 32 layers"),
+        (FinalHiddenTarget(), "the whole teacher"),
+        (LogitsTarget(), None),
+    ],
+)
+def test_the_advice_says_which_part_of_the_teacher_would_run(target, runs):
+    assert what_recomputes(target, TeacherFacts("some/teacher", 32, 4, 32, 96)) == runs
 
 
 def test_cheaper_settings_leave_out_draws_before_they_shorten_the_top(experiment, tmp_path):

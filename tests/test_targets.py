@@ -18,7 +18,10 @@ from pipeline.models.stub import load_teacher
 from pipeline.models.teacher_plan import plan_teacher
 from pipeline.positions import Counts, find_slots
 from pipeline.targets.attention import AttentionTarget
+from pipeline.targets.final_hidden import FinalHiddenTarget
+from pipeline.targets.hidden_states import HiddenStatesTarget
 from pipeline.targets.logits import LogitsTarget
+from pipeline.targets.query_attention import QueryAttentionTarget
 from pipeline.targets.target import Arrays, Target, TeacherFacts, TeacherForward
 from pipeline.targets.targets import TARGETS, deepest_layer
 from pipeline.targets.vision import VisionTarget
@@ -28,15 +31,21 @@ ASKED = {
     "attention": AttentionTarget(layers=[0, 2], heads="each"),
     "vision": VisionTarget(),
     "logits": LogitsTarget(top_k=8),
+    "hidden_states": HiddenStatesTarget(),
+    "final_hidden": FinalHiddenTarget(),
+    "query_attention": QueryAttentionTarget(layer=1, heads="each"),
 }
 ALSO = {
     "logits": [LogitsTarget(top_k=8, tail_samples=3)],
     "attention": [AttentionTarget(codec="fixed_point")],
+    "query_attention": [QueryAttentionTarget(layer=1)],
 }
+# The fixture's teacher keeps the query of one layer.
+DEFAULTS = {name: [row()] for name, row in TARGETS.items() if name != "query_attention"}
 VALUES = [
     pytest.param(name, settings, id=f"{name}-{settings}")
     for name, row in TARGETS.items()
-    for settings in {str(s): s for s in (row(), *ALSO.get(name, ()), ASKED.get(name, row()))}.values()
+    for settings in {str(s): s for s in (*DEFAULTS.get(name, ()), *ALSO.get(name, ()), ASKED[name])}.values()
 ]
 FACTS = TeacherFacts("some/teacher", num_layers=4, num_heads=4, hidden_size=32, vocab_size=96)
 
@@ -97,20 +106,18 @@ def test_the_number_of_rows_is_known_from_ids_and_labels(name, settings, teacher
 
 @pytest.mark.parametrize(("name", "settings"), [case for case in VALUES if case.values[0] != "logits"])
 def test_zeros_to_be_recomputed_have_the_shape_of_what_is_captured(name, settings, teacher, batch):
-    text_rows = Counts.of(batch).text_rows.tolist()
-    for sample, sizes, rows in zip(
-        captured(settings, teacher, batch), batch["sizes"], text_rows, strict=True
-    ):
-        blank = settings.blank(FACTS, sizes, rows)
+    alone = [Counts.of(one) for one in batch.one_by_one()]
+    for sample, sizes, counts in zip(captured(settings, teacher, batch), batch["sizes"], alone, strict=True):
+        blank = settings.blank(FACTS, sizes, counts)
         assert {array: [block.shape for block in blocks] for array, blocks in blank.items()} == {
             array: [block.shape for block in blocks] for array, blocks in sample.items()
         }
         assert not any(block.any() for blocks in blank.values() for block in blocks)
 
 
-def test_logits_are_never_to_be_recomputed():
+def test_logits_are_never_to_be_recomputed(make_batch):
     with pytest.raises(ConfigError, match="logits cannot be recomputed by a stub; complete the store"):
-        LogitsTarget().blank(FACTS, (4,), 3)
+        LogitsTarget().blank(FACTS, (4,), Counts.of(make_batch([1, IMAGE, 3])))
 
 
 @pytest.mark.parametrize(("name", "settings"), VALUES)

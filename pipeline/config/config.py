@@ -69,7 +69,15 @@ class DataConfig(Section):
 
 
 # One optional section for each row of the two tables.
-_TARGETS: dict[str, Any] = {name: (target | None, None) for name, target in TARGETS.items()}
+# Targets added later are left out of records while they are null, so that records of older runs stay valid.
+_FIRST_TARGETS = ("attention", "vision", "logits")
+_TARGETS: dict[str, Any] = {
+    name: (
+        target | None,
+        None if name in _FIRST_TARGETS else Field(default=None, exclude_if=lambda asked: asked is None),
+    )
+    for name, target in TARGETS.items()
+}
 _LOSSES: dict[str, Any] = {
     name: (loss.settings | None, loss.settings() if name == "supervised" else None)
     for name, loss in LOSSES.items()

@@ -21,6 +21,9 @@ class TeacherTargets:
     `top_ids`         int64 'A K', with `top_log_probs` float32 'A K'
     `tail_log_prob`   float32 'A', log of the probability outside the top K
     `draw_ids`        int64 'A Z', tokens drawn from there, with `draw_log_probs` float32 'A Z'
+    `hidden_states`   float32 'B S D', the output of the teacher's first layers; zeros at the padding
+    `final_hidden`    float32 'A D', what the teacher's head gets at the answers
+    `query_attention` float32 'B H J', the last prompt position's attention over the vision columns alone
     """
 
     attention: Mapping[int, Tensor] = field(default_factory=dict)
@@ -30,6 +33,9 @@ class TeacherTargets:
     tail_log_prob: Tensor | None = None
     draw_ids: Tensor | None = None
     draw_log_probs: Tensor | None = None
+    hidden_states: Tensor | None = None
+    final_hidden: Tensor | None = None
+    query_attention: Tensor | None = None
 
 
 @dataclass(frozen=True)

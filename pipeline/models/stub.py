@@ -1,4 +1,4 @@
-"""The teacher in memory: the whole model where the targets keep logits, else a stub with a few percent of it."""
+"""The teacher in memory: the whole model where the targets keep its answers, else a stub, a few percent of it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pipeline.errors import ConfigError, building
 from pipeline.models.anatomy import empty_network
 from pipeline.models.processors import Tensors
 from pipeline.models.teacher_plan import TeacherPlan
-from pipeline.models.vlm import ImageFeatures, VisionLanguageModel, to_device
+from pipeline.models.vlm import Forward, ImageFeatures, VisionLanguageModel, to_device
 from pipeline.positions import IGNORE_INDEX, find_slots
 from pipeline.targets.attention import AttentionTarget
+from pipeline.targets.query_attention import QueryAttentionTarget
 from pipeline.targets.target import TeacherForward
 
 
@@ -32,6 +33,16 @@ class Teacher:
     def attention_layers(self) -> Sequence[int]:
         attention = self.plan.targets.get("attention")
         return attention.layers if isinstance(attention, AttentionTarget) else ()
+
+    @property
+    def query_layer(self) -> int | None:
+        query = self.plan.targets.get("query_attention")
+        return query.layer if isinstance(query, QueryAttentionTarget) else None
+
+    @property
+    def runs_decoder(self) -> bool:
+        """Whether a target needs more than the vision features: else the embeddings were not loaded."""
+        return self.plan.deepest != -1 or self.plan.hidden_layer is not None
 
     @torch.no_grad()
     def encode_images(
@@ -53,27 +64,35 @@ class Teacher:
             for name, value in batch.items()
         }
         predicts = batch["labels"][:, 1:] != IGNORE_INDEX
-        if self.plan.deepest == -1:  # no decoder layer is needed, so the embeddings were not loaded
-            slots, attention, logits = (
-                find_slots(batch["is_vision"], batch["attention_mask"], batch["sizes"]),
-                {},
-                None,
-            )
+        if self.runs_decoder:
+            made = self._forward(batch, features, predicts)
         else:
-            # The last position predicts nothing.
-            answers = None if self.plan.is_stub else nn.functional.pad(predicts, (0, 1))
-            with self._in_its_own_dtype():
-                made = self.vlm.forward(
-                    batch, features, layers=self.attention_layers, stop_at=self.plan.deepest, answers=answers
-                )
-            slots, attention, logits = made.slots, made.attention, made.logits
+            made = Forward(find_slots(batch["is_vision"], batch["attention_mask"], batch["sizes"]), None)
         return TeacherForward(
-            slots=slots,
-            attention=attention,
-            answer_logits=logits,
+            slots=made.slots,
+            attention=made.attention,
+            answer_logits=made.logits,
             num_answers=predicts.sum(dim=1).tolist(),
             sizes=batch["sizes"],
+            is_real=batch["attention_mask"].bool(),
+            hidden=made.hidden,
+            answer_hidden=made.final,
+            query_attention=made.query_attention,
         )
+
+    def _forward(self, batch: Mapping[str, Any], features: ImageFeatures | None, predicts: Tensor) -> Forward:
+        # The last position predicts nothing.
+        answers = None if self.plan.is_stub else nn.functional.pad(predicts, (0, 1))
+        with self._in_its_own_dtype():
+            return self.vlm.forward(
+                batch,
+                features,
+                layers=self.attention_layers,
+                query_layer=self.query_layer,
+                hidden_layer=self.plan.hidden_layer,
+                stop_at=self.plan.deepest,
+                answers=answers,
+            )
 
 
 def load_teacher(plan: TeacherPlan, *, dtype: torch.dtype, device: torch.device) -> Teacher:

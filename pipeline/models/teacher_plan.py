@@ -1,8 +1,8 @@
 """Which tensors of a teacher's checkpoint the targets need, and their digests. No weight is loaded here.
 
-Logits need the whole model. Everything else needs a stub, a few percent of it: attention of layer n reads the
-embeddings, the layers before it, and what query and key of layer n depend on; projected vision features read the
-tower and the projector.
+Logits and the final hidden states need the whole model. Everything else needs a stub, a few percent of it: attention
+of layer n reads the embeddings, the layers before it, and what query and key of layer n depend on; hidden states read
+the embeddings and the layers before them; projected vision features read the tower and the projector.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache import digest_of
-from pipeline.errors import building
+from cache import Manifest, digest_of
+from pipeline.errors import ConfigError, building
 from pipeline.models.anatomy import anatomy_of, empty_network
 from pipeline.models.checkpoint_names import source_names
 from pipeline.models.configuration import read_config
 from pipeline.models.files.checkpoint import Checkpoint, digest_of_tensors
 from pipeline.models.mobilevlm.configuration import USE_ITS_CONFIG
 from pipeline.targets.target import Target, TeacherFacts
-from pipeline.targets.targets import deepest_layer
+from pipeline.targets.targets import deepest_layer, hidden_layer
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,24 @@ class TeacherPlan:
     def is_stub(self) -> bool:
         return self.deepest is not None
 
+    @property
+    def hidden_layer(self) -> int | None:
+        """The layer of the decoder whose input the targets read, of all its layers; None if none does."""
+        return hidden_layer(self.targets)
+
+    @property
+    def base_digest(self) -> str:
+        """`base_digest` of the whole model. Raises `ConfigError` if the plan covers a part of it."""
+        return base_digest(self.digests)
+
 
 def plan_teacher(
     name: str, *, targets: Mapping[str, Target], vouching_for: Mapping[str, Target] | None = None
 ) -> TeacherPlan:
     """Find and hash the tensors that the targets need in a checkpoint, a folder or hub id.
 
-    `digests` also cover the targets of `vouching_for`, for which another stub will be loaded later.
+    `digests` also cover the targets of `vouching_for`, for which another stub will be loaded later, and the whole
+    model where these keep hidden states: a twig that continues them names its base by `base_digest`.
     Raises `ConfigError` if the checkpoint lacks a tensor.
     """
     checkpoint = Checkpoint(name)
@@ -76,8 +87,10 @@ def plan_tensors(
     with building(f"teacher {name}", then=USE_ITS_CONFIG):
         facts = facts_of_config(name, config)
         deepest = _within(deepest_layer(targets), facts)
-        others = _within(deepest_layer(vouching_for), facts) if vouching_for else -1
-        needed = needed_tensors(config, deepest=deepest)
+        vouching_for = vouching_for or {}
+        others = _within(deepest_layer(vouching_for), facts)
+        others = others if hidden_layer(vouching_for) is None else None
+        needed = needed_tensors(config, deepest=deepest, hidden=hidden_layer(targets))
         wanted = {*needed, *needed_tensors(config, deepest=others)}
         sources = source_names(empty_network(config), checkpoint.names())
     found = {
@@ -123,9 +136,9 @@ def family_digest(config: Any) -> str:
     return digest_of([config.model_type, getattr(config.get_text_config(), "layer_types", None)])
 
 
-def needed_tensors(config: Any, *, deepest: int | None) -> list[str]:
-    """Return the sorted names of what a teacher reads up to the attention of layer `deepest` (None: all)."""
-    return anatomy_of(config).needed(deepest)
+def needed_tensors(config: Any, *, deepest: int | None, hidden: int | None = None) -> list[str]:
+    """Return the sorted names of what a teacher reads, as `Anatomy.needed`."""
+    return anatomy_of(config).needed(deepest, hidden)
 
 
 def whole_model_digests(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
@@ -143,3 +156,21 @@ def digests_by_group(config: Any, digests: Mapping[str, str]) -> dict[str, str]:
     for name, digest in digests.items():
         groups.setdefault(group_of[name], {})[name] = digest
     return {group: digest_of_tensors(of_group) for group, of_group in sorted(groups.items())}
+
+
+def base_digest(digests: Mapping[str, str]) -> str:
+    """Return one hex digest of a whole model, from the digest of each group of its tensors (`TeacherPlan.digests`).
+
+    Raises `ConfigError` if the groups are of a part of the model.
+    """
+    if "head" not in digests:  # only a whole model reads the final norm
+        raise ConfigError(
+            f"a digest of the whole base was asked for, but only {', '.join(digests) or 'nothing'} was hashed; cache "
+            "the targets again with targets.hidden_states"
+        )
+    return digest_of(dict(digests))
+
+
+def base_digest_of(manifest: Manifest) -> str:
+    """Return `base_digest` of the teacher that a store was made with."""
+    return base_digest(manifest.teacher.get("digests", {}))

@@ -99,10 +99,10 @@ class AttentionTarget(Target):
     def rows_in(self, arrays: Arrays) -> int:
         return sum(len(of_image) for of_image in arrays[self.first_array])
 
-    def blank(self, facts: TeacherFacts, sizes: Sequence[int], num_text_rows: int) -> Arrays:
-        num_heads = 1 if self.heads == "mean" else facts.num_heads
+    def blank(self, facts: TeacherFacts, sizes: Sequence[int], counts: Counts) -> Arrays:
+        num_heads, num_rows = 1 if self.heads == "mean" else facts.num_heads, int(counts.text_rows)
         return {
-            _name(layer): [np.zeros((num_text_rows, num_heads, size), np.float32) for size in sizes]
+            _name(layer): [np.zeros((num_rows, num_heads, size), np.float32) for size in sizes]
             for layer in self.layers
         }
 

@@ -90,7 +90,7 @@ class LogitsTarget(Target):
                 fields[field] = values if values.is_floating_point() else values.long()
         return fields
 
-    def blank(self, facts: TeacherFacts, sizes: Sequence[int], num_text_rows: int) -> Arrays:
+    def blank(self, facts: TeacherFacts, sizes: Sequence[int], counts: Counts) -> Arrays:
         raise ConfigError(
             "logits cannot be recomputed by a stub; complete the store, or set on_missing: skip"
         )

@@ -47,6 +47,10 @@ class TeacherForward:
     `sizes`          N of each image of each sample
     `vision`         'N D' of each image to keep
     `keys`           the samples' keys, from which draws are seeded
+    `is_real`        bool 'B S', the unpadded positions
+    `hidden`         'B S D', the input of a layer of the decoder
+    `answer_hidden`  'A D', what the head gets at the answer positions; None from a stub
+    `query_attention` float32 'B H J' of the last prompt position, over the vision columns alone
     """
 
     slots: Slots
@@ -56,6 +60,10 @@ class TeacherForward:
     sizes: Sequence[Sequence[int]]
     vision: Sequence[Tensor] = ()
     keys: Sequence[str] = ()
+    is_real: Tensor | None = None
+    hidden: Tensor | None = None
+    answer_hidden: Tensor | None = None
+    query_attention: Tensor | None = None
 
 
 class Target(Section):
@@ -68,13 +76,23 @@ class Target(Section):
 
     @property
     def is_recomputed(self) -> bool:
-        """Whether stage 2 recomputes it; logits need the whole teacher, so they have no `source` to choose."""
+        """Whether stage 2 recomputes it."""
         return getattr(self, "source", "cache") == "recompute"
+
+    @classmethod
+    def can_be_recomputed(cls) -> bool:
+        """Return whether stage 2 can recompute it; logits have no `source` to choose."""
+        return "source" in cls.model_fields
 
     @property
     @abstractmethod
     def deepest(self) -> int | None:
-        """The deepest decoder layer whose input it reads; -1 for none, None if it needs the whole model."""
+        """The deepest of the layers with attention that it reads; -1 for none, None if it needs the whole model."""
+
+    @property
+    def hidden_layer(self) -> int | None:
+        """The layer of the decoder whose input it reads, None for none; the number of layers is the last's output."""
+        return None
 
     @property
     @abstractmethod
@@ -107,8 +125,8 @@ class Target(Section):
         return len(arrays[self.first_array])
 
     @abstractmethod
-    def blank(self, facts: TeacherFacts, sizes: Sequence[int], num_text_rows: int) -> Arrays:
+    def blank(self, facts: TeacherFacts, sizes: Sequence[int], counts: Counts) -> Arrays:
         """Return zeros in the shape of a sample's arrays, to be recomputed during training.
 
-        The sample's images have `sizes` vision tokens, and its attention has `num_text_rows`.
+        The sample's images have `sizes` vision tokens; `counts` are of the sample alone.
         """

@@ -58,7 +58,7 @@ class VisionTarget(Target):
         ]
         return {"vision": torch.cat(images) if images else torch.zeros(0, 1)}
 
-    def blank(self, facts: TeacherFacts, sizes: Sequence[int], num_text_rows: int) -> Arrays:
+    def blank(self, facts: TeacherFacts, sizes: Sequence[int], counts: Counts) -> Arrays:
         return {"vision": [np.zeros((facts.hidden_size, size), np.float32) for size in sizes]}
 
     @classmethod

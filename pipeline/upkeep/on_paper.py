@@ -25,7 +25,7 @@ from pipeline.models.teacher_plan import facts_of_config
 from pipeline.models.vlm import VisionLanguageModel
 from pipeline.readable import readable_bytes, readable_seconds
 from pipeline.targets.target import Target, TeacherFacts
-from pipeline.targets.targets import deepest_layer
+from pipeline.targets.targets import deepest_layer, hidden_layer
 from pipeline.text_table import text_table
 from pipeline.upkeep.assumptions import Assumptions
 
@@ -50,17 +50,19 @@ class PaperModel:
     facts: TeacherFacts
     sizes: Mapping[str, tuple[str, int]]
 
-    def parameters(self, deepest: int | None = None) -> dict[str, int]:
-        """Return the parameters by part that are read up to the attention of layer `deepest` (None: all)."""
+    def parameters(self, deepest: int | None = None, hidden: int | None = None) -> dict[str, int]:
+        """Return the parameters by part that are read, as `Anatomy.needed`."""
         count = Counter(dict.fromkeys(PARTS, 0))
-        for name in self.sizes.keys() & set(anatomy_of(self.config).needed(deepest)):
+        for name in self.sizes.keys() & set(anatomy_of(self.config).needed(deepest, hidden)):
             part, size = self.sizes[name]
             count[part] += size
         return dict(count)
 
-    def forward(self, lengths: Mapping[str, float], deepest: int | None = None) -> dict[str, float]:
+    def forward(
+        self, lengths: Mapping[str, float], deepest: int | None = None, hidden: int | None = None
+    ) -> dict[str, float]:
         """Return the operations of a sample's forward by part: 2 for each parameter and position."""
-        weights = self.parameters(deepest)
+        weights = self.parameters(deepest, hidden)
         if deepest is None:  # a tied head has the embeddings' parameters
             weights["head"] = self.facts.hidden_size * self.facts.vocab_size
         return {part: 2 * weights[part] * lengths[part] for part in PARTS}
@@ -144,7 +146,7 @@ def plan_on_paper(config: Config, assumptions: Assumptions) -> PaperPlan:
     return PaperPlan(
         teacher=teacher,
         student=student,
-        stub_share=_share(teacher, deepest_layer(without_logits)) if without_logits else None,
+        stub_share=_share(teacher, without_logits) if without_logits else None,
         targets=sizes,
         stage_1_operations=_of_targets(teacher, targets.cached(), assumed),
         stage_2_operations=training + _of_targets(teacher, targets.recomputed(), assumed),
@@ -181,15 +183,17 @@ def _of_a_stub(targets: Mapping[str, Target]) -> dict[str, Target]:
     return {name: target for name, target in targets.items() if target.deepest is not None}
 
 
-def _share(teacher: PaperModel, deepest: int | None) -> float:
-    return sum(teacher.parameters(deepest).values()) / sum(teacher.parameters().values())
+def _share(teacher: PaperModel, targets: Mapping[str, Target]) -> float:
+    needed = teacher.parameters(deepest_layer(targets), hidden_layer(targets))
+    return sum(needed.values()) / sum(teacher.parameters().values())
 
 
 def _of_targets(teacher: PaperModel, targets: Mapping[str, Target], assumed: Assumptions) -> float:
     """Operations of a sample's forward of as much of the teacher as the targets need."""
     if not targets:
         return 0.0
-    return sum(teacher.forward(assumed.of_teacher(), deepest_layer(targets)).values())
+    forward = teacher.forward(assumed.of_teacher(), deepest_layer(targets), hidden_layer(targets))
+    return sum(forward.values())
 
 
 def _target(name: str, target: Target, facts: TeacherFacts, assumed: Assumptions) -> PaperTarget:
@@ -202,7 +206,9 @@ def _target(name: str, target: Target, facts: TeacherFacts, assumed: Assumptions
 def _stored_bytes(spec: ArraySpec, assumed: Assumptions) -> float:
     """Bytes of a sample's rows, as the codec stores them before compression."""
     images = assumed.images_per_sample
-    rows = {"R": images * assumed.text_rows, "I": images, "P": assumed.answer_tokens}[spec.axes[0]]
+    positions = assumed.of_teacher()["layers"]
+    by_axis = {"R": images * assumed.text_rows, "I": images, "P": assumed.answer_tokens, "S": positions}
+    rows = by_axis[spec.axes[0]]
     of_one = spec.with_tokens(assumed.vision_tokens)
     return rows * sum(
         prod(array.row_shape) * np.dtype(array.dtype).itemsize for array in CODECS[spec.codec].stored(of_one)

@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError
 from pipeline.progress import Progress
 from pipeline.teacher_cache.teacher import CapturePlan, plan_capture
 from pipeline.upkeep.agreement import Agreement
-from pipeline.upkeep.plan_costs import Costs, advice
+from pipeline.upkeep.plan_costs import Costs, advice, what_recomputes
 from pipeline.upkeep.probe import PROBED_SHARDS, Probe, make_probe, with_settings
 from pipeline.upkeep.slices import evenly
 
@@ -124,6 +124,8 @@ def cheaper_settings(config: Config) -> Iterator[dict[str, Any]]:
     """Yield overrides of the config, each for a smaller store than the one before; {} first."""
     active = config.targets.active()
     steps: list[dict[str, Any]] = [{}]
+    if "hidden_states" in active:
+        steps.append({"targets.hidden_states.source": "recompute"})
     if "attention" in active:
         steps.append({"targets.attention.source": "recompute"})
     if "vision" in active:
@@ -132,6 +134,8 @@ def cheaper_settings(config: Config) -> Iterator[dict[str, Any]]:
         if active["logits"].tail_samples:
             steps.append({"targets.logits.tail_samples": 0})
         steps += [{"targets.logits.top_k": k} for k in (16, 8) if k < active["logits"].top_k]
+    if "final_hidden" in active:  # last: the whole teacher is in memory then
+        steps.append({"targets.final_hidden.source": "recompute"})
     settings: dict[str, Any] = {}
     for step in steps:
         settings = settings | step
@@ -215,7 +219,7 @@ def _targets(plan: CapturePlan, probe: Probe, num_samples: float) -> Iterator[Ta
             stated_errors={spec.name: CODECS[spec.codec].stated_error(spec.options) for spec in stored},
             reading_seconds=costs.reading_seconds,
             forward_seconds=costs.forward_seconds,
-            advice=advice(costs, bytes_each=each, depth=target.deepest, facts=facts),
+            advice=advice(costs, bytes_each=each, runs=what_recomputes(target, facts)),
         )
 
 

@@ -41,7 +41,7 @@ class Costs:
 def measure_costs(
     plan: CapturePlan, store: Path, shards: Sequence[str], *, known: dict[str, float]
 ) -> dict[str, Costs]:
-    """Return the costs of every active target that a stub can recompute; `store` and `shards` are the probe's.
+    """Return the costs of every active target that can be recomputed; `store` and `shards` are the probe's.
 
     Reading is as in random order, by one process: a sample brings the chunks that it lies in, which come from the
     disk the first time (where the system can drop cached files) and are decoded every time. The stub runs as stage 1
@@ -49,7 +49,7 @@ def measure_costs(
     target, is used and extended: how a target is stored does not matter to its stub.
     """
     active = plan.config.targets.active()
-    targets = {name: target for name, target in active.items() if target.deepest is not None}
+    targets = {name: target for name, target in active.items() if target.can_be_recomputed()}
     if targets.keys() - known.keys():
         samples = list(islice(_prepared(plan, shards), FORWARDED_SAMPLES))
         known |= {name: _forward(plan, name, t, samples) for name, t in targets.items() if name not in known}
@@ -60,11 +60,21 @@ def measure_costs(
     }
 
 
-def advice(costs: Costs, *, bytes_each: float, depth: int | None, facts: TeacherFacts) -> str:
-    """Return the advice to store or recompute, from what both cost a sample; `depth` as `Target.deepest` returns."""
-    if depth is None:
+def what_recomputes(target: Target, facts: TeacherFacts) -> str | None:
+    """Return which part of the teacher recomputes a target, in words; None if stage 2 cannot recompute it."""
+    if not target.can_be_recomputed():
+        return None
+    if target.deepest is None:
+        return "the whole teacher"
+    if target.hidden_layer is not None:
+        return f"the tower, the projector and the decoder's first {target.hidden_layer} layers"
+    return f"the tower, the projector and {max(target.deepest, 0)} of {facts.num_layers} layers"
+
+
+def advice(costs: Costs, *, bytes_each: float, runs: str | None) -> str:
+    """Return the advice to store or recompute, from what both cost a sample; `runs` as `what_recomputes` returns."""
+    if runs is None:
         return "store: it needs the whole teacher"
-    runs = f"the tower, the projector and {max(depth, 0)} of {facts.num_layers} layers"
     again = f"{1000 * costs.forward_seconds:.2f} ms to recompute it ({runs})"
     if not bytes_each:
         return f"recompute: no bytes; {again}"
@@ -120,7 +130,7 @@ def _run(teacher: Teacher, batch: Sequence[Ready], image_token_id: int) -> None:
     pixels = [image for _, images in batch for image in images]
     sizes = [size for tokens, _ in batch for size in tokens.sizes]
     features = teacher.encode_images(pixels, sizes) if pixels else None
-    if teacher.attention_layers:
+    if teacher.runs_decoder:
         teacher.forward(pad_tokens([tokens for tokens, _ in batch], image_token_id), features)
     if teacher.device.type == "cuda":
         torch.cuda.synchronize(teacher.device)

@@ -208,7 +208,7 @@ class JoinedDataset(Dataset[JoinedSample]):
             counts = Counts.of(pad_tokens([tokens], self.preparation.image_token_id))
             for name in lacking:
                 facts = TeacherFacts.of(self.stores.giving(name).store.manifest)
-                arrays |= self.targets[name].blank(facts, tokens.sizes, int(counts.text_rows))
+                arrays |= self.targets[name].blank(facts, tokens.sizes, counts)
         return StoredSample(tokens, arrays)
 
     def _pixels(self, part: str, entry: SampleEntry, number: int, read: SpanReader) -> Pixels:

@@ -128,7 +128,7 @@ def _counted(stores: Stores, source: Source, first: Row, counts: tuple[int, int]
     `first` is the first sample that it lacks; `counts` are how many it lacks, and how many there are.
     """
     (part, entry), (num_lacked, num_samples) = first, counts
-    whole = [name for name in source.targets if "source" not in TARGETS[name].model_fields]
+    whole = [name for name in source.targets if not TARGETS[name].can_be_recomputed()]
     if stores.on_missing == "raise":
         raise JoinError(
             f"sample {entry.key!r} is not in {source.store.path} ({_why(source, part, entry.key)}), which gives "

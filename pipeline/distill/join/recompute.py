@@ -1,7 +1,8 @@
 """Targets recomputed during training by a stub of the teacher, instead of being read from the store.
 
 `source: recompute` does so for every sample, `on_missing: recompute` for the samples that a store lacks. Attention of
-a shallow layer and projected vision features need a few percent of the teacher's weights and no disk. Where student
+a shallow layer, hidden states behind it and projected vision features need a few percent of the teacher's weights and
+no disk; the final hidden states need all of them. Where student
 and teacher have the same frozen tower, it runs once for both, or not at all when its features are held in memory.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from cache import Difference, FingerprintMismatch, Store
 from pipeline.config.config import Config
+from pipeline.distill.join.filling import filled, of_forward
 from pipeline.distill.join.memory import BoundedCache
 from pipeline.errors import ConfigError
 from pipeline.models.configuration import read_config
@@ -26,7 +28,6 @@ from pipeline.models.stub import Teacher, load_teacher
 from pipeline.models.teacher_plan import TeacherPlan, plan_teacher
 from pipeline.models.vlm import ImageFeatures
 from pipeline.positions import Counts
-from pipeline.targets.attention import AttentionTarget
 from pipeline.targets.target import Target, TeacherFacts
 from pipeline.targets.targets import TARGETS
 
@@ -70,32 +71,23 @@ class RecomputedTargets:
         wanted = {name: self.missing[name] for name in lacking}
         made = self._make(wanted, _part_of(batch, chosen), features)
         targets, received = {**batch["targets"]}, {**batch["received"]}
-        if (lacks := lacking.get("vision")) is not None:
-            tokens = counts.vision_tokens
-            of_token = lacks.repeat_interleave(tokens)
-            of_made = lacks[chosen].repeat_interleave(tokens[chosen])
-            targets["vision"] = targets["vision"].index_put((of_token,), made["vision"][of_made])
-        if (lacks := lacking.get("attention")) is not None:
-            targets["attention"] = {
-                layer: _put(stored, lacks, made["attention"][layer][lacks[chosen]])
-                for layer, stored in targets["attention"].items()
-            }
         for name, lacks in lacking.items():
+            targets[name] = filled(name, targets[name], made[name], lacks, chosen=chosen, counts=counts)
             received[name] = torch.where(lacks, TARGETS[name].num_rows(counts), received[name])
         return {**batch, "targets": targets, "received": received, "lacking": {}}
 
     def _make(
         self, targets: Mapping[str, Target], batch: Mapping[str, Any], patch_features: Tensor | None
     ) -> dict[str, Any]:
-        """Return the fields of `TeacherTargets` for a batch: `attention` float32 'B H T J', `vision` 'G D'."""
+        """Return the fields of `TeacherTargets` for a batch, of each target its own."""
         vision = self._vision(batch, patch_features)
         fields: dict[str, Any] = {}
         if "vision" in targets and vision is not None:
             fields["vision"] = vision.flat.float()
-        if isinstance(attention := targets.get("attention"), AttentionTarget):
+        if targets.keys() - {"vision"}:
             forward = self.teacher.forward(batch, vision)
-            fields["attention"] = {
-                layer: attention.reduce_heads(block).float() for layer, block in forward.attention.items()
+            fields |= {
+                name: of_forward(target, forward) for name, target in targets.items() if name != "vision"
             }
         return fields
 
@@ -146,13 +138,6 @@ def _part_of(batch: Mapping[str, Any], chosen: Tensor) -> dict[str, Any]:
     for name in ("images", "image_digests"):
         part[name] = [one for one, owner in zip(batch[name], owners, strict=True) if is_chosen[owner]]
     return part
-
-
-def _put(stored: Tensor, rows: Tensor, made: Tensor) -> Tensor:
-    """Return `stored` 'B H T J' with the blocks of `made`, whose T and J may be smaller, in the rows of bool 'B'."""
-    filled = stored.clone()
-    filled[rows, :, : made.shape[2], : made.shape[3]] = made
-    return filled
 
 
 def load_recomputed(

@@ -22,6 +22,9 @@ ALIGNED_WITH = {
     "attention": ("token ids", "numbers of vision tokens"),
     "vision": ("numbers of vision tokens",),
     "logits": ("answers",),
+    "hidden_states": ("token ids", "numbers of vision tokens"),
+    "final_hidden": ("answers",),
+    "query_attention": ("token ids", "numbers of vision tokens"),
 }
 
 

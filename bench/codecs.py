@@ -28,7 +28,7 @@ from pipeline.config.config import Config, load_config
 from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.sample import JoinedSample
 from pipeline.distill.model.distiller import Distiller
-from pipeline.distill.student import load_student
+from pipeline.distill.parts import load_student
 from pipeline.losses.losses import LogitsLoss
 from pipeline.models.stub import load_teacher
 from pipeline.positions import Slots

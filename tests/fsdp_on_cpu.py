@@ -22,18 +22,20 @@ def _as_if_on_gpus(self, *arguments, **named):
 
 PartialState.__init__ = _as_if_on_gpus
 
-_save_student = DistillTrainer.save_student
+_save_trained = DistillTrainer.save_trained
 
 
 def _tell_and_save(trainer, folder):
     modules = [module for module in trainer.distiller.modules() if isinstance(module, FSDPModule)]
-    weight = trainer.distiller.student.model.layers[0].self_attn.q_proj.weight
+    trained = trainer.trained.of(trainer.distiller)
+    layers = trained.layers if trainer.trained.part == "twig" else trained.model.layers
+    weight = layers[0].self_attn.q_proj.weight
     rows = f"{weight.to_local().shape[0]} of {weight.shape[0]}"
     print(f"sharded modules: {len(modules)}, rows of a matrix: {rows}", file=sys.stderr)
-    return _save_student(trainer, folder)
+    return _save_trained(trainer, folder)
 
 
-DistillTrainer.save_student = _tell_and_save
+DistillTrainer.save_trained = _tell_and_save
 
 if __name__ == "__main__":
     cli.main()

@@ -28,9 +28,10 @@ def distill(
     *overrides: str,
     launcher: Sequence[str] = (),
     program: str = "cli.py",
+    name: Sequence[str] = ("distill",),
 ) -> subprocess.Popen[str]:
-    """Started, without `evaluate`, in a process group of its own."""
-    command = [sys.executable, *launcher, str(ROOT / program), "distill", "--config", str(experiment.file)]
+    """Started, without `evaluate`, in a process group of its own; `name` is that of the command."""
+    command = [sys.executable, *launcher, str(ROOT / program), *name, "--config", str(experiment.file)]
     return subprocess.Popen(
         [*command, f"output_dir={output}", "evaluate=null", *overrides],
         cwd=output.parent,

@@ -257,7 +257,7 @@ def test_only_what_a_store_lacks_is_made_again(batch_of, lacking, mixed, experim
         config, tmp_path / "run", dataset, identity=RunIdentity("of a test", {}, samples_per_step=4)
     )
     distiller = trainer.distiller
-    patch_features = distiller._patch_features(batch)
+    patch_features = distiller.patch_features(batch)
     assert distiller.recompute is not None
     filled = distiller.recompute(batch, patch_features)
 

@@ -114,8 +114,9 @@ def train_until(
     sent: int = signal.SIGTERM,
     match: str | None = None,
     overwrite: bool = False,
+    train: Callable[..., Path] = train_student,
 ) -> TrainingStopped:
     """Train, stopped by a signal in this step; return the error, whose text matches `match`."""
     with pytest.raises(TrainingStopped, match=match) as stopped:
-        train_student(config, folder, overwrite=overwrite, callbacks=[SignalInStep(step, sent)])
+        train(config, folder, overwrite=overwrite, callbacks=[SignalInStep(step, sent)])
     return stopped.value

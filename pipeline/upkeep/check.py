@@ -22,7 +22,7 @@ from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.join.sample import JoinedSample
 from pipeline.distill.join.stores import REMEDY
 from pipeline.distill.model.distiller import Distiller
-from pipeline.distill.student import load_student
+from pipeline.distill.parts import load_student
 from pipeline.losses.losses import LOSSES
 from pipeline.models.stub import Teacher, load_teacher
 from pipeline.models.vlm import ImageFeatures

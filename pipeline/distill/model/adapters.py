@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,29 +23,43 @@ def add_adapters(student: Any, settings: LoraConfig) -> LoraModel:
 
     Raises `ConfigError` if peft is not installed, or if a target is not a linear map of a decoder layer.
     """
-    with needing("lora", by="student.lora", otherwise="remove the section to train all weights"):
+    connector = VisionLanguageModel(student).connector_names
+    return add_adapters_to(student, student.get_decoder().layers, settings, trained=connector)
+
+
+def add_adapters_to(
+    model: nn.Module,
+    layers: nn.ModuleList,
+    settings: LoraConfig,
+    *,
+    trained: Collection[str],
+    section: str = "student.lora",
+) -> LoraModel:
+    """Put adapters into the `layers` of a model, in place. They and the parameters named `trained` are trained.
+
+    Raises as `add_adapters`, naming the `section`.
+    """
+    with needing("lora", by=section, otherwise="remove the section to train all weights"):
         import peft
-    layers = student.get_decoder().layers
     first = layers[0].named_modules()
     known = {name.rpartition(".")[2] for name, module in first if isinstance(module, nn.Linear)}
     for name in settings.target_modules:
         if name not in known:
             raise ConfigError(
-                f"student.lora.target_modules: no decoder layer has a linear map {name!r}"
+                f"{section}.target_modules: no decoder layer has a linear map {name!r}"
                 f"{did_you_mean(name, known)}"
             )
     chosen = "|".join(settings.target_modules)
-    [prefix] = [name for name, module in student.named_modules() if module is layers]
-    connector = VisionLanguageModel(student).connector_names
+    [prefix] = [name for name, module in model.named_modules() if module is layers]
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType] - divided by the rank, so no whole number
         lora_dropout=settings.dropout,
         target_modules=rf"{re.escape(prefix)}\.\d+\..*\.({chosen})",  # the tower has layers of these names, too
     )
-    adapted = peft.LoraModel(student, config, "default")
-    for name, parameter in student.named_parameters():
-        if name in connector:
+    adapted = peft.LoraModel(model, config, "default")
+    for name, parameter in model.named_parameters():
+        if name in trained:
             parameter.requires_grad_(True)
     return adapted
 
@@ -62,6 +76,13 @@ def merged_tensors(
     student = empty_network(config)
     with torch.device("meta"):
         adapted = add_adapters(student, settings)
+    return merged_into(student, adapted, state)
+
+
+def merged_into(
+    empty: nn.Module, adapted: LoraModel, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return `merged_tensors` of a model, with `empty`, the same model without weights, and its adapters."""
     # Copies, because peft adds to W in place and training continues with the W in `state`. In float32, because peft
     # rounds B A to their dtype before it adds them: the sum is rounded once, at the end.
     wide = {name for name in state if ".base_layer." in name or ".lora_" in name}
@@ -69,7 +90,7 @@ def merged_tensors(
         name: value.to("cpu", torch.float32 if name in wide else value.dtype, copy=True)
         for name, value in state.items()
     }
-    student.load_state_dict(copies, assign=True)
+    empty.load_state_dict(copies, assign=True)
     dtypes = {name.replace(".base_layer.", "."): value.dtype for name, value in state.items()}
-    merged = adapted.merge_and_unload().state_dict()
+    merged: Mapping[str, torch.Tensor] = adapted.merge_and_unload().state_dict()
     return {name: value.to(dtypes[name]) for name, value in merged.items()}

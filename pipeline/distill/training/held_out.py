@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from pipeline.distill.join.dataset import Refused
 from pipeline.distill.join.memory import TensorCache
 from pipeline.distill.join.rank_batches import RankBatches
-from pipeline.distill.model.distiller import Distiller
+from pipeline.distill.model.loss_module import LossModule
 from pipeline.distill.training.interruption import leave_signals_to_the_parent
 from pipeline.distill.training.resuming import CORRECT_TRAIN, ResumingTrainer
 from pipeline.distill.training.term_log import TermLog
@@ -77,7 +77,7 @@ class HeldOutTrainer(ResumingTrainer):
 
 
 @contextmanager
-def _as_it_is(distiller: Distiller) -> Iterator[None]:
+def _as_it_is(distiller: LossModule) -> Iterator[None]:
     """Leave the training as it was found: no dropout meanwhile, and none of its images put out of memory.
 
     Features that are computed again, in another batch, may be rounded otherwise.

@@ -16,28 +16,28 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.training_args import OptimizerNames
 
 from pipeline.config.config import Config
-from pipeline.distill.model.adapters import adapter_tensors, merged_tensors
-from pipeline.distill.model.distiller import Distiller
+from pipeline.distill.model.adapters import adapter_tensors
+from pipeline.distill.model.loss_module import LossModule
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.distill.training.term_log import TermLog
+from pipeline.distill.training.trained import Trained, TrainedStudent
+from pipeline.distill.training.training_folder import HEADS_FILE, RUN_FILE
 from pipeline.errors import building, writing
-from pipeline.models.configuration import read_config
 from pipeline.models.files.broken_files import named_if_broken
-from pipeline.models.files.checkpoint import checkpoint_folder, copy_processor
-from pipeline.models.loading import load_network
 
-RUN_FILE = "run.json"  # of a checkpoint: the run that it belongs to, and the sums that are not logged yet
-HEADS_FILE = "heads.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"  # of a checkpoint with LoRA: its model has them merged
 CORRECT_TRAIN = "correct the `train` section"
 
 
 class ResumingTrainer(Trainer):
-    """A Trainer whose checkpoint is the student in its family's layout, its heads, and the log line under way."""
+    """A Trainer whose checkpoint is what is trained as it is used, its heads, and the log line under way."""
 
-    def __init__(self, *, settings: Config, identity: RunIdentity, **kwargs: Any):
+    def __init__(
+        self, *, settings: Config, identity: RunIdentity, trained: Trained | None = None, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.settings = settings
+        self.trained = trained or TrainedStudent(settings)
         self.identity = identity
         self.losses = settings.losses.active()
         self.term_log = TermLog()  # of this process, since the last log line
@@ -45,7 +45,7 @@ class ResumingTrainer(Trainer):
         self.unlogged: dict[str, Any] | None = None  # of the checkpoint that the run resumes from
 
     @property
-    def distiller(self) -> Distiller:
+    def distiller(self) -> LossModule:
         return self.accelerator.unwrap_model(self.model)
 
     @property
@@ -60,38 +60,31 @@ class ResumingTrainer(Trainer):
         # Not `_save`, which some releases of transformers call in the first process alone.
         folder = Path(output_dir or str(self.args.output_dir))
         *terms, loss = self.sum_of_ranks(self.term_log.sums(self.losses))
-        student, heads = self.save_student(folder)
+        tensors, heads = self.save_trained(folder)
         if not self.args.should_save:
             return
-        if self.settings.student.lora is not None:
-            (folder / ADAPTERS_FILE).write_bytes(save(adapter_tensors(student)))
+        if self.trained.lora is not None:
+            (folder / ADAPTERS_FILE).write_bytes(save(adapter_tensors(tensors)))
         # Not save_file, whose files only their owner may read.
         (folder / HEADS_FILE).write_bytes(save(heads))
         unlogged = {"loss": loss, "last_logged_step": self.last_logged_step, "terms": terms}
         (folder / RUN_FILE).write_text(json.dumps(self.identity.to_json() | {"unlogged": unlogged}) + "\n")
 
-    def save_student(self, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Write the student with its tokenizer, as `from_pretrained` reads it; return its and the heads' tensors.
+    def save_trained(self, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Write what is trained, as it is used; return its and the heads' tensors.
 
         All processes must call it. Of a sharded model the tensors are whole in the first process alone.
         """
         state: Any = self.distiller.state_dict()
         if self.is_fsdp_enabled:
             state = self.accelerator.get_state_dict(self.model)
-        student, heads = (
+        tensors, heads = (
             {name.removeprefix(part): v.contiguous() for name, v in state.items() if name.startswith(part)}
-            for part in ("student.", "heads.")
+            for part in (f"{self.trained.part}.", "heads.")
         )
         if self.args.should_save:
-            lora = self.settings.student.lora
-            tensors = (
-                student
-                if lora is None
-                else merged_tensors(student, cast(Any, self.distiller.student.config), lora)
-            )
-            self.distiller.student.save_pretrained(folder, state_dict=tensors)
-            copy_processor(checkpoint_folder(self.settings.student.model), folder)
-        return student, heads
+            self.trained.write(folder, self.distiller, tensors)
+        return tensors, heads
 
     def sum_of_ranks(self, values: list[float]) -> list[float]:
         mine = torch.tensor(values, dtype=torch.float64, device=self.args.device)
@@ -129,26 +122,24 @@ class ResumingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        has_adapters = self.settings.student.lora is not None
-        read_config(folder)
+        has_adapters = self.trained.lora is not None
         with named_if_broken(folder):
-            student = load_network(str(folder), dtype=self.settings.student.dtype)
-            tensors = student.state_dict()
+            tensors = self.trained.read(folder)
             if has_adapters:
                 # The other weights hold the adapters merged. Training does not change them: they stay as loaded.
-                connector = self.distiller.vlm.connector_names
-                projector = {name: value for name, value in tensors.items() if name in connector}
-                tensors = projector | load_file(str(folder / ADAPTERS_FILE))
+                whole = self.trained.whole_beside_adapters(self.distiller)
+                of_full = {name: value for name, value in tensors.items() if name in whole}
+                tensors = of_full | load_file(str(folder / ADAPTERS_FILE))
             heads = load_file(str(folder / HEADS_FILE))
-            whole = StateDictOptions(full_state_dict=True, strict=not has_adapters)
-            set_model_state_dict(self.distiller.student, cast(Any, tensors), options=whole)
+            options = StateDictOptions(full_state_dict=True, strict=not has_adapters)
+            set_model_state_dict(self.trained.of(self.distiller), cast(Any, tensors), options=options)
             if heads:  # labels alone need none, and torch refuses an empty state
-                whole = StateDictOptions(full_state_dict=True)
-                set_model_state_dict(self.distiller.heads, cast(Any, heads), options=whole)
+                options = StateDictOptions(full_state_dict=True)
+                set_model_state_dict(self.distiller.heads, cast(Any, heads), options=options)
         self.unlogged = json.loads((folder / RUN_FILE).read_text())["unlogged"]
 
     def _load_best_model(self) -> None:
-        # The Trainer's own takes the file's names for those of the Distiller, and would load nothing.
+        # The Trainer's own takes the file's names for those of the whole module, and would load nothing.
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -68,7 +68,15 @@ class RunIdentity:
     samples_per_step: int
 
     @classmethod
-    def of(cls, config: Config, dataset: JoinedDataset, held_out: JoinedDataset | None = None) -> RunIdentity:
+    def of(
+        cls,
+        config: Config,
+        dataset: JoinedDataset,
+        held_out: JoinedDataset | None = None,
+        *,
+        first_weights: str | None = None,
+    ) -> RunIdentity:
+        """Return the identity of a training; `first_weights` is their digest, by default that of the student's."""
         read = {"cache"} if config.caches is None else {"caches", "on_missing"}
         settings = settings_of_weights(config) | config.model_dump(mode="json", include=read)
         for cache in settings.get("caches") or [settings["cache"]]:
@@ -83,7 +91,8 @@ class RunIdentity:
             missing = [missing.count for missing in dataset.missing]
             stored = [fingerprints, missing, stub]
             made_of |= {"missing": missing, "teacher": {"model": stub}}
-        first_weights = Checkpoint(config.student.model).digest()
+        if first_weights is None:
+            first_weights = Checkpoint(config.student.model).digest()
         samples = {"number": len(dataset), "contents": _contents(dataset)}
         made_of |= {"samples": samples, "first weights": first_weights}
         made_of[STUDENT_SETTINGS] = _config_digest(checkpoint_folder(config.student.model))
@@ -143,7 +152,8 @@ def settings_of_weights(config: Config) -> dict[str, Any]:
     Of `train`, how a run is logged and how its work is cut up do not count, nor when held-out losses are computed,
     unless they decide something.
     """
-    settings = recorded(config, "student", "data", "targets", "losses", "train")
+    settings = recorded(config, "student", "data", "targets", "losses", "train", "twig")
+    settings.get("twig", {}).pop("keep", None)  # it is checked, and changes nothing
     for name in ("mirror", "mirror_bytes"):  # a mirror does not change what is read
         settings["data"].pop(name, None)
     left_out = {*OF_THE_LOG, *HOW_IT_RUNS, *OF_HELD_OUT}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.distill.model.distiller import Terms
+from pipeline.distill.model.loss_module import Terms
 
 
 @dataclass

@@ -14,12 +14,13 @@ from transformers import TrainerCallback
 from pipeline.config.config import Config
 from pipeline.distill.join.dataset import Refused
 from pipeline.distill.join.rank_batches import RankBatches
-from pipeline.distill.model.distiller import Terms
+from pipeline.distill.model.loss_module import Terms
 from pipeline.distill.training.held_out import HeldOutTrainer
 from pipeline.distill.training.interruption import StopOnSignal, leave_signals_to_the_parent
 from pipeline.distill.training.resuming import CORRECT_TRAIN
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.distill.training.term_log import TermLog, gradient_shares
+from pipeline.distill.training.trained import Trained
 from pipeline.distill.training.training_line import TrainingLine
 from pipeline.errors import ConfigError, PipelineError, building
 from pipeline.losses.losses import LOSSES
@@ -52,8 +53,10 @@ class LeaveImagesOut(TrainerCallback):
 class DistillTrainer(HeldOutTrainer):
     """A Trainer whose loss is the weighted sum of terms, each divided by its count over the whole step."""
 
-    def __init__(self, *, settings: Config, identity: RunIdentity, **kwargs: Any):
-        super().__init__(settings=settings, identity=identity, **kwargs)
+    def __init__(
+        self, *, settings: Config, identity: RunIdentity, trained: Trained | None = None, **kwargs: Any
+    ):
+        super().__init__(settings=settings, identity=identity, trained=trained, **kwargs)
         if settings.log_gradient_shares and self.is_fsdp_enabled:
             raise ConfigError(
                 "log_gradient_shares needs whole gradients, but FSDP cuts them up; set it to false"
@@ -140,7 +143,7 @@ class DistillTrainer(HeldOutTrainer):
         is_logged = (self.state.global_step + 1) % self.state.logging_steps == 0
         if self.settings.log_gradient_shares and self.accelerator.sync_gradients and is_logged:
             of_all = self.sum_over_ranks if self.args.world_size > 1 else None
-            self.gradient_shares = gradient_shares(weighted, self.distiller.student, of_all=of_all)
+            self.gradient_shares = gradient_shares(weighted, self.trained.of(self.distiller), of_all=of_all)
         loss = torch.stack(list(weighted.values())).sum()
         self.term_log.add(None if inputs["is_filler"] else result, loss)
         # DDP and FSDP average gradients over processes. The counts are those of all processes together, so the
@@ -162,15 +165,11 @@ class DistillTrainer(HeldOutTrainer):
         return self.optimizer
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        student = self.settings.student
-        connector = {f"student.{name}" for name in self.distiller.vlm.connector_names}
         decayed = set(self.get_decay_parameter_names(self.distiller))
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.distiller.named_parameters():
             if parameter.requires_grad:
-                rate = student.head_learning_rate if name.startswith("heads.") else None
-                if name in connector:
-                    rate = student.projector_learning_rate
+                rate = self.trained.learning_rate(self.distiller, name)
                 decay = self.args.weight_decay if name in decayed else 0.0
                 groups.setdefault((rate or self.args.learning_rate, decay), []).append(parameter)
         return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]

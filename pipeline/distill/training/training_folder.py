@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.config import Config
 from pipeline.config.provenance import read_mark
-from pipeline.distill.training.resuming import HEADS_FILE, RUN_FILE
 from pipeline.distill.training.run_identity import OPEN_SCHEDULES, Change, RunIdentity, is_longer
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.configuration import read_config
 from pipeline.models.files.checkpoint import PROCESSOR_FILES, Checkpoint
 
+RUN_FILE = "run.json"  # of a checkpoint: the run that it belongs to, and the sums that are not logged yet
+HEADS_FILE = "heads.safetensors"  # of a checkpoint, too
 MODEL_FOLDER = "model"
 FINISHED = "finished.json"
 STATE_FILE = "trainer_state.json"  # transformers' own name for it
@@ -28,6 +29,25 @@ INSTEAD = f"{ELSEWHERE}, or --overwrite to train anew in its place"
 
 
 @dataclass(frozen=True)
+class Product:
+    """What a training leaves: the name of its folder in the run's, and a look for what cannot be read in it.
+
+    `look` raises `ConfigError`.
+    """
+
+    folder: str
+    look: Callable[[Path], None]
+
+
+def _look_at_student(folder: Path) -> None:
+    read_config(folder)
+    Checkpoint(str(folder)).check_files()
+
+
+STUDENT = Product(MODEL_FOLDER, _look_at_student)
+
+
+@dataclass(frozen=True)
 class Start:
     """Where a training begins: at a checkpoint, or anew, in place of what is there if `replaces`."""
 
@@ -35,13 +55,15 @@ class Start:
     replaces: bool = False
 
 
-def start_of(config: Config, folder: Path, identity: RunIdentity, *, overwrite: bool) -> Start:
+def start_of(
+    config: Config, folder: Path, identity: RunIdentity, *, overwrite: bool, product: Product = STUDENT
+) -> Start:
     """Return where to begin. Without `overwrite` nothing that a training left is replaced, or mixed with another's.
 
     Raises `PipelineError` naming what differs, or how to resume; `ConfigError` if the config asks for a checkpoint
     of another run.
     """
-    check_inputs(config, folder)
+    check_inputs(config, folder, product)
     mark, checkpoints = read_mark(folder / FINISHED), _asked_checkpoints(config, folder)
     asked = config.train.get("resume_from_checkpoint")
     resumes = asked not in (None, False)
@@ -55,11 +77,12 @@ def start_of(config: Config, folder: Path, identity: RunIdentity, *, overwrite: 
             f"train.resume_from_checkpoint: {_origin(checkpoints[0], identity)}, and --overwrite would remove it; "
             f"restore them, or {ELSEWHERE}"
         )
-    is_empty = not (checkpoints or (folder / FINISHED).exists() or has_weights(folder))
+    is_empty = not (checkpoints or (folder / FINISHED).exists() or has_weights(folder, product))
     if overwrite or is_empty:
         return Start(replaces=not is_empty)
     if mark or not is_readable or not checkpoints:
-        raise PipelineError(f"{_finished_work(folder, mark, identity, has_checkpoint=bool(own))}{INSTEAD}")
+        work = _finished_work(folder, mark, identity, has_checkpoint=bool(own), product=product)
+        raise PipelineError(f"{work}{INSTEAD}")
     if own and not resumes:
         raise PipelineError(
             f"{folder} holds {own[0].name} of this training; {RESUME} resumes it, --overwrite trains anew in "
@@ -72,19 +95,21 @@ def start_of(config: Config, folder: Path, identity: RunIdentity, *, overwrite: 
     raise PipelineError(f"{_origin(checkpoints[0], identity)}; {INSTEAD}")
 
 
-def _finished_work(folder: Path, mark: dict[str, Any], identity: RunIdentity, *, has_checkpoint: bool) -> str:
+def _finished_work(
+    folder: Path, mark: dict[str, Any], identity: RunIdentity, *, has_checkpoint: bool, product: Product
+) -> str:
     """Return the beginning of a refusal: what the folder holds that may be finished, and how to use it."""
     if not mark and (folder / FINISHED).exists():
         return f"{folder / FINISHED} cannot be read: what is trained there may be finished; restore it, "
     if not mark:
         return (
-            f"{folder / MODEL_FOLDER} holds weights, and there is no {FINISHED} to say what they were trained "
+            f"{folder / product.folder} holds weights, and there is no {FINISHED} to say what they were trained "
             "with; "
         )
     changes = identity.changes(mark)
     if not changes:
         return (
-            f"{folder} holds this training, finished, but its model cannot be used: {model_fault(folder)}; "
+            f"{folder} holds this training, finished, but its model cannot be used: {model_fault(folder, product)}; "
             "restore it, "
         )
     if not is_longer(changes) or not identity.has_open_schedule():
@@ -97,10 +122,10 @@ def _finished_work(folder: Path, mark: dict[str, Any], identity: RunIdentity, *,
     return f"{folder} holds a finished training, {_listed(changes)}, {how}; "
 
 
-def is_finished(folder: Path, identity: RunIdentity) -> bool:
+def is_finished(folder: Path, identity: RunIdentity, product: Product = STUDENT) -> bool:
     """Whether the folder holds this training, finished, with its model."""
     mark = read_mark(folder / FINISHED)
-    return bool(mark) and not identity.changes(mark) and model_fault(folder) is None
+    return bool(mark) and not identity.changes(mark) and model_fault(folder, product) is None
 
 
 def holds_finished(folder: Path) -> bool:
@@ -108,26 +133,24 @@ def holds_finished(folder: Path) -> bool:
     return (folder / FINISHED).exists() or ((folder / STATE_FILE).exists() and has_weights(folder))
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether weights, ours or foreign, lie where a training writes its student."""
+def has_weights(folder: Path, product: Product = STUDENT) -> bool:
+    """Whether weights, ours or foreign, lie where a training writes its product."""
     patterns = ("*.safetensors", "pytorch_model*.bin")
-    return any(file for pattern in patterns for file in (folder / MODEL_FOLDER).glob(pattern))
+    return any(file for pattern in patterns for file in (folder / product.folder).glob(pattern))
 
 
-def model_fault(folder: Path) -> str | None:
-    """Return why the student that was trained here cannot be read (a file is missing, cut or foreign), or None."""
-    model = folder / MODEL_FOLDER
+def model_fault(folder: Path, product: Product = STUDENT) -> str | None:
+    """Return why what was trained here cannot be read (a file is missing, cut or foreign), or None."""
     try:
-        read_config(model)
-        Checkpoint(str(model)).check_files()
+        product.look(folder / product.folder)
     except ConfigError as error:
         return str(error).split("; ")[0]  # without its advice: here the caller gives another
     return None
 
 
-def check_inputs(config: Config, folder: Path) -> None:
+def check_inputs(config: Config, folder: Path, product: Product = STUDENT) -> None:
     """Raise `PipelineError` if an input of the training lies in a folder that the training may have to remove."""
-    places = [place.resolve() for place in (folder / MODEL_FOLDER, *_checkpoints(folder))]
+    places = [place.resolve() for place in (folder / product.folder, *_checkpoints(folder))]
     for key, name in _inputs(config):
         path = Path(name)
         files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
@@ -200,9 +223,9 @@ def _is_whole(checkpoint: Path) -> bool:
     return bool(read_mark(checkpoint / STATE_FILE)) and (checkpoint / HEADS_FILE).is_file()
 
 
-def remove_training(folder: Path) -> list[str]:
+def remove_training(folder: Path, product: Product = STUDENT) -> list[str]:
     """Remove what a training left, and nothing else: mark, checkpoints, model, answers. Return their names."""
-    model = folder / MODEL_FOLDER
+    model = folder / product.folder
     left = [folder / FINISHED, folder / STATE_FILE, *_checkpoints(folder), *folder.glob(ANSWERS)]
     left += [file for pattern in OF_A_MODEL for file in model.glob(pattern)]
     left = [file for file in left if file.exists()]

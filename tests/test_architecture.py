@@ -45,6 +45,8 @@ ROOMS: dict[str, str] = {
     "pipeline/distill/training": "distill/model distill/join config losses models models/files",
     "pipeline/distill/model": "distill/join config losses models targets",
     "pipeline/distill/join": "data config losses models models/mobilevlm models/files targets",
+    "pipeline/twig/decoding": "twig models",
+    "pipeline/twig": "config models models/files targets",
     "pipeline/packing": "data",
     "pipeline/data": "config losses models models/mobilevlm models/files targets",
     "pipeline/config": "losses targets",

@@ -115,7 +115,7 @@ def load_teacher(plan: TeacherPlan, *, dtype: torch.dtype, device: torch.device)
             weights[name] = tensor.to(dtype=dtype if tensor.is_floating_point() else None, device=device)
     # All other tensors stay on the meta device, where any use of them raises: a mistake in the plan cannot go unseen.
     network.load_state_dict(weights, strict=False, assign=True)
-    _compute_buffers(network, device)
+    compute_buffers(network, device)
     if plan.is_stub:
         _answer_for_what_is_absent(network)
     else:
@@ -124,7 +124,7 @@ def load_teacher(plan: TeacherPlan, *, dtype: torch.dtype, device: torch.device)
     return Teacher(VisionLanguageModel(network), plan, device)
 
 
-def _compute_buffers(network: Any, device: torch.device) -> None:
+def compute_buffers(network: Any, device: torch.device) -> None:
     """Compute the buffers that no checkpoint holds, such as rotary frequencies, as transformers does on loading."""
     for module in network.modules():
         for name in module._non_persistent_buffers_set:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pipeline.distill.model.distiller import Distiller
     from pipeline.distill.parts import build_distiller, load_student, open_dataset
     from pipeline.errors import ConfigError, JoinError, PipelineError
+    from pipeline.twig.decoding.custom_generate import TwigGenerate, generate_with_twig
+    from pipeline.twig.folder import load_twig
 
 # The client of the Hub would otherwise send what it is used by; nothing here reports home.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -24,9 +26,12 @@ __all__ = [
     "Distiller",
     "JoinError",
     "PipelineError",
+    "TwigGenerate",
     "build_distiller",
+    "generate_with_twig",
     "load_config",
     "load_student",
+    "load_twig",
     "open_dataset",
 ]
 
@@ -35,6 +40,8 @@ _HOMES = {
     "pipeline.distill.model.distiller": ("Distiller",),
     "pipeline.distill.parts": ("build_distiller", "load_student", "open_dataset"),
     "pipeline.errors": ("ConfigError", "JoinError", "PipelineError"),
+    "pipeline.twig.decoding.custom_generate": ("TwigGenerate", "generate_with_twig"),
+    "pipeline.twig.folder": ("load_twig",),
 }
 
 

@@ -129,8 +129,11 @@ def _run(page: Path) -> dict[str, Any]:
     return names
 
 
-# docs/python.md needs a whole experiment: tests/test_python_pages.py runs it.
-@pytest.mark.parametrize("page", [p for p in _pages_with("python") if p.name != "python.md"], ids=_name)
+# docs/python.md needs a whole experiment: tests/test_python_pages.py runs it; tests/test_twig_page.py has twig.md's.
+OWN_TESTS = ("python.md", "twig.md")
+
+
+@pytest.mark.parametrize("page", [p for p in _pages_with("python") if p.name not in OWN_TESTS], ids=_name)
 def test_every_python_block_of_a_page_runs(page: Path, place_of_the_docs: Path):
     _run(page)
 

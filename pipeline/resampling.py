@@ -42,3 +42,12 @@ def resampled_totals(rows: np.ndarray, strata: np.ndarray, *, seed: int) -> np.n
         return np.sum(list(drawn), axis=0)
 
     return np.array([resampled() for _ in range(NUM_RESAMPLES)])
+
+
+def means_over_seeds(values: np.ndarray, *, seed: int) -> np.ndarray:
+    """Return the mean over seeds of every resample, from 'seeds resamples'; of several, drawn from Student's t."""
+    num_seeds, num_resamples = values.shape
+    if num_seeds == 1:
+        return values[0]
+    draws = np.random.default_rng(seed).standard_t(num_seeds - 1, size=num_resamples)
+    return values.mean(axis=0) + values.std(axis=0, ddof=1) / math.sqrt(num_seeds) * draws

@@ -1,0 +1,1 @@
+"""Accuracy kept under pruning, and the speed of drafting, measured on held-out questions."""

@@ -1,0 +1,114 @@
+"""Both curves of an evaluation: accuracy kept against tokens kept, and speed against acceptance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from pipeline.errors import writing
+from pipeline.twig.evaluation.result import Evaluation, KeptRow
+from pipeline.twig.evaluation.scoring import LONG, SHORT
+
+# Readable with colour blindness (Okabe and Ito).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#1a1a1a")
+GREY = "#6b6b6b"
+PANEL = (3.6, 2.6)  # inches
+SPREAD = 0.006  # of the width of an axis, between selectors of one share
+
+
+def draw_curves(result: Evaluation, folder: Path) -> None:
+    """Write both plots into a folder, as PNG and SVG."""
+    figures = {"kept": kept_figure(result), "speed": speed_figure(result)}
+    for name, figure in figures.items():
+        for ending in ("png", "svg"):
+            if figure is not None:
+                with writing(folder):
+                    figure.savefig(folder / f"{name}_curve.{ending}", dpi=150)
+
+
+def kept_figure(result: Evaluation, *, ink: str = GREY, colours: Sequence[str] = COLOURS) -> Figure | None:
+    """Return a panel for each test set and kind of answers: a line a selector, with 95% intervals."""
+    panels = [
+        (test_set, kind)
+        for test_set in result.test_sets()
+        for kind in result.kinds(test_set)
+        if kind in (SHORT, LONG)
+    ]
+    if not panels:
+        return None
+    figure = Figure(figsize=(PANEL[0] * len(panels), PANEL[1]), layout="constrained")
+    for axes, (test_set, kind) in zip(_axes(figure, len(panels)), panels, strict=True):
+        for number, selector in enumerate(result.selectors()):
+            rows = [row for row in result.rows(test_set, kind, selector) if row.kept]
+            _draw_kept(axes, rows, selector, number, colours[number % len(colours)])
+        axes.axhline(1, color=ink, linewidth=0.6, linestyle=":")
+        title = f"{kind} answers" + (f", {test_set}" if len(result.test_sets()) > 1 else "")
+        _style(axes, title, "vision tokens kept", "accuracy kept", ink)
+        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    _add_legend(figure, ink)
+    return figure
+
+
+def _draw_kept(axes: Axes, rows: Sequence[KeptRow], name: str, number: int, colour: str) -> None:
+    found = sorted(
+        (row.share, row.kept) for row in rows if row.kept
+    )  # shares differ, so intervals are not compared
+    shares = [share + SPREAD * number for share, _ in found]
+    middles = [kept.value for _, kept in found]
+    errors = [
+        [max(0.0, kept.value - kept.low) for _, kept in found],
+        [max(0.0, kept.high - kept.value) for _, kept in found],
+    ]
+    axes.errorbar(shares, middles, errors, color=colour, label=name, fmt="o-", ms=3, linewidth=1, capsize=2)
+
+
+def speed_figure(result: Evaluation, *, ink: str = GREY, colours: Sequence[str] = COLOURS) -> Figure | None:
+    """Return a panel for short and for long answers: how many times as fast each way is, by accepted drafts."""
+    kinds = list(dict.fromkeys(row.kind for row in result.speed))
+    ways = list(dict.fromkeys(row.way for row in result.speed if row.time_ratio))
+    if not ways:
+        return None
+    figure = Figure(figsize=(PANEL[0] * len(kinds), PANEL[1]), layout="constrained")
+    for axes, kind in zip(_axes(figure, len(kinds)), kinds, strict=True):
+        for row in result.speed:
+            if row.kind == kind and (ratio := row.time_ratio):
+                colour = colours[ways.index(row.way) % len(colours)]
+                errors = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
+                style: dict[str, Any] = {"color": colour, "label": row.way, "ms": 5, "capsize": 2}
+                style |= {} if row.acceptance is not None else {"mfc": "none"}
+                axes.errorbar([row.acceptance or 0], [ratio.median], errors, fmt="o", **style)
+        axes.axhline(1, color=ink, linewidth=0.6, linestyle=":")
+        _style(axes, f"{kind} answers", "drafts accepted (rings: no drafts)", "times as fast", ink)
+        axes.set_xlim(-0.05, 1.05)
+        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+    _add_legend(figure, ink)
+    return figure
+
+
+def _axes(figure: Figure, number: int) -> list[Axes]:
+    return list(figure.subplots(1, number, squeeze=False)[0])
+
+
+def _percent(share: float, _: object) -> str:
+    return f"{100 * share:.0f}%"
+
+
+def _style(axes: Axes, title: str, below: str, beside: str, ink: str) -> None:
+    axes.set_facecolor("none")
+    axes.set_title(title, fontsize=9, color=ink)
+    axes.set_xlabel(below, fontsize=8, color=ink)
+    axes.set_ylabel(beside, fontsize=8, color=ink)
+    axes.tick_params(colors=ink, labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(ink)
+
+
+def _add_legend(figure: Figure, ink: str) -> None:
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside right center", fontsize=7, frameon=False, labelcolor=ink)

@@ -1,0 +1,96 @@
+"""Selectors: scores of vision tokens compared with transformers' own attention, and independent of the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from twig_models import TwigSpecimen, twig_specimen
+
+from pipeline.errors import ConfigError
+from pipeline.models.loading import load_network
+from pipeline.twig.evaluation.selectors import Selector, looks, parse_selectors
+from pipeline.twig.geometry import Geometry
+
+pytestmark = pytest.mark.slow
+
+GEOMETRY = Geometry(attach_layer=1, num_layers=2, wipe_layer=5, num_base_layers=6)
+NUMBERS = (0, 1)  # both have images
+
+
+@pytest.fixture(scope="module", params=["mobilevlm", "qwen2_5_vl"])
+def specimen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TwigSpecimen:
+    return twig_specimen(request.param, tmp_path_factory.mktemp(request.param) / "base")
+
+
+def selector(name: str) -> Selector:
+    (found,) = parse_selectors(name, GEOMETRY)
+    return found
+
+
+@torch.no_grad()
+def eager_rows(specimen: TwigSpecimen, number: int) -> list[torch.Tensor]:
+    """Return each layer's attention of the last position to the vision tokens of one prompt, mean over heads."""
+    network = load_network(str(specimen.folder), dtype=torch.float32).eval()
+    network.set_attn_implementation("eager")
+    prompts = specimen.prompts([number])
+    made = network(**prompts.inputs, output_attentions=True, use_cache=False).attentions
+    return [layer[0, :, -1, prompts.is_vision[0]].mean(dim=0) for layer in made]
+
+
+def test_a_layers_scores_are_those_of_eager_attention_in_any_batch(specimen):
+    twig, prompts = specimen.twig(GEOMETRY), specimen.prompts(NUMBERS)
+    shares = looks(specimen.base, prompts)
+    for row, number in enumerate(NUMBERS):
+        expected = eager_rows(specimen, number)
+        for layer in (0, 3, 5):
+            scores = selector(f"layer {layer}").score(specimen.base, twig, prompts, ["a", "b"])
+            count = len(expected[layer])
+            assert torch.allclose(scores[row, :count], expected[layer], rtol=1e-4, atol=1e-6)
+            assert not scores[row, count:].any()
+            assert float(shares[row, layer]) == pytest.approx(float(expected[layer].sum()), rel=1e-4)
+
+
+def test_a_freshly_copied_twig_scores_as_the_layer_that_it_was_copied_from(specimen):
+    """Its last layer is a copy of layer K+T-1, at depth K+T."""
+    twig, prompts = specimen.twig(GEOMETRY), specimen.prompts(NUMBERS)
+    scores = {
+        name: selector(name).score(specimen.base, twig, prompts, ["a", "b"])
+        for name in ("twig", "fastv", "fastv+T", "layer 0", "layer 2")
+    }
+    assert torch.allclose(scores["twig"], scores["fastv+T"], rtol=1e-4, atol=1e-7)
+    assert torch.equal(scores["fastv+T"], scores["layer 2"])
+    assert torch.equal(scores["fastv"], scores["layer 0"])
+    assert not torch.allclose(scores["twig"], scores["fastv"], rtol=1e-2)
+
+
+def test_random_scores_depend_on_the_key_alone(specimen):
+    twig, chance = specimen.twig(GEOMETRY), selector("random")
+    together = chance.score(specimen.base, twig, specimen.prompts(NUMBERS), ["a", "b"])
+    for row, (number, key) in enumerate(zip(NUMBERS, ("a", "b"), strict=True)):
+        alone = chance.score(specimen.base, twig, specimen.prompts([number]), [key])[0]
+        assert torch.equal(together[row, : len(alone)], alone)
+    others = chance.score(specimen.base, twig, specimen.prompts(NUMBERS), ["a", "c"])
+    assert torch.equal(others[0], together[0]) and not torch.equal(others[1], together[1])
+
+
+def test_names_are_read_once_each_and_say_which_layer_an_alias_is():
+    names = [one.name for one in parse_selectors("twig, fastv,fastv+T,random,layer  4,twig", GEOMETRY)]
+    assert names == ["twig", "fastv (layer 0)", "fastv+T (layer 2)", "random", "layer 4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("twig,best", "selector 'best' is unknown; known are twig, fastv"),
+        ("layer 6", "selector 'layer 6': the base's layers are 0 to 5"),
+        (" , ", "selectors: none asked for"),
+    ],
+)
+def test_a_name_that_means_nothing_is_refused(text, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        parse_selectors(text, GEOMETRY)
+
+
+def test_no_layer_runs_before_a_twig_on_the_embeddings():
+    with pytest.raises(ConfigError, match="no layer runs before the twig"):
+        parse_selectors("fastv", Geometry(0, 2, 5, 6))

@@ -25,7 +25,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Asker:
-    """A base and its `questions`, shortest prompt first; `num_text_only` questions without an image were left out."""
+    """A base and its `questions`; `num_text_only` others without an image were left out.
+
+    Questions with short answers come first: a batch takes as long as its longest answer.
+    """
 
     base: Base
     batches: QuestionBatches
@@ -58,7 +61,7 @@ class Asker:
         return cls(
             Base.of(network),
             QuestionBatches(vlm, preparation, config.data),
-            sorted(limited(seen, limit), key=lambda question: len(question.prompt)),
+            sorted(limited(seen, limit), key=_lengths),
             len(every) - len(seen),
             settings.batch_size,
             settings.max_new_tokens,
@@ -78,7 +81,7 @@ class Asker:
         return Prompts.of(inputs, image_token_id=self.preparation.image_token_id)
 
     def in_batches(self) -> Iterator[tuple[list[Question], Prompts]]:
-        """Yield all questions in batches of prompts of similar length."""
+        """Yield all questions in batches of similar lengths."""
         for start in range(0, len(self.questions), self.batch_size):
             some = self.questions[start : start + self.batch_size]
             yield some, self.prompts(some)
@@ -90,6 +93,11 @@ class Asker:
             replace(question.unanswered, prediction=text)
             for question, text in zip(questions, texts, strict=True)
         ]
+
+
+def _lengths(question: Question) -> tuple[int, int]:
+    """The lengths of the reference and of the prompt."""
+    return len(question.reference.ids), len(question.prompt)
 
 
 def key_of(question: Question) -> str:

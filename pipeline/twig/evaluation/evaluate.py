@@ -212,7 +212,7 @@ def _notes(made: Evaluation, asker: Asker, asked: Asked) -> list[str]:
             f"Speed: {made.turns} alternating turns of {asked.questions} prompts, one at a time, in one process on "
             f"{made.threads} {'thread' if made.threads == 1 else 'threads'} of {made.machine}; prefill included, "
             "vision tower excluded; ratios are to the base without a twig in the same turn: median [smallest, "
-            "largest]. Operations are multiply-adds of layers and heads, as a ratio; products of attention are not counted."
+            "largest]. Operations are multiply-adds of layers and heads, as a ratio, without products of attention."
             + (" The twigs take turns." if len(made.twigs) > 1 else "")
         )
     return notes

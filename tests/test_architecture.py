@@ -34,7 +34,7 @@ ROOMS: dict[str, str] = {
     "pipeline/sweep": "evaluation distill distill/training distill/join data config models/files",
     "pipeline/upkeep": "teacher_cache distill distill/model distill/join data config losses models models/files "
     "targets",
-    "pipeline/studies/scenes": "studies studies/emoji data models/mobilevlm models/files",
+    "pipeline/studies/scenes": "studies studies/emoji evaluation data config models/mobilevlm models/files",
     "pipeline/studies/emoji": "studies evaluation data config models models/mobilevlm models/files",
     "pipeline/studies": "evaluation data config models/mobilevlm",
     "pipeline/conformance": "data config models models/mobilevlm models/files targets",

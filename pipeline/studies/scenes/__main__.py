@@ -14,10 +14,12 @@ from transformers.utils import logging
 
 from pipeline.errors import PipelineError
 from pipeline.studies.emoji.art import read_art
+from pipeline.studies.emoji.models import published_tower
+from pipeline.studies.scenes.card import write_base_card
 from pipeline.studies.scenes.data import BASE_SETS, SETS, write_sets
 from pipeline.studies.scenes.models import learned_model, write_checkpoint
 from pipeline.studies.scenes.scenes import all_concepts
-from pipeline.studies.scenes.training import Kind, train_base
+from pipeline.studies.scenes.training import STEPS, Kind, train_base
 
 STUDY = Path("runs/scenes")
 ART = Path("runs/emoji/art")
@@ -35,8 +37,9 @@ def data(packs: Path = ART, study: Path = STUDY) -> None:
 @app.command()
 def models(learned: Path = LEARNED, study: Path = STUDY) -> None:
     """Build both base models from the tower's package and this repository."""
+    tower = published_tower()
     for kind in get_args(Kind):
-        write_checkpoint(learned_model(learned / f"{kind}.safetensors"), study / "models" / kind)
+        write_checkpoint(learned_model(learned / f"{kind}.safetensors", tower), study / "models" / kind)
         print(f"{study / 'models' / kind}: written")
 
 
@@ -45,18 +48,22 @@ def base(
     kind: Kind,
     packs: Path = ART,
     study: Path = STUDY,
-    output: Path = LEARNED,
+    learned: Path = LEARNED,
     align_steps: int = 400,
-    steps: int = 2000,
+    steps: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Train the base model `plain` or `redundant` and write what it learned; `models` then builds the checkpoint."""
+    """Train a base model, first `plain`, then `redundant`, and write what it learned; `models` builds checkpoints."""
     missing = {name: s for name, s in BASE_SETS.items() if not (study / "data" / f"{name}.json").is_file()}
     if missing:
         write_sets(missing, art=read_art(packs, all_concepts()), output=study / "data")
-    file = output / f"{kind}.safetensors"
-    train_base(kind, study, output=file, align_steps=align_steps, steps=steps, seed=seed)
-    print(f"{file}: written")
+    train_base(kind, study, learned=learned, align_steps=align_steps, steps=steps or STEPS[kind], seed=seed)
+
+
+@app.command()
+def card(study: Path = STUDY, learned: Path = LEARNED) -> None:
+    """Measure both base models on the set `choice`, and write their card."""
+    write_base_card(study, learned)
 
 
 if __name__ == "__main__":

@@ -78,13 +78,3 @@ def align_projector(
         generator=torch.Generator().manual_seed(1),
         learning_rate=2e-3,
     )
-
-
-@torch.no_grad()
-def alignment_accuracy(
-    model: MobileVLMForCausalLM, features: Tensor, sayings: Sequence[Saying]
-) -> list[float]:
-    """Return the share of vision tokens that say the right word, for each of `sayings`."""
-    tokens, table = model.model.mm_projector(features.float()), model.model.embed_tokens.weight
-    found = (alignment_scores(tokens, table[saying.ids]).argmax(dim=2) for saying in sayings)
-    return [(said == saying.right).float().mean().item() for said, saying in zip(found, sayings, strict=True)]

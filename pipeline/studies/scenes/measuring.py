@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,20 +19,12 @@ from pipeline.studies.shared_prefix import pack_questions
 BATCH_SIZE = 20
 
 
-class Share(NamedTuple):
-    """Shares from 0 to 1: of answers that are exactly right, and of their tokens."""
-
-    exact: float
-    tokens: float
-
-
 @torch.inference_mode()
-def shares_of(
+def exact_shares(
     model: MobileVLMForCausalLM, lessons: Lessons, keep_of: Callable[[Tensor], Mapping[int, Tensor]]
-) -> dict[str, Share]:
-    """Return the shares of each type of question; `keep_of` maps a batch's ids to `keep` of `run_layers`."""
+) -> dict[str, float]:
+    """Return the share of exact answers to each type of question; `keep_of` maps ids to `keep` of `run_layers`."""
     exact: defaultdict[str, list[Tensor]] = defaultdict(list)
-    tokens: defaultdict[str, list[Tensor]] = defaultdict(list)
     for start in range(0, len(lessons.asked), BATCH_SIZE):
         rows = slice(start, start + BATCH_SIZE)
         batch = pack_questions(lessons.asked[rows], model.config.num_vision_tokens)
@@ -44,7 +35,4 @@ def shares_of(
             mine = owner[:, 1] == number
             right = torch.ones(len(batch.ids)).scatter_reduce(0, owner[mine, 0], hit[mine], "amin")
             exact[question].append(right)
-            tokens[question].append(hit[mine])
-    return {
-        q: Share(torch.cat(exact[q]).mean().item(), torch.cat(tokens[q]).mean().item()) for q in QUESTIONS
-    }
+    return {question: torch.cat(some).mean().item() for question, some in exact.items()}

@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.files.broken_files import named_if_broken
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.mobilevlm.efficientnet import EfficientNetLiteConfig
-from pipeline.studies.emoji.models import PREPROCESSING, published_tower
+from pipeline.studies.emoji.models import PREPROCESSING
 from pipeline.studies.scenes.scenes import IMAGE_SIZE
 from pipeline.studies.scenes.tokenizer import build_tokenizer
 
@@ -89,13 +89,13 @@ def write_learned(model: MobileVLMForCausalLM, file: Path) -> None:
     file.write_bytes(save(learned_of(model)))
 
 
-def learned_model(file: Path) -> MobileVLMForCausalLM:
-    """Return the model of a file that `write_learned` wrote. Raises `ConfigError` if it does not fit."""
+def learned_model(file: Path, tower: Mapping[str, Tensor]) -> MobileVLMForCausalLM:
+    """Return a tower with what `write_learned` wrote. Raises `ConfigError` if the file is missing or does not fit."""
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; train the base models first: `make twig-bases`")
     with named_if_broken(file):
         learned = load_file(file)
-    model = build_model(published_tower())
+    model = build_model(tower)
     own = learned_of(model)
     wrong = [n for n in sorted(own.keys() | learned.keys())
              if n not in own or n not in learned or own[n].shape != learned[n].shape]  # fmt: skip

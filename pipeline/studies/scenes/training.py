@@ -1,15 +1,15 @@
 """Training of the two base models (`python -m pipeline.studies.scenes base plain`, `... redundant`).
 
 `plain` sees all vision tokens in all layers. A small model trained like that reads the image up to its last layer,
-and fails where FinalWipe removes it. Large pretrained models do without; `redundant` is trained to: three of four
-batches are wiped, and two of these also lose a random part of the vision tokens.
+and fails where FinalWipe removes it. Large pretrained models do without. `redundant` learns to: it continues from
+`plain`, three of four batches are wiped, and two of these also lose a random part of the vision tokens.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,11 +21,17 @@ from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.models.mobilevlm.tokenizer import load_tokenizer
 from pipeline.positions import IGNORE_INDEX
 from pipeline.studies.emoji.models import published_tower
-from pipeline.studies.scenes.alignment import align_projector, alignment_accuracy, sayings_of
+from pipeline.studies.scenes.alignment import align_projector, sayings_of
 from pipeline.studies.scenes.data import BASE_SETS, scenes_of
 from pipeline.studies.scenes.dropping import random_subsets, run_layers, with_some_vision, without_vision
 from pipeline.studies.scenes.features import features_of
-from pipeline.studies.scenes.models import GRID_SIZE, build_model, write_checkpoint, write_learned
+from pipeline.studies.scenes.models import (
+    GRID_SIZE,
+    build_model,
+    learned_model,
+    write_checkpoint,
+    write_learned,
+)
 from pipeline.studies.scenes.texts import QUESTIONS
 from pipeline.studies.shared_prefix import ImageQuestions, PackedQuestions, group_by_image, pack_questions
 from pipeline.studies.training import fit
@@ -34,6 +40,7 @@ Kind = Literal["plain", "redundant"]
 ATTACH_LAYER, WIPE_LAYER = 1, 12
 FEWEST_KEPT, MOST_KEPT = 5, 60
 BATCH_SIZE = 8
+STEPS: dict[Kind, int] = {"plain": 1400, "redundant": 700}
 SAVE_EVERY = 250
 
 
@@ -45,12 +52,14 @@ class Lessons:
     features: Tensor
 
 
-def read_lessons(model: MobileVLMForCausalLM, checkpoint: Path, study: Path) -> Lessons:
-    """Read the scenes of `BASE_SETS` in `study`, whose features are computed once; `checkpoint` is the model's."""
+def read_lessons(
+    model: MobileVLMForCausalLM, checkpoint: Path, study: Path, *, sets: Iterable[str] = BASE_SETS
+) -> Lessons:
+    """Read sets of scenes in `study`, whose features are computed once; `checkpoint` is the model's."""
     tokenizer = load_tokenizer(checkpoint)
     asked: list[ImageQuestions] = []
     features: list[Tensor] = []
-    for name in BASE_SETS:
+    for name in sets:
         records = json.loads((study / "data" / f"{name}.json").read_text())
         grouped = group_by_image(records, tokenizer, template="chatml")
         images = [study / "data" / "images" / item.image for item in grouped]
@@ -61,17 +70,22 @@ def read_lessons(model: MobileVLMForCausalLM, checkpoint: Path, study: Path) -> 
     return Lessons(asked, torch.cat(features))
 
 
-def train_base(kind: Kind, study: Path, *, output: Path, align_steps: int, steps: int, seed: int) -> None:
-    """Train a base model and write what it learned to `output`, also now and then on the way."""
+def train_base(kind: Kind, study: Path, *, learned: Path, align_steps: int, steps: int, seed: int) -> None:
+    """Train a base model and write `learned`/KIND.safetensors, also now and then on the way.
+
+    `redundant` continues from the `plain` of that folder.
+    """
     model = build_model(published_tower(), seed=seed)
     untrained = study / "models" / "untrained"
     write_checkpoint(model, untrained)
     lessons = read_lessons(model, untrained, study)
-    shown = [scene for name, scenes in BASE_SETS.items() for _, scene, _ in scenes_of(name, scenes)]
-    sayings = sayings_of(shown, load_tokenizer(untrained), side=GRID_SIZE)
-    align_projector(model, lessons.features, sayings, num_steps=align_steps)
-    some = [type(s)(s.ids, s.right[:500] if s.right.dim() == 2 else s.right) for s in sayings]
-    print("right names, rows, columns:", alignment_accuracy(model, lessons.features[:500], some), flush=True)
+    if kind == "plain":
+        shown = [scene for name, scenes in BASE_SETS.items() for _, scene, _ in scenes_of(name, scenes)]
+        sayings = sayings_of(shown, load_tokenizer(untrained), side=GRID_SIZE)
+        align_projector(model, lessons.features, sayings, num_steps=align_steps)
+    else:
+        model = learned_model(learned / "plain.safetensors", published_tower())
+    output = learned / f"{kind}.safetensors"
     learn_answers(model, lessons, kind, output=output, steps=steps, seed=seed)
     write_learned(model, output)
 

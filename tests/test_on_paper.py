@@ -350,3 +350,18 @@ def test_options_of_the_probe_and_of_the_paper_do_not_mix(words, message, capsys
     with pytest.raises(SystemExit) as stopped:
         cli.main(["plan", "--config", str(PAIRS["llava"].file), *words])
     assert stopped.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_twigs_targets_by_hand(plan):
+    """LLaVA of 13B: 5,120 channels of 2 bytes at 721 positions and at 60 answers, 576 columns of 4 bytes."""
+    twig = "targets={hidden_states: {layer: 2}, final_hidden: {}, query_attention: {layer: 19}}"
+    planned = plan("llava", twig, "losses={supervised: {}}")
+    found = {target["name"]: target["bytes_per_sample"] for target in planned["targets"]}
+    assert found == {
+        "hidden_states": 5120 * 2 * 721, "final_hidden": 5120 * 2 * 60, "query_attention": 576 * 4,
+    }  # fmt: skip
+    recomputed = plan("llava", twig, "losses={supervised: {}}", "targets.hidden_states.source=recompute")
+    layers = _decoder_layers("llava_13b") * 2 / 40
+    shared = recomputed["stage_2"]["operations_per_sample"] - planned["stage_2"]["operations_per_sample"]
+    parts = planned["teacher"]["parameters"]
+    assert shared == pytest.approx(2 * (layers * 721 + (parts["tower"] + parts["projector"]) * 576), rel=1e-6)

@@ -94,6 +94,24 @@ def test_reading_and_making_again_are_measured_not_assumed(many, experiment, tmp
     assert (logits.reading_seconds, logits.forward_seconds) == (0, 0)
 
 
+def test_a_twigs_targets_are_measured_too_the_final_hidden_states_with_the_whole_teacher(
+    many, experiment, tmp_path
+):
+    twig = "targets={hidden_states: {layer: 1}, final_hidden: {}, query_attention: {layer: 1}}"
+    overrides = [*many, f"cache.path={tmp_path}/store", twig, "losses={supervised: {}}"]
+    config = experiment.config(tmp_path, *overrides)
+    targets = {target.name: target for target in plan_store(config, num_samples=24).targets}
+    runs = {"hidden_states": "the decoder's first 1 layers)", "final_hidden": "(the whole teacher)",
+            "query_attention": "1 of 3 layers)"}  # fmt: skip
+    for name, part in runs.items():
+        assert targets[name].advice.endswith(part)
+        assert 0 < targets[name].reading_seconds < 1 and 0 < targets[name].forward_seconds < 5
+    assert targets["hidden_states"].bytes_per_sample > targets["final_hidden"].bytes_per_sample > 0
+    assert list(cheaper_settings(config))[-1] == {
+        "targets.hidden_states.source": "recompute", "targets.final_hidden.source": "recompute",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("reading", "forward", "size", "choice"),
     [

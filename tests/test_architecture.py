@@ -23,7 +23,7 @@ ROOMS: dict[str, str] = {
     "pipeline/commands": "phone export export/executorch export/gguf export/llama_cpp init packing report sweep "
     "upkeep conformance inspection benchmarks evaluation teacher_cache distill/training config models",
     "pipeline/init": "packing upkeep data config models models/mobilevlm models/files",
-    "pipeline/report": "phone sweep evaluation distill/training losses",
+    "pipeline/report": "twig/evaluation phone sweep evaluation distill/training losses",
     "pipeline/twig/evaluation": "twig/decoding twig inspection evaluation data config models models/files",
     "pipeline/phone": "export export/executorch export/gguf export/llama_cpp evaluation data config models "
     "models/mobilevlm",

@@ -11,6 +11,7 @@ from pipeline.evaluation.compare import Gain, gap_closed
 from pipeline.phone.result import BenchResult
 from pipeline.report.cost import StoreCost
 from pipeline.report.training_run import TrainingRun
+from pipeline.twig.evaluation.result import Evaluation
 
 Scores = Mapping[str, tuple[float, int]]  # question type -> (share correct, questions), 'all' among them
 
@@ -96,6 +97,8 @@ class Findings:
     store: StoreCost | None
     store_absent: str
     phone: BenchResult | None = None
+    twig: Evaluation | None = None
+    twig_picture: bytes = b""  # PNG; empty if none was drawn
 
     def test_sets(self) -> list[str]:
         """Return the test sets in the order of the results."""

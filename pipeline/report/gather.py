@@ -26,6 +26,7 @@ from pipeline.report.sweep_folder import NOT_MEASURED, gather_sweep, question_co
 from pipeline.report.training_run import TrainingRun
 from pipeline.sweep.lines import SWEEP
 from pipeline.sweep.summary import rows_of
+from pipeline.twig.evaluation import result as twig_result
 
 DISTILLED_FOLDER, BASELINE_FOLDER, TEACHER_FOLDER = "align_kd", "supervised", "teacher"
 PHONE_FOLDER = "phone"
@@ -36,7 +37,17 @@ Predictions = Mapping[str, list[Prediction]]  # by test set
 def gather(folder: Path) -> Findings:
     """Return all that a folder holds. Raises `PipelineError` if it is none of the three, or a file is damaged."""
     findings, measured = _gather(folder), folder / PHONE_FOLDER / RESULT
-    return replace(findings, phone=BenchResult.read(measured)) if measured.is_file() else findings
+    if measured.is_file():
+        findings = replace(findings, phone=BenchResult.read(measured))
+    evaluated = folder / twig_result.FOLDER / twig_result.RESULT
+    if not evaluated.is_file():
+        return findings
+    picture = evaluated.with_name(twig_result.PICTURE)
+    return replace(
+        findings,
+        twig=twig_result.Evaluation.read(evaluated),
+        twig_picture=picture.read_bytes() if picture.is_file() else b"",
+    )
 
 
 def _gather(folder: Path) -> Findings:

@@ -20,6 +20,7 @@ from pipeline.report.findings import Findings
 from pipeline.report.forest import ForestAxis
 from pipeline.report.gather import gather
 from pipeline.report.headline import headlines
+from pipeline.report.twig import twig_tables
 
 PAGE = "report.html"
 FILTERS = ("percent", "points", "count", "decimal", "duration", "clock")
@@ -63,6 +64,7 @@ def render_page(findings: Findings) -> str:
         curves=draw_curves(findings),
         max_points=MAX_POINTS,
         phone_plot=phone_plot(findings),
+        twig=twig_tables(findings),
         throughputs=[throughput_of(label, findings.runs) for label in findings.labels()],
         config=yaml.safe_dump(
             dict(findings.config), sort_keys=False, allow_unicode=True

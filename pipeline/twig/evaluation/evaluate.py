@@ -40,7 +40,7 @@ class Asked:
     selectors: str
     shares: Sequence[Fraction]
     turns: int
-    questions: int
+    prompts: int
     extras: Sequence[str] = ()
     limit: int | None = None
     overwrite: bool = False
@@ -79,22 +79,6 @@ def _digest(twig: Twig) -> str:
     return digest_of_tensors({name: digest_of_tensor(tensor) for name, tensor in twig.state_dict().items()})
 
 
-def parse_shares(text: str) -> list[Fraction]:
-    """Return the shares of a list such as `1/3,2/9,1/9`. Raises `ConfigError` for what is no share from 0 to 1."""
-    shares: dict[Fraction, None] = {}
-    for part in filter(None, map(str.strip, text.split(","))):
-        try:
-            share = Fraction(part)
-        except (ValueError, ZeroDivisionError):
-            share = Fraction(-1)
-        if not 0 < share <= 1:
-            raise ConfigError(f"keep: a share such as 1/9 or 0.1 was expected, found {part!r}")
-        shares[share] = None
-    if not shares:
-        raise ConfigError("keep: no share asked for; name some, such as 1/3,2/9,1/9")
-    return list(shares)
-
-
 def evaluate_twigs(
     config: Config, folders: Sequence[Path], asked: Asked, output: Path, *, say: Callable[[str], None]
 ) -> Evaluation:
@@ -116,7 +100,7 @@ def evaluate_twigs(
     if asked.turns:
         speed = measure_speed(
             asker, loaded.twigs, asked.shares,
-            kinds=kinds, turns=asked.turns, questions=asked.questions, extras=asked.extras,
+            kinds=kinds, turns=asked.turns, prompts=asked.prompts, extras=asked.extras,
         )  # fmt: skip
     notes += _draw(asker, loaded, selectors, min(asked.shares), whole, runs, output)
     base = BaseIdentity.of_network(asker.base.network)
@@ -209,7 +193,7 @@ def _notes(made: Evaluation, asker: Asker, asked: Asked) -> list[str]:
         notes.append(f"{asker.num_text_only:,} questions without an image were left out.")
     if made.speed:
         notes.append(
-            f"Speed: {made.turns} alternating turns of {asked.questions} prompts, one at a time, in one process on "
+            f"Speed: {made.turns} alternating turns of {asked.prompts} prompts, one at a time, in one process on "
             f"{made.threads} {'thread' if made.threads == 1 else 'threads'} of {made.machine}; prefill included, "
             "vision tower excluded; ratios are to the base without a twig in the same turn: median [smallest, "
             "largest]. Operations are multiply-adds of layers and heads, as a ratio, without products of attention."

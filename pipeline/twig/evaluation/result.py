@@ -13,7 +13,7 @@ from pipeline.config.provenance import replace_text
 from pipeline.errors import PipelineError
 from pipeline.ratios import Ratios
 
-FOLDER, RESULT, PICTURE = "twig", "evaluation.json", "kept.png"
+FOLDER, RESULT, PICTURE = "twig_evaluation", "evaluation.json", "kept.png"  # below output_dir
 
 
 @dataclass(frozen=True)

@@ -25,21 +25,21 @@ def measure_speed(
     *,
     kinds: Mapping[str, str],
     turns: int,
-    questions: int,
+    prompts: int,
     extras: Sequence[str] = (),
 ) -> list[SpeedRow]:
     """Return a row for each way, of short and of long questions; `kinds` is question type -> `short` or `long`.
 
-    Each turn asks `questions` other questions. Several twigs take turns, too.
+    Each turn asks `prompts` other questions. Several twigs take turns, too.
     """
     rows: list[SpeedRow] = []
     ways = ways_of(asker, shares, extras)
     for kind in (SHORT, LONG):
         some = [one for one in asker.questions if kinds[one.unanswered.question_type] == kind]
         if some:
-            chosen = spread(sorted(some, key=lambda one: one.unanswered.key), turns * questions)
+            chosen = spread(sorted(some, key=lambda one: one.unanswered.key), turns * prompts)
             prepared = [Prepared.of(asker, one) for one in chosen]
-            made = _turns(ways, twigs, prepared, turns=turns, questions=questions, kind=kind)
+            made = _turns(ways, twigs, prepared, turns=turns, prompts=prompts, kind=kind)
             rows += [_row(kind, way, made, len(prepared)) for way in ways]
     return rows
 
@@ -50,7 +50,7 @@ def _turns(
     prepared: Sequence[Prepared],
     *,
     turns: int,
-    questions: int,
+    prompts: int,
     kind: str,
 ) -> dict[str, list[list[Timed]]]:
     """Let every way answer the questions of each turn, each turn beginning with another way, after a warm-up."""
@@ -60,7 +60,7 @@ def _turns(
     with Progress(f"speed, {kind}", unit="turns", doing="answering") as progress:
         for turn in range(turns):
             progress(turn, turns)
-            asked = [prepared[(turn * questions + n) % len(prepared)] for n in range(questions)]
+            asked = [prepared[(turn * prompts + n) % len(prepared)] for n in range(prompts)]
             for step in range(len(ways)):
                 way = ways[(turn + step) % len(ways)]
                 made[way.name].append([way.run(one, twigs[turn % len(twigs)]) for one in asked])

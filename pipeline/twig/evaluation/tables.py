@@ -25,40 +25,42 @@ def tables_of(result: Evaluation) -> str:
     blocks: list[str] = []
     for test_set in result.test_sets():
         title = f"test set {test_set}\n" if len(result.test_sets()) > 1 else ""
-        blocks.append(title + kept_table(result, test_set))
-        if others := beside_table(result, test_set):
-            blocks.append(others)
-        blocks.append(type_table(result, test_set))
+        blocks.append(title + text_table(kept_cells(result, test_set)))
+        if others := beside_cells(result, test_set):
+            blocks.append(text_table(others))
+        blocks.append(text_table(type_cells(result, test_set), num_heads=3))
     blocks += [speed_table(result.speed, kind) for kind in (SHORT, LONG) if speed_of(result.speed, kind)]
     return "\n\n".join([*blocks, "\n".join(result.notes)])
 
 
-def kept_table(result: Evaluation, test_set: str) -> str:
-    """Return the accuracy kept by all short and by all long answers, in percent with intervals."""
+def kept_cells(result: Evaluation, test_set: str) -> list[list[str]]:
+    """Return the accuracy kept by all short and by all long answers, in percent with intervals; heads first."""
     return _by_share(result, test_set, "accuracy kept, %", lambda row: interval_text(row.kept))
 
 
-def beside_table(result: Evaluation, test_set: str) -> str:
-    """Return the accuracy kept less the twig's own, in points; '' where there is nothing to compare."""
+def beside_cells(result: Evaluation, test_set: str) -> list[list[str]]:
+    """Return the accuracy kept less the twig's own, in points; nothing where there is nothing to compare."""
     if not any(row.beside_twig for row in result.kept):
-        return ""
+        return []
     return _by_share(
         result, test_set, "beside the twig, points", lambda row: interval_text(row.beside_twig, sign="+")
     )
 
 
-def _by_share(result: Evaluation, test_set: str, name: str, show: Callable[[KeptRow], str]) -> str:
+def _by_share(
+    result: Evaluation, test_set: str, name: str, show: Callable[[KeptRow], str]
+) -> list[list[str]]:
     kinds = [kind for kind in result.kinds(test_set) if kind in (SHORT, LONG)]
     shares = list(dict.fromkeys(row.keep for row in result.kept))
     rows = [[name, *(f"{kind}, {share} kept" for kind in kinds for share in shares)]]
     for selector in result.selectors():
         of_kinds = {kind: {r.keep: r for r in result.rows(test_set, kind, selector)} for kind in kinds}
         rows.append([selector, *(show(of_kinds[kind][share]) for kind in kinds for share in shares)])
-    return text_table(rows)
+    return rows
 
 
-def type_table(result: Evaluation, test_set: str) -> str:
-    """Return the scores by question type in percent: without pruning, and of each selector and share."""
+def type_cells(result: Evaluation, test_set: str) -> list[list[str]]:
+    """Return the scores by question type in percent: three rows of heads, then a row for each way."""
     types = [kind for kind in result.kinds(test_set) if kind not in (SHORT, LONG)]
     first = {kind: result.rows(test_set, kind, result.selectors()[0])[0] for kind in types}
     rows = [
@@ -72,7 +74,7 @@ def type_table(result: Evaluation, test_set: str) -> str:
         for of_share in zip(*of_types, strict=True):
             name = f"{selector}, {of_share[0].keep} kept"
             rows.append([name, *(f"{100 * row.score:.2f}" for row in of_share)])
-    return text_table(rows, num_heads=3)
+    return rows
 
 
 def speed_of(rows: list[SpeedRow], kind: str) -> list[SpeedRow]:

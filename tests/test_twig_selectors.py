@@ -8,6 +8,7 @@ from twig_models import TwigSpecimen, twig_specimen
 
 from pipeline.errors import ConfigError
 from pipeline.models.loading import load_network
+from pipeline.twig.decoding.generate import Decoding, answer
 from pipeline.twig.evaluation.selectors import Selector, looks, parse_selectors
 from pipeline.twig.geometry import Geometry
 
@@ -61,6 +62,16 @@ def test_a_freshly_copied_twig_scores_as_the_layer_that_it_was_copied_from(speci
     assert torch.equal(scores["fastv+T"], scores["layer 2"])
     assert torch.equal(scores["fastv"], scores["layer 0"])
     assert not torch.allclose(scores["twig"], scores["fastv"], rtol=1e-2)
+
+
+def test_a_twig_prunes_by_the_scores_of_its_selector(specimen):
+    twig, prompts = specimen.twig(GEOMETRY, seed=2), specimen.prompts(NUMBERS)
+    scores = selector("twig").score(specimen.base, twig, prompts, ["a", "b"])
+    how = Decoding(8, keep=0.5, delta=0)
+    own, given, other = (
+        answer(specimen.base, twig, prompts, how, scores=some).tokens for some in (None, scores, -scores)
+    )
+    assert own == given and own != other
 
 
 def test_random_scores_depend_on_the_key_alone(specimen):

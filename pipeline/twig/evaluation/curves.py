@@ -18,7 +18,8 @@ from pipeline.twig.evaluation.scoring import LONG, SHORT
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#1a1a1a")
 GREY = "#6b6b6b"
 PANEL = (3.6, 2.6)  # inches
-SPREAD = 0.006  # of the width of an axis, between selectors of one share
+SPREAD = 0.004  # of vision tokens, between the points of two selectors at one share
+MARKERS = "os^"  # one more where the colours are used up
 
 
 def draw_curves(result: Evaluation, folder: Path) -> None:
@@ -43,9 +44,10 @@ def kept_figure(result: Evaluation, *, ink: str = GREY, colours: Sequence[str] =
         return None
     figure = Figure(figsize=(PANEL[0] * len(panels), PANEL[1]), layout="constrained")
     for axes, (test_set, kind) in zip(_axes(figure, len(panels)), panels, strict=True):
-        for number, selector in enumerate(result.selectors()):
-            rows = [row for row in result.rows(test_set, kind, selector) if row.kept]
-            _draw_kept(axes, rows, selector, number, colours[number % len(colours)])
+        selectors = result.selectors()
+        for number, selector in enumerate(selectors):
+            rows, place = result.rows(test_set, kind, selector), number - (len(selectors) - 1) / 2
+            _draw_kept(axes, rows, selector, place, colours[number % len(colours)])
         axes.axhline(1, color=ink, linewidth=0.6, linestyle=":")
         title = f"{kind} answers" + (f", {test_set}" if len(result.test_sets()) > 1 else "")
         _style(axes, title, "vision tokens kept", "accuracy kept", ink)
@@ -55,11 +57,10 @@ def kept_figure(result: Evaluation, *, ink: str = GREY, colours: Sequence[str] =
     return figure
 
 
-def _draw_kept(axes: Axes, rows: Sequence[KeptRow], name: str, number: int, colour: str) -> None:
-    found = sorted(
-        (row.share, row.kept) for row in rows if row.kept
-    )  # shares differ, so intervals are not compared
-    shares = [share + SPREAD * number for share, _ in found]
+def _draw_kept(axes: Axes, rows: Sequence[KeptRow], name: str, place: float, colour: str) -> None:
+    """Draw a selector's line; `place` moves it sideways, so that intervals do not cover each other."""
+    found = sorted(((row.share, row.kept) for row in rows if row.kept), key=lambda pair: pair[0])
+    shares = [share + SPREAD * place for share, _ in found]
     middles = [kept.value for _, kept in found]
     errors = [
         [max(0.0, kept.value - kept.low) for _, kept in found],
@@ -78,11 +79,18 @@ def speed_figure(result: Evaluation, *, ink: str = GREY, colours: Sequence[str] 
     for axes, kind in zip(_axes(figure, len(kinds)), kinds, strict=True):
         for row in result.speed:
             if row.kind == kind and (ratio := row.time_ratio):
-                colour = colours[ways.index(row.way) % len(colours)]
+                repeats, number = divmod(ways.index(row.way), len(colours))
+                marker, colour = MARKERS[repeats % len(MARKERS)], colours[number]
                 errors = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
-                style: dict[str, Any] = {"color": colour, "label": row.way, "ms": 5, "capsize": 2}
+                style: dict[str, Any] = {
+                    "color": colour,
+                    "label": row.way,
+                    "ms": 5,
+                    "capsize": 2,
+                    "elinewidth": 0.8,
+                }
                 style |= {} if row.acceptance is not None else {"mfc": "none"}
-                axes.errorbar([row.acceptance or 0], [ratio.median], errors, fmt="o", **style)
+                axes.errorbar([row.acceptance or 0], [ratio.median], errors, fmt=marker, **style)
         axes.axhline(1, color=ink, linewidth=0.6, linestyle=":")
         _style(axes, f"{kind} answers", "drafts accepted (rings: no drafts)", "times as fast", ink)
         axes.set_xlim(-0.05, 1.05)

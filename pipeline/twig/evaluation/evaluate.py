@@ -85,7 +85,7 @@ def evaluate_twigs(
     """Measure twigs of the config's teacher on its held-out questions, and write what was found to `output`."""
     asker = Asker.of(config, limit=asked.limit)
     if asker.num_text_only:
-        say(f"{asker.num_text_only:,} questions without an image are left out: there is nothing to prune")
+        say(_left_out(asker.num_text_only))
     loaded = Loaded.of(folders, asker.base.network)
     selectors = parse_selectors(asked.selectors, loaded.geometry)
     for share in asked.shares:
@@ -190,7 +190,7 @@ def _notes(made: Evaluation, asker: Asker, asked: Asked) -> list[str]:
         ),
     ]
     if asker.num_text_only:
-        notes.append(f"{asker.num_text_only:,} questions without an image were left out.")
+        notes.append(f"{_left_out(asker.num_text_only)}.")
     if made.speed:
         notes.append(
             f"Speed: {made.turns} alternating turns of {asked.prompts} prompts, one at a time, in one process on "
@@ -200,3 +200,7 @@ def _notes(made: Evaluation, asker: Asker, asked: Asked) -> list[str]:
             + (" The twigs take turns." if len(made.twigs) > 1 else "")
         )
     return notes
+
+
+def _left_out(number: int) -> str:
+    return f"left out: {number:,} {'question' if number == 1 else 'questions'} without an image"

@@ -108,8 +108,9 @@ def draw_kept(
     height = PANEL + (MOST_LINES + 1) * LINE + GAP
     sheet = Sheet(2 * MARGIN + WORDS + len(columns) * (PANEL + GAP), 2 * MARGIN + HEAD + len(seen) * height)
     said = {name: {_name(one): one.prediction for one in some} for name, some in answers.items()}
+    sheet.write(MARGIN, MARGIN, f"{share} of the vision tokens kept", weight="bold")
     for number, name in enumerate(columns):
-        sheet.write(_left(number), MARGIN, f"{name}, {share} kept", weight="bold")
+        sheet.write(_left(number), MARGIN, name, weight="bold")
     for number, one in enumerate(seen):
         _draw_row(sheet, one, MARGIN + HEAD + number * height, said)
     with writing(file):

@@ -20,8 +20,8 @@ MAX_FUNCTION_LINES = 60
 # the ground that a package stands on (cache/errors.py, pipeline/errors.py, ...), are free to all above.
 ROOMS: dict[str, str] = {
     "cli": "pipeline/commands",
-    "pipeline/commands": "twig/evaluation phone export export/executorch export/gguf export/llama_cpp init packing report "
-    "sweep upkeep conformance inspection benchmarks evaluation teacher_cache distill/training config models",
+    "pipeline/commands": "twig/evaluation phone export export/executorch export/gguf export/llama_cpp init packing "
+    "report sweep upkeep conformance inspection benchmarks evaluation teacher_cache distill/training config models",
     "pipeline/init": "packing upkeep data config models models/mobilevlm models/files",
     "pipeline/report": "twig/evaluation phone sweep evaluation distill/training losses",
     "pipeline/twig/evaluation": "twig/decoding twig inspection evaluation data config models models/files",

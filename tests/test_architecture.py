@@ -20,8 +20,9 @@ MAX_FUNCTION_LINES = 60
 # the ground that a package stands on (cache/errors.py, pipeline/errors.py, ...), are free to all above.
 ROOMS: dict[str, str] = {
     "cli": "pipeline/commands",
-    "pipeline/commands": "twig/evaluation phone export export/executorch export/gguf export/llama_cpp init packing "
-    "report sweep upkeep conformance inspection benchmarks evaluation teacher_cache distill/training config models",
+    "pipeline/commands": "twig/evaluation twig/training phone export export/executorch export/gguf export/llama_cpp "
+    "init packing report sweep upkeep conformance inspection benchmarks evaluation teacher_cache distill/training "
+    "config models",
     "pipeline/init": "packing upkeep data config models models/mobilevlm models/files",
     "pipeline/report": "twig/evaluation phone sweep evaluation distill/training losses",
     "pipeline/twig/evaluation": "twig/decoding twig inspection evaluation data config models models/files",
@@ -42,6 +43,8 @@ ROOMS: dict[str, str] = {
     "pipeline/benchmarks": "distill/join data config models models/mobilevlm models/files",
     "pipeline/evaluation": "distill distill/training distill/join data config models models/files targets",
     "pipeline/teacher_cache": "data config models targets",
+    "pipeline/twig/training": "twig distill distill/training distill/model distill/join config losses models "
+    "models/files targets",
     "pipeline/distill": "distill/training distill/model distill/join data config models models/files targets",
     "pipeline/distill/training": "distill/model distill/join config losses models models/files",
     "pipeline/distill/model": "distill/join config losses models targets",

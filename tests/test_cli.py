@@ -398,7 +398,7 @@ def test_the_version_names_what_decides_numbers(alignkd):
 def test_the_help_lists_every_command_once_in_its_group_with_its_whole_first_line(alignkd):
     shown = alignkd("--help").out
     assert [line.rstrip(":") for line in shown.splitlines() if re.fullmatch(r"\w+:", line)] == [
-        "Options", "Stages", "Experiments", "Store", "Sharing", "Phones",
+        "Options", "Stages", "Experiments", "Store", "Sharing", "Phones", "Twigs",
     ]  # fmt: skip
     listed = re.findall(r"^  ([a-z][a-z-]+)  ", shown, flags=re.M)
     assert sorted(listed) == sorted(typer.main.get_command(cli.app).commands)

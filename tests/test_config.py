@@ -178,7 +178,7 @@ def test_a_missing_key_is_named_and_all_problems_are_told_at_once(complaint):
     assert said.splitlines()[1:] == [
         "  cache: missing; the config must set it, or `caches` for several stores",
         "  nonsense: unknown key; known: baseline, cache, caches, data, evaluate, log_gradient_shares, losses, "
-        "on_missing, output_dir, student, targets, teacher, train",
+        "on_missing, output_dir, student, targets, teacher, train, twig",
     ]
 
 

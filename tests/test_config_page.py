@@ -21,6 +21,7 @@ from pipeline.evaluation.experiment import run_experiment
 from pipeline.evaluation.scores import evaluate_checkpoint
 from pipeline.settings import Section
 from pipeline.teacher_cache.teacher import cache_teacher, plan_capture
+from pipeline.twig.training.train import train_twig
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +87,8 @@ VARIANTS = (
         "student.lora={}",
     ],
 )
+A_TWIG = ["student=null", "evaluate=null", "targets={hidden_states: {layer: 1}}", "losses={}"]
+A_TWIG += ["twig={attach_layer: 1, num_layers: 1, keep: 0.5, lora: {}}"]
 SEVERAL = ["cache=null", 'caches=[{path: "{tmp}/0/store"}]', "evaluate=null", "data.max_length=60"]
 
 
@@ -106,12 +109,14 @@ def recorded_reads() -> Iterator[set[tuple[type, str]]]:
 
 def test_the_readers_of_a_key_are_those_that_read_it(experiment, tmp_path, capsys):
     reads: dict[str, set[tuple[type, str]]] = {"stage 1": set(), "stage 2": set(), "evaluate": set()}
-    for number, variant in enumerate((*VARIANTS, SEVERAL)):
+    for number, variant in enumerate((*VARIANTS, SEVERAL, A_TWIG)):
         output = tmp_path / str(number)
         store = [f"cache.path={output}/store"] if variant is not SEVERAL else []
         overrides = [text.replace("{tmp}", str(tmp_path)) for text in (*variant, *store)]
         config = experiment.config(output, *overrides)
         works: dict[str, Callable[[], Any]] = {"stage 2": lambda c=config: run_experiment(c, say=print)}
+        if variant is A_TWIG:
+            works = {"stage 2": lambda c=config, run=output / "run": train_twig(c, run)}
         if variant is not SEVERAL:
             works = {"stage 1": lambda c=config: cache_teacher(c), **works}
         if config.evaluate is not None:
@@ -150,6 +155,10 @@ def of_target(name: str, setting: str) -> tuple[list[str], list[str]]:
     return [*ONE_STORE, f"targets.{name}={{}}"], [*ONE_STORE, f"targets.{name}={{{setting}}}"]
 
 
+TWIG = [*ONE_STORE, "student=null", "losses={}", "targets={hidden_states: {layer: 1}}"]
+TWIG += ["twig={attach_layer: 1, num_layers: 2, lora: {}}"]
+
+
 # Key -> another value, or the overrides of two configs that differ in this key alone. Places are filled in.
 OTHER: dict[str, str | tuple[list[str], list[str]]] = {
     "output_dir": "{tmp}/elsewhere",
@@ -172,6 +181,17 @@ OTHER: dict[str, str | tuple[list[str], list[str]]] = {
     "student.lora.alpha": "3",
     "student.lora.dropout": "0.5",
     "student.lora.target_modules": "[q_proj]",
+    "twig.attach_layer": (TWIG, [*TWIG, "targets.hidden_states={layer: 0}", "twig.attach_layer=0"]),
+    "twig.num_layers": "1",
+    "twig.wipe_layer": "3",
+    "twig.keep": "0.5",
+    "twig.first_weights": "random",
+    "twig.dtype": "bfloat16",
+    "twig.gradient_checkpointing": "true",
+    "twig.lora.rank": "3",
+    "twig.lora.alpha": "3",
+    "twig.lora.dropout": "0.5",
+    "twig.lora.target_modules": "[q_proj]",
     "data.shards": "{shard}",
     "data.held_out_shards": "{shard}",
     "data.mirror": "{tmp}/mirror",
@@ -256,6 +276,7 @@ def configs_of(experiment, tiny_model, tmp_path_factory) -> Callable[[str], tupl
         if isinstance(other := OTHER[key], tuple):
             return build(other[0]), build(other[1])
         base = [*ONE_STORE, "student.lora={}"] if key.startswith("student.lora.") else ONE_STORE
+        base = TWIG if key.startswith("twig.") else base
         return build(base), build([*base, f"{key}={other}"])
 
     return both

@@ -46,7 +46,7 @@ class TakenKeys:
     def other_part(self, key: str, *, than: str) -> str | None:
         """Return the part that holds the key, or will; None if none does, or only the part `than`."""
         published = [self._part_of[key]] if key in self._part_of else []
-        holders = published + [name for name, keys in self._coming.items() if key in keys]
+        holders = published + [name for name, keys in list(self._coming.items()) if key in keys]
         return next((name for name in holders if name != than), None)
 
     def check(self) -> None:

@@ -14,12 +14,12 @@ from pipeline.config.cache_settings import (
     CacheConfig,
     Caches,
     OnMissing,
-    check_named_targets,
     check_one_or_several,
 )
-from pipeline.config.held_out import check_held_out
+from pipeline.config.consistency import check_consistent
 from pipeline.config.model_settings import DType, StudentConfig, TeacherConfig
 from pipeline.config.training_arguments import checked_training_arguments
+from pipeline.config.twig_settings import TwigConfig, with_base_for_student
 from pipeline.config.yaml_text import read_yaml, write_yaml
 from pipeline.errors import ConfigError, did_you_mean
 from pipeline.losses.losses import LOSSES
@@ -139,6 +139,7 @@ class Config(Section):
     """Folder of the results. [stage 2, evaluate]"""
     teacher: TeacherConfig
     student: StudentConfig
+    twig: TwigConfig | None = Field(default=None, exclude_if=lambda twig: twig is None)
     data: DataConfig
     caches: Caches = None
     cache: CacheConfig | None = Field(default=None, validate_default=True)
@@ -181,29 +182,14 @@ class Config(Section):
     def _known_training_arguments(cls, train: dict[str, Any]) -> dict[str, Any]:
         return checked_training_arguments(train)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_twig_has_no_student(cls, values: Any) -> Any:
+        return with_base_for_student(values)
+
     @model_validator(mode="after")
-    def _losses_find_their_targets(self) -> Config:
-        check_named_targets(self.caches, self.targets.cached())
-        losses = ["supervised"] if self.baseline else list(self.losses.active())
-        check_held_out(self.train, losses, has_shards=self.data.held_out_shards is not None)
-        for name, loss in self.losses.active().items():
-            for target in LOSSES[name].targets:
-                if getattr(self.targets, target) is None:
-                    raise ValueError(
-                        f"losses.{name} needs the target {target!r}, which the config does not capture; "
-                        f"add `targets.{target}: {{}}` or remove the loss"
-                    )
-            for layer in loss.teacher_layers() if hasattr(loss, "teacher_layers") else ():
-                if layer not in (captured := self.targets.active()["attention"].layers):
-                    raise ValueError(
-                        f"losses.{name} reads the teacher's layer {layer}, but targets.attention.layers is "
-                        f"{captured}; add the layer there"
-                    )
-        loss, target = self.losses.active().get("attention"), self.targets.active().get("attention")
-        if loss and loss.heads == "mix" and target and target.heads != "each":
-            raise ValueError(
-                "losses.attention.heads: mix needs every teacher head; set targets.attention.heads: each"
-            )
+    def _sections_go_together(self) -> Config:
+        check_consistent(self)
         return self
 
 

@@ -36,7 +36,10 @@ class TeacherConfig(Section):
 
 
 class LoraConfig(Section):
-    """Trains low-rank adapters in the decoder's layers, the projector and the heads, instead of all weights."""
+    """Trains low-rank adapters in the decoder's layers, the projector and the heads, instead of all weights.
+
+    Of a twig its norm and its head are trained in full, too.
+    """
 
     rank: int = Field(default=16, ge=1)
     """Rank of an adapter. [dimensions; stage 2; run]"""

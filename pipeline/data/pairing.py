@@ -47,8 +47,9 @@ def check_student(config: Config) -> None:
 
 
 def targets_read(config: Config) -> set[str]:
-    """Return the names of the targets that the configured losses read."""
-    return {target for name in config.losses.active() for target in LOSSES[name].targets}
+    """Return the names of the targets that the configured losses read, and those that a twig continues."""
+    read = {target for name in config.losses.active() for target in LOSSES[name].targets}
+    return read if config.twig is None else read | {"hidden_states"}
 
 
 def free_between_families(teacher: str, student: str, targets: Collection[str]) -> set[str]:

@@ -38,10 +38,26 @@ def open_dataset(config: Config) -> tuple[JoinedDataset, JoinCollator]:
     stores = open_stores(config, preparation)
     targets, data = needed_targets(config), config.data
     shards, read = training_shards(data), SpanReader.of(data)
-    dataset = JoinedDataset(stores, shards, preparation, targets=targets, fraction=data.fraction, read=read)
+    dataset = JoinedDataset(
+        stores,
+        shards,
+        preparation,
+        targets=targets,
+        fraction=data.fraction,
+        read=read,
+        reads_shards=_reads_shards(config),
+    )
     for missing in dataset.missing:
         print(f"on_missing: {config.on_missing}: {missing}", file=sys.stderr)
     return dataset, JoinCollator(targets, preparation.image_token_id)
+
+
+def _reads_shards(config: Config) -> bool:
+    """Whether text and images are read: a twig continues what is stored of the base, and needs neither."""
+    recomputes = config.on_missing == "recompute" or targets_read(config).intersection(
+        config.targets.recomputed()
+    )
+    return config.twig is None or bool(recomputes)
 
 
 def training_shards(data: DataConfig) -> dict[str, str]:
@@ -71,6 +87,7 @@ def open_held_out(config: Config, training: JoinedDataset) -> JoinedDataset | No
         training.preparation,
         targets=training.targets,
         read=training.read,
+        reads_shards=training.reads_shards,
     )
     for missing in dataset.missing:
         print(f"on_missing: {config.on_missing}: held out: {missing}", file=sys.stderr)
@@ -118,8 +135,7 @@ def build_distiller(
     if config.student.lora is not None:
         with building("student.lora", then="correct the section"):
             add_adapters(student, config.student.lora)
-    lacking = dataset.lacking() | (frozenset() if held_out is None else held_out.lacking())
-    recompute = _recomputed(config, stores, lacking, torch.device(device)) if targets_read(config) else None
+    recompute = load_recompute(config, dataset, held_out, device)
     return Distiller(
         student,
         config.losses.active(),
@@ -127,6 +143,16 @@ def build_distiller(
         patch_feature_cache_bytes=config.student.patch_feature_cache_bytes,
         recompute=recompute,
     )
+
+
+def load_recompute(
+    config: Config, dataset: JoinedDataset, held_out: JoinedDataset | None, device: torch.device | str
+) -> RecomputedTargets | None:
+    """Load the teacher's stub if targets of `dataset` or of `held_out` are recomputed; None if none is."""
+    lacking = dataset.lacking() | (frozenset() if held_out is None else held_out.lacking())
+    if not targets_read(config):
+        return None
+    return _recomputed(config, dataset.stores, lacking, torch.device(device))
 
 
 def _recomputed(

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pipeline.config.config import Config
+from pipeline.config.twig_settings import check_has_student
 from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.model.distiller import Distiller
 from pipeline.distill.parts import build_distiller, load_student, open_dataset, open_held_out
@@ -28,6 +29,7 @@ def train_student(
     the Trainer's. Raises `FingerprintMismatch`, before any weight is opened, if a store is not what this config would
     have cached, and `TrainingStopped` after a signal.
     """
+    check_has_student(config)
     dataset, _ = open_dataset(config)
     held_out = open_held_out(config, dataset)
     identity = RunIdentity.of(config, dataset, held_out)

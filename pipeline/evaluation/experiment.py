@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.config.config import Config, labels_only
 from pipeline.config.provenance import provenance, replace_text
+from pipeline.config.twig_settings import check_has_student
 from pipeline.distill.student import train_student, training_arguments
 from pipeline.distill.training.processes import is_first_process
 from pipeline.distill.training.training_folder import MODEL_FOLDER, check_inputs
@@ -34,6 +35,7 @@ def run_experiment(config: Config, *, say: Callable[[str], None], overwrite: boo
     A training of other settings is replaced only with `overwrite`. Of several processes all train; only the first
     evaluates and returns the table.
     """
+    check_has_student(config)
     output = Path(config.output_dir)
     runs = {DISTILLED: (output / "align_kd", config)}
     if config.baseline:

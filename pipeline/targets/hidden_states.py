@@ -31,7 +31,7 @@ class HiddenStatesTarget(Target):
     """How many layers of the decoder run before it: 0 keeps the embeddings, the number of all layers what the final
     norm gets. [layers; stage 1; store, run]"""
     codec: HiddenCodec = "bfloat16"
-    """How it is stored. [stage 1; store, run]"""
+    """How it is stored. [stage 1, stage 2; store, run]"""
 
     @property
     def deepest(self) -> int:

@@ -79,7 +79,8 @@ class JoinedDataset(Dataset[JoinedSample]):
     The first time a sample is read, its text is tokenised and compared with the ids and labels that the teacher saw,
     in every store, and its image bytes are compared with their digest; later epochs trust that. A student that may
     read text or images in another way (`Stores.read_alike`) gets its own ids, of which only what the targets are
-    aligned with is compared. Raises `JoinError` on any difference, `ConfigError` if there is no sample.
+    aligned with is compared. Without `reads_shards` samples have the stored ids and no pixels, and nothing is
+    compared. Raises `JoinError` on any difference, `ConfigError` if there is no sample.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class JoinedDataset(Dataset[JoinedSample]):
         targets: Mapping[str, Target],
         fraction: float = 1.0,
         read: SpanReader | None = None,
+        reads_shards: bool = True,
     ):
         self.stores = stores if isinstance(stores, Stores) else Stores.single(stores, targets)
         self.preparation = preparation
@@ -102,7 +104,7 @@ class JoinedDataset(Dataset[JoinedSample]):
         )
         check_ranges(list(self.shards.values()))
         check_unchanged(self.stores.opened, self.shards)
-        self.read = read or SpanReader()
+        self.read, self.reads_shards = read or SpanReader(), reads_shards
         self.has_remote = any(map(is_remote, self.shards.values()))
         is_taken = None if fraction >= 1 else partial(is_chosen, fraction=fraction)
         joined = join_rows(self.stores, self.shards, is_taken)
@@ -163,8 +165,8 @@ class JoinedDataset(Dataset[JoinedSample]):
             JoinedSample(
                 entry.key,
                 stored[entry.key].tokens,
-                {digest: self._pixels(part, entry, n, read) for n, digest in enumerate(entry.images)},
-                entry.images,
+                {digest: self._pixels(part, entry, n, read) for n, digest in self._images(entry)},
+                tuple(digest for _, digest in self._images(entry)),
                 stored[entry.key].arrays,
                 self.lacking(index),
                 is_filler,
@@ -172,9 +174,13 @@ class JoinedDataset(Dataset[JoinedSample]):
             for (index, is_filler), (part, entry) in zip(draws, rows, strict=True)
         ]
 
+    def _images(self, entry: SampleEntry) -> list[tuple[int, str]]:
+        """Return number and digest of each image whose pixels are read."""
+        return list(enumerate(entry.images)) if self.reads_shards else []
+
     def _fetched(self, rows: Sequence[tuple[int, Row]]) -> SpanReader:
         """Return a reader that holds what a batch needs of shards behind URLs, fetched at once."""
-        if not self.has_remote:
+        if not (self.has_remote and self.reads_shards):
             return self.read
         images: dict[str, Place] = {}  # by digest: one image is fetched once
         texts: list[Place] = []
@@ -198,7 +204,9 @@ class JoinedDataset(Dataset[JoinedSample]):
         self, index: int, row: Row, tokens: TokenizedSample, arrays: Arrays, read: SpanReader
     ) -> StoredSample:
         part, entry = row
-        if not self.stores.read_alike:
+        if not self.reads_shards:
+            pass
+        elif not self.stores.read_alike:
             tokens = own_text(self.shards[part], entry, tokens, self.preparation, self.targets, read=read)
         elif not self.verified[index]:
             compare_text(self.shards[part], entry, tokens, self.preparation, read=read)
@@ -239,6 +247,7 @@ class JoinCollator:
         """Return a batch:
 
         `input_ids`, `attention_mask`, `labels`, `is_vision`  'B S', and `sizes` (see `pad_tokens`)
+        `grids`          rows and columns of each sample's images (see `TokenizedSample`)
         `images`         the pixel inputs of all images in order, with `image_digests`
         `targets`        fields of `TeacherTargets`
         `received`       target -> rows that each sample has, int64 'B'
@@ -248,6 +257,7 @@ class JoinCollator:
         if isinstance(samples, Refused):
             return {"refused": samples.reason}
         batch = pad_tokens([sample.tokens for sample in samples], self.image_token_id)
+        batch["grids"] = [sample.tokens.grids for sample in samples]
         batch["images"] = [sample.pixels[digest] for sample in samples for digest in sample.image_digests]
         batch["image_digests"] = [digest for sample in samples for digest in sample.image_digests]
         batch["is_filler"] = all(sample.is_filler for sample in samples)

@@ -208,17 +208,25 @@ def _sources(config: Config, stores: Sequence[Store]) -> list[Source]:
             )
         sources.append(Source(store, taken, f"caches.{number}"))
     gives = {target for source in sources for target in source.targets}
-    for name in config.losses.active():
-        for target in LOSSES[name].targets:
-            if target in wanted and target not in gives:
-                listed = ", ".join(
-                    f"{source.store.path} gives {' and '.join(source.targets)}" for source in sources
-                )
-                raise ConfigError(
-                    f"losses.{name} needs the target {target!r}, which no store of `caches` gives: {listed}; add a "
-                    "store that holds it, or remove the loss"
-                )
+    for asks, target in _asked(config):
+        if target in wanted and target not in gives:
+            listed = ", ".join(
+                f"{source.store.path} gives {' and '.join(source.targets)}" for source in sources
+            )
+            raise ConfigError(
+                f"{asks} needs the target {target!r}, which no store of `caches` gives: {listed}; add a store that "
+                f"holds it, or {'remove the loss' if asks.startswith('losses') else 'store it'}"
+            )
     return sources
+
+
+def _asked(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield which section of the config reads which target."""
+    yield from (
+        (f"losses.{name}", target) for name in config.losses.active() for target in LOSSES[name].targets
+    )
+    if config.twig is not None:
+        yield "twig", "hidden_states"
 
 
 def _given(caches: Sequence[CachesConfig], stores: Sequence[Store]) -> list[set[str]]:

@@ -1,0 +1,106 @@
+"""The settings of a twig, and what they ask of the rest of a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from pipeline.config.model_settings import DType, LoraConfig, StudentConfig
+from pipeline.errors import ConfigError
+from pipeline.losses.losses import LOSSES
+from pipeline.settings import Section
+
+# Targets that are compared with what is inside a student: a twig has no vision tower, and layers of other numbers.
+OF_STUDENTS = {"attention", "vision"}
+
+
+class TwigConfig(Section):
+    """A twig (TwigVLM, arXiv 2503.14075): a few layers on the base's first ones, in place of a student.
+
+    The base is the teacher, and the store holds its hidden states. `alignkd twig train` trains it.
+    """
+
+    attach_layer: int = Field(default=2, ge=0)
+    """Base layers that run before the twig (K). `targets.hidden_states.layer` must be the same.
+    [layers; stage 2; store, run]"""
+    num_layers: int = Field(default=3, ge=1)
+    """Layers of the twig (T). [layers; stage 2; run]"""
+    wipe_layer: int | None = Field(default=None, ge=1)
+    """Base layers that see vision tokens when it answers (Kf), saved with it; null: three quarters of all.
+    [layers; stage 2; run]"""
+    keep: float | None = Field(default=None, gt=0, le=1)
+    """Share of the vision tokens that it will be asked to keep, on average over the layers. The training only checks
+    that it is possible. [share; stage 2]"""
+    first_weights: Literal["copy", "random"] = "copy"
+    """`copy` begins with base layers K to K+T-1, final norm and head; `random` reads no weight of the base.
+    [stage 2; run]"""
+    dtype: DType = "float32"
+    """Dtype of its weights. [stage 2; run]"""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time. [stage 2; run]"""
+    lora: LoraConfig | None = None
+
+
+def with_base_for_student(values: Any) -> Any:
+    """Return a config's values with the teacher as the student, which preparation reads, if there is a twig alone."""
+    if not isinstance(values, Mapping) or values.get("twig") is None or values.get("student") is not None:
+        return values
+    teacher = values.get("teacher")
+    if not isinstance(teacher, Mapping) or "model" not in teacher:
+        return values  # the teacher's own message says what is missing
+    return {**values, "student": {"model": teacher["model"]}}
+
+
+def check_twig(config: Any) -> None:
+    """Raise `ValueError` unless the rest of a config with a `twig` section is one that a twig can be trained with."""
+    twig: TwigConfig = config.twig
+    if config.student != StudentConfig(
+        model=config.teacher.model, patch_feature_cache_bytes=config.student.patch_feature_cache_bytes
+    ):
+        raise ValueError(
+            "student: set beside `twig`, which is trained in place of a student; leave the section out (its dtype, "
+            "lora and gradient_checkpointing are twig.*), or remove `twig` to train a student"
+        )
+    if config.baseline:
+        raise ValueError(
+            "baseline: true trains a student without its teacher, but a twig has none; set it to false"
+        )
+    if (hidden := config.targets.hidden_states) is None:
+        raise ValueError(
+            "twig needs the target 'hidden_states', which the config does not capture; add "
+            f"`targets.hidden_states: {{layer: {twig.attach_layer}}}`"
+        )
+    if hidden.layer != twig.attach_layer:
+        raise ValueError(
+            f"twig.attach_layer is {twig.attach_layer}, but targets.hidden_states.layer is {hidden.layer}; a twig "
+            "continues the hidden states of the layer that it is attached to: set both to one number"
+        )
+    for name in config.losses.active():
+        if read := OF_STUDENTS.intersection(LOSSES[name].targets):
+            raise ValueError(
+                f"losses.{name} compares {' and '.join(sorted(read))} with what is inside a student, which a twig "
+                f"does not have; set losses.{name}: null"
+            )
+    if not config.losses.active():
+        raise ValueError("losses: none is left to train the twig with; give losses.supervised a weight")
+
+
+def check_has_student(config: Any) -> None:
+    """Raise `ConfigError` if a config trains a twig."""
+    if config.twig is not None:
+        raise ConfigError(
+            "the config has a `twig` section, which takes the place of a student; train it with `alignkd twig "
+            "train`, or name a student and remove `twig` to distil one"
+        )
+
+
+def check_has_twig(config: Any) -> TwigConfig:
+    """Return the settings of a config's twig. Raises `ConfigError` if it trains a student."""
+    if config.twig is None:
+        raise ConfigError(
+            "the config has no `twig` section; add one, such as `twig: {attach_layer: 2, num_layers: 3}`, or train "
+            "its student with `alignkd distill`"
+        )
+    return config.twig

@@ -1,0 +1,145 @@
+"""What a twig begins with: where it grows, on which base, and its first weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cache import Difference, FingerprintMismatch, Store, digest_of
+from pipeline.config.config import Config
+from pipeline.config.twig_settings import TwigConfig, check_has_twig
+from pipeline.errors import ConfigError, building
+from pipeline.models.anatomy import anatomy_of, empty_network
+from pipeline.models.checkpoint_names import source_names
+from pipeline.models.configuration import read_config
+from pipeline.models.files.checkpoint import Checkpoint, checkpoint_folder
+from pipeline.models.teacher_plan import digests_by_group, facts_of_config
+from pipeline.targets.target import TeacherFacts
+from pipeline.twig.base_identity import BaseIdentity
+from pipeline.twig.folder import fill_twig, first_weights
+from pipeline.twig.geometry import Geometry
+from pipeline.twig.module import Twig
+
+REMEDY = (
+    "give the base that the store was made with as teacher.model, or run `alignkd teacher-cache` with this config "
+    "into a new store"
+)
+SIZES = ("family", "num_layers", "hidden_size", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A twig before its first step, without its tensors.
+
+    `base_config` is that of the base's checkpoint, and `store` has its hidden states.
+    """
+
+    settings: TwigConfig
+    base_config: Any
+    geometry: Geometry
+    base: BaseIdentity
+    store: Store
+
+    @classmethod
+    def of(cls, config: Config, store: Store) -> Beginning:
+        """Return the beginning of the config's twig; `store` is the one with the base's hidden states.
+
+        Opens the config of the base, and no weight if the store names the base's digests. Raises `ConfigError` for a
+        base that cannot have such a twig, or which is not that of the store.
+        """
+        settings, name = check_has_twig(config), config.teacher.model
+        base_config = read_config(checkpoint_folder(name))
+        facts = facts_of_config(name, base_config)
+        _check_sizes(facts, store)
+        geometry = geometry_of(settings, facts.num_layers)
+        if settings.keep is not None and facts.num_vision_tokens is not None:
+            geometry.num_kept(facts.num_vision_tokens, settings.keep)
+        Twig.empty(base_config, geometry)  # raises for a family without a twig
+        return cls(settings, base_config, geometry, _identity(name, base_config, store), store)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the twig's weights."""
+        if self.settings.dtype != "auto":
+            return getattr(torch, self.settings.dtype)
+        return self.base_config.dtype or torch.float32
+
+    @property
+    def digest(self) -> str:
+        """A digest of the first weights. Raises `FingerprintMismatch` if their checkpoint is not the store's base."""
+        if self.settings.first_weights == "random":
+            return digest_of([self.base.digest, "random"])
+        return digest_of([self.base.digest, dict(self._digests())])
+
+    def _digests(self) -> Iterator[tuple[str, str]]:
+        """Yield the digests of the groups of tensors that the twig copies, compared with those of its base."""
+        known = self._digests_of_tensors()
+        groups = anatomy_of(self.base_config).groups()
+        names_of: dict[str, set[str]] = {}
+        for name, group in groups.items():
+            names_of.setdefault(group, set()).add(name)
+        for group, digest in digests_by_group(self.base_config, known).items():
+            yield group, digest
+            expected = self.base.digests.get(group)
+            if names_of[group] <= known.keys() and expected != digest:
+                difference = Difference(f"teacher: {group}", expected or "none", digest)
+                raise FingerprintMismatch(self.store.path, [difference], remedy=REMEDY)
+
+    def _digests_of_tensors(self) -> Mapping[str, str]:
+        """Return the digest of each tensor that the twig copies, by the base's name for it."""
+        checkpoint = Checkpoint(self.base.name)
+        names = set(Twig.empty(self.base_config, self.geometry).names_in_base(self.base_config).values())
+        sources = source_names(empty_network(self.base_config), checkpoint.names())
+        found = {name: sources.get(name, name) for name in names}
+        digests = checkpoint.tensor_digests(set(found.values()))
+        return {name: digests[source] for name, source in found.items()}
+
+    def twig(self) -> Twig:
+        """Return the twig with its first weights; random ones are drawn from torch's random generator."""
+        made = Twig.empty(self.base_config, self.geometry, dtype=self.dtype)
+        with building(f"twig of {self.base.name}", then="correct the `twig` section"):
+            if self.settings.first_weights == "copy":
+                checkpoint = Checkpoint(self.base.name)
+                tensors = first_weights(made, checkpoint, self.base_config, dtype=self.dtype)
+                fill_twig(made, tensors, source=self.base.name)
+            else:
+                _draw(made, self.base_config)
+        made.gradient_checkpointing = self.settings.gradient_checkpointing
+        return made.requires_grad_(True)
+
+
+def geometry_of(settings: TwigConfig, num_base_layers: int) -> Geometry:
+    """Return where the config's twig grows. Raises `ConfigError` for numbers that do not fit together."""
+    wipe = settings.wipe_layer
+    if wipe is None:  # the paper's 24 of 32 layers
+        wipe = max(3 * num_base_layers // 4, settings.attach_layer + 1)
+    return Geometry(settings.attach_layer, settings.num_layers, wipe, num_base_layers)
+
+
+def _draw(twig: Twig, base_config: Any) -> None:
+    """Give a twig without weights the first weights that its family has before any training."""
+    decoder = empty_network(base_config).get_decoder()
+    twig.to_empty(device="cpu")
+    for module in twig.modules():
+        decoder._init_weights(module)
+
+
+def _check_sizes(facts: TeacherFacts, store: Store) -> None:
+    theirs = TeacherFacts.of(store.manifest)
+    for field in SIZES:
+        if getattr(facts, field) != getattr(theirs, field):
+            raise ConfigError(
+                f"twig: {field} of the base teacher.model {facts.name} is {getattr(facts, field)}, but {store.path} "
+                f"was made with a teacher of {getattr(theirs, field)}; {REMEDY}"
+            )
+
+
+def _identity(name: str, base_config: Any, store: Store) -> BaseIdentity:
+    """Return the base's identity, from the store if that knows the whole base, else from the checkpoint."""
+    digests = store.manifest.teacher.get("digests", {})
+    if set(anatomy_of(base_config).groups().values()) <= digests.keys():
+        return BaseIdentity.of_config(name, base_config, digests)
+    return BaseIdentity.of_checkpoint(name)

@@ -20,7 +20,7 @@ from pipeline.evaluation.evaluate import (
 from pipeline.evaluation.experiment import BASELINE, DISTILLED
 from pipeline.phone.result import RESULT, BenchResult
 from pipeline.report.cost import cost_of_store
-from pipeline.report.findings import Findings, Result
+from pipeline.report.findings import Findings, Origin, Result
 from pipeline.report.run_folder import PROVENANCE, named_if_damaged, origin_of, read_json, read_run
 from pipeline.report.sweep_folder import NOT_MEASURED, gather_sweep, question_counts
 from pipeline.report.training_run import TrainingRun
@@ -59,10 +59,34 @@ def _gather(folder: Path) -> Findings:
     runs = {label: run for label, run in runs.items() if (run / STATE_FILE).is_file()}
     if DISTILLED in runs:
         return _gather_trainings(folder, runs, kind="experiment")
+    if (folder / twig_result.FOLDER / twig_result.RESULT).is_file():
+        return _twigs_alone(folder)
     found = f"no {SWEEP}, no {STATE_FILE} and no {DISTILLED_FOLDER}/{STATE_FILE} in it"
     raise PipelineError(
         f"{folder}: {found if folder.is_dir() else 'no such folder'}; give the folder of a finished sweep, "
         "a finished training, or the output_dir of `alignkd distill`"
+    )
+
+
+def _twigs_alone(folder: Path) -> Findings:
+    """An evaluation of twigs that were trained elsewhere."""
+    file = folder / twig_result.FOLDER / twig_result.RESULT
+    made = twig_result.Evaluation.read(file).provenance
+    with named_if_damaged(file):
+        config, origin = made["config"], Origin.of([made])
+    return Findings(
+        kind="run",
+        name=folder.resolve().name,
+        config=config,
+        varied={},
+        origin=origin,
+        results=(),
+        teacher={},
+        teacher_absent=NOT_MEASURED,
+        questions={},
+        runs=(),
+        store=None,
+        store_absent="No training lies in this folder.",
     )
 
 

@@ -22,7 +22,12 @@ class Headline:
 
 
 def headlines(findings: Findings) -> list[Headline]:
-    """Return gain (accuracy, without a labels-only run), gap closed, throughput and teacher time saved."""
+    """Return gain (accuracy, without a labels-only run), gap closed, throughput and teacher time saved.
+
+    A folder without a training has none.
+    """
+    if not findings.labels():
+        return []
     best = best_result(findings)
     return [_gain(findings, best), _gap(findings, best), _throughput(findings, best), _saved(findings)]
 

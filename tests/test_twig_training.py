@@ -18,6 +18,7 @@ from watched import train_until
 
 import cli
 from cache import FingerprintMismatch
+from pipeline.config.config import Config
 from pipeline.distill.join.dataset import JoinCollator
 from pipeline.distill.training.resuming import ADAPTERS_FILE
 from pipeline.errors import ConfigError, PipelineError
@@ -26,6 +27,7 @@ from pipeline.models.vlm import VisionLanguageModel
 from pipeline.positions import IGNORE_INDEX
 from pipeline.report.gather import gather
 from pipeline.targets.vocabulary import score_answers
+from pipeline.teacher_cache.teacher import cache_teacher
 from pipeline.twig.folder import load_twig, read_twig_config
 from pipeline.twig.layer_inputs import LayerInputs
 from pipeline.twig.training.beginning import Beginning
@@ -388,3 +390,38 @@ def test_a_config_of_a_twig_is_written_and_read_back(small, tmp_path):
     train_twig(
         small.config(tmp_path, *elsewhere), tmp_path / "run"
     )  # finished: the same base in another place
+
+
+# Other families
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_a_twig_of_another_family_is_trained_from_the_store_as_with_its_base(
+    family, family_folder, family_shards, tmp_path
+):
+    """Positions of Qwen's images come from the store, and so does what sees each other of Gemma's."""
+    sections = {
+        "output_dir": str(tmp_path / "out"),
+        "teacher": {"model": str(family_folder(family)), "batch_size": 3},
+        "twig": {"attach_layer": 1, "num_layers": 1},
+        "data": {"shards": str(family_shards), "template": "chat"},
+        "cache": {"path": str(tmp_path / "store")},
+        "targets": TARGETS,
+        "train": {"max_steps": 2, "per_device_train_batch_size": 3, "report_to": "none", "use_cpu": True},
+    }
+    config = Config.model_validate(sections)
+    cache_teacher(config)
+    job = twig_job(config)
+    beginning = Beginning.of(config, job.dataset.stores.opened[0])
+    collate = JoinCollator(job.dataset.targets, job.dataset.preparation.image_token_id)
+    numbers = range(len(job.dataset))
+    total, _ = build_twig_distiller(config, beginning, job.dataset)(
+        collate([job.dataset[n] for n in numbers])
+    )["supervised"]
+    job.dataset.reads_shards = True
+    job.dataset.stored.clear()
+    vlm = VisionLanguageModel(load_network(str(family_folder(family)), dtype=torch.float32).eval())
+    batch = collate([job.dataset[n] for n in numbers])
+    assert len(batch["images"]) > 2
+    torch.testing.assert_close(total, online(vlm, beginning.twig(), batch), rtol=1e-5, atol=1e-4)
+    assert (train_twig(config, tmp_path / "out") / "twig.safetensors").is_file()

@@ -7,7 +7,9 @@ import typer
 from pipeline.commands.options import ConfigFile, Overrides, Overwrite, PrintConfig, load, say
 from pipeline.commands.twig_evaluate import evaluate
 
-app = typer.Typer(no_args_is_help=True, help="Train and measure a twig, by which a base model answers faster.")
+app = typer.Typer(
+    no_args_is_help=True, help="Train and measure a twig, by which a base model answers faster."
+)
 app.command()(evaluate)
 
 

@@ -12,7 +12,9 @@ from twig_models import FAMILIES, TwigSpecimen, kept_by, oracle, oracle_logits, 
 from pipeline.errors import ConfigError
 from pipeline.twig.decoding.choosing import Sampling
 from pipeline.twig.decoding.generate import Decoding, answer
+from pipeline.twig.decoding.session import Session
 from pipeline.twig.geometry import Geometry
+from pipeline.twig.layer_inputs import LayerInputs
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +67,17 @@ def test_a_batch_of_ragged_prompts_is_answered_as_each_alone(specimen):
         for way in WAYS:
             made = answer(specimen.base, twig, specimen.prompts(numbers), Decoding(8, stops, keep, **way))
             assert made.tokens == alone, (keep, way)
+
+
+@torch.inference_mode()
+def test_decoding_reads_prompts_as_the_training_does(specimen):
+    """Also in Qwen3-VL, whose decoder adds features to the base's first layers, and not to a twig's."""
+    twig, prompts = specimen.twig(GEOMETRY), specimen.prompts(list(range(specimen.num_prompts)))
+    session = Session(specimen.base, twig, prompts, first=1, wipe=5, room=3)
+    states = session.read_prompts()
+    newest, _ = session.read_with_twig(states)
+    whole = LayerInputs.record(specimen.base.network, prompts.inputs)
+    torch.testing.assert_close(newest, twig.run_layers(states, whole)[:, -1], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 7, 20])

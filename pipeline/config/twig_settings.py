@@ -33,6 +33,9 @@ class TwigConfig(Section):
     keep: float | None = Field(default=None, gt=0, le=1)
     """Share of the vision tokens that it will be asked to keep, on average over the layers. The training only checks
     that it is possible. [share; stage 2]"""
+    draft_vocabulary: int | None = Field(default=None, ge=1, exclude_if=lambda number: number is None)
+    """Drafts only the tokens that are most frequent as labels, by their rows of the head; null: all. A head is up to
+    half of a small model's draft. [tokens; stage 2; run]"""
     first_weights: Literal["copy", "random"] = "copy"
     """`copy` begins with base layers K to K+T-1, final norm and head; `random` reads no weight of the base.
     [stage 2; run]"""

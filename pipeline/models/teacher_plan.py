@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache import Manifest, digest_of
+from cache import digest_of
 from pipeline.errors import ConfigError, building
 from pipeline.models.anatomy import anatomy_of, empty_network
 from pipeline.models.checkpoint_names import source_names
@@ -52,11 +52,6 @@ class TeacherPlan:
     def hidden_layer(self) -> int | None:
         """The layer of the decoder whose input the targets read, of all its layers; None if none does."""
         return hidden_layer(self.targets)
-
-    @property
-    def base_digest(self) -> str:
-        """`base_digest` of the whole model. Raises `ConfigError` if the plan covers a part of it."""
-        return base_digest(self.digests)
 
 
 def plan_teacher(
@@ -169,8 +164,3 @@ def base_digest(digests: Mapping[str, str]) -> str:
             "the targets again with targets.hidden_states"
         )
     return digest_of(dict(digests))
-
-
-def base_digest_of(manifest: Manifest) -> str:
-    """Return `base_digest` of the teacher that a store was made with."""
-    return base_digest(manifest.teacher.get("digests", {}))

@@ -12,8 +12,8 @@ import torch
 from pipeline.errors import ConfigError
 from pipeline.models.anatomy import anatomy_of
 from pipeline.models.configuration import read_config
-from pipeline.models.files.checkpoint import Checkpoint, digest_of_tensor, digest_of_tensors
-from pipeline.models.teacher_plan import digests_by_group, plan_tensors
+from pipeline.models.files.checkpoint import Checkpoint, digest_of_tensor
+from pipeline.models.teacher_plan import base_digest, digests_by_group, plan_tensors
 from pipeline.targets.logits import LogitsTarget
 
 SHOWN = 3  # groups that differ, in a message
@@ -36,7 +36,7 @@ class BaseIdentity:
     @property
     def digest(self) -> str:
         """One digest over all groups."""
-        return digest_of_tensors(self.digests)
+        return base_digest(self.digests)
 
     @classmethod
     def of_checkpoint(cls, name: str) -> BaseIdentity:

@@ -22,6 +22,7 @@ from pipeline.twig.module import Twig
 
 WEIGHTS = "twig.safetensors"
 CONFIG = "config.json"
+DRAFT_IDS = "draft_ids"  # a tensor of ids beside the parameters
 MODEL_TYPE = "alignkd_twig"
 FORMAT = 1
 
@@ -85,8 +86,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def fill_twig(twig: Twig, tensors: dict[str, Tensor], *, source: object) -> None:
     """Fill a twig that has no weights. Raises `ConfigError` unless the tensors are just those that it has."""
-    expected, ids = twig.state_dict(), tensors.get("draft_ids")
-    tensors = {name: tensor for name, tensor in tensors.items() if name != "draft_ids"}
+    expected, ids = twig.state_dict(), tensors.get(DRAFT_IDS)
+    tensors = {name: tensor for name, tensor in tensors.items() if name != DRAFT_IDS}
     strange = sorted(expected.keys() ^ tensors.keys())
     strange += [
         name for name, tensor in tensors.items() if name in expected and tensor.shape != expected[name].shape

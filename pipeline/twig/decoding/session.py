@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,12 +33,13 @@ class Session:
         family = base.network.config.model_type
         inputs = LayerInputs.record(base.network, prompts.extended(room, family))
         self.embeds = inputs.embeds[:, : prompts.length]
-        common: dict[str, Any] = {"inputs": inputs, "is_plain": prompts.is_plain}
-        common["capacity"] = prompts.length + room + MOST_DRAFTS
-        self.shallow = LayerGroup(base.layers[:first], 0, **common)
-        self.middle = LayerGroup(base.layers[first:wipe], first, **common)
-        self.deep = LayerGroup(base.layers[wipe:], wipe, **common)
-        self.own = None if twig is None else LayerGroup(twig.layers, first, **common)
+        of_all = {"capacity": prompts.length + room + MOST_DRAFTS, "is_plain": prompts.is_plain}
+        self.shallow = LayerGroup(base.layers[:first], 0, inputs, **of_all)
+        self.middle = LayerGroup(base.layers[first:wipe], first, inputs, **of_all)
+        self.deep = LayerGroup(base.layers[wipe:], wipe, inputs, **of_all)
+        self.own: LayerGroup | None = None
+        if twig is not None:  # it was trained without what the decoder adds to the base's layers
+            self.own = LayerGroup(twig.layers, first, replace(inputs, added={}), **of_all)
         self.is_wiped = False
         # What is confirmed and not yet through the middle and deep layers: outputs of layer K 'B Q D' and their rows.
         self.pending: tuple[Tensor, Tensor]

@@ -45,7 +45,7 @@ def twig_job(config: Config) -> Job:
         set_seed(arguments.seed)
         return build_twig_distiller(config, beginning, dataset, held_out=held_out, device=arguments.device)
 
-    return Job(config, dataset, held_out, identity, TrainedTwig(beginning), build)
+    return Job(config, dataset, held_out, identity, TrainedTwig(beginning, dataset), build)
 
 
 def build_twig_distiller(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -11,14 +12,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.config.model_settings import LoraConfig
+from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.model.adapters import add_adapters_to, merged_into
 from pipeline.distill.model.loss_module import LossModule
 from pipeline.distill.training.trained import Trained
 from pipeline.distill.training.training_folder import Product
 from pipeline.models.files.broken_files import named_if_broken
-from pipeline.twig.folder import WEIGHTS, read_tensors, read_twig_config, save_twig
+from pipeline.twig.folder import DRAFT_IDS, WEIGHTS, read_tensors, read_twig_config, save_twig
 from pipeline.twig.module import Twig
 from pipeline.twig.training.beginning import Beginning
+from pipeline.twig.training.frequent import frequent_labels
 from pipeline.twig.training.twig_distiller import TwigDistiller
 
 if TYPE_CHECKING:
@@ -51,9 +54,15 @@ class TrainedTwig(Trained):
     part = "twig"
     product = TWIG
 
-    def __init__(self, beginning: Beginning):
-        self.beginning = beginning
+    def __init__(self, beginning: Beginning, dataset: JoinedDataset):
+        self.beginning, self.dataset = beginning, dataset
         self.lora = beginning.settings.lora
+
+    @cached_property
+    def draft_ids(self) -> Tensor | None:
+        """The only tokens that the twig is to draft, None: all."""
+        most = self.beginning.settings.draft_vocabulary
+        return None if most is None else frequent_labels(self.dataset, most)
 
     def whole_beside_adapters(self, module: LossModule) -> Collection[str]:
         """Return the names of norm and head."""
@@ -71,8 +80,9 @@ class TrainedTwig(Trained):
             with torch.device("meta"):
                 adapted = with_adapters(plain, self.lora)
             tensors = merged_into(plain, adapted, tensors)
-        save_twig(folder, dict(tensors), geometry, self.beginning.base)
+        ids = {} if self.draft_ids is None else {DRAFT_IDS: self.draft_ids}
+        save_twig(folder, {**tensors, **ids}, geometry, self.beginning.base)
 
     def read(self, folder: Path) -> dict[str, Tensor]:
-        """Return the twig's tensors."""
-        return read_tensors(folder)
+        """Return the twig's parameters."""
+        return {name: tensor for name, tensor in read_tensors(folder).items() if name != DRAFT_IDS}

@@ -23,6 +23,7 @@ from pipeline.teacher_cache.teacher import TOKEN_ARRAYS
 
 Arrays = dict[str, Any]
 NUM_MAPS = 64
+OF_STUDENTS = ("attention", "vision", "logits")  # the targets that are made up here
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Size:
     mean_rows: int
     part_samples: int
     answer_share: float = 0.55  # of the rows of text
-    targets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {name: {} for name in TARGETS})
+    targets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: dict.fromkeys(OF_STUDENTS, {}))
     ragged: bool = False
     least_grid: int | None = None
 

@@ -24,7 +24,8 @@ from pipeline.evaluation.answer_scores import (
     token_f1,
     words,
 )
-from pipeline.evaluation.evaluate import Prediction, evaluate_model, read_predictions
+from pipeline.evaluation.evaluate import evaluate_model
+from pipeline.evaluation.predictions import Prediction, read_predictions
 from pipeline.evaluation.scores import evaluate_checkpoint
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.sweep.identity import run_identity

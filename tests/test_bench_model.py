@@ -13,7 +13,7 @@ from small_sweep import write_sweep, write_timed_store
 
 import cli
 from pipeline.errors import PipelineError
-from pipeline.evaluation.evaluate import Prediction
+from pipeline.evaluation.predictions import Prediction
 from pipeline.export.executorch.packages import is_installed
 from pipeline.export.served import Served
 from pipeline.phone.answers import Shown, draw_answers, question_text

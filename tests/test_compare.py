@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.compare import Answered, Gain, accuracy_table, paired_gain
-from pipeline.evaluation.evaluate import NO_TYPE, Prediction
+from pipeline.evaluation.predictions import NO_TYPE, Prediction
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.evaluation.evaluate import Prediction
+from pipeline.evaluation.predictions import Prediction
 from pipeline.studies.emoji.card import write_emoji_card
 
 

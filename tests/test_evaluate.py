@@ -20,14 +20,9 @@ from pipeline.config.config import DataConfig, EvaluateConfig
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.shards import read_shard
 from pipeline.errors import BadSample, PipelineError, ShardError
-from pipeline.evaluation.evaluate import (
-    Prediction,
-    accuracy_by_type,
-    by_test_set,
-    evaluate_model,
-    read_predictions,
-    read_questions,
-)
+from pipeline.evaluation.evaluate import evaluate_model
+from pipeline.evaluation.predictions import Prediction, accuracy_by_type, by_test_set, read_predictions
+from pipeline.evaluation.questions import read_questions
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.models.processors import load_processor
 

@@ -16,8 +16,8 @@ from pipeline.config.config import load_config
 from pipeline.distill.training.processes import alone_in
 from pipeline.errors import PipelineError
 from pipeline.evaluation.compare import Answered, paired_gain
-from pipeline.evaluation.evaluate import accuracy_by_type, read_predictions
 from pipeline.evaluation.experiment import BASELINE, DISTILLED, run_experiment
+from pipeline.evaluation.predictions import accuracy_by_type, read_predictions
 from pipeline.evaluation.scores import evaluate_checkpoint
 from pipeline.report.cost import StoreCost
 from pipeline.report.findings import Findings, gap_closed

@@ -16,7 +16,7 @@ from pipeline.config.config import DataConfig
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.preparation import Preparation, pad_tokens
 from pipeline.errors import ConfigError
-from pipeline.evaluation.evaluate import Prediction
+from pipeline.evaluation.predictions import Prediction
 from pipeline.models.loading import load_network
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.models.mobilevlm.efficientnet import EfficientNetLiteConfig, EfficientNetLiteLayers

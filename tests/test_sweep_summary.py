@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.evaluation.compare import Answered
-from pipeline.evaluation.evaluate import Prediction, accuracy_by_type, by_test_set
+from pipeline.evaluation.predictions import Prediction, accuracy_by_type, by_test_set
 from pipeline.sweep.lines import keep_teacher, write_line
 from pipeline.sweep.summary import summarise_sweep, summary_tables
 

@@ -12,7 +12,7 @@ from PIL import Image
 from small_models import tiny_model
 
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.evaluation.evaluate import Prediction
+from pipeline.evaluation.predictions import Prediction
 from pipeline.twig.base import Base
 from pipeline.twig.decoding.generate import Answers
 from pipeline.twig.evaluation.asking import spread

@@ -108,7 +108,7 @@ def _how_to_ask(settings: Config | None) -> HowToAsk:
 def _evaluate_conversations(settings: Config, model: str | None, output: Path | None, as_json: bool) -> None:
     from pipeline.evaluation.answer_scores import metrics_for, score_table, scores_by_type
     from pipeline.evaluation.compare import accuracy_table
-    from pipeline.evaluation.evaluate import accuracy_by_type, by_test_set
+    from pipeline.evaluation.predictions import accuracy_by_type, by_test_set
     from pipeline.evaluation.scores import evaluate_checkpoint
 
     sets = by_test_set(evaluate_checkpoint(settings, model or settings.teacher.model, output=output))

@@ -12,7 +12,7 @@ from typing import Any
 from rapidfuzz.distance import Indel
 
 from pipeline.config.config import EvaluateConfig
-from pipeline.evaluation.evaluate import Prediction
+from pipeline.evaluation.predictions import Prediction
 from pipeline.text_table import text_table
 
 LONG_WORDS = 5  # references are long if their median has more words

@@ -9,7 +9,7 @@ import numpy as np
 
 from cache import digest_of
 from pipeline.errors import PipelineError
-from pipeline.evaluation.evaluate import NO_TYPE, Prediction, accuracy_by_type
+from pipeline.evaluation.predictions import NO_TYPE, Prediction, accuracy_by_type
 from pipeline.resampling import resampled_means
 from pipeline.text_table import text_table
 

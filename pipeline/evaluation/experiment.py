@@ -16,7 +16,7 @@ from pipeline.distill.training.processes import is_first_process
 from pipeline.distill.training.training_folder import MODEL_FOLDER, check_inputs
 from pipeline.evaluation.answer_scores import metrics_for, score_table, scores_by_type
 from pipeline.evaluation.compare import Answered, accuracy_table, paired_gain, questions_of
-from pipeline.evaluation.evaluate import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set
+from pipeline.evaluation.predictions import PREDICTIONS_FILE, Prediction, accuracy_by_type, by_test_set
 from pipeline.evaluation.scores import (
     evaluate_checkpoint,
     held_out_shards,

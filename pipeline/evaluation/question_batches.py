@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,11 +11,9 @@ from pipeline.config.config import DataConfig
 from pipeline.data.preparation import Preparation, pad_tokens
 from pipeline.data.spans import SpanReader
 from pipeline.distill.join.memory import TensorCache
+from pipeline.evaluation.questions import Question
 from pipeline.models.processors import Tensors
 from pipeline.models.vlm import ImageFeatures, VisionLanguageModel
-
-if TYPE_CHECKING:
-    from pipeline.evaluation.evaluate import Question
 
 FEATURE_CACHE_BYTES = 256 * 2**20
 

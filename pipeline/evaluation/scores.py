@@ -14,7 +14,8 @@ from pipeline.data.shard_identity import content_digest
 from pipeline.data.shard_names import expand_shards
 from pipeline.data.spans import check_ranges
 from pipeline.errors import ConfigError
-from pipeline.evaluation.evaluate import PREDICTIONS_FILE, Prediction, evaluate_model, read_predictions
+from pipeline.evaluation.evaluate import evaluate_model
+from pipeline.evaluation.predictions import PREDICTIONS_FILE, Prediction, read_predictions
 from pipeline.models.files.checkpoint import WEIGHT_FILES, Checkpoint, digest_of_tensors
 from pipeline.models.teacher_plan import whole_model_digests
 

@@ -17,7 +17,8 @@ from pipeline.data.decoding import decode_image
 from pipeline.data.load_preparation import load_preparation
 from pipeline.errors import ConfigError
 from pipeline.evaluation.compare import Answered, paired_gain
-from pipeline.evaluation.evaluate import Prediction, Question, read_questions
+from pipeline.evaluation.predictions import Prediction
+from pipeline.evaluation.questions import Question, read_questions
 from pipeline.export.executorch.packages import hidden
 from pipeline.export.gguf.geometry import check_is_mobilevlm
 from pipeline.export.pictures import padding_of, square_of

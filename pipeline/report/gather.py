@@ -10,14 +10,14 @@ from typing import Literal
 from pipeline.distill.training.training_folder import STATE_FILE
 from pipeline.errors import PipelineError
 from pipeline.evaluation.compare import Answered, questions_of
-from pipeline.evaluation.evaluate import (
+from pipeline.evaluation.experiment import BASELINE, DISTILLED
+from pipeline.evaluation.predictions import (
     PREDICTIONS_FILE,
     Prediction,
     accuracy_by_type,
     by_test_set,
     read_predictions,
 )
-from pipeline.evaluation.experiment import BASELINE, DISTILLED
 from pipeline.phone.result import RESULT, BenchResult
 from pipeline.report.cost import cost_of_store
 from pipeline.report.findings import Findings, Origin, Result

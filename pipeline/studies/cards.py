@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.evaluation.evaluate import Prediction, accuracy_by_type
+from pipeline.evaluation.predictions import Prediction, accuracy_by_type
 
 
 def most_frequent_answers(asked: Iterable[tuple[str, str]]) -> dict[str, str]:

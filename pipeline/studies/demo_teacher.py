@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline.config.config import load_config
 from pipeline.data.images import ImagePreprocessor
-from pipeline.evaluation.evaluate import Prediction
+from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.scores import evaluate_checkpoint
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.models.mobilevlm.tokenizer import load_tokenizer

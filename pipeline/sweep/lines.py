@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.config.provenance import replace_text
 from pipeline.errors import PipelineError
 from pipeline.evaluation.compare import Answered
-from pipeline.evaluation.evaluate import Prediction, accuracy_by_type, by_test_set
+from pipeline.evaluation.predictions import Prediction, accuracy_by_type, by_test_set
 
 SWEEP = "sweep.json"  # the config, and the identity of every run by its name
 SUMMARY = "summary.json"

@@ -24,7 +24,7 @@ from pipeline.distill.training.training_folder import (
 )
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.compare import Answered
-from pipeline.evaluation.evaluate import PREDICTIONS_FILE, accuracy_by_type, by_test_set
+from pipeline.evaluation.predictions import PREDICTIONS_FILE, accuracy_by_type, by_test_set
 from pipeline.evaluation.scores import evaluate_checkpoint, held_out_shards
 from pipeline.sweep.identity import run_identity
 from pipeline.sweep.jobs import Failed, Job, attempt, run_jobs

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.evaluation.evaluate import Prediction, by_test_set
+from pipeline.evaluation.predictions import Prediction, by_test_set
 from pipeline.studies.cards import most_frequent_answers, write_card
 from pipeline.studies.emoji.data import TEACHER_SETS
 from pipeline.studies.emoji.scenes import QUESTIONS, all_concepts

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 from pipeline.config.config import DataConfig, EvaluateConfig
-from pipeline.evaluation.evaluate import Prediction, accuracy_by_type, evaluate_model
+from pipeline.evaluation.evaluate import evaluate_model
+from pipeline.evaluation.predictions import Prediction, accuracy_by_type
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.studies.cards import most_frequent_answers
 from pipeline.studies.scenes.data import BASE_SETS

@@ -12,8 +12,9 @@ from pipeline.config.config import Config
 from pipeline.data.load_preparation import load_preparation
 from pipeline.data.preparation import Preparation
 from pipeline.errors import ConfigError, building
-from pipeline.evaluation.evaluate import Prediction, Question, read_questions
+from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.question_batches import QuestionBatches
+from pipeline.evaluation.questions import Question, read_questions
 from pipeline.models.loading import load_network
 from pipeline.models.vlm import VisionLanguageModel
 from pipeline.twig.base import Base

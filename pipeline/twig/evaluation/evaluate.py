@@ -15,7 +15,7 @@ from cache import digest_of
 from pipeline.config.config import Config
 from pipeline.config.provenance import provenance
 from pipeline.errors import ConfigError
-from pipeline.evaluation.evaluate import Prediction
+from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.scores import held_out_digests
 from pipeline.models.files.checkpoint import digest_of_tensor, digest_of_tensors
 from pipeline.twig.base_identity import BaseIdentity

@@ -13,7 +13,8 @@ from typing import Any
 
 from pipeline.config.provenance import replace_text
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.evaluation.evaluate import Prediction, Question
+from pipeline.evaluation.predictions import Prediction
+from pipeline.evaluation.questions import Question
 from pipeline.progress import Progress
 from pipeline.twig.decoding.generate import Decoding, answer
 from pipeline.twig.decoding.prompts import Prompts

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.errors import writing
-from pipeline.evaluation.evaluate import Prediction, Question
+from pipeline.evaluation.predictions import Prediction
+from pipeline.evaluation.questions import Question
 from pipeline.inspection.heat_map import Square, draw_image
 from pipeline.inspection.sheet import Sheet, wrap
 from pipeline.positions import find_slots

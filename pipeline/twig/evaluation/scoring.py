@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.answer_scores import METRICS, has_long_answers
-from pipeline.evaluation.evaluate import Prediction, by_test_set
+from pipeline.evaluation.predictions import Prediction, by_test_set
 from pipeline.resampling import means_over_seeds, resampled_totals
 from pipeline.twig.evaluation.kept import Pruned
 from pipeline.twig.evaluation.result import Interval, KeptRow

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from pipeline.errors import ConfigError
-from pipeline.evaluation.evaluate import Question
+from pipeline.evaluation.questions import Question
 from pipeline.models.vlm import ImageFeatures
 from pipeline.twig.decoding.generate import Answers, Decoding, answer
 from pipeline.twig.decoding.prompts import Prompts

@@ -41,7 +41,9 @@ class Size:
     mean_rows: int
     part_samples: int
     answer_share: float = 0.55  # of the rows of text
-    targets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: dict.fromkeys(OF_STUDENTS, {}))
+    targets: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: {name: {} for name in OF_STUDENTS}
+    )
     ragged: bool = False
     least_grid: int | None = None
 

@@ -185,6 +185,7 @@ OTHER: dict[str, str | tuple[list[str], list[str]]] = {
     "twig.num_layers": "1",
     "twig.wipe_layer": "3",
     "twig.keep": "0.5",
+    "twig.draft_vocabulary": "4",
     "twig.first_weights": "random",
     "twig.dtype": "bfloat16",
     "twig.gradient_checkpointing": "true",

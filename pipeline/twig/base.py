@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
-from pipeline.models.anatomy import Anatomy, anatomy_of
-from pipeline.models.tap import TAPPED
+from pipeline.models.anatomy import anatomy_of
+from pipeline.models.tap import TAPPED, final_norm
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Base:
         return cls(
             network,
             list(decoder.layers),
-            _final_norm(decoder, anatomy, network),
+            final_norm(decoder),
             network.get_output_embeddings(),
             network.get_input_embeddings(),
         )
@@ -53,21 +53,3 @@ class Base:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits '... V' of the last layer's output '... D'."""
         return self.head(self.norm(hidden))
-
-
-def _final_norm(decoder: Any, anatomy: Anatomy, network: Any) -> nn.Module:
-    """Return the one module of a decoder that all text passes between its layers and the head."""
-    groups = anatomy.groups()
-    name_of = {id(parameter): name for name, parameter in network.named_parameters()}
-    found = [
-        child
-        for child in decoder.children()
-        if child is not decoder.layers
-        and (names := [name_of[id(p)] for p in child.parameters()])
-        and all(groups.get(name) == "head" for name in names)
-    ]
-    if len(found) != 1:
-        raise ConfigError(
-            f"twig: {type(decoder).__name__} has {len(found)} modules before its head, one was expected"
-        )
-    return found[0]

@@ -65,7 +65,7 @@ def main(
     new_tokens: int = 64,
     repeats: int = 5,
     batch: Annotated[int, typer.Option(help="prompts answered together")] = 1,
-    damping: Annotated[float, typer.Option(help="factor of what the layers behind the twig add")] = 0.3,
+    damping: Annotated[float, typer.Option(help="factor of what the layers behind the twig add")] = 0.1,
     delta: int = 5,
     threshold: float = 0.0,
     keep: Annotated[float, typer.Option(help="share of vision tokens kept on average")] = 1 / 9,

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.errors import ConfigError
 from pipeline.models.anatomy import anatomy_of
 from pipeline.models.configuration import read_config
@@ -72,12 +70,9 @@ class BaseIdentity:
         were converted, and the checkpoint that the model was loaded from is compared.
         """
         self._check_sizes(network, asked_by)
-        found = BaseIdentity.of_network(network)
-        if found.digest == self.digest:
-            return
         source = network.name_or_path
-        if _was_converted(network, source):
-            found = BaseIdentity.of_checkpoint(source)
+        is_converted = _was_converted(network, source)
+        found = BaseIdentity.of_checkpoint(source) if is_converted else BaseIdentity.of_network(network)
         differing = [group for group, digest in self.digests.items() if found.digests.get(group) != digest]
         if differing:
             named = ", ".join(differing[:SHOWN]) + (" and others" if len(differing) > SHOWN else "")
@@ -105,4 +100,4 @@ def _was_converted(network: Any, source: str) -> bool:
     _, tensor = next(
         checkpoint.tensors([name for name in checkpoint.names() if name.endswith(".weight")][-1:])
     )
-    return tensor.dtype != network.dtype and network.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return tensor.dtype != network.dtype

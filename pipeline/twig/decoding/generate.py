@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -144,11 +145,13 @@ class _Loop:
         starts = [self.prompts.length + length for length in lengths]
         texts = [
             [*prompt, *tokens] if self.decoding.look_up else tokens
-            for prompt, tokens in zip(self._prompt_ids(), self.answers.tokens, strict=True)
+            for prompt, tokens in zip(self.prompt_ids, self.answers.tokens, strict=True)
         ]
         return self.drafter.draft(texts, starts, limits)
 
-    def _prompt_ids(self) -> list[list[int]]:
+    @cached_property
+    def prompt_ids(self) -> list[list[int]]:
+        """The prompts' ids for looking up, -1 for vision tokens; nothing where nothing is looked up."""
         if not self.decoding.look_up:
             return [[] for _ in self.active]
         return self.prompts.inputs["input_ids"].masked_fill(self.prompts.is_vision, -1).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Session:
         """The groups of the base, by name."""
         return {"shallow": self.shallow, "middle": self.middle, "deep": self.deep}
 
-    @property
+    @cached_property
     def slots(self) -> Slots:
         """Where the prompts' vision tokens are; `text` is not used."""
         return find_slots(self.prompts.is_vision, self.prompts.inputs["attention_mask"])

@@ -10,7 +10,7 @@ import pytest
 import tiny_families
 import torch
 from transformers import StoppingCriteria
-from twig_models import TwigSpecimen, twig_specimen
+from twig_models import FAMILIES, TwigSpecimen, twig_specimen
 
 from pipeline.errors import ConfigError
 from pipeline.models.loading import load_network
@@ -39,10 +39,11 @@ def twig_folder(specimen, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def inputs_of(specimen: TwigSpecimen, *numbers: int) -> dict[str, Any]:
-    """What a processor returns: ids, mask, and pixels in place of features."""
+    """What a processor returns: ids, masks, types of tokens, and pixels in place of features."""
     prompts = specimen.prompts(list(numbers))
     pixels = [image for n in numbers for image in specimen.specimen.images[n]]
-    kept = {name: prompts.inputs[name] for name in ("input_ids", "attention_mask")}
+    of_text = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    kept = {name: prompts.inputs[name] for name in of_text if name in prompts.inputs}
     return kept | (specimen.specimen.vlm.joined(pixels) if pixels else {})
 
 
@@ -59,6 +60,21 @@ def test_generate_returns_what_the_base_does(specimen, twig_folder, numbers):
     assert (
         network.generate(**inputs, **asked, custom_generate=TwigGenerate(twig)).tolist() == expected.tolist()
     )
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family not in ("llava", "smolvlm", "idefics3")]
+)
+def test_generate_returns_what_the_base_of_another_family_does(family, tmp_path):
+    """Among them Qwen, whose positions `generate` computes from grids that it then leaves out."""
+    specimen = twig_specimen(family, tmp_path / "base")
+    network, twig = specimen.base.network, specimen.twig(GEOMETRY, seed=2)
+    for numbers in [(0,), (specimen.num_prompts - 1,), (0, 1)]:
+        inputs = inputs_of(specimen, *numbers)
+        asked = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        expected = network.generate(**inputs, **asked)
+        made = network.generate(**inputs, **asked, custom_generate=TwigGenerate(twig))
+        assert made.tolist() == expected.tolist(), numbers
 
 
 def test_generate_prunes(specimen, twig_folder):

@@ -33,6 +33,9 @@ class Prompts:
             name: value for name, value in inputs.items() if name not in OF_GENERATE and value is not None
         }
         kept.setdefault("attention_mask", torch.ones_like(kept["input_ids"]))
+        # `generate` leaves out the grids of images: positions of several axes (Qwen's) cannot be computed again.
+        if (positions := inputs.get("position_ids")) is not None and positions.ndim == 3:
+            kept["position_ids"] = positions
         return cls(kept, kept["input_ids"] == image_token_id)
 
     @property
@@ -60,6 +63,10 @@ class Prompts:
         new = ids.new_full((len(ids), room), text)
         longer["input_ids"] = torch.cat([ids, new], dim=1)
         longer["attention_mask"] = torch.cat([mask, torch.ones_like(new)], dim=1)
+        if (positions := longer.get("position_ids")) is not None:  # 'A B P', as `generate` continues them
+            longer["position_ids"] = torch.cat(
+                [positions, positions[..., -1:] + 1 + torch.arange(room).to(positions)], dim=2
+            )
         for name in ("token_type_ids", "mm_token_type_ids"):
             if name in longer:
                 longer[name] = torch.cat([longer[name], torch.zeros_like(new).to(longer[name].dtype)], dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,9 @@ class Never(StoppingCriteria):
         ({"num_beams": 2}, "num_beams"),
         ({"repetition_penalty": 1.5}, "RepetitionPenaltyLogitsProcessor"),
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
+        ({"no_repeat_ngram_size": 2}, "which a twig cannot do: it changes scores by the scores alone"),
+        ({"penalty_alpha": 0.5, "top_k": 4}, "penalty_alpha"),
+        ({"dola_layers": "low"}, "dola_layers"),
         ({"return_dict_in_generate": True}, "return_dict_in_generate"),
         ({"stopping_criteria": [Never()]}, "Never"),
     ],
@@ -128,6 +132,74 @@ def test_what_a_twig_cannot_do_is_refused(specimen, twig_folder, asked, complain
         network.generate(
             **inputs_of(specimen, 3), max_new_tokens=4, custom_generate=TwigGenerate(twig), **asked
         )
+
+
+def test_prompts_that_do_not_end_where_the_answer_begins_are_refused(specimen):
+    twig, inputs = specimen.twig(GEOMETRY), inputs_of(specimen, 3)
+    padded = {name: torch.nn.functional.pad(tensor, (0, 2)) for name, tensor in inputs.items()}
+    with pytest.raises(ConfigError, match=r"padded on the right, .* set the tokenizer's padding_side to left"):
+        generate_with_twig(specimen.base.network, twig, padded, max_new_tokens=2)
+    embeds = {"inputs_embeds": specimen.base.embeddings(inputs["input_ids"])}
+    with pytest.raises(ConfigError, match="pass prompts as ids, without inputs_embeds"):
+        specimen.base.network.generate(**embeds, max_new_tokens=2, custom_generate=TwigGenerate(twig))
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"keep": "1/9"}, "keep: expected a share above 0 and at most 1, or null, found '1/9'"),
+        ({"keep": float("nan")}, "keep: expected a share .* found nan"),
+        ({"delta": "all"}, "delta: expected auto, or a number from 0 on, found 'all'"),
+        ({"delta": 2.5}, "delta: expected auto, or a number from 0 on, found 2.5"),
+        ({"look_up": -1}, "look_up: expected a number from 0 on, found -1"),
+        ({"threshold": "high"}, "threshold: expected a probability, found 'high'"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected a number from 1 on, found 0"),
+    ],
+)
+def test_settings_of_another_type_are_refused(specimen, settings, complaint):
+    asked = {"max_new_tokens": 2} | settings
+    with pytest.raises(ConfigError, match=complaint):
+        generate_with_twig(specimen.base.network, specimen.twig(GEOMETRY), inputs_of(specimen, 3), **asked)
+
+
+def test_a_twig_that_does_not_fit_the_model_is_refused(specimen):
+    longer = specimen.twig(replace(GEOMETRY, num_base_layers=7))
+    with pytest.raises(ConfigError, match="belongs to a base of 7 layers, this model has 6"):
+        generate_with_twig(specimen.base.network, longer, inputs_of(specimen, 3), max_new_tokens=2)
+    half = specimen.twig(GEOMETRY).to(torch.bfloat16)
+    with pytest.raises(
+        ConfigError, match=r"bfloat16 on cpu, its base torch.float32 on cpu; load the twig again"
+    ):
+        generate_with_twig(specimen.base.network, half, inputs_of(specimen, 3), max_new_tokens=2)
+
+
+def test_end_tokens_are_the_models_own_unless_others_are_named(specimen):
+    network, inputs, twig = specimen.base.network, inputs_of(specimen, 3), specimen.twig(GEOMETRY)
+    text = generate_with_twig(network, twig, inputs, max_new_tokens=8, stop_ids=()).tokens[0]
+    own = network.generation_config.eos_token_id
+    assert own not in text[:-1]
+    network.generation_config.eos_token_id = text[2]
+    try:
+        answers = generate_with_twig(network, twig, inputs, max_new_tokens=8)
+    finally:
+        network.generation_config.eos_token_id = own
+    assert answers.tokens[0] == text[: text.index(text[2]) + 1]
+
+
+def test_short_answers_are_padded_as_transformers_does(specimen):
+    """With the first of the end tokens, where no padding is named."""
+    network, inputs, twig = specimen.base.network, inputs_of(specimen, 0, 3), specimen.twig(GEOMETRY)
+    texts = generate_with_twig(network, twig, inputs, max_new_tokens=8, stop_ids=()).tokens
+    [early] = [token for token in texts[1][:1] if token not in texts[0]]
+    for ends in ([early, 2], [2, early]):
+        asked = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": ends}
+        pad, network.generation_config.pad_token_id = network.generation_config.pad_token_id, None
+        try:
+            expected = network.generate(**inputs, **asked)
+            made = network.generate(**inputs, **asked, custom_generate=TwigGenerate(twig))
+        finally:
+            network.generation_config.pad_token_id = pad
+        assert made.tolist() == expected.tolist() and made[1, -1] == ends[0]
 
 
 # The folder

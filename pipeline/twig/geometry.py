@@ -51,7 +51,7 @@ class Geometry:
             return kept
         spent, most = first / base, wipe / base
         raise ConfigError(
-            f"keep: {keep:.4g} of {num_tokens} vision tokens asked for, which would keep {kept} after layer "
-            f"{first - 1 if first else 'none'}; the layers before the twig alone use {spent:.4g}, and more than "
-            f"{most:.4g} cannot be used before layer {wipe}: choose a share between, or null for no pruning"
+            f"keep: {keep:.4g} of {num_tokens} vision tokens asked for, which would leave {kept} from layer {first} "
+            f"on; the layers before the twig alone use {spent:.4g}, and the layers before layer {wipe} use at most "
+            f"{most:.4g}: choose a share between, or null for no pruning"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,8 +68,7 @@ class TwigGenerate:
         )
         asked = {name: value for name, value in inputs.items() if name not in ("streamer", "synced_gpus")}
         answers = _answer(model, self.twig, {"input_ids": input_ids, **asked}, decoding)
-        pad = generation_config.pad_token_id
-        pad_id = pad if isinstance(pad, int) else next(iter(stop_ids), 0)
+        pad_id = _pad_id(generation_config)
         return torch.cat([input_ids, answers_as_tensor(answers, pad_id=pad_id).to(input_ids)], dim=1)
 
     def _decoding(self, max_new_tokens: int, stop_ids: frozenset[int], choice: Choice) -> Decoding:
@@ -82,15 +81,17 @@ def generate_with_twig(
     inputs: Mapping[str, Any],
     *,
     max_new_tokens: int,
-    stop_ids: Sequence[int] = (),
+    stop_ids: Collection[int] | None = None,
     choice: Choice | None = None,
     **settings: Any,
 ) -> Answers:
     """Answer prompts, what a processor returns of them, and return the new tokens and what the drafts came to.
 
-    `settings` are those of `TwigGenerate`. Without a twig the base answers alone, by the same code.
+    An answer ends at one of `stop_ids`; None: at the end tokens of the model's `generation_config`. `settings` are
+    those of `TwigGenerate`. Without a twig the base answers alone, by the same code.
     """
-    decoding = Decoding(max_new_tokens, frozenset(stop_ids), choice=choice or Greedy(), **settings)
+    stops_at = _stop_ids(model.generation_config) if stop_ids is None else frozenset(stop_ids)
+    decoding = Decoding(max_new_tokens, stops_at, choice=choice or Greedy(), **settings)
     return _answer(model, twig, inputs, decoding)
 
 
@@ -102,8 +103,8 @@ def _answer(model: Any, twig: Twig | None, inputs: Mapping[str, Any], decoding: 
 def _choice(processors: Sequence[Any], *, is_sampled: bool) -> Choice:
     if strange := [type(one).__name__ for one in processors if not isinstance(one, WARPS)]:
         raise ConfigError(
-            f"generate asks for {strange[0]}, which looks at the text so far; with a twig only temperature, top_k, "
-            "top_p, min_p, typical_p, epsilon, eta and suppressed tokens are possible: leave it out"
+            f"generate asks for {strange[0]}, which a twig cannot do: it changes scores by the scores alone, by "
+            "temperature, top_k, top_p, min_p, typical_p, epsilon, eta and suppressed tokens; leave it out"
         )
     warp = _warp(processors)
     return Sampling(warp) if is_sampled else Greedy(warp)
@@ -124,10 +125,20 @@ def _stop_ids(settings: GenerationConfig) -> frozenset[int]:
     return frozenset() if stop is None else frozenset([stop] if isinstance(stop, int) else stop)
 
 
+def _pad_id(settings: GenerationConfig) -> int:
+    """Return the id of padding: as in transformers the first end token, where none is named."""
+    if isinstance(settings.pad_token_id, int):
+        return settings.pad_token_id
+    stop = settings.eos_token_id
+    return 0 if stop is None else stop if isinstance(stop, int) else stop[0]
+
+
 def _refuse_others(settings: GenerationConfig, criteria: Sequence[Any], inputs: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for what is asked of `generate` and would be left undone in silence."""
     asked = {
         "num_beams": (settings.num_beams or 1) > 1,
+        "penalty_alpha": settings.penalty_alpha is not None,
+        "dola_layers": settings.dola_layers is not None,
         "return_dict_in_generate": bool(settings.return_dict_in_generate),
         "streamer": inputs.get("streamer") is not None,
         **{type(one).__name__: True for one in criteria if not isinstance(one, STOPS)},

@@ -40,10 +40,16 @@ class Decoding:
     choice: Choice = field(default_factory=Greedy)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens: expected a number from 1 on, found {self.max_new_tokens}")
-        if self.delta != "auto" and self.delta < 0:
-            raise ConfigError(f"delta: expected auto, or a number from 0 on, found {self.delta}")
+        for name, least in (("max_new_tokens", 1), ("delta", 0), ("look_up", 0)):
+            value = getattr(self, name)
+            is_number = isinstance(value, int) and value >= least
+            if not is_number and (name, value) != ("delta", "auto"):
+                other = "auto, or " if name == "delta" else ""
+                raise ConfigError(f"{name}: expected {other}a number from {least} on, found {value!r}")
+        if not isinstance(self.threshold, int | float):
+            raise ConfigError(f"threshold: expected a probability, found {self.threshold!r}")
+        if self.keep is not None and not (isinstance(self.keep, int | float) and 0 < self.keep <= 1):
+            raise ConfigError(f"keep: expected a share above 0 and at most 1, or null, found {self.keep!r}")
 
 
 @dataclass
@@ -85,6 +91,8 @@ class _Loop:
     ):
         if twig is None and (decoding.keep is not None or decoding.delta != 0):
             raise ConfigError("decoding without a twig: set keep to null and delta to 0")
+        if twig is not None:
+            _check_fits(base, twig)
         geometry = None if twig is None else twig.geometry
         first, wipe = (
             (0, len(base.layers)) if geometry is None else (geometry.attach_layer, geometry.wipe_layer)
@@ -218,6 +226,21 @@ class _Loop:
         most = max(map(len, columns))
         is_whole = any(of and len(of) == len(taken) for of, taken in zip(drafts.tokens, columns, strict=True))
         self.delta = min(self.delta + 1, LONGEST_ADAPTED) if is_whole else max(1, most + 1)
+
+
+def _check_fits(base: Base, twig: Twig) -> None:
+    """Raise `ConfigError` for a twig of a longer or shorter base, or with another dtype or place than this one."""
+    asked, found = twig.geometry.num_base_layers, len(base.layers)
+    if asked != found:
+        raise ConfigError(
+            f"the twig belongs to a base of {asked} layers, this model has {found}; use its own base"
+        )
+    mine, theirs = next(twig.parameters()), base.network
+    if (mine.dtype, mine.device) != (theirs.dtype, theirs.device):
+        raise ConfigError(
+            f"the twig is {mine.dtype} on {mine.device}, its base {theirs.dtype} on {theirs.device}; load the twig "
+            "again with `load_twig`, after the base has moved"
+        )
 
 
 def answers_as_tensor(answers: Answers, *, pad_id: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.errors import ConfigError
 from pipeline.models.families import FAMILIES, Family
 from pipeline.positions import IGNORE_INDEX
 
@@ -28,7 +29,14 @@ class Prompts:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], *, image_token_id: int) -> Prompts:
-        """Wrap what a processor returns, or what `generate` gives its decoding method."""
+        """Wrap what a processor returns, or what `generate` gives its decoding method.
+
+        Raises `ConfigError` for prompts that are not ids, or that are padded on the right.
+        """
+        if inputs.get("inputs_embeds") is not None or inputs.get("input_ids") is None:
+            raise ConfigError(
+                "decoding with a twig needs input_ids; pass prompts as ids, without inputs_embeds"
+            )
         kept = {
             name: value for name, value in inputs.items() if name not in OF_GENERATE and value is not None
         }
@@ -36,6 +44,10 @@ class Prompts:
         # `generate` leaves out the grids of images: positions of several axes (Qwen's) cannot be computed again.
         if (positions := inputs.get("position_ids")) is not None and positions.ndim == 3:
             kept["position_ids"] = positions
+        if not bool(kept["attention_mask"][:, -1].all()):
+            raise ConfigError(
+                "prompts are padded on the right, where the answer begins; set the tokenizer's padding_side to left"
+            )
         return cls(kept, kept["input_ids"] == image_token_id)
 
     @property

@@ -65,7 +65,8 @@ class Counts:
 
     `positions` are the unpadded ones. `vision_tokens` are those of all images of a sample. `text_rows` are the
     unpadded text tokens after the sample's first vision token: the rows T of its attention. `attended_images` are the
-    images that some text of their sample follows.
+    images that some text of their sample follows. `asks_about_images` is 1 where the last prompt position follows a
+    vision token, else 0.
     """
 
     images: Tensor
@@ -74,6 +75,7 @@ class Counts:
     answers: Tensor
     attended_images: Tensor
     positions: Tensor
+    asks_about_images: Tensor
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> Counts:
@@ -81,6 +83,7 @@ class Counts:
         is_vision, sizes = batch["is_vision"], batch["sizes"]
         is_text = ~is_vision & batch["attention_mask"].bool()
         after_vision = is_vision.long().cumsum(dim=1) > 0
+        last_prompt = last_prompt_positions(batch["labels"], batch["attention_mask"])
         return cls(
             images=torch.tensor([len(of_sample) for of_sample in sizes], device=is_vision.device),
             vision_tokens=is_vision.sum(dim=1),
@@ -88,6 +91,7 @@ class Counts:
             answers=(batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1),  # a position predicts the next token
             attended_images=_attended_images(is_vision, is_text, sizes),
             positions=batch["attention_mask"].bool().sum(dim=1),
+            asks_about_images=after_vision.gather(1, last_prompt.clamp(min=0)[:, None])[:, 0].long(),
         )
 
 

@@ -87,8 +87,9 @@ VARIANTS = (
         "student.lora={}",
     ],
 )
-A_TWIG = ["student=null", "evaluate=null", "targets={hidden_states: {layer: 1}}", "losses={}"]
-A_TWIG += ["twig={attach_layer: 1, num_layers: 1, keep: 0.5, lora: {}}"]
+A_TWIG = ["student=null", "evaluate=null", "losses={query_attention: {}, prediction: {}}"]
+A_TWIG += ["targets={hidden_states: {layer: 1}, query_attention: {}, final_hidden: {}}"]
+A_TWIG += ["twig={attach_layer: 1, num_layers: 1, keep: 0.5, lora: {}, pruning_head: true}"]
 SEVERAL = ["cache=null", 'caches=[{path: "{tmp}/0/store"}]', "evaluate=null", "data.max_length=60"]
 
 
@@ -157,6 +158,8 @@ def of_target(name: str, setting: str) -> tuple[list[str], list[str]]:
 
 TWIG = [*ONE_STORE, "student=null", "losses={}", "targets={hidden_states: {layer: 1}}"]
 TWIG += ["twig={attach_layer: 1, num_layers: 2, lora: {}}"]
+DISTILLED = [*TWIG, "targets={hidden_states: {layer: 1}, query_attention: {}, final_hidden: {}}"]
+DISTILLED += ["losses={query_attention: {}, prediction: {}}", "twig.pruning_head=true"]
 
 
 # Key -> another value, or the overrides of two configs that differ in this key alone. Places are filled in.
@@ -185,6 +188,10 @@ OTHER: dict[str, str | tuple[list[str], list[str]]] = {
     "twig.num_layers": "1",
     "twig.wipe_layer": "3",
     "twig.keep": "0.5",
+    "twig.pruning_head": (
+        [*DISTILLED, "losses.query_attention.weight=0"],
+        [*DISTILLED, "losses.query_attention=null", "twig.pruning_head=false"],
+    ),
     "twig.draft_vocabulary": "4",
     "twig.first_weights": "random",
     "twig.dtype": "bfloat16",
@@ -245,6 +252,10 @@ OTHER: dict[str, str | tuple[list[str], list[str]]] = {
     "losses.logits.direction": "forward",
     "losses.logits.temperature": "2",
     "losses.logits.tail": "bucket",
+    "losses.query_attention.weight": (DISTILLED, [*DISTILLED, "losses.query_attention.weight=0.5"]),
+    "losses.prediction.weight": (DISTILLED, [*DISTILLED, "losses.prediction.weight=0.5"]),
+    "losses.prediction.temperature": (DISTILLED, [*DISTILLED, "losses.prediction.temperature=2"]),
+    "losses.prediction.clip": (DISTILLED, [*DISTILLED, "losses.prediction.clip=null"]),
     "evaluate.shards": "{shard}",
     "evaluate.max_new_tokens": "1",
     "evaluate.dtype": "bfloat16",

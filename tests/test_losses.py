@@ -21,6 +21,7 @@ from pipeline.losses.losses import (
     VisionFocusLoss,
     focus_tokens,
 )
+from pipeline.losses.of_twigs import PredictionLoss
 from pipeline.models.mobilevlm import IMAGE_TOKEN_ID as IMAGE
 from pipeline.models.vlm import VisionLanguageModel
 from pipeline.positions import IGNORE_INDEX, Counts
@@ -34,6 +35,7 @@ SETTINGS = {
         for heads, layers in (("mean", [(0, 0)]), ("mix", [(0, 0)]), ("mix", [(0, 0), (1, 1)]))
     ],
     "vision_focus": [VisionFocusLoss(k=2), VisionFocusLoss(k=16, layer=1)],
+    "prediction": [PredictionLoss(), PredictionLoss(temperature=1.0, clip=None), PredictionLoss(clip=0.2)],
     "logits": [
         LogitsLoss(direction=direction, temperature=temperature)
         for direction in ("reverse", "forward", "jsd")
@@ -62,14 +64,16 @@ ZERO = [
 
 
 def outputs_of(model, batch) -> Unscored:
-    """A student's forward as the losses see it, with attention of layers 0 and 1."""
+    """A student's forward as the losses see it, with attention of layers 0 and 1; layer 1 looks as a twig does."""
     vlm = VisionLanguageModel(model)
     features = batch.encoded_by(vlm.encode)
     predicts = batch["labels"][:, 1:] != IGNORE_INDEX
     answers = torch.nn.functional.pad(predicts, (0, 1))
-    made = vlm.forward(batch, features, layers=[0, 1], answers=answers)
+    made = vlm.forward(batch, features, layers=[0, 1], answers=answers, query_layer=1)
     vision = None if features is None else features.flat
-    return Unscored(made.logits, batch["labels"][:, 1:][predicts], made.slots, vision, made.attention)
+    scores, asks = made.query_attention.mean(dim=1), Counts.of(batch).asks_about_images > 0
+    labels = batch["labels"][:, 1:][predicts]
+    return Unscored(made.logits, labels, made.slots, vision, made.attention, scores, asks)
 
 
 @torch.no_grad()
@@ -79,13 +83,24 @@ def targets_of(model, batch, top_k=8) -> TeacherTargets:
     log_probs = outputs.answer_logits.log_softmax(dim=-1)
     top, ids = log_probs.topk(top_k, dim=-1)
     tail = log_probs.scatter(1, ids, -math.inf).logsumexp(dim=-1).clamp(min=-30)
+    of_twigs = {
+        "query_attention": outputs.vision_scores[:, None],
+        "final_hidden": outputs.answer_logits,
+    }
     if top_k == log_probs.shape[1]:
-        return TeacherTargets(outputs.attention, outputs.vision, ids, top, tail)
+        return TeacherTargets(outputs.attention, outputs.vision, ids, top, tail, **of_twigs)
     # Each position a sample of its own, named by what it says: a batch then draws what its samples do.
     keys = [str(row.topk(20).indices.tolist()) for row in log_probs]
     draws = draw_tail(log_probs, ids, keys=keys, num_answers=[1] * len(keys), num_draws=3)
     return TeacherTargets(
-        outputs.attention, outputs.vision, ids, top, tail, draws, log_probs.gather(1, draws).clamp(min=-30)
+        outputs.attention,
+        outputs.vision,
+        ids,
+        top,
+        tail,
+        draws,
+        log_probs.gather(1, draws).clamp(min=-30),
+        **of_twigs,
     )
 
 
@@ -93,6 +108,8 @@ def head_of(name, settings):
     """A head that maps equal to equal: the identity, or a mixture that takes head n for head n."""
     if LOSSES[name].head == "vision_map":
         return VisionMap(32, 32)
+    if LOSSES[name].head == "base_head":  # `final_hidden` are the logits themselves here
+        return torch.nn.Identity()
     if LOSSES[name].head == "head_mixer" and settings.heads == "mix":
         mixer = HeadMixer(len(settings.layers), 4, 4)
         with torch.no_grad():
@@ -139,7 +156,7 @@ def test_every_row_reads_targets_that_exist():
 
 def test_weights_are_the_published_1_but_for_the_term_that_hurt_at_it():
     weights = {name: row.settings().weight for name, row in LOSSES.items()}
-    assert weights == dict.fromkeys(LOSSES, 1.0) | {"logits": 0.1}
+    assert weights == dict.fromkeys(LOSSES, 1.0) | {"logits": 0.1, "prediction": 0.1}
 
 
 @pytest.mark.parametrize(("name", "settings", "top_k"), ZERO)
@@ -194,9 +211,10 @@ def test_padding_is_never_seen(name, settings, batch, student, teacher):
     garbage = {layer: padded(a.detach()).requires_grad_() for layer, a in bare.items()}
     dirty_targets = replace(targets, attention={n: padded(a) for n, a in targets.attention.items()})
     total, count = compute(name, settings, replace(outputs, attention=bare), targets)
-    dirty, dirty_count = compute(
-        name, settings, replace(outputs, attention=garbage, slots=slots), dirty_targets
-    )
+    wide = replace(outputs, vision_scores=torch.nn.functional.pad(outputs.vision_scores, (0, 3)))
+    query = torch.nn.functional.pad(targets.query_attention, (0, 3))
+    dirty_targets = replace(dirty_targets, query_attention=query)
+    dirty, dirty_count = compute(name, settings, replace(wide, attention=garbage, slots=slots), dirty_targets)
     torch.testing.assert_close(dirty, total)
     assert dirty_count == count
     if name == "attention":

@@ -24,7 +24,7 @@ from pipeline.distill.training.resuming import ADAPTERS_FILE
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.models.loading import load_network
 from pipeline.models.vlm import VisionLanguageModel
-from pipeline.positions import IGNORE_INDEX
+from pipeline.positions import IGNORE_INDEX, find_slots, last_prompt_positions
 from pipeline.report.gather import gather
 from pipeline.targets.vocabulary import score_answers
 from pipeline.teacher_cache.teacher import cache_teacher
@@ -175,7 +175,10 @@ def online(vlm: VisionLanguageModel, twig: Any, batch: dict[str, Any]) -> Tensor
         hidden = vlm.network(**inputs, output_hidden_states=True, use_cache=False).hidden_states[1]
         layer_inputs = LayerInputs.record(vlm.network, inputs)
     labels = batch["labels"][:, 1:][predicts[:, :-1]]
-    return -score_answers(twig(hidden, layer_inputs, predicts), labels).label.sum()
+    slots = find_slots(batch["is_vision"], batch["attention_mask"])
+    rows = last_prompt_positions(batch["labels"], batch["attention_mask"])
+    logits, _ = twig(hidden, layer_inputs, predicts, rows, slots.vision)
+    return -score_answers(logits, labels).label.sum()
 
 
 def test_hidden_states_that_are_recomputed_train_the_same_twig(small, made_of, tmp_path):

@@ -53,9 +53,9 @@ class TwigSpecimen:
         features = vlm.encode(pixels, sizes) if sizes else None
         return Prompts.of(vlm.inputs(batch, features), image_token_id=vlm.image_token_id)
 
-    def twig(self, geometry: Geometry, *, seed: int | None = None) -> Twig:
-        """Return a twig: copied layers, or with a seed random ones."""
-        made = Twig.copied(self.base.network, geometry).eval()
+    def twig(self, geometry: Geometry, *, seed: int | None = None, prunes: bool = False) -> Twig:
+        """Return a twig: copied layers, or with a seed random ones; with a random pruning head if it `prunes`."""
+        made = Twig.copied(self.base.network, geometry, prunes=prunes).eval()
         if seed is not None:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 torch.manual_seed(seed)

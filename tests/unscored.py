@@ -21,7 +21,17 @@ class Unscored:
     slots: Slots = NO_SLOTS
     vision: torch.Tensor | None = None
     attention: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    vision_scores: torch.Tensor | None = None
+    asks: torch.Tensor | None = None
 
     def scored(self, teacher: TeacherTargets) -> StudentOutputs:
         scores = score_answers(self.answer_logits, self.answer_labels, teacher.top_ids, teacher.draw_ids)
-        return StudentOutputs(scores, self.slots, self.vision, self.attention)
+        return StudentOutputs(
+            scores,
+            self.slots,
+            self.vision,
+            self.attention,
+            logits=self.answer_logits,
+            vision_scores=self.vision_scores,
+            asks=self.asks,
+        )

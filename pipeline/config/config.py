@@ -69,7 +69,7 @@ class DataConfig(Section):
 
 
 # One optional section for each row of the two tables.
-# Targets added later are left out of records while they are null, so that records of older runs stay valid.
+# Targets and losses added later are left out of records while they are null: records of older runs stay valid.
 _FIRST_TARGETS = ("attention", "vision", "logits")
 _TARGETS: dict[str, Any] = {
     name: (
@@ -79,7 +79,12 @@ _TARGETS: dict[str, Any] = {
     for name, target in TARGETS.items()
 }
 _LOSSES: dict[str, Any] = {
-    name: (loss.settings | None, loss.settings() if name == "supervised" else None)
+    name: (
+        loss.settings | None,
+        Field(default=None, exclude_if=lambda asked: asked is None)
+        if loss.only == "twig"
+        else (loss.settings() if name == "supervised" else None),
+    )
     for name, loss in LOSSES.items()
 }
 

@@ -23,6 +23,10 @@ def check_consistent(config: Any) -> None:
 def _check_losses(config: Any) -> None:
     """Raise `ValueError` unless the losses find their targets."""
     for name, loss in config.losses.active().items():
+        if LOSSES[name].only == "twig" and config.twig is None:
+            raise ValueError(
+                f"losses.{name} trains a twig, and the config has no `twig` section; set losses.{name}: null"
+            )
         for target in LOSSES[name].targets:
             if getattr(config.targets, target) is None:
                 raise ValueError(

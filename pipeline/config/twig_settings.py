@@ -12,9 +12,6 @@ from pipeline.errors import ConfigError
 from pipeline.losses.losses import LOSSES
 from pipeline.settings import Section
 
-# Targets that are compared with what is inside a student: a twig has no vision tower, and layers of other numbers.
-OF_STUDENTS = {"attention", "vision"}
-
 
 class TwigConfig(Section):
     """A twig (TwigVLM, arXiv 2503.14075): a few layers on the base's first ones, in place of a student.
@@ -33,6 +30,9 @@ class TwigConfig(Section):
     keep: float | None = Field(default=None, gt=0, le=1)
     """Share of the vision tokens that it will be asked to keep, on average over the layers. The training only checks
     that it is possible. [share; stage 2]"""
+    pruning_head: bool = Field(default=False, exclude_if=lambda is_on: not is_on)
+    """Gives it a head of its own for the scores of vision tokens (TwigVLM++), which `losses.query_attention` trains;
+    false: the attention of its last layer. [stage 2; run]"""
     draft_vocabulary: int | None = Field(default=None, ge=1, exclude_if=lambda number: number is None)
     """Drafts only the tokens that are most frequent as labels, by their rows of the head; null: all. A head is up to
     half of a small model's draft. [tokens; stage 2; run]"""
@@ -81,11 +81,21 @@ def check_twig(config: Any) -> None:
             "continues the hidden states of the layer that it is attached to: set both to one number"
         )
     for name in config.losses.active():
-        if read := OF_STUDENTS.intersection(LOSSES[name].targets):
+        if LOSSES[name].only == "student":
             raise ValueError(
-                f"losses.{name} compares {' and '.join(sorted(read))} with what is inside a student, which a twig "
-                f"does not have; set losses.{name}: null"
+                f"losses.{name} compares {' and '.join(LOSSES[name].targets)} with what is inside a student, which a "
+                f"twig does not have; set losses.{name}: null"
             )
+    if config.losses.query_attention and not twig.pruning_head:
+        raise ValueError(
+            "losses.query_attention trains the pruning head of a twig, which has none; set twig.pruning_head: true, "
+            "or remove the loss"
+        )
+    if twig.pruning_head and not config.losses.query_attention:
+        raise ValueError(
+            "twig.pruning_head: true, but nothing trains it; add `losses.query_attention: {}` and a target "
+            "`query_attention` of a layer that looks at the image, or set it to false"
+        )
     if not config.losses.active():
         raise ValueError("losses: none is left to train the twig with; give losses.supervised a weight")
 

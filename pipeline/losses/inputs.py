@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from torch import Tensor
+import torch
+from pydantic import Field
+from torch import Tensor, nn
 
 from pipeline.positions import Slots
 from pipeline.targets.vocabulary import AnswerScores
+
+Result = tuple[Tensor, Tensor]  # a loss's sum, and its count
+Head = nn.Module | None
+Weight = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,22 @@ class StudentOutputs:
     `scores`     log probabilities of the labels and of the tokens that the teacher's targets name, at the answers
     `attention`  layer -> float32 'B H T J'
     `vision`     'G D', projected vision features of all images in order
+
+    Of a twig alone:
+    `logits`        'A V' at the answers
+    `vision_scores` float32 'B J', of its pruning head, from the last prompt positions
+    `asks`          bool 'B', whether that position follows a vision token
     """
 
     scores: AnswerScores
     slots: Slots
     vision: Tensor | None = None
     attention: Mapping[int, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+    vision_scores: Tensor | None = None
+    asks: Tensor | None = None
+
+
+def count_of(count: int, like: Tensor) -> Tensor:
+    """Return a loss's count, on the device of a tensor of the batch."""
+    return torch.tensor(count, dtype=torch.float32, device=like.device)

@@ -12,20 +12,17 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.losses.divergences import DIVERGENCES, buckets, within_tail
-from pipeline.losses.inputs import StudentOutputs, TeacherTargets
+from pipeline.losses.inputs import Head, Result, StudentOutputs, TeacherTargets, Weight, count_of
+from pipeline.losses.of_twigs import PredictionLoss, QueryAttentionLoss, prediction, query_attention
 from pipeline.positions import Counts, Slots
 from pipeline.settings import Section
 
 # Smaller probabilities are raised to this, so that their log is finite; on both sides, so that equal stays equal.
 SMALLEST_PROBABILITY = 1e-8
 
-
-Result = tuple[Tensor, Tensor]
-Head = nn.Module | None
-Weight = Annotated[float, Field(ge=0)]
 Layer = Annotated[int, Field(ge=0)]
 
 
@@ -39,7 +36,7 @@ class SupervisedLoss(Section):
 def supervised(student: StudentOutputs, teacher: TeacherTargets, head: Head, settings: Any) -> Result:
     """Cross entropy with the labels; counts answer positions 'A'."""
     total = -student.scores.label.sum()
-    return total, _count(student.scores.label.numel(), total)
+    return total, count_of(student.scores.label.numel(), total)
 
 
 class AttentionLoss(Section):
@@ -82,7 +79,7 @@ def attention(student: StudentOutputs, teacher: TeacherTargets, head: Head, sett
         # A padded row has a distance, too, which means nothing.
         total = total + (per_row.mean(dim=1) * real_rows).sum()
         count += int(real_rows.sum())
-    return total, _count(count, total)
+    return total, count_of(count, total)
 
 
 def row_kl(teacher: Tensor, student: Tensor, real: Tensor | Literal[True] = True) -> Tensor:
@@ -122,7 +119,7 @@ def vision_all(student: StudentOutputs, teacher: TeacherTargets, head: Head, set
     assert head is not None and student.vision is not None
     per_token = _vision_distance(student.vision, head(teacher.vision))
     per_image = torch.stack([of_image.mean() for of_image in per_token.split(list(student.slots.sizes))])
-    return per_image.sum(), _count(len(per_image), per_token)
+    return per_image.sum(), count_of(len(per_image), per_token)
 
 
 class VisionFocusLoss(Section):
@@ -154,7 +151,7 @@ def vision_focus(student: StudentOutputs, teacher: TeacherTargets, head: Head, s
     per_image = torch.stack(
         [of_image[chosen].mean() for of_image, chosen in zip(of_images, focus, strict=True)]
     )
-    return (per_image * attended).sum(), _count(int(attended.sum()), per_token)
+    return (per_image * attended).sum(), count_of(int(attended.sum()), per_token)
 
 
 def focus_tokens(attention: Tensor, slots: Slots, k: int) -> list[Tensor]:
@@ -214,12 +211,14 @@ def logits(student: StudentOutputs, teacher: TeacherTargets, head: Head, setting
     per_position = DIVERGENCES[settings.direction](ours, theirs) * settings.temperature**2
     if teacher.draw_ids is not None and teacher.draw_log_probs is not None and settings.uses_draws():
         per_position = per_position + within_tail(ours, theirs, student.scores.draws, teacher.draw_log_probs)
-    return per_position.sum(), _count(len(ours), per_position)
+    return per_position.sum(), count_of(len(ours), per_position)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss function, its settings, the targets it reads, and the kind of trained head it shares.
+    """A loss function, its settings, the targets it reads, and the head it shares: a trained one, or the base's own.
+
+    `only` says what it can train, if that is not both: a student or a twig.
 
     `count` returns what `compute` will count in a batch. The trainer needs it for all batches of an optimizer step
     before the first backward.
@@ -229,7 +228,8 @@ class Loss:
     settings: type[Section]
     count: Callable[[Any, Counts], Tensor]
     targets: tuple[str, ...] = ()
-    head: Literal["head_mixer", "vision_map"] | None = None
+    head: Literal["head_mixer", "vision_map", "base_head"] | None = None
+    only: Literal["student", "twig"] | None = None
 
 
 LOSSES: dict[str, Loss] = {
@@ -240,6 +240,7 @@ LOSSES: dict[str, Loss] = {
         lambda settings, counts: len(settings.layers) * counts.text_rows.sum(),
         targets=("attention",),
         head="head_mixer",
+        only="student",
     ),
     "vision_all": Loss(
         vision_all,
@@ -247,6 +248,7 @@ LOSSES: dict[str, Loss] = {
         lambda _, counts: counts.images.sum(),
         targets=("vision",),
         head="vision_map",
+        only="student",
     ),
     "vision_focus": Loss(
         vision_focus,
@@ -254,16 +256,28 @@ LOSSES: dict[str, Loss] = {
         lambda _, counts: counts.attended_images.sum(),
         targets=("vision", "attention"),
         head="vision_map",
+        only="student",
     ),
     "logits": Loss(logits, LogitsLoss, lambda _, counts: counts.answers.sum(), targets=("logits",)),
+    "query_attention": Loss(
+        query_attention,
+        QueryAttentionLoss,
+        lambda _, counts: counts.asks_about_images.sum(),
+        targets=("query_attention",),
+        only="twig",
+    ),
+    "prediction": Loss(
+        prediction,
+        PredictionLoss,
+        lambda _, counts: counts.answers.sum(),
+        targets=("final_hidden",),
+        head="base_head",
+        only="twig",
+    ),
 }
-
-
-def _count(count: int, like: Tensor) -> Tensor:
-    return torch.tensor(count, dtype=torch.float32, device=like.device)
 
 
 def _nothing(student: StudentOutputs) -> Result:
     """Return a sum of zero and a count of zero; attached to the graph, so that backward still runs."""
     zero = student.scores.label.sum() * 0
-    return zero, _count(0, zero)
+    return zero, count_of(0, zero)

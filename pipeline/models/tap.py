@@ -43,6 +43,20 @@ class QueryAndKey:
     scaling: float
     is_causal: bool
 
+    def narrowed(self, rows: Tensor, columns: Tensor) -> QueryAndKey:
+        """Return one row of each sample, and some of its columns: positions 'B' and 'B J', -1 where there is none."""
+        at, of = rows.clamp(min=0)[:, None, None, None], columns.clamp(min=0)[:, None]
+        (num_heads, width), num_groups = self.query.shape[1::2], self.key.shape[1]
+        if self.mask is not None:
+            mask = self.mask.expand(len(rows), -1, -1, -1)
+            mask = mask.gather(2, at.expand(-1, mask.shape[1], -1, mask.shape[3]))
+            mask = mask.gather(3, of[:, :, None].expand(-1, mask.shape[1], -1, -1))
+        else:
+            mask = of[:, :, None] <= at if self.is_causal else None
+        query = self.query.gather(2, at.expand(-1, num_heads, -1, width))
+        key = self.key.gather(2, of[..., None].expand(-1, num_groups, -1, width))
+        return QueryAndKey(query, key, mask, self.scaling, is_causal=False)
+
 
 @dataclass
 class Recording:

@@ -25,7 +25,7 @@ class FinalHiddenTarget(Target):
     """`cache` stores it, `recompute` lets stage 2 recompute it, with the whole teacher in memory.
     [stage 1, stage 2; store, run]"""
     codec: HiddenCodec = "bfloat16"
-    """How it is stored. [stage 1; store, run]"""
+    """How it is stored. [stage 1, stage 2; store, run]"""
 
     @property
     def deepest(self) -> None:

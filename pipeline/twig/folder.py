@@ -28,7 +28,10 @@ FORMAT = 1
 
 
 def save_twig(folder: Path, twig_tensors: dict[str, Tensor], geometry: Geometry, base: BaseIdentity) -> None:
-    """Write a twig's tensors, as `Twig.state_dict` names them, and what it belongs to."""
+    """Write a twig's tensors, as `Twig.state_dict` names them, and what it belongs to.
+
+    Whether it has a pruning head is known from the names of its tensors.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     fields = {
         "model_type": MODEL_TYPE,
@@ -70,8 +73,10 @@ def load_twig(folder: str | Path, network: Any) -> Twig:
     folder = Path(folder)
     geometry, base = read_twig_config(folder)
     base.check_is(network, asked_by=f"the twig in {folder}")
-    twig = Twig.empty(network.config, geometry, dtype=network.dtype)
-    fill_twig(twig, read_tensors(folder), source=folder)
+    tensors = read_tensors(folder)
+    prunes = any(name.startswith("pruning_head.") for name in tensors)
+    twig = Twig.empty(network.config, geometry, dtype=network.dtype, prunes=prunes)
+    fill_twig(twig, tensors, source=folder)
     return twig.to(network.device, network.dtype).eval().requires_grad_(False)
 
 

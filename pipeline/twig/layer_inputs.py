@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,12 @@ class LayerKind:
     mask: Tensor | None
     rotary: tuple[Tensor, ...]
     others: Mapping[str, Any]
+
+    def rotated(self, places: Tensor | None) -> LayerKind:
+        """Return it with every column rotated as column `places` 'B S' is; None: as it is."""
+        if places is None:
+            return self
+        return replace(self, rotary=tuple(_rows_of(values, places) for values in self.rotary))
 
     def whole(self) -> dict[str, Any]:
         """Return a layer's arguments for the whole sequence."""
@@ -65,6 +71,21 @@ class LayerKind:
         return visible & (seen >= 0) | (at < 0)
 
 
+def _places_without_padding(network: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return each column's distance 'B S' from the first one of its sample that is not padding; None for no padding.
+
+    A family that counts columns gives a prompt that is padded on the left other angles than in training. Attention
+    does not change with that, because it reads differences of angles alone, but a pruning head's gates do.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or hasattr(network.base_model, "get_rope_index"):  # which does not count padding
+        return None
+    starts = mask.int().argmax(dim=1)
+    if not bool(starts.any()):
+        return None
+    return (torch.arange(mask.shape[1], device=mask.device) - starts[:, None]).clamp(min=0)
+
+
 def _rows_of(values: Tensor, rows: Tensor) -> Tensor:
     """Return the rows 'B Q' of '... B|1 S D' along S: '... B Q D'."""
     values = values.expand(*values.shape[:-3], len(rows), *values.shape[-2:])
@@ -96,8 +117,10 @@ class LayerInputs:
         # A layer returned `nothing`, so another input of the next one is what the decoder added to it.
         added = {n: call.hidden for n, call in enumerate(calls[1:]) if call.hidden is not calls[0].nothing}
         kinds: dict[tuple[int, int], LayerKind] = {}
+        places = _places_without_padding(network, inputs)
         for call in calls:
-            kinds.setdefault(call.kind, _kind(call.arguments))
+            if call.kind not in kinds:
+                kinds[call.kind] = _kind(call.arguments).rotated(places)
         return cls(calls[0].hidden, [kinds[call.kind] for call in calls], added)
 
 

@@ -60,7 +60,7 @@ class LossModule(nn.Module):
         # Heads and losses are float32 under `train.bf16` too: they are small, and KL is a difference of like numbers.
         with torch.autocast(mine.slots.text.device.type, enabled=False):
             return {
-                name: LOSSES[name].compute(mine, teacher, self._head_of(name), settings)
+                name: LOSSES[name].compute(mine, teacher, self.head_of(name), settings)
                 for name, settings in self.losses.items()
             }
 
@@ -83,7 +83,8 @@ class LossModule(nn.Module):
         means = {name: total / count.clamp(min=1) for name, (total, count) in terms.items()}
         return torch.stack([self.losses[name].weight * mean for name, mean in means.items()]).sum()
 
-    def _head_of(self, loss: str) -> nn.Module | None:
+    def head_of(self, loss: str) -> nn.Module | None:
+        """Return the head that a loss shares, if there is one."""
         kind = LOSSES[loss].head
         return self.heads[kind] if kind is not None and kind in self.heads else None
 

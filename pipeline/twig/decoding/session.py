@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pipeline.models.tap import query_to_vision, recording
 from pipeline.positions import Slots, find_slots
 from pipeline.twig.base import Base
 from pipeline.twig.decoding.layer_group import LayerGroup
@@ -65,16 +64,13 @@ class Session:
     def read_with_twig(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Run the twig over the prompts. Return its output at the last position 'B D', and its scores 'B J'.
 
-        A score is the attention of the twig's last layer from the last prompt position to a vision token: softmax
-        over the whole row, mean over heads (twig.md 2).
+        A score says how the last prompt position attends to a vision token (`Twig.scoring`).
         """
-        assert self.own is not None
-        last = len(self.own.layers) - 1
-        with recording({last}) as made:
+        assert self.own is not None and self.twig is not None
+        with self.twig.scoring() as scores:
             hidden = self.own.run(states, self.prompts.rows)
         at = torch.full((len(hidden),), self.prompts.length - 1, device=hidden.device)
-        scores = query_to_vision(made.kept[last], at, self.slots.vision, whole_row=True)
-        return hidden[:, -1], scores.mean(dim=1)
+        return hidden[:, -1], scores(at, self.slots.vision)
 
     def prune(self, scores: Tensor, counts: list[int]) -> None:
         """Drop all but `counts` vision tokens of each sample from what is pending, and all before the deep layers."""

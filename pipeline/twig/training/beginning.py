@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from cache import Difference, FingerprintMismatch, Store, digest_of
 from pipeline.config.config import Config
@@ -22,6 +24,8 @@ from pipeline.twig.base_identity import BaseIdentity
 from pipeline.twig.folder import fill_twig, first_weights
 from pipeline.twig.geometry import Geometry
 from pipeline.twig.module import Twig
+from pipeline.twig.pruning_head import PruningHead
+from pipeline.twig.training.base_head import names_of_head
 
 REMEDY = (
     "give the base that the store was made with as teacher.model, or run `alignkd teacher-cache` with this config "
@@ -34,7 +38,8 @@ SIZES = ("family", "num_layers", "hidden_size", "vocab_size")
 class Beginning:
     """A twig before its first step, without its tensors.
 
-    `base_config` is that of the base's checkpoint, and `store` has its hidden states.
+    `base_config` is that of the base's checkpoint, and `store` has its hidden states. `reads_head` says that a loss
+    compares with the logits of the base's own head.
     """
 
     settings: TwigConfig
@@ -42,6 +47,7 @@ class Beginning:
     geometry: Geometry
     base: BaseIdentity
     store: Store
+    reads_head: bool = False
 
     @classmethod
     def of(cls, config: Config, store: Store) -> Beginning:
@@ -58,7 +64,8 @@ class Beginning:
         if settings.keep is not None and facts.num_vision_tokens is not None:
             geometry.num_kept(facts.num_vision_tokens, settings.keep)
         Twig.empty(base_config, geometry)  # raises for a family without a twig
-        return cls(settings, base_config, geometry, _identity(name, base_config, store), store)
+        identity = _identity(name, base_config, store)
+        return cls(settings, base_config, geometry, identity, store, "prediction" in config.losses.active())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,12 +77,11 @@ class Beginning:
     @property
     def digest(self) -> str:
         """A digest of the first weights. Raises `FingerprintMismatch` if their checkpoint is not the store's base."""
-        if self.settings.first_weights == "random":
-            return digest_of([self.base.digest, "random"])
-        return digest_of([self.base.digest, dict(self._digests())])
+        of_groups = dict(self._digests())
+        return digest_of([self.base.digest, of_groups or "random"])
 
     def _digests(self) -> Iterator[tuple[str, str]]:
-        """Yield the digests of the groups of tensors that the twig copies, compared with those of its base."""
+        """Yield the digests of the groups of tensors that are read of the base, compared with those of the store."""
         known = self._digests_of_tensors()
         groups = anatomy_of(self.base_config).groups()
         names_of: dict[str, set[str]] = {}
@@ -89,22 +95,32 @@ class Beginning:
                 raise FingerprintMismatch(self.store.path, [difference], remedy=REMEDY)
 
     def _digests_of_tensors(self) -> Mapping[str, str]:
-        """Return the digest of each tensor that the twig copies, by the base's name for it."""
+        """Return the digest of each tensor that is read of the base, by the base's name for it."""
+        network = empty_network(self.base_config)
+        names = set(names_of_head(network).values()) if self.reads_head else set()
+        if self.settings.first_weights == "copy":
+            names |= set(Twig.empty(self.base_config, self.geometry).names_in_base(self.base_config).values())
+        if not names:
+            return {}
         checkpoint = Checkpoint(self.base.name)
-        names = set(Twig.empty(self.base_config, self.geometry).names_in_base(self.base_config).values())
-        sources = source_names(empty_network(self.base_config), checkpoint.names())
+        sources = source_names(network, checkpoint.names())
         found = {name: sources.get(name, name) for name in names}
         digests = checkpoint.tensor_digests(set(found.values()))
         return {name: digests[source] for name, source in found.items()}
 
+    def empty_twig(self) -> Twig:
+        """Return the twig without weights."""
+        prunes = self.settings.pruning_head
+        return Twig.empty(self.base_config, self.geometry, dtype=self.dtype, prunes=prunes)
+
     def twig(self) -> Twig:
         """Return the twig with its first weights; random ones are drawn from torch's random generator."""
-        made = Twig.empty(self.base_config, self.geometry, dtype=self.dtype)
+        made = self.empty_twig()
         with building(f"twig of {self.base.name}", then="correct the `twig` section"):
             if self.settings.first_weights == "copy":
                 checkpoint = Checkpoint(self.base.name)
                 tensors = first_weights(made, checkpoint, self.base_config, dtype=self.dtype)
-                fill_twig(made, tensors, source=self.base.name)
+                fill_twig(made, tensors | _drawn(made.pruning_head), source=self.base.name)
             else:
                 _draw(made, self.base_config)
         made.gradient_checkpointing = self.settings.gradient_checkpointing
@@ -119,12 +135,25 @@ def geometry_of(settings: TwigConfig, num_base_layers: int) -> Geometry:
     return Geometry(settings.attach_layer, settings.num_layers, wipe, num_base_layers)
 
 
+def _drawn(pruning_head: PruningHead | None) -> dict[str, Tensor]:
+    """Return first weights of a pruning head without weights: those of `nn.Linear`, as in the released code."""
+    if pruning_head is None:
+        return {}
+    made = copy.deepcopy(pruning_head).to_empty(device="cpu")
+    for linear in made.children():
+        cast(nn.Linear, linear).reset_parameters()
+    return {f"pruning_head.{name}": tensor for name, tensor in made.state_dict().items()}
+
+
 def _draw(twig: Twig, base_config: Any) -> None:
     """Give a twig without weights the first weights that its family has before any training."""
     decoder = empty_network(base_config).get_decoder()
     twig.to_empty(device="cpu")
     for module in twig.modules():
         decoder._init_weights(module)
+    drawn = {name.removeprefix("pruning_head."): one for name, one in _drawn(twig.pruning_head).items()}
+    if twig.pruning_head is not None:
+        twig.pruning_head.load_state_dict(drawn)
 
 
 def _check_sizes(facts: TeacherFacts, store: Store) -> None:

@@ -15,6 +15,7 @@ from pipeline.distill.parts import load_recompute, open_dataset, open_held_out
 from pipeline.distill.run import Job, train
 from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.twig.scaffold import Scaffold
+from pipeline.twig.training.base_head import BaseHead
 from pipeline.twig.training.beginning import Beginning
 from pipeline.twig.training.trained_twig import TrainedTwig, with_adapters
 from pipeline.twig.training.twig_distiller import TwigDistiller
@@ -60,10 +61,15 @@ def build_twig_distiller(
     twig = beginning.twig()
     if beginning.settings.lora is not None:
         with_adapters(twig, beginning.settings.lora)
+    head = None
+    if "prediction" in config.losses.active():
+        name = config.teacher.model
+        head = BaseHead.load(name, beginning.base_config, dtype=beginning.dtype, device=device)
     return TwigDistiller(
         twig,
         config.losses.active(),
         scaffold=Scaffold(beginning.base_config, dtype=beginning.dtype, device=device),
         patch_feature_cache_bytes=config.student.patch_feature_cache_bytes,
         recompute=load_recompute(config, dataset, held_out, device),
+        base_head=head,
     )

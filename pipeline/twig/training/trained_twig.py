@@ -76,7 +76,7 @@ class TrainedTwig(Trained):
         """Write the twig, with its adapters merged."""
         geometry = self.beginning.geometry
         if self.lora is not None:
-            plain = Twig.empty(self.beginning.base_config, geometry, dtype=self.beginning.dtype)
+            plain = self.beginning.empty_twig()
             with torch.device("meta"):
                 adapted = with_adapters(plain, self.lora)
             tensors = merged_into(plain, adapted, tensors)

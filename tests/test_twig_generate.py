@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_families
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import StoppingCriteria
 from twig_models import FAMILIES, TwigSpecimen, twig_specimen
 
@@ -137,7 +139,9 @@ def test_what_a_twig_cannot_do_is_refused(specimen, twig_folder, asked, complain
 def test_prompts_that_do_not_end_where_the_answer_begins_are_refused(specimen):
     twig, inputs = specimen.twig(GEOMETRY), inputs_of(specimen, 3)
     padded = {name: torch.nn.functional.pad(tensor, (0, 2)) for name, tensor in inputs.items()}
-    with pytest.raises(ConfigError, match=r"padded on the right, .* set the tokenizer's padding_side to left"):
+    with pytest.raises(
+        ConfigError, match=r"padded on the right, .* set the tokenizer's padding_side to left"
+    ):
         generate_with_twig(specimen.base.network, twig, padded, max_new_tokens=2)
     embeds = {"inputs_embeds": specimen.base.embeddings(inputs["input_ids"])}
     with pytest.raises(ConfigError, match="pass prompts as ids, without inputs_embeds"):
@@ -261,6 +265,59 @@ def test_broken_folders_are_refused_in_one_sentence(specimen, twig_folder, tmp_p
     (tmp_path / "twig.safetensors").write_bytes((twig_folder / "twig.safetensors").read_bytes())
     with pytest.raises(ConfigError, match="its tensors are not those of a twig of this base"):
         load_twig(tmp_path, network)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"attach_layer": 2}, "attach_layer is 2, but twig.safetensors was trained on layer 1"),
+        ({"attach_layer": True}, "a whole number of layers was expected, found True"),
+        ({"num_layers": 2.0}, "a whole number of layers was expected, found 2.0"),
+        ({"wipe_layer": "5"}, "a whole number of layers was expected, found '5'"),
+        ({"wipe_layer": 9}, r"config.json: twig: wipe_layer \(Kf\) 9 asked for"),
+        ({"base": {"digests": {}}}, "its digests are not those that its digest was made of"),
+        ({"base": {"digests": None}}, "its digests are not those that its digest was made of"),
+        ({"base": {"digest": "0"}}, "its digests are not those that its digest was made of"),
+        ({"base": {"num_layers": "6"}}, "a whole number of layers was expected, found '6'"),
+    ],
+)
+def test_an_edited_config_is_refused(specimen, twig_folder, tmp_path, changes, complaint):
+    folder = copied_twig(twig_folder, tmp_path)
+    fields = json.loads((folder / "config.json").read_text())
+    base = fields["base"] | changes.get("base", {})
+    (folder / "config.json").write_text(json.dumps(fields | changes | {"base": base}))
+    with pytest.raises(ConfigError, match=complaint) as error:
+        load_twig(folder, specimen.base.network)
+    assert "config.json" in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def copied_twig(folder: Path, elsewhere: Path) -> Path:
+    return Path(shutil.copytree(folder, elsewhere / "twig"))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([1, 10**6]),
+        torch.tensor([-1]),
+        torch.tensor([1.5]),
+        torch.tensor([[1]]),
+        torch.ones(0).long(),
+    ],
+)
+def test_ids_of_drafts_outside_the_vocabulary_are_refused(specimen, twig_folder, tmp_path, ids):
+    folder = copied_twig(twig_folder, tmp_path)
+    file = folder / "twig.safetensors"
+    save_file(load_file(file) | {"draft_ids": ids}, file)
+    with pytest.raises(ConfigError, match=r"draft_ids .* are no list of ids from 0 to"):
+        load_twig(folder, specimen.base.network)
+
+
+def test_a_twig_that_does_not_say_its_layer_beside_its_tensors_is_loaded(specimen, twig_folder, tmp_path):
+    """Earlier versions wrote it into config.json alone."""
+    folder = copied_twig(twig_folder, tmp_path)
+    save_file(load_file(folder / "twig.safetensors"), folder / "twig.safetensors")
+    assert load_twig(folder, specimen.base.network).geometry == GEOMETRY
 
 
 def test_a_family_with_layers_without_attention_is_refused(tmp_path):

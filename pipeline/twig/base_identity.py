@@ -61,7 +61,12 @@ class BaseIdentity:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> BaseIdentity:
-        return cls(**{name: value for name, value in fields.items() if name != "digest"})
+        """Return what `to_json` wrote. Raises `ValueError` if its digests are not those of its `digest`."""
+        made = cls(**{name: value for name, value in fields.items() if name != "digest"})
+        is_whole = isinstance(made.digests, Mapping) and "head" in made.digests
+        if not is_whole or made.digest != fields.get("digest"):
+            raise ValueError("base: its digests are not those that its digest was made of")
+        return made
 
     def check_is(self, network: Any, *, asked_by: str) -> None:
         """Raise `ConfigError` unless a model in memory is this base.

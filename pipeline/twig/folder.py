@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from pipeline.twig.module import Twig
 WEIGHTS = "twig.safetensors"
 CONFIG = "config.json"
 DRAFT_IDS = "draft_ids"  # a tensor of ids beside the parameters
+ATTACH_LAYER = "attach_layer"  # also beside the tensors: they fit any layer, and were trained for one
 MODEL_TYPE = "alignkd_twig"
 FORMAT = 1
 
@@ -43,7 +45,8 @@ def save_twig(folder: Path, twig_tensors: dict[str, Tensor], geometry: Geometry,
     }
     with writing(folder):
         # Not save_file, whose files only their owner may read.
-        (folder / WEIGHTS).write_bytes(save({name: t.contiguous() for name, t in twig_tensors.items()}))
+        tensors = {name: tensor.contiguous() for name, tensor in twig_tensors.items()}
+        (folder / WEIGHTS).write_bytes(save(tensors, metadata={ATTACH_LAYER: str(geometry.attach_layer)}))
         replace_text(folder / CONFIG, json.dumps(fields, indent=1) + "\n")
 
 
@@ -61,8 +64,13 @@ def read_twig_config(folder: Path) -> tuple[Geometry, BaseIdentity]:
                 "`alignkd twig train` wrote"
             )
         base = BaseIdentity.from_json(fields["base"])
-        places = (fields[name] for name in ("attach_layer", "num_layers", "wipe_layer"))
+        places = [fields[name] for name in (ATTACH_LAYER, "num_layers", "wipe_layer")]
+        if strange := [place for place in (*places, base.num_layers) if type(place) is not int]:
+            raise ValueError(f"a whole number of layers was expected, found {strange[0]!r}")
+    try:
         return Geometry(*places, num_base_layers=base.num_layers), base
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def load_twig(folder: str | Path, network: Any) -> Twig:
@@ -74,6 +82,7 @@ def load_twig(folder: str | Path, network: Any) -> Twig:
     geometry, base = read_twig_config(folder)
     base.check_is(network, asked_by=f"the twig in {folder}")
     tensors = read_tensors(folder)
+    _check_attach_layer(folder, geometry)
     prunes = any(name.startswith("pruning_head.") for name in tensors)
     twig = Twig.empty(network.config, geometry, dtype=network.dtype, prunes=prunes)
     fill_twig(twig, tensors, source=folder)
@@ -89,6 +98,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         return load_file(file)
 
 
+def _check_attach_layer(folder: Path, geometry: Geometry) -> None:
+    """Raise `ConfigError` if the tensors were trained on another layer. Earlier versions wrote none beside them."""
+    with safe_open(folder / WEIGHTS, framework="pt") as tensors:
+        trained = (tensors.metadata() or {}).get(ATTACH_LAYER)
+    if trained not in (None, str(geometry.attach_layer)):
+        raise ConfigError(
+            f"{folder / CONFIG}: attach_layer is {geometry.attach_layer}, but {WEIGHTS} was trained on layer "
+            f"{trained}; use the config.json that belongs to the twig"
+        )
+
+
 def fill_twig(twig: Twig, tensors: dict[str, Tensor], *, source: object) -> None:
     """Fill a twig that has no weights. Raises `ConfigError` unless the tensors are just those that it has."""
     expected, ids = twig.state_dict(), tensors.get(DRAFT_IDS)
@@ -102,10 +122,21 @@ def fill_twig(twig: Twig, tensors: dict[str, Tensor], *, source: object) -> None
             f"{source}: its tensors are not those of a twig of this base; {strange[0]!r} is missing, unknown or of "
             "another shape; use the config.json that belongs to the twig"
         )
+    if ids is not None:
+        _check_draft_ids(ids, len(expected["head.weight"]), source)
     with building(f"twig {source}", then="use the files that `alignkd twig train` wrote"):
         twig.load_state_dict(tensors, assign=True)
-        if ids is not None:
-            twig.shorten(ids)
+    if ids is not None:
+        twig.shorten(ids)
+
+
+def _check_draft_ids(ids: Tensor, vocab_size: int, source: object) -> None:
+    is_list = ids.dtype == torch.int64 and ids.ndim == 1 and len(ids) > 0
+    if not is_list or int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise ConfigError(
+            f"{source}: {DRAFT_IDS} {ids.dtype} {tuple(ids.shape)} are no list of ids from 0 to {vocab_size - 1}; "
+            "use the files that `alignkd twig train` wrote"
+        )
 
 
 def first_weights(

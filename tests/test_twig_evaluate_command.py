@@ -160,12 +160,24 @@ def check_report(folder: Path, tmp_path: Path) -> None:
 )
 def test_what_cannot_be_measured_is_refused(arguments, complaint, small, twigs, tmp_path, capsys):
     run(small, tmp_path, "--twig", str(twigs[0]), "--keep", "1/2", *arguments, code=2)
-    assert complaint in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert complaint in shown and not (tmp_path / FOLDER).exists()
+    # "left out" is printed when the base has been loaded, whose prompts alone say what a share comes to.
+    assert ("left out" in shown) == ("--keep" in arguments)
+
+
+@pytest.mark.slow
+def test_a_file_in_the_place_of_the_folder_is_refused(small, twigs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    place = ["--twig", str(twigs[0]), "--keep", "1/2", "--no-speed", "--output", str(tmp_path / "file")]
+    run(small, tmp_path, *place, code=1)
+    shown = capsys.readouterr().err
+    assert "cannot be written (" in shown and "name another folder as --output" in shown
 
 
 @pytest.mark.slow
 def test_twigs_that_do_not_fit_are_refused(small, twigs, tmp_path, capsys):
-    other = write_twig(tmp_path / "other", small.student, seed=0, geometry=Geometry(0, 1, 1, 2))
+    other = write_twig(tmp_path / "other", small.student, seed=0, geometry=Geometry(1, 1, 2, 2))
     wide = write_twig(tmp_path / "wide", small.teacher, seed=0, geometry=Geometry(1, 2, 2, 3))
     for folders, complaint in (
         ([other], "belongs to a base with num_layers 2"),

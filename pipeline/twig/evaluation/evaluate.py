@@ -26,6 +26,7 @@ from pipeline.twig.evaluation.result import PICTURE, Evaluation
 from pipeline.twig.evaluation.scoring import METRIC_OF, kept_rows, kinds_of
 from pipeline.twig.evaluation.selectors import Selector, parse_selectors
 from pipeline.twig.evaluation.speed import measure_speed
+from pipeline.twig.evaluation.ways import check_extras
 from pipeline.twig.folder import load_twig, read_twig_config
 from pipeline.twig.geometry import Geometry
 from pipeline.twig.module import Twig
@@ -55,20 +56,25 @@ class Loaded:
     geometry: Geometry
 
     @classmethod
-    def of(cls, folders: Sequence[Path], network: Any) -> Loaded:
-        """Load twigs. Raises `ConfigError` if their geometries differ, or one belongs to another base."""
-        geometries = [read_twig_config(folder)[0] for folder in folders]
-        if len(set(geometries)) > 1:
-            found = " and ".join(map(str, dict.fromkeys(map(_places, geometries))))
-            raise ConfigError(
-                f"twigs of one evaluation differ in their seeds alone, found (K, T, Kf) {found}; evaluate twigs of "
-                "another geometry by a command of their own, with another output_dir"
-            )
+    def of(cls, folders: Sequence[Path], geometry: Geometry, network: Any) -> Loaded:
+        """Load twigs. Raises `ConfigError` if two are the same, or one belongs to another base."""
         twigs = [load_twig(folder, network) for folder in folders]
         digests = [_digest(twig) for twig in twigs]
         if len(set(digests)) < len(digests):
             raise ConfigError("two of the twigs are the same; name each one once")
-        return cls(twigs, digests, geometries[0])
+        return cls(twigs, digests, geometry)
+
+
+def _geometry_of(folders: Sequence[Path]) -> Geometry:
+    """Return the geometry of all twigs. Raises `ConfigError` if they differ in it."""
+    geometries = [read_twig_config(folder)[0] for folder in folders]
+    if len(set(geometries)) > 1:
+        found = " and ".join(map(str, dict.fromkeys(map(_places, geometries))))
+        raise ConfigError(
+            f"twigs of one evaluation differ in their seeds alone, found (K, T, Kf) {found}; evaluate twigs of "
+            "another geometry by a command of their own, with another output_dir"
+        )
+    return geometries[0]
 
 
 def _places(geometry: Geometry) -> tuple[int, int, int]:
@@ -83,11 +89,13 @@ def evaluate_twigs(
     config: Config, folders: Sequence[Path], asked: Asked, output: Path, *, say: Callable[[str], None]
 ) -> Evaluation:
     """Measure twigs of the config's teacher on its held-out questions, and write what was found to `output`."""
+    geometry = _geometry_of(folders)  # what can be refused is refused before the base is loaded
+    selectors = parse_selectors(asked.selectors, geometry)
+    check_extras(asked.extras)
     asker = Asker.of(config, limit=asked.limit)
     if asker.num_text_only:
         say(_left_out(asker.num_text_only))
-    loaded = Loaded.of(folders, asker.base.network)
-    selectors = parse_selectors(asked.selectors, loaded.geometry)
+    loaded = Loaded.of(folders, geometry, asker.base.network)
     for share in asked.shares:
         for number in {sum(question.sizes) for question in asker.questions}:
             loaded.geometry.num_kept(number, float(share))  # refuses a share that cannot be kept

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.provenance import replace_text
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, writing
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.questions import Question
 from pipeline.progress import Progress
@@ -59,11 +59,12 @@ def open_folder(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -
         if changed := [name for name in settings if known.get(name) != settings[name]]:
             raise ConfigError(
                 f"{folder}: its predictions were made with another {' and '.join(changed)} than is asked for; add "
-                "--overwrite to replace them, or name another output_dir"
+                "--overwrite to replace them, or name another folder as --output"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(file, json.dumps(settings, indent=1) + "\n")
+    with writing(folder, then="name another folder as --output"):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(file, json.dumps(settings, indent=1) + "\n")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

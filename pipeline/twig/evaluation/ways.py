@@ -59,10 +59,14 @@ class Way:
     like: str = ""
 
 
-def ways_of(asker: Asker, shares: Sequence[Fraction], extras: Sequence[str]) -> list[Way]:
-    """Return the ways, the one without a twig first. Raises `ConfigError` for an unknown extra."""
+def check_extras(extras: Sequence[str]) -> None:
+    """Raise `ConfigError` for an unknown extra way."""
     if unknown := [name for name in extras if name not in EXTRAS]:
         raise ConfigError(f"ways: unknown {', '.join(map(repr, unknown))}; known are {', '.join(EXTRAS)}")
+
+
+def ways_of(asker: Asker, shares: Sequence[Fraction], extras: Sequence[str]) -> list[Way]:
+    """Return the ways, the one without a twig first."""
     plain = Decoding(asker.max_new_tokens, asker.stop_ids)
     ways = [Way(NO_TWIG, _ours(asker, replace(plain, delta=0), has_twig=False))]
     ways += [Way(WITH_TWIG, _ours(asker, plain), NO_TWIG)]

@@ -167,7 +167,7 @@ twig: $(SCENES_DATA) $(SCENES_MODELS) ## run the scenes study: twigs on two base
 		twigs=""; \
 		for seed in $(SEEDS); do \
 			folder=$(SCENES)/$$base/seed_$$seed; twigs="$$twigs --twig $$folder/twig"; \
-			$(TWIG) twig train $$of output_dir=$$folder train.seed=$$seed || exit 1; \
+			$(TWIG) twig train $$of output_dir=$$folder train.seed=$$seed train.resume_from_checkpoint=true || exit 1; \
 		done; \
 		$(TWIG) twig evaluate $$of output_dir=$(SCENES)/$$base $$twigs \
 			--selectors "twig,fastv,fastv+T,random,$(LOOKING)" || exit 1; \

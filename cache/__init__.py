@@ -40,7 +40,7 @@ from cache.errors import (
     UnsafeName,
     UnsupportedFormat,
 )
-from cache.files.any_path import Range, RemotePath, find_ranges, local
+from cache.files.any_path import Range, RemotePath, any_path, find_ranges, local, read_file
 from cache.files.durable import hash_file, replace_file, sync_directory
 from cache.files.local_files import drop_from_memory
 from cache.files.mirror import Mirror

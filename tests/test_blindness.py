@@ -21,12 +21,13 @@ from cache import Span, Store
 from cli import main
 from pipeline.config.config import load_config
 from pipeline.data.shards import Sample
+from pipeline.data.swapped_samples import Pair, pairs_of
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.models.stub import load_teacher
 from pipeline.packing.pack import pack
 from pipeline.studies import demo
 from pipeline.teacher_cache.blindness import FIELD, Blindness
-from pipeline.teacher_cache.swapped_images import Pair, measure_blindness, pairs_of
+from pipeline.teacher_cache.swapped_images import measure_blindness
 from pipeline.teacher_cache.teacher import plan_capture
 
 TEACHER = Path(__file__).parent.parent / demo.TEACHER

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.commands.options import Overrides, StoredConfig, StorePath, load_or_stored
+from pipeline.commands.options import ConfigFile, Overrides, StoredConfig, StorePath, load_or_stored
 
 if TYPE_CHECKING:
     from pipeline.inspection.sample import Inspection
@@ -94,6 +94,26 @@ def keys(
 
     for key in islice(Store(store).keys(), count):
         print(key)
+
+
+@app.command()
+def layers(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=2, help="Samples with images to measure on.")] = 64,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file; default: beside the store, where `suggested` finds it.")
+    ] = None,
+) -> None:
+    """Measure which of the teacher's layers look at the image: how much, and whether the question moves the look.
+
+    No label is needed. The config then may say `suggested` in place of a teacher's layer.
+    """
+    from pipeline.config.config import load_config
+    from pipeline.inspection.layer_table import measure_and_write
+
+    asked = load_config(config, overrides or [], suggested_layer=0)
+    print(measure_and_write(asked, num_samples=samples, output=output))
 
 
 def _inspect(

@@ -18,6 +18,7 @@ from pipeline.config.cache_settings import (
 )
 from pipeline.config.consistency import check_consistent
 from pipeline.config.model_settings import DType, StudentConfig, TeacherConfig
+from pipeline.config.suggested_layers import with_suggested_layers
 from pipeline.config.training_arguments import checked_training_arguments
 from pipeline.config.twig_settings import TwigConfig, with_base_for_student
 from pipeline.config.yaml_text import read_yaml, write_yaml
@@ -198,10 +199,13 @@ class Config(Section):
         return self
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, suggested_layer: int | None = None
+) -> Config:
     """Read a YAML config, apply `key.sub=value` overrides (values are YAML), and check all of it.
 
-    Raises `ConfigError` with one sentence for each problem.
+    `suggested_layer` is used where a layer is `suggested`; by default the one that was measured. Raises `ConfigError`
+    with one sentence for each problem.
     """
     file = Path(path)
     if not file.is_file():
@@ -212,7 +216,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config {file}: not readable as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {file}: expected a mapping of sections, found {type(values).__name__}")
-    return _checked(cast(dict[str, Any], values), overrides, where=str(file))
+    return _checked(cast(dict[str, Any], values), overrides, where=str(file), suggested_layer=suggested_layer)
 
 
 def overridden(config: Config, overrides: Sequence[str], *, where: str) -> Config:
@@ -220,9 +224,12 @@ def overridden(config: Config, overrides: Sequence[str], *, where: str) -> Confi
     return _checked(config.model_dump(mode="json"), overrides, where=where)
 
 
-def _checked(values: dict[str, Any], overrides: Sequence[str], *, where: str) -> Config:
+def _checked(
+    values: dict[str, Any], overrides: Sequence[str], *, where: str, suggested_layer: int | None = None
+) -> Config:
     for override in overrides:
         _apply_override(values, override)
+    values = with_suggested_layers(values, suggested_layer)
     try:
         return Config.model_validate(values)
     except ValidationError as error:

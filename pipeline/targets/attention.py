@@ -29,7 +29,8 @@ class AttentionTarget(Target):
     """`cache` stores it, `recompute` lets stage 2 recompute it with a stub of the teacher.
     [stage 1, stage 2; store, run]"""
     layers: list[int] = Field(default=[0], min_length=1)
-    """The teacher's layers, counted from 0 over those that have attention. [layers; stage 1, stage 2; store, run]"""
+    """The teacher's layers, counted from 0 over those that have attention; `suggested`: the one that `alignkd inspect
+    layers` found. [layers; stage 1, stage 2; store, run]"""
     heads: Literal["each", "mean"] = "mean"
     """Keep each head, or the mean over heads. [stage 1, stage 2; store, run]"""
     codec: Literal["sqrt_uint8", "fixed_point", "float16", "float32"] = "sqrt_uint8"

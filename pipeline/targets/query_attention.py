@@ -27,7 +27,8 @@ class QueryAttentionTarget(Target):
     """`cache` stores it, `recompute` lets stage 2 recompute it with a stub of the teacher.
     [stage 1, stage 2; store, run]"""
     layer: int = Field(default=0, ge=0)
-    """The teacher's layer, counted from 0 over those that have attention. [layers; stage 1, stage 2; store, run]"""
+    """The teacher's layer, counted from 0 over those that have attention; `suggested`: the one that `alignkd inspect
+    layers` found. [layers; stage 1, stage 2; store, run]"""
     heads: Literal["each", "mean"] = "mean"
     """Keep each head, or the mean over heads, each of which sums to 1. [stage 1, stage 2; store, run]"""
     codec: Literal["float32", "float16"] = "float32"

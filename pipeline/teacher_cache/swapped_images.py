@@ -6,23 +6,18 @@ under which all answers are likely adds nothing to the mean difference.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Generator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.config.config import Config
-from pipeline.data.conversation import TokenizedSample
 from pipeline.data.preparation import Preparation, pad_tokens
-from pipeline.data.shard_files import open_shard
-from pipeline.data.shards import Sample, read_samples
-from pipeline.errors import BadSample, ShardError
-from pipeline.models.processors import Tensors
+from pipeline.data.swapped_samples import Item, Pair, pairs_of, samples_in_turns, with_images_of
 from pipeline.models.stub import Teacher
 from pipeline.positions import IGNORE_INDEX
 from pipeline.resampling import resampled_means
@@ -30,12 +25,7 @@ from pipeline.teacher_cache.blindness import MIN_PAIRS, Blindness
 from pipeline.teacher_cache.capture import is_out_of_memory
 
 MAX_SAMPLES = 48
-MAX_SHARDS = 8  # from which the samples are taken in turns
-MAX_READ = 500  # samples of a shard: more would take long where few have images
 MAX_BATCH_SIZE = 8
-
-Pair = tuple[Sample, Sample]  # a sample, and another one whose images are the wrong ones
-Item = tuple[TokenizedSample, list[Tensors]]  # ids, and the pixels of the images in them
 
 
 def measure_blindness(
@@ -47,7 +37,7 @@ def measure_blindness(
     """
     if teacher.plan.is_stub:
         return Blindness(0, not_measured="no logits are stored, so only a part of the teacher is loaded")
-    with closing(_samples_in_turns(shards, preparation)) as samples:
+    with closing(samples_in_turns(shards, preparation)) as samples:
         pairs = pairs_of(list(islice(samples, MAX_SAMPLES)))
     if len(pairs) < MIN_PAIRS:
         return Blindness(len(pairs), not_measured=_too_few(len(pairs), "with images and different answers"))
@@ -83,70 +73,6 @@ def _blindness(log_probs: np.ndarray) -> Blindness:
     )
 
 
-# The samples, and whose images each gets
-
-
-def _samples_in_turns(shards: Sequence[str], preparation: Preparation) -> Generator[Sample]:
-    """Yield usable samples with images that no earlier one has, of shards spread over all, one of each in turn."""
-    count, seen = min(MAX_SHARDS, len(shards)), set[str]()
-    spread = [shards[number * len(shards) // count] for number in range(count)]
-    with ExitStack() as stack:  # closes the shards, of which only the beginning is read
-        streams = [stack.enter_context(closing(_usable(shard, preparation, seen))) for shard in spread]
-        for turn in zip_longest(*streams):
-            yield from (sample for sample in turn if sample is not None)
-
-
-def _usable(shard: str, preparation: Preparation, seen: set[str]) -> Generator[Sample]:
-    """Yield samples of the first `MAX_READ` that have images, all of them new; the images are added to `seen`."""
-    try:
-        with open_shard(shard) as opened:
-            for item in islice(read_samples(opened, max_pixels=preparation.max_pixels), MAX_READ):
-                if isinstance(item, Sample) and _is_new(item, seen) and _tokens(preparation, item, item):
-                    seen.update(item.image_digests)
-                    yield item
-    except ShardError:
-        return  # stage 1 reports a damaged shard, and leaves it out
-
-
-def _is_new(sample: Sample, seen: Collection[str]) -> bool:
-    return bool(sample.images) and not any(digest in seen for digest in sample.image_digests)
-
-
-def _tokens(preparation: Preparation, sample: Sample, other: Sample) -> TokenizedSample | None:
-    """Return the ids of a sample with another's images, None if they are too many, or without an answer."""
-    try:
-        tokens = preparation.tokenize(sample.conversations, preparation.sizes_of(other.images))
-    except BadSample:
-        return None
-    return tokens if any(label != IGNORE_INDEX for label in tokens.labels[1:]) else None
-
-
-def pairs_of(samples: Sequence[Sample]) -> list[Pair]:
-    """Pair samples with others of as many images and other answers, each of which gives its images once."""
-    by_number: dict[int, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        by_number[len(sample.images)].append(sample)
-    return [pair for alike in by_number.values() for pair in _pairs_of_one_number(alike)]
-
-
-def _pairs_of_one_number(samples: Sequence[Sample]) -> list[Pair]:
-    """Sort by answers, and shift the images by the number of the most frequent ones.
-
-    Of answers that more than half of the samples give, some samples are left out.
-    """
-    by_answers: dict[tuple[str, ...], list[Sample]] = defaultdict(list)
-    for sample in samples:
-        by_answers[_answers(sample)].append(sample)
-    groups = sorted(by_answers.values(), key=len, reverse=True)
-    shift = min(len(groups[0]), len(samples) - len(groups[0]))
-    ordered = [sample for group in groups for sample in group[:shift]]
-    return list(zip(ordered, ordered[shift:] + ordered[:shift], strict=True))
-
-
-def _answers(sample: Sample) -> tuple[str, ...]:
-    return tuple(turn["value"].strip() for turn in sample.conversations if turn["from"] == "gpt")
-
-
 # The teacher's log probabilities
 
 
@@ -157,16 +83,14 @@ class _Comparison:
 
     def of(self, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
         """Return the mean log probability of each sample's answer tokens, with the right and the wrong images."""
-        both = [(self._item(sample, sample), self._item(sample, other)) for sample, other in pairs]
+        both = [
+            (
+                with_images_of(self.preparation, sample, sample),
+                with_images_of(self.preparation, sample, other),
+            )
+            for sample, other in pairs
+        ]
         return self._compare([(right, wrong) for right, wrong in both if right and wrong])
-
-    def _item(self, sample: Sample, other: Sample) -> Item | None:
-        """Return a sample with another's images, None if the two cannot be used together."""
-        try:
-            tokens = _tokens(self.preparation, sample, other)
-            return tokens and (tokens, [self.preparation.preprocess(image) for image in other.images])
-        except BadSample:
-            return None
 
     def _compare(self, read: Sequence[tuple[Item, Item]]) -> list[tuple[float, float]]:
         """Where memory runs out, continue with halves; a single sample that does not fit is left out."""

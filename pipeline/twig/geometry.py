@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from pipeline.config.twig_settings import TwigConfig
 from pipeline.errors import ConfigError
 
 
@@ -55,3 +56,11 @@ class Geometry:
             f"on; the layers before the twig alone use {spent:.4g}, and the layers before layer {wipe} use at most "
             f"{most:.4g}: choose a share between, or null for no pruning"
         )
+
+
+def geometry_of(settings: TwigConfig, num_base_layers: int) -> Geometry:
+    """Return where the config's twig grows. Raises `ConfigError` for numbers that do not fit together."""
+    wipe = settings.wipe_layer
+    if wipe is None:  # the paper's 24 of 32 layers
+        wipe = max(3 * num_base_layers // 4, settings.attach_layer + 1)
+    return Geometry(settings.attach_layer, settings.num_layers, wipe, num_base_layers)

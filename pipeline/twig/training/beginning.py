@@ -22,7 +22,7 @@ from pipeline.models.teacher_plan import digests_by_group, facts_of_config
 from pipeline.targets.target import TeacherFacts
 from pipeline.twig.base_identity import BaseIdentity
 from pipeline.twig.folder import fill_twig, first_weights
-from pipeline.twig.geometry import Geometry
+from pipeline.twig.geometry import Geometry, geometry_of
 from pipeline.twig.module import Twig
 from pipeline.twig.pruning_head import PruningHead
 from pipeline.twig.training.base_head import names_of_head
@@ -125,14 +125,6 @@ class Beginning:
                 _draw(made, self.base_config)
         made.gradient_checkpointing = self.settings.gradient_checkpointing
         return made.requires_grad_(True)
-
-
-def geometry_of(settings: TwigConfig, num_base_layers: int) -> Geometry:
-    """Return where the config's twig grows. Raises `ConfigError` for numbers that do not fit together."""
-    wipe = settings.wipe_layer
-    if wipe is None:  # the paper's 24 of 32 layers
-        wipe = max(3 * num_base_layers // 4, settings.attach_layer + 1)
-    return Geometry(settings.attach_layer, settings.num_layers, wipe, num_base_layers)
 
 
 def _drawn(pruning_head: PruningHead | None) -> dict[str, Tensor]:

@@ -332,6 +332,7 @@ def test_sections_that_do_not_go_together_are_refused_in_one_sentence(overrides,
         (["twig.num_layers=3"], r"attach_layer \(K\) 1 and num_layers \(T\) 3 asked for, the base has 3 layers"),
         (["twig.wipe_layer=1"], r"wipe_layer \(Kf\) 1 asked for"),
         (["twig.keep=0.1"], r"keep: 0.1 of 4 vision tokens asked for"),
+        (["twig.first_weights=random", LORA], r"twig.lora: adapters train nothing else .* set twig.first_weights to"),
         (["twig.lora={target_modules: [c_attn]}"], r"twig.lora.target_modules: no decoder layer has .*'c_attn'"),
     ],
 )  # fmt: skip
@@ -345,6 +346,11 @@ def test_a_store_of_another_layer_is_refused(small, tmp_path):
     other = ["twig={attach_layer: 2, num_layers: 1}", "targets.hidden_states.layer=2"]
     with pytest.raises(FingerprintMismatch, match=r"capture"):
         train_twig(small.config(tmp_path, *other), tmp_path / "run")
+    allowed = [*other, "cache.allow_mismatch=[capture]"]
+    with pytest.raises(
+        ConfigError, match=r"is 2, but .* holds .* after layer 1, which allow_mismatch cannot"
+    ):
+        train_twig(small.config(tmp_path, *allowed), tmp_path / "run")
 
 
 # The command and the report

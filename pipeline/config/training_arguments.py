@@ -19,7 +19,7 @@ NO_FLOAT16 = "train.fp16: a CPU does not train in float16"
 OURS: dict[str, str] = {
     "output_dir": "set the config's own `output_dir`; the student is written below it",
     "remove_unused_columns": "it must be false for the join, and is",
-    "gradient_checkpointing": "set `student.gradient_checkpointing`",
+    "gradient_checkpointing": "set `student.gradient_checkpointing`, or that of `twig`",
     "warmup_ratio": "transformers 5 takes `warmup_steps`; a value below 1 is a share of all steps",
     "label_smoothing_factor": "the terms of the loss are those of the `losses` section",
     "save_only_model": "a run could not be resumed from a checkpoint without its optimizer",

@@ -60,6 +60,12 @@ class Beginning:
         base_config = read_config(checkpoint_folder(name))
         facts = facts_of_config(name, base_config)
         _check_sizes(facts, store)
+        _check_layer(config, settings, store)
+        if settings.lora is not None and settings.first_weights == "random":
+            raise ConfigError(
+                "twig.lora: adapters train nothing else of a layer, and first_weights `random` leaves that random; "
+                "set twig.first_weights to copy, or twig.lora to null"
+            )
         geometry = geometry_of(settings, facts.num_layers)
         if settings.keep is not None and facts.num_vision_tokens is not None:
             geometry.num_kept(facts.num_vision_tokens, settings.keep)
@@ -156,6 +162,16 @@ def _check_sizes(facts: TeacherFacts, store: Store) -> None:
                 f"twig: {field} of the base teacher.model {facts.name} is {getattr(facts, field)}, but {store.path} "
                 f"was made with a teacher of {getattr(theirs, field)}; {REMEDY}"
             )
+
+
+def _check_layer(config: Config, settings: TwigConfig, store: Store) -> None:
+    """Raise `ConfigError` if a store of another layer was let in by `allow_mismatch`: no twig learns from it."""
+    stored = store.manifest.capture["targets"].get("hidden_states", {}).get("layer", settings.attach_layer)
+    if "hidden_states" in config.targets.cached() and stored != settings.attach_layer:
+        raise ConfigError(
+            f"twig.attach_layer is {settings.attach_layer}, but {store.path} holds the hidden states after layer "
+            f"{stored}, which allow_mismatch cannot excuse; {REMEDY}"
+        )
 
 
 def _identity(name: str, base_config: Any, store: Store) -> BaseIdentity:

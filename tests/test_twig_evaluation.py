@@ -158,10 +158,10 @@ def test_operations_are_positions_times_parameters():
     twig = Twig.copied(base.network, Geometry(1, 2, 5, 6))
     of_layer = sum(p.numel() for p in base.layers[0].parameters())
     head = sum(p.numel() for p in base.head.parameters())
-    rows = {"shallow": 10, "middle": 4 * 7, "deep": 5, "own": 2 * 10}
+    rows = {"shallow": 10, "middle": 4 * 7, "deep": 5, "own": 2 * 10, "head": 5, "own_head": 3}
     answers = Answers([[1, 2]], drafted=[3], accepted=[1], passes=[2], rows=rows)
     assert Operations.of(base, twig).of_answers(answers) == of_layer * 63 + head * (3 + 2 + 3)
-    alone = Answers([[1, 2]], [0], [0], [2], {"shallow": 0, "middle": 60, "deep": 0})
+    alone = Answers([[1, 2]], [0], [0], [2], {"shallow": 0, "middle": 60, "deep": 0, "head": 2})
     assert Operations.of(base, None).of_answers(alone) == of_layer * 60 + head * 2
     twig.shorten(torch.arange(5))
     assert Operations.of(base, twig).of_answers(answers) == of_layer * 63 + head * 5 + 3 * 5 * 32

@@ -8,28 +8,38 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.twig.decoding.choosing import Choice, Drafted
+from pipeline.twig.decoding.choosing import Choice, Drafted, Verdict
+from pipeline.twig.decoding.drafter import Drafter, Drafts
 from pipeline.twig.decoding.look_up import following_of_last_match
 from pipeline.twig.decoding.session import Session
 
 
 @dataclass
-class Drafts:
-    """Drafted tokens of a batch, column by column.
+class SequenceDrafts(Drafts):
+    """One draft behind the other.
 
-    `tokens[b]` are those of a sample, with the column of each. `states` 'B Q D' and `rows` 'B Q' (-1: none) are the
-    outputs of layer K and the positions, in blocks of columns. `probs` has the distribution 'B V' that a column was
+    `tokens[b]` are those of a sample, with the column of each. `probs` has the distribution 'B V' that a column was
     drawn from, None where it was not drawn.
     """
 
     tokens: list[list[tuple[int, int]]]
-    states: list[Tensor] = field(default_factory=list)
-    rows: list[Tensor] = field(default_factory=list)
     probs: list[Tensor | None] = field(default_factory=list)
 
-    @property
-    def num_columns(self) -> int:
-        return len(self.probs)
+    def count(self, sample: int) -> int:
+        return len(self.tokens[sample])
+
+    def walk(self, sample: int, verdict: Verdict) -> tuple[list[int], list[int]]:
+        columns, new, place, rejected = [], [], 0, None
+        for token, column in self.tokens[sample]:
+            probs = self.probs[column]
+            of_sample = None if probs is None else probs[sample]
+            if not verdict.accepts(sample, place, token, of_sample):
+                rejected = token, of_sample
+                break
+            new.append(token)
+            columns.append(column)
+            place = column + 1
+        return columns, [*new, verdict.following(sample, place, rejected)]
 
 
 @dataclass(frozen=True)
@@ -46,38 +56,20 @@ class DraftRules:
     look_up: int = 0
 
 
-class Drafter:
-    """The twig of a session, and what it has not read yet.
+class SequenceDrafter(Drafter[SequenceDrafts]):
+    """Drafts token by token.
 
-    `unread` are outputs of layer K 'B Q D' and rows 'B Q', in order. The last draft of an iteration is read together
-    with the next confirmed token: where it was rejected, it never is.
+    The last draft of an iteration is read together with the next confirmed token: where it was rejected, it never is.
     """
 
     def __init__(self, session: Session, choice: Choice, rules: DraftRules):
-        assert session.twig is not None and session.own is not None
-        self.session, self.twig, self.own, self.choice, self.rules = (
-            session,
-            session.twig,
-            session.own,
-            choice,
-            rules,
-        )
-        self.unread: list[tuple[Tensor, Tensor]] = []
-        self.output: Tensor | None = (
-            None  # of the last layer at the last position read 'B D', if it is the newest
-        )
+        super().__init__(session)
+        self.choice, self.rules = choice, rules
 
-    def confirmed(self, states: Tensor, rows: Tensor) -> None:
-        """Take the newest confirmed token: its output of layer K 'B 1 D', and its row 'B 1'."""
-        self.unread.append((states, rows))
-        self.output = None
-
-    def draft(self, texts: Sequence[Sequence[int]], starts: Sequence[int], limits: Sequence[int]) -> Drafts:
-        """Return at most `limits` drafts of each sample, whose first one stands at position `starts`.
-
-        `texts` are the tokens of prompt and answer, for looking up.
-        """
-        drafts = Drafts([[] for _ in limits])
+    def draft(
+        self, texts: Sequence[Sequence[int]], starts: Sequence[int], limits: Sequence[int]
+    ) -> SequenceDrafts:
+        drafts = SequenceDrafts([[] for _ in limits])
         going = [limit > 0 for limit in limits]
         unsure = [False] * len(limits)
         while any(going):
@@ -99,7 +91,7 @@ class Drafter:
         return drafts
 
     def _drafted(self) -> Drafted:
-        drafted = self.choice.draft(self.twig.draft_logits(self._newest()))
+        drafted = self.choice.draft(self.session.draft_logits(self.newest()))
         if (ids := self.twig.draft_ids) is None:
             return drafted
         probs = drafted.probs
@@ -108,15 +100,8 @@ class Drafter:
             probs = whole.index_copy(1, ids, probs)
         return Drafted(ids[drafted.tokens], drafted.confidence, probs)
 
-    def _newest(self) -> Tensor:
-        """Return the twig's output at the newest position 'B D', after it has read all that it has not."""
-        if self.output is None:
-            states, rows = (torch.cat(parts, dim=1) for parts in zip(*self.unread, strict=True))
-            self.output, self.unread = self.own.run(states, rows)[:, -1], []
-        return self.output
-
     def _add(
-        self, drafts: Drafts, tokens: Tensor, places: list[list[int]], probs: Sequence[Tensor | None]
+        self, drafts: SequenceDrafts, tokens: Tensor, places: list[list[int]], probs: Sequence[Tensor | None]
     ) -> None:
         """Run drafted tokens 'B Q' through the shallow layers."""
         rows = torch.tensor(places, device=tokens.device)
@@ -127,7 +112,11 @@ class Drafter:
         self.confirmed(states, rows)
 
     def _look_up(
-        self, drafts: Drafts, texts: Sequence[Sequence[int]], starts: Sequence[int], limits: Sequence[int]
+        self,
+        drafts: SequenceDrafts,
+        texts: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        limits: Sequence[int],
     ) -> None:
         found = []
         for text, of_one, limit in zip(texts, drafts.tokens, limits, strict=True):
@@ -148,8 +137,16 @@ class Drafter:
         for of_one, tokens in zip(drafts.tokens, found, strict=True):
             of_one += [(token, first + n) for n, token in enumerate(tokens)]
 
-    def confirm(self, accepted: Tensor) -> None:
-        """Forget the drafts that were rejected, bool 'B n' by column, whether it has read them or not."""
+    def confirm(self, drafts: SequenceDrafts, columns: Sequence[Sequence[int]]) -> None:
+        accepted = torch.zeros(len(columns), drafts.num_columns, dtype=torch.bool)
+        for b, of_one in enumerate(columns):
+            accepted[b, list(of_one)] = True
+        accepted = accepted.to(self.own.device)
+        self.session.confirm(accepted)
+        self._confirm_own(accepted)
+
+    def _confirm_own(self, accepted: Tensor) -> None:
+        """Forget the drafts that were rejected, bool 'B n' by column, whether the twig has read them or not."""
         num_unread = sum(rows.shape[1] for _, rows in self.unread)
         num_read = accepted.shape[1] - num_unread
         self.session.confirm_own(accepted[:, :num_read])
@@ -157,7 +154,5 @@ class Drafter:
             return
         states, rows = (torch.cat(parts, dim=1) for parts in zip(*self.unread, strict=True))
         stays = accepted[:, num_read:]
-        columns = stays.any(dim=0)
-        self.unread = (
-            [(states[:, columns], rows.masked_fill(~stays, -1)[:, columns])] if bool(columns.any()) else []
-        )
+        used = stays.any(dim=0)
+        self.unread = [(states[:, used], rows.masked_fill(~stays, -1)[:, used])] if bool(used.any()) else []

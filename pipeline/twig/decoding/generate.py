@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch import Tensor
 from pipeline.errors import ConfigError
 from pipeline.twig.base import Base
 from pipeline.twig.decoding.choosing import Choice, Greedy, Verdict
-from pipeline.twig.decoding.drafting import Drafter, DraftRules, Drafts
+from pipeline.twig.decoding.drafter import Drafter, Drafts
+from pipeline.twig.decoding.drafting import DraftRules, SequenceDrafter, SequenceDrafts
 from pipeline.twig.decoding.prompts import Prompts
 from pipeline.twig.decoding.session import Session
 from pipeline.twig.module import Twig
@@ -57,7 +58,7 @@ class Answers:
     """What was generated: `tokens` of each sample, the stop token included, and how it was done.
 
     `drafted` and `accepted` count drafts of each sample, `passes` verifications of each; the first one includes the
-    prompts. `rows` are the positions that each group of layers computed, all samples together.
+    prompts. `rows` are the positions that each group of layers, times its layers, and each head computed.
     """
 
     tokens: list[list[int]]
@@ -104,11 +105,11 @@ class _Loop:
         self.delta = 5 if decoding.delta == "auto" else decoding.delta
         self.drafter = self._drafter()
 
-    def _drafter(self) -> Drafter | None:
+    def _drafter(self) -> Drafter[Any] | None:
         if self.session.twig is None or self.delta == 0:
             return None
         rules = DraftRules(self.decoding.threshold, self.decoding.stop_ids, self.decoding.look_up)
-        return Drafter(self.session, self.decoding.choice, rules)
+        return SequenceDrafter(self.session, self.decoding.choice, rules)
 
     def run(self) -> Answers:
         self._begin()
@@ -149,7 +150,7 @@ class _Loop:
             for length, on in zip(lengths, self.active, strict=True)
         ]
         if self.drafter is None or not any(limits):
-            return Drafts([[] for _ in limits])
+            return SequenceDrafts([[] for _ in limits])
         starts = [self.prompts.length + length for length in lengths]
         texts = [
             [*prompt, *tokens] if self.decoding.look_up else tokens
@@ -171,20 +172,9 @@ class _Loop:
         """
         if not self.active[b]:
             return []
-        columns, place, rejected = [], 0, None
-        new: list[int] = []
-        for token, column in drafts.tokens[b]:
-            probs = drafts.probs[column]
-            of_sample = None if probs is None else probs[b]
-            if not verdict.accepts(b, place, token, of_sample):
-                rejected = token, of_sample
-                break
-            new.append(token)
-            columns.append(column)
-            place = column + 1
-        new.append(verdict.following(b, place, rejected))
+        columns, new = drafts.walk(b, verdict)
         self.answers.passes[b] += 1
-        self.answers.drafted[b] += len(drafts.tokens[b])
+        self.answers.drafted[b] += drafts.count(b)
         self.answers.accepted[b] += len(columns)
         self._append(b, new)
         return columns
@@ -201,13 +191,8 @@ class _Loop:
         """Cut the caches back to what is confirmed, and read the newest token."""
         device = self.prompts.is_vision.device
         if drafts.num_columns:
-            accepted = torch.zeros(len(columns), drafts.num_columns, dtype=torch.bool)
-            for b, of_one in enumerate(columns):
-                accepted[b, list(of_one)] = True
-            accepted = accepted.to(device)
-            self.session.confirm(accepted)
             assert self.drafter is not None
-            self.drafter.confirm(accepted)
+            self.drafter.confirm(drafts, columns)
         if self.decoding.delta == "auto":
             self._adapt(drafts, columns)
         newest = [tokens[-1] for tokens in self.answers.tokens]
@@ -224,7 +209,7 @@ class _Loop:
     def _adapt(self, drafts: Drafts, columns: Sequence[Sequence[int]]) -> None:
         """One draft more after an iteration that accepted all, else as many as were accepted and one."""
         most = max(map(len, columns))
-        is_whole = any(of and len(of) == len(taken) for of, taken in zip(drafts.tokens, columns, strict=True))
+        is_whole = any(taken and len(taken) == drafts.count(b) for b, taken in enumerate(columns))
         self.delta = min(self.delta + 1, LONGEST_ADAPTED) if is_whole else max(1, most + 1)
 
 

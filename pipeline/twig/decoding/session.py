@@ -41,6 +41,7 @@ class Session:
         if twig is not None:  # it was trained without what the decoder adds to the base's layers
             self.own = LayerGroup(twig.layers, first, replace(inputs, added={}), **of_all)
         self.is_wiped = False
+        self.num_logits = {"head": 0, "own_head": 0}  # positions that were put through the heads so far
         # What is confirmed and not yet through the middle and deep layers: outputs of layer K 'B Q D' and their rows.
         self.pending: tuple[Tensor, Tensor]
 
@@ -96,7 +97,14 @@ class Session:
         if self.is_wiped and self.deep.layers and self.deep.length == 0:
             hidden, at = self._wiped(hidden, at)
         hidden = self.deep.run(hidden, at)
+        self.num_logits["head"] += len(hidden) * (num_drafts + 1)
         return self.base.logits(hidden[:, -(num_drafts + 1) :])
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """Return the twig's logits '... V' of its last layer's output '... D', of its `draft_ids` if it has some."""
+        assert self.twig is not None
+        self.num_logits["own_head"] += hidden.shape[:-1].numel()
+        return self.twig.draft_logits(hidden)
 
     def _wiped(self, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         prompt = rows.clamp(max=self.prompts.length - 1)
@@ -106,9 +114,9 @@ class Session:
         return compacted(hidden, rows, is_kept | (~is_vision & (rows >= 0)))
 
     def num_rows(self) -> dict[str, int]:
-        """Return the positions that each group of layers has computed, times its layers, all samples together."""
+        """Return the positions of all samples that each group of layers, times its layers, and each head computed."""
         groups = {**self.groups} | ({} if self.own is None else {"own": self.own})
-        return {name: group.num_rows for name, group in groups.items()}
+        return {name: group.num_rows for name, group in groups.items()} | self.num_logits
 
     def confirm(self, accepted: Tensor) -> None:
         """Forget the drafts that were rejected: bool 'B n', of the last n positions of the base's groups."""

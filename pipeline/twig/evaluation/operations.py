@@ -14,15 +14,13 @@ from pipeline.twig.module import Twig
 
 @dataclass(frozen=True)
 class Operations:
-    """Parameters of a layer of each group, of the base's head and of the twig's.
+    """Parameters of a layer of each group, and of the heads, by the names of `Answers.rows`.
 
     A position costs one multiply-add a parameter of a layer or head. The products of attention, which grow with the
     context, the embeddings and the vision tower are not counted.
     """
 
-    layers: Mapping[str, float]
-    head: int
-    own_head: int
+    parameters: Mapping[str, float]
 
     @classmethod
     def of(cls, base: Base, twig: Twig | None) -> Operations:
@@ -40,13 +38,11 @@ class Operations:
             groups["own"] = list(twig.layers)
             own_head = _size([twig.head]) if twig.short_weight is None else twig.short_weight.numel()
         means = {name: _size(layers) / len(layers) if layers else 0.0 for name, layers in groups.items()}
-        return cls(means, _size([base.head]), own_head)
+        return cls({**means, "head": _size([base.head]), "own_head": own_head})
 
     def of_answers(self, answers: Answers) -> float:
-        """Return the multiply-adds of a batch. Drafts by looking up count as if the twig's head had made them."""
-        in_layers = sum(rows * self.layers[name] for name, rows in answers.rows.items())
-        drafted, verified = sum(answers.drafted), sum(answers.drafted) + sum(answers.passes)
-        return in_layers + verified * self.head + drafted * self.own_head
+        """Return the multiply-adds of a batch."""
+        return sum(rows * self.parameters[name] for name, rows in answers.rows.items())
 
 
 def _size(modules: Iterable[nn.Module]) -> int:

@@ -43,13 +43,14 @@ ROOMS: dict[str, str] = {
     "pipeline/benchmarks": "distill/join data config models models/mobilevlm models/files",
     "pipeline/evaluation": "distill distill/training distill/join data config models models/files targets",
     "pipeline/teacher_cache": "data config models targets",
-    "pipeline/twig/training": "twig distill distill/training distill/model distill/join config losses models "
+    "pipeline/twig/training": "twig twig/reinforcing distill distill/training distill/model distill/join config losses models "
     "models/files targets",
     "pipeline/distill": "distill/training distill/model distill/join data config models models/files targets",
     "pipeline/distill/training": "distill/model distill/join config losses models models/files",
     "pipeline/distill/model": "distill/join config losses models targets",
     "pipeline/distill/join": "data config losses models models/mobilevlm models/files targets",
     "pipeline/twig/decoding": "twig models",
+    "pipeline/twig/reinforcing": "twig losses",
     "pipeline/twig": "config models models/files targets",
     "pipeline/packing": "data",
     "pipeline/data": "config losses models models/mobilevlm models/files targets",

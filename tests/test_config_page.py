@@ -90,6 +90,10 @@ VARIANTS = (
 A_TWIG = ["student=null", "evaluate=null", "losses={query_attention: {}, prediction: {}}"]
 A_TWIG += ["targets={hidden_states: {layer: 1}, query_attention: {}, final_hidden: {}}"]
 A_TWIG += ["twig={attach_layer: 1, num_layers: 1, keep: 0.5, lora: {}, pruning_head: true}"]
+REINFORCED = [one for one in A_TWIG if not one.startswith("losses")] + [
+    "losses={policy: {keep: [0.5], group: 2}}"
+]
+REINFORCED += ["losses.supervised=null", "twig.first_weights={tmp}/3/run/twig", "twig.lora=null"]
 SEVERAL = ["cache=null", 'caches=[{path: "{tmp}/0/store"}]', "evaluate=null", "data.max_length=60"]
 
 
@@ -110,13 +114,13 @@ def recorded_reads() -> Iterator[set[tuple[type, str]]]:
 
 def test_the_readers_of_a_key_are_those_that_read_it(experiment, tmp_path, capsys):
     reads: dict[str, set[tuple[type, str]]] = {"stage 1": set(), "stage 2": set(), "evaluate": set()}
-    for number, variant in enumerate((*VARIANTS, SEVERAL, A_TWIG)):
+    for number, variant in enumerate((*VARIANTS, SEVERAL, A_TWIG, REINFORCED)):
         output = tmp_path / str(number)
         store = [f"cache.path={output}/store"] if variant is not SEVERAL else []
         overrides = [text.replace("{tmp}", str(tmp_path)) for text in (*variant, *store)]
         config = experiment.config(output, *overrides)
         works: dict[str, Callable[[], Any]] = {"stage 2": lambda c=config: run_experiment(c, say=print)}
-        if variant is A_TWIG:
+        if variant in (A_TWIG, REINFORCED):
             works = {"stage 2": lambda c=config, run=output / "run": train_twig(c, run)}
         if variant is not SEVERAL:
             works = {"stage 1": lambda c=config: cache_teacher(c), **works}
@@ -160,6 +164,9 @@ TWIG = [*ONE_STORE, "student=null", "losses={}", "targets={hidden_states: {layer
 TWIG += ["twig={attach_layer: 1, num_layers: 2, lora: {}}"]
 DISTILLED = [*TWIG, "targets={hidden_states: {layer: 1}, query_attention: {}, final_hidden: {}}"]
 DISTILLED += ["losses={query_attention: {}, prediction: {}}", "twig.pruning_head=true"]
+REINFORCING = [*TWIG, "losses={policy: {}, supervised: null}", "twig.pruning_head=true", "twig.lora=null"]
+REINFORCING += ["data.held_out_shards={shard}", "train.eval_strategy=epoch", "train.save_strategy=epoch"]
+REINFORCING += ["train.load_best_model_at_end=true", "twig.first_weights={tmp}/twig"]
 
 
 # Key -> another value, or the overrides of two configs that differ in this key alone. Places are filled in.
@@ -256,6 +263,11 @@ OTHER: dict[str, str | tuple[list[str], list[str]]] = {
     "losses.prediction.weight": (DISTILLED, [*DISTILLED, "losses.prediction.weight=0.5"]),
     "losses.prediction.temperature": (DISTILLED, [*DISTILLED, "losses.prediction.temperature=2"]),
     "losses.prediction.clip": (DISTILLED, [*DISTILLED, "losses.prediction.clip=null"]),
+    "losses.policy.weight": (REINFORCING, [*REINFORCING, "losses.policy.weight=0.5"]),
+    "losses.policy.group": (REINFORCING, [*REINFORCING, "losses.policy.group=3"]),
+    "losses.policy.keep": (REINFORCING, [*REINFORCING, "losses.policy.keep=[0.4]"]),
+    "losses.policy.annealing": (REINFORCING, [*REINFORCING, "losses.policy.annealing=0"]),
+    "losses.policy.patience": (REINFORCING, [*REINFORCING, "losses.policy.patience=1"]),
     "evaluate.shards": "{shard}",
     "evaluate.max_new_tokens": "1",
     "evaluate.dtype": "bfloat16",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from pipeline.config.model_settings import DType, LoraConfig, StudentConfig
 from pipeline.errors import ConfigError
 from pipeline.losses.losses import LOSSES
 from pipeline.settings import Section
+
+OWN_FIRST_WEIGHTS = ("copy", "random")
 
 
 class TwigConfig(Section):
@@ -36,9 +38,9 @@ class TwigConfig(Section):
     draft_vocabulary: int | None = Field(default=None, ge=1, exclude_if=lambda number: number is None)
     """Drafts only the tokens that are most frequent as labels, by their rows of the head; null: all. A head is up to
     half of a small model's draft. [tokens; stage 2; run]"""
-    first_weights: Literal["copy", "random"] = "copy"
-    """`copy` begins with base layers K to K+T-1, final norm and head; `random` reads no weight of the base.
-    [stage 2; run]"""
+    first_weights: str = "copy"
+    """`copy` begins with base layers K to K+T-1, final norm and head; `random` reads no weight of the base; anything
+    else is the folder of a trained twig of the same base and place. [stage 2; run]"""
     dtype: DType = "float32"
     """Dtype of its weights. [stage 2; run]"""
     gradient_checkpointing: bool = False
@@ -91,13 +93,37 @@ def check_twig(config: Any) -> None:
             "losses.query_attention trains the pruning head of a twig, which has none; set twig.pruning_head: true, "
             "or remove the loss"
         )
-    if twig.pruning_head and not config.losses.query_attention:
+    if config.losses.policy:
+        _check_policy(config)
+    elif twig.pruning_head and not config.losses.query_attention:
         raise ValueError(
             "twig.pruning_head: true, but nothing trains it; add `losses.query_attention: {}` and a target "
             "`query_attention` of a layer that looks at the image, or set it to false"
         )
     if not config.losses.active():
         raise ValueError("losses: none is left to train the twig with; give losses.supervised a weight")
+
+
+def _check_policy(config: Any) -> None:
+    """Raise `ValueError` unless the rest of a config fits reinforcement learning of the pruning head alone."""
+    twig: TwigConfig = config.twig
+    if not twig.pruning_head or twig.first_weights in OWN_FIRST_WEIGHTS:
+        raise ValueError(
+            "losses.policy goes on with the pruning head of a trained twig; set twig.pruning_head: true and "
+            "twig.first_weights to the twig's folder"
+        )
+    if twig.lora is not None:
+        raise ValueError("losses.policy trains the pruning head alone; remove twig.lora")
+    if others := set(config.losses.active()) - {"policy", "query_attention"}:
+        raise ValueError(
+            f"losses.{min(others)} trains what losses.policy leaves as it is; set it to null (losses.query_attention "
+            "may stay, to keep the scores near the base's attention)"
+        )
+    if config.losses.policy.patience is not None and not config.train.get("load_best_model_at_end"):
+        raise ValueError(
+            "losses.policy.patience stops after held-out losses that are no better; set data.held_out_shards, "
+            "train.eval_strategy and train.load_best_model_at_end: true, or set it to null"
+        )
 
 
 def check_has_student(config: Any) -> None:

@@ -150,7 +150,7 @@ def _prepare_folder(folder: Path, start: Start, product: Product) -> None:
 def _finish(trainer: DistillTrainer, folder: Path) -> None:
     """Write what was trained. Raises `TrainingStopped` if a signal ended the training before its end."""
     done, whole = trainer.state.global_step, trainer.state.max_steps
-    if done < whole:
+    if done < whole and trainer.stop.ends(trainer.args.world_size):  # else it stopped early
         raise TrainingStopped(
             f"{folder}: stopped by {trainer.stop} after step {done} of {whole}, checkpoint-{done} is written; run "
             f"the same command with {RESUME} to resume",

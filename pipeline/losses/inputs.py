@@ -46,6 +46,20 @@ class TeacherTargets:
 
 
 @dataclass(frozen=True)
+class Actions:
+    """A group of choices of each sample: their log probabilities, with gradient, and rewards; float32 'B G'.
+
+    `entropy` 'B' is that of the scores, in nats, and `overlap` 'B' the share of the tokens with the largest scores
+    that a drawn choice keeps.
+    """
+
+    log_probs: Tensor
+    rewards: Tensor
+    entropy: Tensor
+    overlap: Tensor
+
+
+@dataclass(frozen=True)
 class StudentOutputs:
     """The student's outputs for a batch.
 
@@ -57,6 +71,7 @@ class StudentOutputs:
     `logits`        'A V' at the answers
     `vision_scores` float32 'B J', of its pruning head, from the last prompt positions
     `asks`          bool 'B', whether that position follows a vision token
+    `actions`       choices of vision tokens with their rewards, where these are learned from
     """
 
     scores: AnswerScores
@@ -66,6 +81,7 @@ class StudentOutputs:
     logits: Tensor | None = None
     vision_scores: Tensor | None = None
     asks: Tensor | None = None
+    actions: Actions | None = None
 
 
 def count_of(count: int, like: Tensor) -> Tensor:

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from pipeline.losses.divergences import DIVERGENCES, buckets, within_tail
 from pipeline.losses.inputs import Head, Result, StudentOutputs, TeacherTargets, Weight, count_of
-from pipeline.losses.of_twigs import PredictionLoss, QueryAttentionLoss, prediction, query_attention
+from pipeline.losses.of_twigs import (
+    PolicyLoss,
+    PredictionLoss,
+    QueryAttentionLoss,
+    policy,
+    prediction,
+    query_attention,
+)
 from pipeline.positions import Counts, Slots
 from pipeline.settings import Section
 
@@ -274,6 +281,7 @@ LOSSES: dict[str, Loss] = {
         head="base_head",
         only="twig",
     ),
+    "policy": Loss(policy, PolicyLoss, lambda _, counts: counts.asks_about_images.sum(), only="twig"),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from pipeline.settings import Section
 SMALLEST_SHARE = (
     1e-9  # smaller shares of attention are raised to this; on both sides, so that equal stays equal
 )
+SMALLEST_SPREAD = 1e-6  # added to the spread of a group's rewards, which may all be equal
 
 
 class QueryAttentionLoss(Section):
@@ -66,3 +67,40 @@ def prediction(student: StudentOutputs, teacher: TeacherTargets, head: Head, set
         scale = (settings.clip / per_position.detach().clamp(min=settings.clip)) / settings.clip
         per_position = per_position * scale
     return per_position.sum(), count_of(len(per_position), per_position)
+
+
+class PolicyLoss(Section):
+    """Reinforcement learning of a twig's pruning head: choices of vision tokens after which the base answers well."""
+
+    weight: Weight = 1.0
+    """Weight of the term in the loss. [factor; stage 2; run]"""
+    group: int = Field(default=32, ge=2)
+    """Choices that are drawn of each sample, and compared with each other. [choices; stage 2; run]"""
+    keep: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[1 / 9, 2 / 9, 1 / 3], min_length=1)
+    """Shares of the vision tokens that may be kept, on average over the layers; one is drawn for each batch.
+    [share; stage 2; run]"""
+    annealing: float = Field(default=8.0, ge=0)
+    """How much the training comes to prefer the smallest share: the i-th larger one has the weight exp(-annealing
+    progress^2 i). 0: all alike, always. [factor; stage 2; run]"""
+    patience: int | None = Field(default=None, ge=1)
+    """Stops after so many held-out losses in a row that were no better than the best; null: never.
+    [evaluations; stage 2; run]"""
+
+
+def policy(student: StudentOutputs, teacher: TeacherTargets, head: Head, settings: Any) -> Result:
+    """Minus the log probability of choices, weighted by their advantage; counts samples that ask about an image.
+
+    A choice's advantage is (r - mean) / (std + 1e-6) over its group (TwigVLM++'s Eq. 14 and 15; there is one step for
+    each drawn group, so that no ratio of policies is needed). Of a single choice, in evaluation, it is minus the
+    reward: the mean log probability of the answer under the pruned base.
+    """
+    assert student.actions is not None and student.asks is not None
+    rewards = student.actions.rewards
+    if rewards.shape[1] == 1:
+        per_sample = -rewards[:, 0]
+    else:
+        spread = rewards.std(dim=1, keepdim=True) + SMALLEST_SPREAD
+        advantages = (rewards - rewards.mean(dim=1, keepdim=True)) / spread
+        per_sample = -(advantages * student.actions.log_probs).mean(dim=1)
+    total = (per_sample * student.asks).sum()
+    return total, count_of(int(student.asks.sum()), total)

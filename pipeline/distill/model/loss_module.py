@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class LossModule(nn.Module):
     """
 
     heads: nn.ModuleDict
+    observed: Sequence[str] = ()  # what is logged beside the losses, in the order of `observations`
 
     def __init__(
         self,
@@ -43,10 +44,14 @@ class LossModule(nn.Module):
         super().__init__()
         self.losses = dict(losses)
         self.patch_feature_cache = TensorCache(patch_feature_cache_bytes)
+        self.progress = 0.0  # the part of the training that is done, which the trainer sets
         self.recompute = recompute  # no module, so nothing of a teacher is trained or saved
 
     def forward(self, batch: Mapping[str, Any]) -> Terms:
-        """Return every loss term of a batch of `JoinCollator`. Raises `JoinError` if rows of a target are missing."""
+        """Return every loss term of a batch of `JoinCollator`, and what is observed beside them.
+
+        Raises `JoinError` if rows of a target are missing.
+        """
         Refused.check(batch)
         patch_features = self.patch_features(batch)
         if self.recompute:
@@ -59,10 +64,15 @@ class LossModule(nn.Module):
             expect_shape(f"stored attention of layer {layer}", attention, "B H T J", shape)
         # Heads and losses are float32 under `train.bf16` too: they are small, and KL is a difference of like numbers.
         with torch.autocast(mine.slots.text.device.type, enabled=False):
-            return {
+            terms = {
                 name: LOSSES[name].compute(mine, teacher, self.head_of(name), settings)
                 for name, settings in self.losses.items()
             }
+        return terms | self.observations(mine)
+
+    def observations(self, mine: StudentOutputs) -> Terms:
+        """Return what is logged beside the losses, a sum and a count each."""
+        return {}
 
     @abstractmethod
     def outputs(
@@ -80,7 +90,7 @@ class LossModule(nn.Module):
 
     def total(self, terms: Terms) -> Tensor:
         """Return the loss of one batch, a float32 scalar: the weighted sum of each term's mean."""
-        means = {name: total / count.clamp(min=1) for name, (total, count) in terms.items()}
+        means = {name: terms[name][0] / terms[name][1].clamp(min=1) for name in self.losses}
         return torch.stack([self.losses[name].weight * mean for name, mean in means.items()]).sum()
 
     def head_of(self, loss: str) -> nn.Module | None:

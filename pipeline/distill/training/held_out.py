@@ -67,9 +67,11 @@ class HeldOutTrainer(ResumingTrainer):
                 terms = cast(Any, self.model)(send_to_device(batch, self.args.device))
                 log.add(None if batch["is_filler"] else terms, nothing)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        means = TermLog.of(self.losses, self.sum_of_ranks(log.sums(self.losses))).means(self.losses)
+        of_all = TermLog.of(self.log_names, self.sum_of_ranks(log.sums(self.log_names)))
+        means = of_all.means(self.losses)
         metrics = {f"{metric_key_prefix}_loss": sum(means[f"loss/{name}_weighted"] for name in self.losses)}
         metrics |= {f"{metric_key_prefix}_{name}": means[f"loss/{name}"] for name in self.losses}
+        metrics |= {f"{metric_key_prefix}_{name}": of_all.mean(name) for name in self.distiller.observed}
         num_samples = len(cast(Any, dataloader.dataset))
         return EvalLoopOutput(
             predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=num_samples

@@ -37,6 +37,10 @@ class StopOnSignal(TrainerCallback):
     def exit_code(self) -> int:
         return EXIT_CODES[self._signal]
 
+    def ends(self, world_size: int) -> bool:
+        """Whether the training ends after this step: all of its processes know of the signal."""
+        return self.is_agreed or (self.is_asked and world_size == 1)
+
     def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():
             # A shell lets its background jobs ignore Ctrl-C; that must stay.
@@ -59,7 +63,7 @@ class StopOnSignal(TrainerCallback):
         self.is_asked, self._signal, self._asked_at = True, signal.Signals(number), time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.is_agreed or (self.is_asked and args.world_size == 1):
+        if self.ends(args.world_size):
             control.should_save = control.should_training_stop = True
 
 

@@ -49,6 +49,11 @@ class ResumingTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     @property
+    def log_names(self) -> list[str]:
+        """What has a mean in the log: the losses, and what is observed beside them."""
+        return [*self.losses, *self.distiller.observed]
+
+    @property
     def keeps_sharded_state(self) -> bool:
         """Whether the optimizer is sharded and has a state: plain SGD has none."""
         return self.is_fsdp_enabled and self.args.optim != OptimizerNames.SGD
@@ -59,7 +64,7 @@ class ResumingTrainer(Trainer):
         """Write the weights of a checkpoint. All processes must call it: they gather what the first one writes."""
         # Not `_save`, which some releases of transformers call in the first process alone.
         folder = Path(output_dir or str(self.args.output_dir))
-        *terms, loss = self.sum_of_ranks(self.term_log.sums(self.losses))
+        *terms, loss = self.sum_of_ranks(self.term_log.sums(self.log_names))
         tensors, heads = self.save_trained(folder)
         if not self.args.should_save:
             return
@@ -99,8 +104,8 @@ class ResumingTrainer(Trainer):
             return
         self.last_logged_step = self.unlogged["last_logged_step"]
         if self.is_world_process_zero():  # the sums are those of all processes
-            terms = self.unlogged["terms"][: 2 * len(self.losses)]  # earlier versions added their coverage
-            self.term_log = TermLog.of(self.losses, [*terms, self.unlogged["loss"]])
+            terms = self.unlogged["terms"][: 2 * len(self.log_names)]  # earlier versions added their coverage
+            self.term_log = TermLog.of(self.log_names, [*terms, self.unlogged["loss"]])
 
     # Private hooks, tried with transformers 5.23 (pyproject.toml pins >=5.23,<5.24). tests/test_transformers_hooks.py
     # compares where the Trainer calls them; before the pin is raised, read what it reports.

@@ -30,24 +30,28 @@ class TermLog:
             self.totals[name] = self.totals.get(name, 0.0) + float(total.detach())
             self.counts[name] = self.counts.get(name, 0.0) + float(count)
 
-    def sums(self, losses: Mapping[str, Any]) -> list[float]:
+    def sums(self, names: Sequence[str]) -> list[float]:
         """Return everything as numbers that can be summed over processes. `of` reads them back."""
-        of_terms = [sums.get(name, 0.0) for name in losses for sums in (self.totals, self.counts)]
+        of_terms = [sums.get(name, 0.0) for name in names for sums in (self.totals, self.counts)]
         return [*of_terms, float(self.loss)]
 
     @classmethod
-    def of(cls, losses: Mapping[str, Any], sums: Sequence[float]) -> TermLog:
+    def of(cls, names: Sequence[str], sums: Sequence[float]) -> TermLog:
         *of_terms, loss = sums
-        totals, counts = (dict(zip(losses, of_terms[n::2], strict=True)) for n in (0, 1))
+        totals, counts = (dict(zip(names, of_terms[n::2], strict=True)) for n in (0, 1))
         return cls(totals, counts, torch.tensor(loss))
 
     def means(self, losses: Mapping[str, Any]) -> dict[str, float]:
         """Return each term's mean (`loss/x`) and weighted mean (`loss/x_weighted`)."""
         entries = {}
         for name, settings in losses.items():
-            mean = self.totals[name] / max(self.counts[name], 1.0)
+            mean = self.mean(name)
             entries |= {f"loss/{name}": mean, f"loss/{name}_weighted": settings.weight * mean}
         return entries
+
+    def mean(self, name: str) -> float:
+        """Return the mean of a term, or of what is observed beside the losses."""
+        return self.totals[name] / max(self.counts[name], 1.0)
 
 
 def gradient_shares(

@@ -110,6 +110,7 @@ class DistillTrainer(HeldOutTrainer):
         """Return the micro-batches of one optimizer step, and each term's count over them and all processes."""
         if self.state.global_step >= self.state.max_steps:
             return [], None  # resumed when all steps were made: the Trainer would make one more
+        self.distiller.progress = self.state.global_step / self.state.max_steps
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             Refused.check(batch)
@@ -130,7 +131,8 @@ class DistillTrainer(HeldOutTrainer):
         """
         result: Terms = model(inputs)
         weighted: dict[str, torch.Tensor] = {}
-        for name, (total, count) in result.items():
+        for name in self.losses:
+            total, count = result[name]
             if not torch.isfinite(total):
                 raise NonFiniteLossError(
                     f"losses.{name} became {total.item()} at step {self.state.global_step}; the weights of the last "
@@ -183,10 +185,11 @@ class DistillTrainer(HeldOutTrainer):
             # The short last step of an epoch counts as a full one.
             logs["samples_seen"] = self.state.global_step * self.get_total_train_batch_size(self.args)
         if "loss" in logs:
-            of_all = TermLog.of(self.losses, self.sum_of_ranks(self.term_log.sums(self.losses)))
+            of_all = TermLog.of(self.log_names, self.sum_of_ranks(self.term_log.sums(self.log_names)))
             num_steps = self.state.global_step - self.last_logged_step
             logs["loss"] = float(of_all.loss) / num_steps
             logs |= of_all.means(self.losses) | self.gradient_shares
+            logs |= {name: of_all.mean(name) for name in self.distiller.observed}
             self.term_log, self.gradient_shares = TermLog(), {}
             self.last_logged_step = self.state.global_step
         super().log(logs, start_time)

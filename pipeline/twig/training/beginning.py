@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from cache import Difference, FingerprintMismatch, Store, digest_of
+from cache import Difference, FingerprintMismatch, Store, digest_of, hash_file
 from pipeline.config.config import Config
-from pipeline.config.twig_settings import TwigConfig, check_has_twig
+from pipeline.config.twig_settings import OWN_FIRST_WEIGHTS, TwigConfig, check_has_twig
 from pipeline.errors import ConfigError, building
 from pipeline.models.anatomy import anatomy_of, empty_network
 from pipeline.models.checkpoint_names import source_names
@@ -21,7 +22,14 @@ from pipeline.models.files.checkpoint import Checkpoint, checkpoint_folder
 from pipeline.models.teacher_plan import digests_by_group, facts_of_config
 from pipeline.targets.target import TeacherFacts
 from pipeline.twig.base_identity import BaseIdentity
-from pipeline.twig.folder import fill_twig, first_weights
+from pipeline.twig.folder import (
+    DRAFT_IDS,
+    WEIGHTS,
+    fill_twig,
+    first_weights,
+    read_tensors,
+    read_twig_config,
+)
 from pipeline.twig.geometry import Geometry, geometry_of
 from pipeline.twig.module import Twig
 from pipeline.twig.pruning_head import PruningHead
@@ -39,7 +47,7 @@ class Beginning:
     """A twig before its first step, without its tensors.
 
     `base_config` is that of the base's checkpoint, and `store` has its hidden states. `reads_head` says that a loss
-    compares with the logits of the base's own head.
+    compares with the logits of the base's own head, `trains_head_alone` that only the pruning head is trained.
     """
 
     settings: TwigConfig
@@ -48,6 +56,7 @@ class Beginning:
     base: BaseIdentity
     store: Store
     reads_head: bool = False
+    trains_head_alone: bool = False
 
     @classmethod
     def of(cls, config: Config, store: Store) -> Beginning:
@@ -71,7 +80,10 @@ class Beginning:
             geometry.num_kept(facts.num_vision_tokens, settings.keep)
         Twig.empty(base_config, geometry)  # raises for a family without a twig
         identity = _identity(name, base_config, store)
-        return cls(settings, base_config, geometry, identity, store, "prediction" in config.losses.active())
+        losses = config.losses.active()
+        return cls(
+            settings, base_config, geometry, identity, store, "prediction" in losses, "policy" in losses
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,6 +95,10 @@ class Beginning:
     @property
     def digest(self) -> str:
         """A digest of the first weights. Raises `FingerprintMismatch` if their checkpoint is not the store's base."""
+        first = self.settings.first_weights
+        if first not in OWN_FIRST_WEIGHTS:
+            self._of_trained_twig(Path(first))  # raises for what is no such twig
+            return digest_of([self.base.digest, hash_file(Path(first) / WEIGHTS)])
         of_groups = dict(self._digests())
         return digest_of([self.base.digest, of_groups or "random"])
 
@@ -123,14 +139,31 @@ class Beginning:
         """Return the twig with its first weights; random ones are drawn from torch's random generator."""
         made = self.empty_twig()
         with building(f"twig of {self.base.name}", then="correct the `twig` section"):
-            if self.settings.first_weights == "copy":
+            first = self.settings.first_weights
+            if first == "copy":
                 checkpoint = Checkpoint(self.base.name)
                 tensors = first_weights(made, checkpoint, self.base_config, dtype=self.dtype)
                 fill_twig(made, tensors | _drawn(made.pruning_head), source=self.base.name)
-            else:
+            elif first == "random":
                 _draw(made, self.base_config)
+            else:
+                fill_twig(made, self._of_trained_twig(Path(first)), source=first)
         made.gradient_checkpointing = self.settings.gradient_checkpointing
-        return made.requires_grad_(True)
+        made.requires_grad_(not self.trains_head_alone)
+        if made.pruning_head is not None:
+            made.pruning_head.requires_grad_(True)
+        return made
+
+    def _of_trained_twig(self, folder: Path) -> dict[str, Tensor]:
+        """Return the tensors of a trained twig. Raises `ConfigError` if it is another base's, or grows elsewhere."""
+        geometry, base = read_twig_config(folder)
+        if geometry != self.geometry or base.digest != self.base.digest:
+            raise ConfigError(
+                f"twig.first_weights: {folder} is a twig at {geometry} of {base.name} ({base.digest[:12]}), and one "
+                f"at {self.geometry} of {self.base.name} ({self.base.digest[:12]}) was asked for; give the folder of "
+                "a twig of this base and place, or change the `twig` section"
+            )
+        return {name: one.to(self.dtype) for name, one in read_tensors(folder).items() if name != DRAFT_IDS}
 
 
 def _drawn(pruning_head: PruningHead | None) -> dict[str, Tensor]:

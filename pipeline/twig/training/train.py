@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from pipeline.config.config import Config
 from pipeline.config.twig_settings import check_has_twig
@@ -14,6 +14,11 @@ from pipeline.distill.join.dataset import JoinedDataset
 from pipeline.distill.parts import load_recompute, open_dataset, open_held_out
 from pipeline.distill.run import Job, train
 from pipeline.distill.training.run_identity import RunIdentity
+from pipeline.errors import building
+from pipeline.models.loading import load_network
+from pipeline.twig.base import Base
+from pipeline.twig.reinforcing.exploring import Exploring
+from pipeline.twig.reinforcing.reward import PrunedBase
 from pipeline.twig.scaffold import Scaffold
 from pipeline.twig.training.base_head import BaseHead
 from pipeline.twig.training.beginning import Beginning
@@ -30,8 +35,10 @@ def train_twig(
     begins with. It resumes, replaces and stops as `train_student` does. Raises `ConfigError` for a config without a
     `twig` section.
     """
-    job = twig_job(config)
-    return train(job, folder, overwrite=overwrite, callbacks=callbacks)
+    policy = config.losses.active().get("policy")
+    if policy is not None and policy.patience is not None:
+        callbacks = [*callbacks, EarlyStoppingCallback(policy.patience)]
+    return train(twig_job(config), folder, overwrite=overwrite, callbacks=callbacks)
 
 
 def twig_job(config: Config) -> Job:
@@ -72,4 +79,18 @@ def build_twig_distiller(
         patch_feature_cache_bytes=config.student.patch_feature_cache_bytes,
         recompute=load_recompute(config, dataset, held_out, device),
         base_head=head,
+        exploring=_exploring(config, beginning, device),
     )
+
+
+def _exploring(config: Config, beginning: Beginning, device: torch.device | str) -> Exploring | None:
+    """Load the base whose word on choices of vision tokens is learned from; None if no loss asks for it."""
+    if (policy := config.losses.active().get("policy")) is None:
+        return None
+    name = config.teacher.model
+    network = (
+        load_network(name, dtype=str(beginning.dtype).removeprefix("torch.")).eval().requires_grad_(False)
+    )
+    with building(f"base {name} on a GPU", then="set twig.dtype to bfloat16"):
+        base = PrunedBase(Base.of(network.to(device)), beginning.geometry)
+    return Exploring(base, policy.keep, group=policy.group, annealing=policy.annealing)

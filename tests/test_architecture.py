@@ -43,8 +43,8 @@ ROOMS: dict[str, str] = {
     "pipeline/benchmarks": "distill/join data config models models/mobilevlm models/files",
     "pipeline/evaluation": "distill distill/training distill/join data config models models/files targets",
     "pipeline/teacher_cache": "data config models targets",
-    "pipeline/twig/training": "twig twig/reinforcing distill distill/training distill/model distill/join config losses "
-    "models models/files targets",
+    "pipeline/twig/training": "twig twig/reinforcing distill distill/training distill/model distill/join config "
+    "losses models models/files targets",
     "pipeline/distill": "distill/training distill/model distill/join data config models models/files targets",
     "pipeline/distill/training": "distill/model distill/join config losses models models/files",
     "pipeline/distill/model": "distill/join config losses models targets",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from twig_models import TwigSpecimen, twig_specimen
@@ -9,6 +11,7 @@ from twig_models import TwigSpecimen, twig_specimen
 from pipeline.errors import ConfigError
 from pipeline.models.loading import load_network
 from pipeline.twig.decoding.generate import Decoding, answer
+from pipeline.twig.evaluation.coverage import diverse_order, even_order
 from pipeline.twig.evaluation.selectors import Selector, looks, parse_selectors
 from pipeline.twig.geometry import Geometry
 
@@ -105,3 +108,59 @@ def test_a_name_that_means_nothing_is_refused(text, complaint):
 def test_no_layer_runs_before_a_twig_on_the_embeddings():
     with pytest.raises(ConfigError, match="no layer runs before the twig"):
         parse_selectors("fastv", Geometry(0, 2, 5, 6))
+
+
+def test_rows_of_all_text_add_up_what_each_row_says(specimen):
+    twig, number = specimen.twig(GEOMETRY), NUMBERS[0]
+    network = load_network(str(specimen.folder), dtype=torch.float32).eval()
+    network.set_attn_implementation("eager")
+    prompts = specimen.prompts([number])
+    with torch.no_grad():
+        made = network(**prompts.inputs, output_attentions=True, use_cache=False).attentions
+    is_vision = prompts.is_vision[0]
+    text = ~is_vision & (torch.arange(len(is_vision)) > is_vision.nonzero()[0])
+    expected = (
+        made[2][0].mean(dim=0)[text][:, is_vision].sum(dim=0)
+    )  # the twig's last layer is a copy of layer 2
+    found = selector("twig rows").score(specimen.base, twig, prompts, ["a"])
+    assert torch.allclose(found[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_even_choices_are_spread_at_every_number():
+    vision = torch.tensor([list(range(5, 21)), [*range(3, 12), *[-1] * 7]])
+    scores = even_order(vision)
+    for row, count in ((0, 16), (1, 9)):
+        order = scores[row].sort(descending=True).indices[:count].tolist()
+        assert sorted(order) == list(range(count))
+        for kept in (2, 4, 8):
+            places = sorted(order[:kept])
+            assert max(b - a for a, b in pairwise(places)) <= 2 * 16 / kept
+    assert not scores[1, 9:].any()
+
+
+def test_diverse_choices_take_one_of_each_kind_before_a_second_one():
+    kinds = torch.nn.functional.normalize(
+        torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    states = torch.cat([torch.zeros(2, 8), kinds[[0, 1, 0, 2, 0, 3, 1, 0]]])[None]
+    vision = torch.tensor([[2, 3, 4, 5, 6, 7, 8, 9]])
+    order = diverse_order(states, vision)[0].sort(descending=True).indices.tolist()
+    of_kind = [0, 1, 0, 2, 0, 3, 1, 0]
+    assert sorted(of_kind[place] for place in order[:4]) == [0, 1, 2, 3] and sorted(order) == list(range(8))
+    attended = torch.tensor([[0.0, 0, 9, 0, 8, 0, 0, 7]])
+    mixed = diverse_order(states, vision, attended)[0].sort(descending=True).indices.tolist()
+    assert mixed[0] == 2 and mixed[2] == 4 and mixed[4] == 7 and of_kind[mixed[1]] != 0
+
+
+@pytest.mark.parametrize("name", ["twig rows", "even", "diverse", "twig+diverse"])
+def test_rules_that_cover_the_image_do_not_depend_on_the_batch(name, specimen):
+    twig, rule = specimen.twig(GEOMETRY, seed=3), selector(name)
+    together = rule.score(specimen.base, twig, specimen.prompts(NUMBERS), ["a", "b"])
+    for row, number in enumerate(NUMBERS):
+        alone = rule.score(specimen.base, twig, specimen.prompts([number]), ["a"])[0]
+        count = len(alone)
+        assert not together[row, count:].any()
+        if name == "twig rows":
+            torch.testing.assert_close(together[row, :count], alone, atol=1e-5, rtol=1e-4)
+        else:
+            assert together[row, :count].argsort().equal(alone.argsort())

@@ -11,15 +11,17 @@ from blake3 import blake3
 from torch import Tensor
 
 from pipeline.errors import ConfigError
-from pipeline.models.tap import QueryAndKey, query_to_vision, recording
+from pipeline.models.tap import QueryAndKey, query_to_vision, recording, text_to_vision_attention
 from pipeline.positions import Slots, find_slots
 from pipeline.twig.base import Base
 from pipeline.twig.decoding.prompts import Prompts
 from pipeline.twig.decoding.session import Session
+from pipeline.twig.evaluation.coverage import diverse_order, even_order
 from pipeline.twig.geometry import Geometry
 from pipeline.twig.module import Twig
 
 TWIG, RANDOM, FASTV, FASTV_DEEP = "twig", "random", "fastv", "fastv+T"
+TWIG_ROWS, EVEN, DIVERSE, TWIG_DIVERSE = "twig rows", "even", "diverse", "twig+diverse"
 LAYER = re.compile(r"layer (\d+)")
 
 # Base, twig, prompts and the keys of their samples -> scores float32 'B J' of the vision tokens.
@@ -39,7 +41,10 @@ def parse_selectors(text: str, geometry: Geometry) -> list[Selector]:
     """Return the selectors of a list such as `twig,fastv,fastv+T,random,layer 11`; layers count from 0.
 
     `fastv` is the attention of the last layer that runs before pruning (depth K, layer K-1), `fastv+T` that of the
-    layer of which the twig's last one is a copy (depth K+T, layer K+T-1). Raises `ConfigError` for any other name.
+    layer of which the twig's last one is a copy (depth K+T, layer K+T-1). `twig rows` adds up the attention of the
+    twig's last layer from all text behind an image, not from the last prompt position alone; `even` and `diverse`
+    cover the image (pipeline/twig/evaluation/coverage.py), `twig+diverse` in turns with the twig's choices. Raises
+    `ConfigError` for any other name.
     """
     names = dict.fromkeys(" ".join(name.split()) for name in text.split(",") if name.strip())
     if not names:
@@ -49,19 +54,19 @@ def parse_selectors(text: str, geometry: Geometry) -> list[Selector]:
 
 def _selector(name: str, geometry: Geometry) -> Selector:
     depths = {FASTV: geometry.attach_layer, FASTV_DEEP: geometry.attach_layer + geometry.num_layers}
-    if name == TWIG:
-        return Selector(TWIG, twig_scores, depends_on_twig=True)
     if name == RANDOM:
         return Selector(RANDOM, random_scores)
+    if name in BY_TWIG:
+        return Selector(name, BY_TWIG[name], depends_on_twig=name != DIVERSE)
+    if name == EVEN:
+        return Selector(EVEN, lambda base, twig, prompts, keys: even_order(_slots(prompts).vision))
     if depths.get(name) == 0:
         raise ConfigError(f"selector {name!r}: no layer runs before the twig (K is 0); name another one")
     if name in depths:
         return _of_layer(f"{name} (layer {depths[name] - 1})", depths[name] - 1, geometry)
     if found := LAYER.fullmatch(name):
         return _of_layer(name, int(found[1]), geometry)
-    raise ConfigError(
-        f"selector {name!r} is unknown; known are {TWIG}, {FASTV}, {FASTV_DEEP}, {RANDOM}, and layer N"
-    )
+    raise ConfigError(f"selector {name!r} is unknown; known are {', '.join(KNOWN)}, and layer N")
 
 
 def _of_layer(name: str, layer: int, geometry: Geometry) -> Selector:
@@ -77,9 +82,48 @@ def _of_layer(name: str, layer: int, geometry: Geometry) -> Selector:
 
 def twig_scores(base: Base, twig: Twig, prompts: Prompts, keys: Sequence[str]) -> Tensor:
     """Return the scores by which the twig itself prunes."""
+    return _read(base, twig, prompts)[1]
+
+
+@torch.inference_mode()
+def _read(base: Base, twig: Twig, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """Run shallow layers and twig over prompts; return the outputs of layer K 'B P D', and the scores 'B J'."""
     place = twig.geometry
     session = Session(base, twig, prompts, first=place.attach_layer, wipe=place.wipe_layer, room=1)
-    return session.read_with_twig(session.read_prompts())[1]
+    states = session.read_prompts()
+    return states, session.read_with_twig(states)[1]
+
+
+def twig_row_scores(base: Base, twig: Twig, prompts: Prompts, keys: Sequence[str]) -> Tensor:
+    """Return the attention of the twig's last layer, added up over all text positions behind an image."""
+    place, last = twig.geometry, len(twig.layers) - 1
+    session = Session(base, twig, prompts, first=place.attach_layer, wipe=place.wipe_layer, room=1)
+    states = session.read_prompts()
+    assert session.own is not None
+    with recording({last}) as made:
+        session.own.run(states, prompts.rows)
+    return text_to_vision_attention(made.kept[last], _slots(prompts)).mean(dim=1).sum(dim=1)
+
+
+def diverse_scores(base: Base, twig: Twig, prompts: Prompts, keys: Sequence[str]) -> Tensor:
+    """Return an order of tokens that are unlike each other, by their outputs of layer K."""
+    states, _ = _read(base, twig, prompts)
+    return diverse_order(states, _slots(prompts).vision)
+
+
+def twig_and_diverse_scores(base: Base, twig: Twig, prompts: Prompts, keys: Sequence[str]) -> Tensor:
+    """Return an order of the twig's choices, in turns with tokens that are unlike those before them."""
+    states, scores = _read(base, twig, prompts)
+    return diverse_order(states, _slots(prompts).vision, scores)
+
+
+BY_TWIG: dict[str, Score] = {
+    TWIG: twig_scores,
+    TWIG_ROWS: twig_row_scores,
+    DIVERSE: diverse_scores,
+    TWIG_DIVERSE: twig_and_diverse_scores,
+}
+KNOWN = (TWIG, FASTV, FASTV_DEEP, RANDOM, EVEN, DIVERSE, TWIG_DIVERSE, TWIG_ROWS)
 
 
 def layer_scores(base: Base, prompts: Prompts, layer: int) -> Tensor:

@@ -15,13 +15,14 @@ from small_sweep import write_sweep, write_timed_store
 
 import cli
 from pipeline.config.config import Config
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.evaluate import evaluate_model
 from pipeline.models.loading import load_network
 from pipeline.packing.pack import pack
 from pipeline.ratios import Ratios
 from pipeline.report.page import write_report
 from pipeline.twig.base_identity import BaseIdentity
+from pipeline.twig.evaluation.beside import parse_beside
 from pipeline.twig.evaluation.kept import WHOLE, Pruned, read_pruned
 from pipeline.twig.evaluation.result import FOLDER, PICTURE, RESULT, Evaluation, SpeedRow
 from pipeline.twig.evaluation.tables import tables_of
@@ -103,6 +104,37 @@ def test_the_command_measures_answers_resumes_and_is_shown_by_the_report(small, 
     check_speed(result.speed)
     check_resumed(small, tmp_path, some, capsys)
     check_report(folder, tmp_path)
+
+
+@pytest.mark.slow
+def test_twigs_of_another_training_stand_beside_the_first_as_selectors_of_their_name(
+    small, twigs, tmp_path, capsys
+):
+    some = ["--twig", str(twigs[0]), "--beside", f"stage 1 = {twigs[1]}", "--keep", "1/2", "--no-speed"]
+    run(small, tmp_path, *some, "--selectors", "twig,random")
+    result = Evaluation.read(tmp_path / FOLDER / RESULT)
+    assert result.selectors() == ["twig", "random", "stage 1"]
+    mine, other = (result.rows("test", "short", name)[0] for name in ("twig", "stage 1"))
+    assert mine.beside_twig is None and other.beside_twig is not None
+    middle = other.by_twig[0] - mine.by_twig[0]
+    assert other.beside_twig.value == pytest.approx(middle)
+    alone = tmp_path / "alone"
+    run(small, alone, "--twig", str(twigs[1]), "--keep", "1/2", "--no-speed", "--selectors", "twig")
+    assert Evaluation.read(alone / FOLDER / RESULT).rows("test", "short", "twig")[0].by_twig == other.by_twig
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("folder", "NAME=FOLDER was expected"),
+        ("=folder", "NAME=FOLDER was expected"),
+        ("random=folder", "'random' is the name of a selector"),
+        ("layer 3=folder", "'layer 3' is the name of a selector"),
+    ],
+)
+def test_what_is_no_name_of_a_training_is_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_beside([given])
 
 
 def check_speed(rows: Sequence[SpeedRow]) -> None:

@@ -19,6 +19,10 @@ def evaluate(
             help="Folder of a twig; several: the same training with other seeds. Default: OUTPUT_DIR/twig."
         ),
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER: another training's twig at the same place, compared with the first."),
+    ] = None,
     selectors: Annotated[
         str, typer.Option(help="Rules that choose vision tokens; also: layer N, counted from 0.")
     ] = "twig,fastv,fastv+T,random",
@@ -47,6 +51,7 @@ def evaluate(
     with needing("report", by="alignkd twig evaluate"):
         from pipeline.twig.evaluation.curves import draw_curves
         from pipeline.twig.evaluation.evaluate import Asked, evaluate_twigs
+    from pipeline.twig.evaluation.beside import parse_beside
     from pipeline.twig.evaluation.result import FOLDER, RESULT
     from pipeline.twig.evaluation.shares import parse_shares
     from pipeline.twig.evaluation.tables import tables_of
@@ -60,6 +65,7 @@ def evaluate(
         extras=[name.strip() for name in ways.split(",") if name.strip()],
         limit=limit,
         overwrite=overwrite,
+        beside=parse_beside(beside or []),
     )
     result = evaluate_twigs(settings, twig or [Path(settings.output_dir) / "twig"], asked, folder, say=say)
     draw_curves(result, folder)

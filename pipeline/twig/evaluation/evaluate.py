@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pipeline.twig.evaluation.kept import WHOLE, Pruned, answer_pruned, answer_w
 from pipeline.twig.evaluation.pictures import draw_kept, seen_by
 from pipeline.twig.evaluation.result import PICTURE, Evaluation
 from pipeline.twig.evaluation.scoring import METRIC_OF, kept_rows, kinds_of
-from pipeline.twig.evaluation.selectors import Selector, parse_selectors
+from pipeline.twig.evaluation.selectors import TWIG, Selector, parse_selectors
 from pipeline.twig.evaluation.speed import measure_speed
 from pipeline.twig.evaluation.ways import check_extras
 from pipeline.twig.folder import load_twig, read_twig_config
@@ -36,7 +36,10 @@ PREDICTIONS = "predictions"
 
 @dataclass(frozen=True)
 class Asked:
-    """What to measure. `turns` 0: no speed; `limit` images of each test set, None: all."""
+    """What to measure. `turns` 0: no speed; `limit` images of each test set, None: all.
+
+    `beside` are folders of other twigs of the same base and place, by the name of their training.
+    """
 
     selectors: str
     shares: Sequence[Fraction]
@@ -45,6 +48,7 @@ class Asked:
     extras: Sequence[str] = ()
     limit: int | None = None
     overwrite: bool = False
+    beside: Mapping[str, Sequence[Path]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ def evaluate_twigs(
     config: Config, folders: Sequence[Path], asked: Asked, output: Path, *, say: Callable[[str], None]
 ) -> Evaluation:
     """Measure twigs of the config's teacher on its held-out questions, and write what was found to `output`."""
-    geometry = _geometry_of(folders)  # what can be refused is refused before the base is loaded
+    # What can be refused is refused before the base is loaded.
+    geometry = _geometry_of([*folders, *(folder for others in asked.beside.values() for folder in others)])
     selectors = parse_selectors(asked.selectors, geometry)
     check_extras(asked.extras)
     asker = Asker.of(config, limit=asked.limit)
@@ -103,6 +108,10 @@ def evaluate_twigs(
     open_folder(predictions, _settings(config, asker, loaded, asked), overwrite=asked.overwrite)
     whole = answer_whole(asker, predictions)
     runs = _runs(asker, loaded, selectors, asked.shares, predictions)
+    for name, others in asked.beside.items():
+        named = [replace(parse_selectors(TWIG, geometry)[0], name=name)]
+        of_name = Loaded.of(others, geometry, asker.base.network)
+        runs |= _runs(asker, of_name, named, asked.shares, predictions)
     kinds, notes = kinds_of(whole), []
     speed = []
     if asked.turns:

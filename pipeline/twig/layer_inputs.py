@@ -43,22 +43,26 @@ class LayerKind:
         """Return a layer's arguments for the whole sequence."""
         return {"attention_mask": self.mask, "position_embeddings": self.rotary, **self.others}
 
-    def at(self, rows: Tensor, columns: Tensor, *, is_plain: bool) -> dict[str, Any]:
+    def at(
+        self, rows: Tensor, columns: Tensor, *, is_plain: bool, visible: Tensor | None = None
+    ) -> dict[str, Any]:
         """Return a layer's arguments for the positions `rows` 'B Q', whose keys are those of `columns` 'B C'.
 
         Both are positions of the sequence, -1 where there is none: no row sees such a column. `is_plain` says that
-        there is none, in a batch of one. The last Q columns are the rows themselves.
+        there is none, in a batch of one. The last Q columns are the rows themselves. `visible` bool 'B q c' says
+        which of the last c columns the last q rows may see: a drafted node of a tree sees its ancestors and itself.
         """
         places = rows.clamp(min=0)
         rotary = tuple(_rows_of(values, places) for values in self.rotary)
         return {
-            "attention_mask": self._mask(rows, columns, is_plain),
+            "attention_mask": self._mask(rows, columns, is_plain, visible),
             "position_embeddings": rotary,
             **self.others,
         }
 
-    def _mask(self, rows: Tensor, columns: Tensor, is_plain: bool) -> Tensor | None:
-        if self.mask is None and is_plain and rows.shape[1] in (1, columns.shape[1]):
+    def _mask(self, rows: Tensor, columns: Tensor, is_plain: bool, narrowed: Tensor | None) -> Tensor | None:
+        is_whole = narrowed is None and is_plain and rows.shape[1] in (1, columns.shape[1])
+        if self.mask is None and is_whole:
             return None  # one row sees all keys; rows without other keys are causal among themselves
         seen, at = columns[:, None, None, :], rows[:, None, :, None]
         if self.mask is None:
@@ -67,8 +71,11 @@ class LayerKind:
             of_all = self.mask.expand(len(rows), -1, -1, -1)
             of_rows = of_all.gather(2, at.clamp(min=0).expand(-1, -1, -1, of_all.shape[3]))
             visible = of_rows.gather(3, seen.clamp(min=0).expand(-1, -1, rows.shape[1], -1))
+        visible = visible & (seen >= 0)
+        if narrowed is not None:
+            visible[:, 0, -narrowed.shape[1] :, -narrowed.shape[2] :] &= narrowed
         # A row without a position sees all, so that its values are finite; nothing ever reads them.
-        return visible & (seen >= 0) | (at < 0)
+        return visible | (at < 0)
 
 
 def _places_without_padding(network: Any, inputs: Mapping[str, Any]) -> Tensor | None:

@@ -41,12 +41,19 @@ class Verdict(ABC):
         """Return the base's own token at a place, after the draft (token, `probs`) that it rejected there, if any."""
 
 
+@dataclass(frozen=True)
 class Choice(ABC):
-    """A rule for choosing tokens."""
+    """A rule for choosing tokens; `warp` shapes the scores of the base and of its drafts."""
+
+    warp: Warp = _as_they_are
 
     @abstractmethod
     def draft(self, logits: Tensor) -> Drafted:
         """Choose a token of each sample from logits 'B V'."""
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Return log probabilities, float32 '... V', of logits '... V'."""
+        return self.warp(logits.float()).log_softmax(dim=-1)
 
     @abstractmethod
     def judge(self, logits: Tensor) -> Verdict:
@@ -55,9 +62,7 @@ class Choice(ABC):
 
 @dataclass(frozen=True)
 class Greedy(Choice):
-    """The most probable token; a draft is accepted if it is the base's own. `warp` shapes the scores of both."""
-
-    warp: Warp = _as_they_are
+    """The most probable token; a draft is accepted if it is the base's own."""
 
     def draft(self, logits: Tensor) -> Drafted:
         # float32: the probability is compared with a threshold.
@@ -84,10 +89,9 @@ class Sampling(Choice):
     """Tokens drawn at random; the text has the distribution of the base's own (Leviathan et al., arXiv 2211.17192).
 
     A draft t from q is accepted with probability min(1, p(t) / q(t)); after a rejection the token is drawn from
-    max(p - q, 0), normalised. `warp` shapes the scores of both.
+    max(p - q, 0), normalised.
     """
 
-    warp: Warp = _as_they_are
     generator: torch.Generator | None = None
 
     def draft(self, logits: Tensor) -> Drafted:

@@ -18,6 +18,7 @@ from pipeline.twig.base import Base
 from pipeline.twig.decoding.choosing import Choice, Greedy, Sampling
 from pipeline.twig.decoding.generate import Answers, Decoding, answer, answers_as_tensor
 from pipeline.twig.decoding.prompts import Prompts
+from pipeline.twig.decoding.tree import Tree
 from pipeline.twig.module import Twig
 
 # What changes scores by the scores alone. Others look at the text so far, which differs from draft to draft.
@@ -48,6 +49,7 @@ class TwigGenerate:
     delta: int | Literal["auto"] = 5
     threshold: float = 0.6
     look_up: int = 0
+    tree: Tree | None = None
 
     def __call__(
         self,
@@ -72,7 +74,9 @@ class TwigGenerate:
         return torch.cat([input_ids, answers_as_tensor(answers, pad_id=pad_id).to(input_ids)], dim=1)
 
     def _decoding(self, max_new_tokens: int, stop_ids: frozenset[int], choice: Choice) -> Decoding:
-        return Decoding(max_new_tokens, stop_ids, self.keep, self.delta, self.threshold, self.look_up, choice)
+        return Decoding(
+            max_new_tokens, stop_ids, self.keep, self.delta, self.threshold, self.look_up, choice, self.tree
+        )
 
 
 def generate_with_twig(

@@ -17,6 +17,8 @@ from pipeline.twig.decoding.drafter import Drafter, Drafts
 from pipeline.twig.decoding.drafting import DraftRules, SequenceDrafter, SequenceDrafts
 from pipeline.twig.decoding.prompts import Prompts
 from pipeline.twig.decoding.session import Session
+from pipeline.twig.decoding.tree import Tree
+from pipeline.twig.decoding.tree_drafting import TreeDrafter
 from pipeline.twig.module import Twig
 
 LONGEST_ADAPTED = 12  # drafts of an iteration under `delta: auto`
@@ -30,6 +32,7 @@ class Decoding:
     `delta`      most drafts of an iteration; 0: none; `auto`: one more after an iteration that accepted all
     `threshold`  probability below which drafting stops (theta)
     `look_up`    tokens that must occur again for n-gram drafts where the twig is unsure; 0: none
+    `tree`       the shape of trees that are drafted; `delta` and `threshold` have no part in them; None: no trees
     """
 
     max_new_tokens: int
@@ -39,6 +42,7 @@ class Decoding:
     threshold: float = 0.6
     look_up: int = 0
     choice: Choice = field(default_factory=Greedy)
+    tree: Tree | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("delta", 0), ("look_up", 0)):
@@ -51,6 +55,19 @@ class Decoding:
             raise ConfigError(f"threshold: expected a probability, found {self.threshold!r}")
         if self.keep is not None and not (isinstance(self.keep, int | float) and 0 < self.keep <= 1):
             raise ConfigError(f"keep: expected a share above 0 and at most 1, or null, found {self.keep!r}")
+        if self.tree is not None and not isinstance(self.tree, Tree):
+            raise ConfigError(f"tree: expected a Tree(...) or null, found {self.tree!r}")
+        if self.tree is not None and self.look_up:
+            raise ConfigError(
+                f"look_up: {self.look_up} asked for with a tree, which cannot hold its drafts; choose one"
+            )
+
+    @property
+    def most_drafts(self) -> int:
+        """The most drafts behind one another, in the first iteration."""
+        if self.tree is not None:
+            return self.tree.depth
+        return 5 if self.delta == "auto" else self.delta
 
 
 @dataclass
@@ -90,8 +107,8 @@ class _Loop:
     def __init__(
         self, base: Base, twig: Twig | None, prompts: Prompts, decoding: Decoding, scores: Tensor | None
     ):
-        if twig is None and (decoding.keep is not None or decoding.delta != 0):
-            raise ConfigError("decoding without a twig: set keep to null and delta to 0")
+        if twig is None and (decoding.keep is not None or decoding.most_drafts):
+            raise ConfigError("decoding without a twig: set keep and tree to null, and delta to 0")
         if twig is not None:
             _check_fits(base, twig)
         geometry = None if twig is None else twig.geometry
@@ -102,12 +119,14 @@ class _Loop:
         self.prompts, self.decoding, self.scores = prompts, decoding, scores
         self.answers = Answers.begun(len(prompts.is_vision))
         self.active = [True] * len(self.answers.tokens)
-        self.delta = 5 if decoding.delta == "auto" else decoding.delta
+        self.delta = decoding.most_drafts
         self.drafter = self._drafter()
 
     def _drafter(self) -> Drafter[Any] | None:
         if self.session.twig is None or self.delta == 0:
             return None
+        if (tree := self.decoding.tree) is not None:
+            return TreeDrafter(self.session, self.decoding.choice, tree, self.decoding.stop_ids)
         rules = DraftRules(self.decoding.threshold, self.decoding.stop_ids, self.decoding.look_up)
         return SequenceDrafter(self.session, self.decoding.choice, rules)
 
@@ -115,7 +134,9 @@ class _Loop:
         self._begin()
         while True:
             drafts = self._draft()
-            verdict = self.decoding.choice.judge(self.session.verify(drafts.states, drafts.rows))
+            verdict = self.decoding.choice.judge(
+                self.session.verify(drafts.states, drafts.rows, drafts.visible)
+            )
             accepted = [self._take(b, drafts, verdict) for b in range(len(self.active))]
             if not any(self.active):
                 self.answers.rows = self.session.num_rows()
@@ -193,7 +214,7 @@ class _Loop:
         if drafts.num_columns:
             assert self.drafter is not None
             self.drafter.confirm(drafts, columns)
-        if self.decoding.delta == "auto":
+        if self.decoding.delta == "auto" and self.decoding.tree is None:
             self._adapt(drafts, columns)
         newest = [tokens[-1] for tokens in self.answers.tokens]
         rows = [

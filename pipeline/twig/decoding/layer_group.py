@@ -37,14 +37,17 @@ class LayerGroup:
         """How many positions the cache holds."""
         return self.columns.shape[1]
 
-    def run(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Return the output of the last layer for new positions `rows` 'B Q' (-1: none): 'B Q D' -> 'B Q D'."""
+    def run(self, hidden: Tensor, rows: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Return the output of the last layer for new positions `rows` 'B Q' (-1: none): 'B Q D' -> 'B Q D'.
+
+        `visible`: see `LayerKind.at`.
+        """
         self.columns = torch.cat([self.columns, rows], dim=1)
         self.num_rows += rows.numel() * len(self.layers)
         arguments: dict[int, dict[str, Any]] = {}
         for number, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True), self.first):
             if id(kind) not in arguments:
-                arguments[id(kind)] = kind.at(rows, self.columns, is_plain=self.is_plain)
+                arguments[id(kind)] = kind.at(rows, self.columns, is_plain=self.is_plain, visible=visible)
             hidden = layer(hidden, past_key_values=self, use_cache=True, **arguments[id(kind)])
             hidden = self._with_what_is_added(hidden, number, rows)
         return hidden
@@ -76,6 +79,17 @@ class LayerGroup:
             self.columns = torch.cat(
                 [self.columns[:, : length - holes.shape[1]], old.masked_fill(holes, -1)], dim=1
             )
+
+    def keep(self, num_last: int, places: Tensor) -> None:
+        """Keep of the last `num_last` columns `places` 'B Q' alone, in this order; -1: nothing for a sample."""
+        start = self.length - num_last
+        at = start + places.clamp(min=0)
+        for of_layer in self.held.values():
+            for held in of_layer:
+                index = at[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
+                held[:, :, start : start + at.shape[1]] = held.gather(2, index)
+        kept = self.columns.gather(1, at).masked_fill(places < 0, -1)
+        self.columns = torch.cat([self.columns[:, :start], kept], dim=1)
 
 
 def _with_room(held: Tensor, length: int, capacity: int) -> Tensor:

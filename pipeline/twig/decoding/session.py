@@ -81,22 +81,23 @@ class Session:
         self.pending = compacted(states, rows, stays)
         self.is_wiped = True
 
-    def read_tokens(self, tokens: Tensor, rows: Tensor) -> Tensor:
+    def read_tokens(self, tokens: Tensor, rows: Tensor, visible: Tensor | None = None) -> Tensor:
         """Run new tokens 'B Q' at positions `rows` (-1: none) through the shallow layers: outputs 'B Q D'."""
-        return self.shallow.run(self.base.embeddings(tokens), rows)
+        return self.shallow.run(self.base.embeddings(tokens), rows, visible)
 
-    def verify(self, states: list[Tensor], rows: list[Tensor]) -> Tensor:
+    def verify(self, states: list[Tensor], rows: list[Tensor], visible: Tensor | None = None) -> Tensor:
         """Run what is pending and the drafts through middle and deep layers, in one pass.
 
-        Return the base's logits 'B n+1 V' at the last pending position and at the n drafts.
+        Return the base's logits 'B n+1 V' at the last pending position and at the n drafts. `visible` bool 'B n n':
+        which drafts each of them sees; None: all before it.
         """
         num_drafts = sum(part.shape[1] for part in rows)
         hidden = torch.cat([self.pending[0], *states], dim=1)
         at = torch.cat([self.pending[1], *rows], dim=1)
-        hidden = self.middle.run(hidden, at)
+        hidden = self.middle.run(hidden, at, visible)
         if self.is_wiped and self.deep.layers and self.deep.length == 0:
             hidden, at = self._wiped(hidden, at)
-        hidden = self.deep.run(hidden, at)
+        hidden = self.deep.run(hidden, at, visible)
         self.num_logits["head"] += len(hidden) * (num_drafts + 1)
         return self.base.logits(hidden[:, -(num_drafts + 1) :])
 

@@ -93,7 +93,9 @@ def test_the_command_measures_answers_resumes_and_is_shown_by_the_report(small, 
     assert len(result.twigs) == 2 and result.geometry["attach_layer"] == 1
     short = result.rows("test", "short", "twig")[0]
     assert (short.questions, short.images) == (5, 4) and len(short.by_twig) == 2 and short.whole > 0
-    assert all((folder / name).is_file() for name in (PICTURE, "kept_curve.png", "speed_curve.svg"))
+    assert all(
+        (folder / name).is_file() for name in (PICTURE, "kept_curve.png", "speed_curve.svg", "tradeoff.png")
+    )
     config = Config.model_validate(small.config(tmp_path, f"evaluate.shards={small.held_out}").model_dump())
     assert config.evaluate is not None
     plain = evaluate_model(str(small.teacher), config.data, config.evaluate, output=tmp_path / "plain.jsonl")

@@ -49,8 +49,8 @@ def evaluate(
     from pipeline.errors import needing
 
     with needing("report", by="alignkd twig evaluate"):
-        from pipeline.twig.evaluation.curves import draw_curves
         from pipeline.twig.evaluation.evaluate import Asked, evaluate_twigs
+        from pipeline.twig.evaluation.figures import write_figures
     from pipeline.twig.evaluation.beside import parse_beside
     from pipeline.twig.evaluation.result import FOLDER, RESULT
     from pipeline.twig.evaluation.shares import parse_shares
@@ -68,5 +68,5 @@ def evaluate(
         beside=parse_beside(beside or []),
     )
     result = evaluate_twigs(settings, twig or [Path(settings.output_dir) / "twig"], asked, folder, say=say)
-    draw_curves(result, folder)
+    write_figures(result, folder)
     print((folder / RESULT).read_text() if as_json else tables_of(result), end="\n" * (not as_json))

@@ -1,4 +1,4 @@
-"""What the page says of an evaluation of twigs: tables, both curves, and the picture of kept tokens."""
+"""What the page says of an evaluation of twigs: tables, curves, and the picture of kept tokens."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pipeline.twig.evaluation.tables import (
     speed_of,
     type_cells,
 )
+from pipeline.twig.evaluation.tradeoff import tradeoff_figure
 
 SERIES = [f"#0001{number:02x}" for number in range(1, NUM_SERIES + 1)]
 
@@ -41,6 +42,7 @@ def twig_tables(findings: Findings) -> TwigTables | None:
     curves = (
         ("accuracy kept, by vision tokens kept", kept_figure(result, ink=INK, colours=SERIES)),
         ("speed, by drafts accepted", speed_figure(result, ink=INK, colours=SERIES)),
+        ("accuracy kept, by speed", tradeoff_figure(result, ink=INK, colours=SERIES)),
     )
     drawn = [(name, inline(figure, name)) for name, figure in curves if figure is not None]
     picture = base64.b64encode(findings.twig_picture).decode()

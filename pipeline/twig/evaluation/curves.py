@@ -1,16 +1,14 @@
-"""Both curves of an evaluation: accuracy kept against tokens kept, and speed against acceptance."""
+"""Curves of an evaluation: accuracy kept against tokens kept, and speed against acceptance."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from pipeline.errors import writing
 from pipeline.twig.evaluation.result import Evaluation, KeptRow
 from pipeline.twig.evaluation.scoring import LONG, SHORT
 
@@ -20,16 +18,6 @@ GREY = "#6b6b6b"
 PANEL = (3.6, 2.6)  # inches
 SPREAD = 0.004  # of vision tokens, between the points of two selectors at one share
 MARKERS = "os^"  # one more where the colours are used up
-
-
-def draw_curves(result: Evaluation, folder: Path) -> None:
-    """Write both plots into a folder, as PNG and SVG."""
-    figures = {"kept": kept_figure(result), "speed": speed_figure(result)}
-    for name, figure in figures.items():
-        for ending in ("png", "svg"):
-            if figure is not None:
-                with writing(folder):
-                    figure.savefig(folder / f"{name}_curve.{ending}", dpi=150)
 
 
 def kept_figure(result: Evaluation, *, ink: str = GREY, colours: Sequence[str] = COLOURS) -> Figure | None:
@@ -43,17 +31,17 @@ def kept_figure(result: Evaluation, *, ink: str = GREY, colours: Sequence[str] =
     if not panels:
         return None
     figure = Figure(figsize=(PANEL[0] * len(panels), PANEL[1]), layout="constrained")
-    for axes, (test_set, kind) in zip(_axes(figure, len(panels)), panels, strict=True):
+    for axes, (test_set, kind) in zip(axes_of(figure, len(panels)), panels, strict=True):
         selectors = result.selectors()
         for number, selector in enumerate(selectors):
             rows, place = result.rows(test_set, kind, selector), number - (len(selectors) - 1) / 2
             _draw_kept(axes, rows, selector, place, colours[number % len(colours)])
         axes.axhline(1, color=ink, linewidth=0.6, linestyle=":")
         title = f"{kind} answers" + (f", {test_set}" if len(result.test_sets()) > 1 else "")
-        _style(axes, title, "vision tokens kept", "accuracy kept", ink)
-        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
-        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
-    _add_legend(figure, ink)
+        style(axes, title, "vision tokens kept", "accuracy kept", ink)
+        axes.xaxis.set_major_formatter(FuncFormatter(percent))
+        axes.yaxis.set_major_formatter(FuncFormatter(percent))
+    add_legend(figure, ink)
     return figure
 
 
@@ -76,38 +64,41 @@ def speed_figure(result: Evaluation, *, ink: str = GREY, colours: Sequence[str] 
     if not ways:
         return None
     figure = Figure(figsize=(PANEL[0] * len(kinds), PANEL[1]), layout="constrained")
-    for axes, kind in zip(_axes(figure, len(kinds)), kinds, strict=True):
+    for axes, kind in zip(axes_of(figure, len(kinds)), kinds, strict=True):
         for row in result.speed:
             if row.kind == kind and (ratio := row.time_ratio):
                 repeats, number = divmod(ways.index(row.way), len(colours))
                 marker, colour = MARKERS[repeats % len(MARKERS)], colours[number]
                 errors = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
-                style: dict[str, Any] = {
+                options: dict[str, Any] = {
                     "color": colour,
                     "label": row.way,
                     "ms": 5,
                     "capsize": 2,
                     "elinewidth": 0.8,
                 }
-                style |= {} if row.acceptance is not None else {"mfc": "none"}
-                axes.errorbar([row.acceptance or 0], [ratio.median], errors, fmt=marker, **style)
+                options |= {} if row.acceptance is not None else {"mfc": "none"}
+                axes.errorbar([row.acceptance or 0], [ratio.median], errors, fmt=marker, **options)
         axes.axhline(1, color=ink, linewidth=0.6, linestyle=":")
-        _style(axes, f"{kind} answers", "drafts accepted (rings: no drafts)", "times as fast", ink)
+        style(axes, f"{kind} answers", "drafts accepted (rings: no drafts)", "times as fast", ink)
         axes.set_xlim(-0.05, 1.05)
-        axes.xaxis.set_major_formatter(FuncFormatter(_percent))
-    _add_legend(figure, ink)
+        axes.xaxis.set_major_formatter(FuncFormatter(percent))
+    add_legend(figure, ink)
     return figure
 
 
-def _axes(figure: Figure, number: int) -> list[Axes]:
+def axes_of(figure: Figure, number: int) -> list[Axes]:
+    """Return panels side by side."""
     return list(figure.subplots(1, number, squeeze=False)[0])
 
 
-def _percent(share: float, _: object) -> str:
+def percent(share: float, _: object) -> str:
+    """Format a share for an axis."""
     return f"{100 * share:.0f}%"
 
 
-def _style(axes: Axes, title: str, below: str, beside: str, ink: str) -> None:
+def style(axes: Axes, title: str, below: str, beside: str, ink: str) -> None:
+    """Give a panel its texts and colours."""
     axes.set_facecolor("none")
     axes.set_title(title, fontsize=9, color=ink)
     axes.set_xlabel(below, fontsize=8, color=ink)
@@ -117,6 +108,7 @@ def _style(axes: Axes, title: str, below: str, beside: str, ink: str) -> None:
     axes.spines[["left", "bottom"]].set_color(ink)
 
 
-def _add_legend(figure: Figure, ink: str) -> None:
+def add_legend(figure: Figure, ink: str) -> None:
+    """Put one legend beside all panels."""
     lines, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside right center", fontsize=7, frameon=False, labelcolor=ink)

@@ -59,6 +59,11 @@ class Way:
     like: str = ""
 
 
+def kept_way(share: str) -> str:
+    """Return the name of the way that keeps a share of the vision tokens, such as 1/9, and drafts nothing."""
+    return f"{share} kept"
+
+
 def check_extras(extras: Sequence[str]) -> None:
     """Raise `ConfigError` for an unknown extra way."""
     if unknown := [name for name in extras if name not in EXTRAS]:
@@ -72,7 +77,7 @@ def ways_of(asker: Asker, shares: Sequence[Fraction], extras: Sequence[str]) -> 
     ways += [Way(WITH_TWIG, _ours(asker, plain), NO_TWIG)]
     for share in shares:
         pruned = replace(plain, keep=float(share))
-        name = f"{share} kept"
+        name = kept_way(str(share))
         ways += [
             Way(name, _ours(asker, replace(pruned, delta=0))),
             Way(f"{WITH_TWIG}, {name}", _ours(asker, pruned), name),

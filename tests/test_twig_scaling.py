@@ -10,6 +10,7 @@ from launched import TORCHRUN, accelerate, distill
 from safetensors.torch import load_file
 from small_experiment import Experiment
 from test_scaling import SGD, TWO_EPOCHS, WEIGHTS, assert_same_curve, finish
+from test_twig_distillation import LOSSES, OF_BASE, PLACE
 from twig_experiment import twig_experiment
 
 from pipeline.twig.training.train import train_twig
@@ -62,3 +63,45 @@ def test_a_sharded_twig_has_the_losses_and_is_saved_whole(small, alone, tmp_path
     assert complaint.count("sharded modules: 3, rows of a matrix: 16 of 32\n") > 0
     assert_same_curve(run, alone)
     assert_same_twig(run, alone)
+
+
+@pytest.fixture(scope="module")
+def distilled(experiment, tmp_path_factory) -> Experiment:
+    return twig_experiment(
+        experiment,
+        tmp_path_factory.mktemp("distilled"),
+        twig=PLACE | {"first_weights": "random"},  # a copy has next to nothing to learn from this base
+        targets=OF_BASE,
+        more=LOSSES,
+    )
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes_train_a_pruning_head_as_one_does(how, distilled, tmp_path):
+    """Batches of one process have text alone."""
+    train_twig(distilled.config(tmp_path, *TWO_EPOCHS, *SGD), tmp_path / "alone")
+    given = [HALF, *TWO_EPOCHS, *SGD]
+    fsdp = {"launcher": accelerate("fsdp2"), "program": "tests/fsdp_on_cpu.py"}
+    finish(
+        distill(
+            distilled,
+            tmp_path / "two",
+            *given,
+            name=COMMAND,
+            **({"launcher": TORCHRUN} if how == "ddp" else fsdp),
+        )
+    )
+    assert_same_curve(tmp_path / "two", tmp_path / "alone")
+    assert_same_twig(tmp_path / "two", tmp_path / "alone")
+
+
+def test_two_processes_draw_their_own_choices_and_train_one_pruning_head(distilled, tmp_path):
+    twig = train_twig(distilled.config(tmp_path), tmp_path / "first")
+    policy = ["losses={policy: {group: 4, keep: [0.5]}, supervised: null}", f"twig.first_weights={twig}"]
+    given = [HALF, "train.max_steps=3", *policy]
+    finish(distill(distilled, tmp_path / "two", *given, launcher=TORCHRUN, name=COMMAND))
+    before, after = (
+        load_file(run / "twig" / "twig.safetensors") for run in (tmp_path / "first", tmp_path / "two")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"pruning_head.query.weight", "pruning_head.key.weight"}

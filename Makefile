@@ -46,7 +46,7 @@ DATA := $(EMOJI_DATA) $(EMOJI_MODELS)
 TEACHER_SCORE := $(EMOJI)/teacher/predictions.jsonl
 endif
 
-.PHONY: help setup teacher-cache distill phone quick test check lint types docs study demo-teacher emoji emoji-study emoji-teacher twig twig-data twig-bases clean
+.PHONY: help setup teacher-cache distill phone quick test check lint types docs study demo-teacher emoji emoji-study emoji-teacher twig twig-plus twig-data twig-bases clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -160,17 +160,34 @@ emoji-teacher: $(EMOJI_DATA) ## retrain the emoji study's teacher (an hour on on
 SEEDS := 0 1 2
 LOOKING := layer 11
 TWIG := HF_HUB_OFFLINE=1 $(BIN)/alignkd
+SELECTORS := twig,fastv,fastv+T,random,even,diverse,twig+diverse,twig rows,$(LOOKING)
+RESUMED := train.resume_from_checkpoint=true
+OF_BASE = teacher.model=$(SCENES)/models/$$base cache.path=$(SCENES)/$$base.zarr
 twig: $(SCENES_DATA) $(SCENES_MODELS) ## run the scenes study: twigs on two base models, three seeds each (an hour on two cores; a rerun resumes)
 	@for base in redundant plain; do \
-		of="--config configs/twig/scenes.yaml teacher.model=$(SCENES)/models/$$base cache.path=$(SCENES)/$$base.zarr"; \
+		of="--config configs/twig/scenes.yaml $(OF_BASE)"; \
 		$(TWIG) teacher-cache $$of || exit 1; \
 		twigs=""; \
 		for seed in $(SEEDS); do \
 			folder=$(SCENES)/$$base/seed_$$seed; twigs="$$twigs --twig $$folder/twig"; \
-			$(TWIG) twig train $$of output_dir=$$folder train.seed=$$seed train.resume_from_checkpoint=true || exit 1; \
+			$(TWIG) twig train $$of output_dir=$$folder train.seed=$$seed $(RESUMED) || exit 1; \
 		done; \
-		$(TWIG) twig evaluate $$of output_dir=$(SCENES)/$$base $$twigs \
-			--selectors "twig,fastv,fastv+T,random,$(LOOKING)" || exit 1; \
+		$(TWIG) twig evaluate $$of output_dir=$(SCENES)/$$base $$twigs --selectors "$(SELECTORS)" || exit 1; \
+	done
+
+twig-plus: twig ## go on with the scenes study: pruning heads that learn from the base and from reward (an hour more)
+	@for base in redundant plain; do \
+		twigs=""; \
+		for seed in $(SEEDS); do \
+			folder=$(SCENES)/$$base/seed_$$seed; \
+			of="$(OF_BASE) train.seed=$$seed $(RESUMED)"; \
+			$(TWIG) twig train --config configs/twig/scenes_distilled.yaml $$of output_dir=$$folder/distilled || exit 1; \
+			$(TWIG) twig train --config configs/twig/scenes_policy.yaml $$of output_dir=$$folder/policy \
+				twig.first_weights=$$folder/distilled/twig || exit 1; \
+			twigs="$$twigs --twig $$folder/twig --beside distilled=$$folder/distilled/twig --beside policy=$$folder/policy/twig"; \
+		done; \
+		$(TWIG) twig evaluate --config configs/twig/scenes.yaml $(OF_BASE) output_dir=$(SCENES)/$$base $$twigs \
+			--selectors "$(SELECTORS)" || exit 1; \
 	done
 
 twig-data: $(SCENES_DATA) $(SCENES_MODELS) ## make the scenes study's data and base models from packages

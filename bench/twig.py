@@ -31,11 +31,13 @@ from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.twig.base import Base
 from pipeline.twig.decoding.generate import Answers, Decoding, answer
 from pipeline.twig.decoding.prompts import Prompts
+from pipeline.twig.decoding.tree import Tree
 from pipeline.twig.geometry import Geometry
 from pipeline.twig.module import Twig
 
 TEXT = 60  # tokens of a question with its template
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL_TREE = Tree(children=3, expanded=3, nodes=12)  # for devices on which a pass over 60 nodes is dear
 Way = Callable[[], Answers]
 
 
@@ -83,9 +85,15 @@ def main(
             "base, pruned": Decoding(new_tokens, keep=keep, delta=0),
             "twig": Decoding(new_tokens, **drafts),
             "twig, pruned": Decoding(new_tokens, keep=keep, **drafts),
+            **{
+                f"twig, tree of {tree.nodes}": Decoding(new_tokens, tree=tree)
+                for tree in (Tree(), SMALL_TREE)
+            },
         }
         ways: dict[str, Way] = {
-            way: partial(answer, base, twig if decoding.delta or decoding.keep else None, prompts, decoding)
+            way: partial(
+                answer, base, twig if decoding.most_drafts or decoding.keep else None, prompts, decoding
+            )
             for way, decoding in decodings.items()
         }
         short = Twig(twig.geometry, twig.layers, twig.norm, twig.head)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.distill.parts import build_distiller, load_student, open_dataset
     from pipeline.errors import ConfigError, JoinError, PipelineError
     from pipeline.twig.decoding.custom_generate import TwigGenerate, generate_with_twig
+    from pipeline.twig.decoding.tree import Tree
     from pipeline.twig.folder import load_twig
 
 # The client of the Hub would otherwise send what it is used by; nothing here reports home.
@@ -26,6 +27,7 @@ __all__ = [
     "Distiller",
     "JoinError",
     "PipelineError",
+    "Tree",
     "TwigGenerate",
     "build_distiller",
     "generate_with_twig",
@@ -41,6 +43,7 @@ _HOMES = {
     "pipeline.distill.parts": ("build_distiller", "load_student", "open_dataset"),
     "pipeline.errors": ("ConfigError", "JoinError", "PipelineError"),
     "pipeline.twig.decoding.custom_generate": ("TwigGenerate", "generate_with_twig"),
+    "pipeline.twig.decoding.tree": ("Tree",),
     "pipeline.twig.folder": ("load_twig",),
 }
 

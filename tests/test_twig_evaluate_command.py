@@ -82,7 +82,7 @@ def run(small: Experiment, output: Path, *arguments: str, code: int = 0) -> None
 @pytest.mark.slow
 def test_the_command_measures_answers_resumes_and_is_shown_by_the_report(small, twigs, tmp_path, capsys):
     some = ["--twig", str(twigs[0]), "--twig", str(twigs[1]), "--keep", "1/2"]
-    speed = ["--turns", "2", "--prompts", "2", "--ways", "auto,look_up"]
+    speed = ["--turns", "2", "--prompts", "2", "--ways", "auto,look_up,tree"]
     run(small, tmp_path, *some, *speed, "--selectors", "twig,fastv,random,layer 2")
     shown = capsys.readouterr()
     folder = tmp_path / FOLDER
@@ -142,7 +142,8 @@ def test_what_is_no_name_of_a_training_is_refused(given, message):
 def check_speed(rows: Sequence[SpeedRow]) -> None:
     ways = {row.way: row for row in rows}
     assert list(ways) == [
-        "no twig", "twig", "1/2 kept", "twig, 1/2 kept", "twig, auto", "twig, look_up", "generate of transformers"
+        "no twig", "twig", "1/2 kept", "twig, 1/2 kept", "twig, auto", "twig, look_up", "twig, tree",
+        "generate of transformers",
     ]  # fmt: skip
     base, fast = ways["no twig"], ways["twig"]
     assert base.acceptance is None and base.tokens_a_pass == 1 and base.time_ratio is None
@@ -189,7 +190,7 @@ def check_report(folder: Path, tmp_path: Path) -> None:
         (("--selectors", "twig,best"), "selector 'best' is unknown"),
         (("--selectors", "layer 3"), "the base's layers are 0 to 2"),
         (("--keep", "1/9"), "keep: 0.1111 of "),
-        (("--ways", "fast"), "ways: unknown 'fast'; known are auto, look_up"),
+        (("--ways", "fast"), "ways: unknown 'fast'; known are auto, look_up, tree"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, complaint, small, twigs, tmp_path, capsys):

@@ -20,6 +20,7 @@ from pipeline.models.loading import load_network
 from pipeline.twig.base import Base
 from pipeline.twig.base_identity import BaseIdentity
 from pipeline.twig.decoding.custom_generate import TwigGenerate, generate_with_twig
+from pipeline.twig.decoding.tree import Tree
 from pipeline.twig.folder import load_twig, save_twig
 from pipeline.twig.geometry import Geometry
 
@@ -78,6 +79,17 @@ def test_generate_returns_what_the_base_of_another_family_does(family, tmp_path)
         expected = network.generate(**inputs, **asked)
         made = network.generate(**inputs, **asked, custom_generate=TwigGenerate(twig))
         assert made.tolist() == expected.tolist(), numbers
+
+
+def test_generate_drafts_trees(specimen, twig_folder):
+    network, inputs = specimen.base.network, inputs_of(specimen, 0, 3)
+    twig = load_twig(twig_folder, network)
+    asked = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": stop_of(specimen), "pad_token_id": 0}
+    expected = network.generate(**inputs, **asked)
+    made = network.generate(**inputs, **asked, custom_generate=TwigGenerate(twig, tree=Tree()))
+    assert made.tolist() == expected.tolist()
+    tree = generate_with_twig(network, twig, inputs, max_new_tokens=10, stop_ids=(), tree=Tree(nodes=7))
+    assert all(drafted > 0 and drafted % 7 == 0 for drafted in tree.drafted)
 
 
 def test_generate_prunes(specimen, twig_folder):

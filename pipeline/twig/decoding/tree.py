@@ -35,8 +35,8 @@ class Tree:
 class Node:
     """A drafted token behind its parent (None: behind the confirmed text).
 
-    `score` is the log probability of its path. `column` is its place among the nodes that the shallow layers have
-    read, `place` its place among those that are verified.
+    `score` is the log probability of its path, `depth` is 1 behind the confirmed text. `column` is its place among
+    the nodes that the shallow layers have read, `place` its place among those that are verified.
     """
 
     token: int
@@ -44,11 +44,10 @@ class Node:
     parent: Node | None
     column: int = -1
     place: int = -1
+    depth: int = field(init=False)
 
-    @property
-    def depth(self) -> int:
-        """1 for a node behind the confirmed text."""
-        return sum(1 for _ in self.path())
+    def __post_init__(self) -> None:
+        self.depth = self.parent.depth + 1 if self.parent else 1
 
     def path(self) -> Iterator[Node]:
         """Yield it and its ancestors, itself first."""

@@ -15,12 +15,13 @@ from pipeline.evaluation.questions import Question
 from pipeline.models.vlm import ImageFeatures
 from pipeline.twig.decoding.generate import Answers, Decoding, answer
 from pipeline.twig.decoding.prompts import Prompts
+from pipeline.twig.decoding.tree import Tree
 from pipeline.twig.evaluation.asking import Asker
 from pipeline.twig.evaluation.operations import Operations
 from pipeline.twig.module import Twig
 
 NO_TWIG, WITH_TWIG, GENERATE = "no twig", "twig", "generate of transformers"
-EXTRAS = {"auto": {"delta": "auto"}, "look_up": {"look_up": 2}}
+EXTRAS = {"auto": {"delta": "auto"}, "look_up": {"look_up": 2}, "tree": {"tree": Tree()}}
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class TreeDrafter(Drafter[TreeDrafts]):
         roots = [[None] if limit > 0 else [] for limit in limits]
         grown = [Growth() for _ in limits]
         self._add_children(grown, roots, self.newest()[:, None])
-        block = _Blocks(self.session, starts)
+        blocks = _Blocks(self.session, starts)
         for depth in range(1, self.tree.depth):
             parents = [
                 one.expandable(self.tree.expanded, self.stop_ids) if depth < limit else []
@@ -65,9 +65,9 @@ class TreeDrafter(Drafter[TreeDrafts]):
             ]
             if not any(parents):
                 break
-            states, rows, visible = block.read(parents)
+            states, rows, visible = blocks.read(parents)
             self._add_children(grown, parents, self.own.run(states, rows, visible))
-        return self._drafts(block, [one.chosen(self.tree.nodes) for one in grown])
+        return self._drafts(blocks, [one.chosen(self.tree.nodes) for one in grown])
 
     def _add_children(
         self, grown: Sequence[Growth], parents: Sequence[Sequence[Node | None]], hidden: Tensor

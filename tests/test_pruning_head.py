@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from twig_models import FAMILIES, TwigSpecimen, kept_by, oracle, twig_specimen
+from twig_models import FAMILIES, TwigSpecimen, kept_by, made_once, oracle
 
 from pipeline.positions import find_slots
 from pipeline.twig.base_identity import BaseIdentity
@@ -24,14 +24,7 @@ PLACE = Geometry(1, 2, 5, 6)
 
 @pytest.fixture(scope="module")
 def specimens(tmp_path_factory) -> Callable[[str], TwigSpecimen]:
-    made: dict[str, TwigSpecimen] = {}
-
-    def of(family: str) -> TwigSpecimen:
-        if family not in made:
-            made[family] = twig_specimen(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return of
+    return made_once(tmp_path_factory.mktemp)
 
 
 def scores_of(one: TwigSpecimen, twig: Twig, chosen: list[int]) -> tuple[Tensor, Tensor]:

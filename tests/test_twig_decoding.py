@@ -39,15 +39,10 @@ def mobilevlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwigSpecimen
     yield twig_specimen("mobilevlm", tmp_path_factory.mktemp("one") / "base")
 
 
-def stops_of(specimen: TwigSpecimen) -> frozenset[int]:
-    """An image token cannot be read as text, so an answer ends with it."""
-    return frozenset([specimen.specimen.vlm.image_token_id])
-
-
 @pytest.mark.parametrize("seed", [None, 1], ids=["copied", "random"])
 def test_the_text_is_that_of_the_base_without_drafts(specimen, seed):
     """One prompt at a time, several images, a late image, text alone; pruned and not; any way to draft."""
-    twig, stops = specimen.twig(GEOMETRY, seed=seed), stops_of(specimen)
+    twig, stops = specimen.twig(GEOMETRY, seed=seed), specimen.stop_ids
     for number in range(specimen.num_prompts):
         prompts = specimen.prompts([number])
         for keep in (None, KEEP):
@@ -59,7 +54,7 @@ def test_the_text_is_that_of_the_base_without_drafts(specimen, seed):
 
 
 def test_a_batch_of_ragged_prompts_is_answered_as_each_alone(specimen):
-    twig, stops = specimen.twig(GEOMETRY), stops_of(specimen)
+    twig, stops = specimen.twig(GEOMETRY), specimen.stop_ids
     numbers = list(range(specimen.num_prompts))
     for keep in (None, KEEP):
         plain = Decoding(8, stops, keep, delta=0)

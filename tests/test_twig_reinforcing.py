@@ -14,7 +14,7 @@ from test_resume import TEN_STEPS
 from test_twig_distillation import LOSSES, OF_BASE, PLACE
 from test_twig_training import assert_same, assert_same_run, tensors
 from twig_experiment import twig_experiment
-from twig_models import FAMILIES, TwigSpecimen, oracle_logits, twig_specimen
+from twig_models import FAMILIES, TwigSpecimen, made_once, oracle_logits
 from watched import train_until
 
 from pipeline.config.config import Config
@@ -101,14 +101,7 @@ def test_a_choice_of_all_tokens_has_finite_gradients():
 
 @pytest.fixture(scope="module")
 def specimens(tmp_path_factory) -> Callable[[str], TwigSpecimen]:
-    made: dict[str, TwigSpecimen] = {}
-
-    def of(family: str) -> TwigSpecimen:
-        if family not in made:
-            made[family] = twig_specimen(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return of
+    return made_once(tmp_path_factory.mktemp)
 
 
 def teacher_forced(one: TwigSpecimen, geometry: Geometry, chosen: list[int]):

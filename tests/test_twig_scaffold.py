@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from twig_models import FAMILIES, TwigSpecimen, twig_specimen
+from twig_models import FAMILIES, TwigSpecimen, made_once
 
 from pipeline.conformance.specimen import answers_of
 from pipeline.positions import find_slots, last_prompt_positions
@@ -17,14 +17,7 @@ from pipeline.twig.scaffold import Scaffold
 
 @pytest.fixture(scope="module")
 def specimens(tmp_path_factory) -> Callable[[str], TwigSpecimen]:
-    made: dict[str, TwigSpecimen] = {}
-
-    def of(family: str) -> TwigSpecimen:
-        if family not in made:
-            made[family] = twig_specimen(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return of
+    return made_once(tmp_path_factory.mktemp)
 
 
 def batch_of(specimen: TwigSpecimen, chosen: list[int]) -> dict:

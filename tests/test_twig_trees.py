@@ -58,15 +58,10 @@ def sure(one: TwigSpecimen) -> Twig:
     return twig
 
 
-def stops_of(specimen: TwigSpecimen) -> frozenset[int]:
-    """An image token cannot be read as text, so an answer ends with it."""
-    return frozenset([specimen.specimen.vlm.image_token_id])
-
-
 @pytest.mark.parametrize("seed", [None, 1], ids=["copied", "random"])
 def test_the_text_is_that_of_the_base_without_drafts(specimen, seed):
     """One prompt at a time, several images, a late image, text alone; pruned and not; any shape."""
-    twig, stops = specimen.twig(GEOMETRY, seed=seed), stops_of(specimen)
+    twig, stops = specimen.twig(GEOMETRY, seed=seed), specimen.stop_ids
     for number in range(specimen.num_prompts):
         prompts = specimen.prompts([number])
         for keep in (None, KEEP):
@@ -78,7 +73,7 @@ def test_the_text_is_that_of_the_base_without_drafts(specimen, seed):
 
 
 def test_a_batch_of_ragged_prompts_is_answered_as_each_alone(specimen):
-    twig, stops = specimen.twig(GEOMETRY), stops_of(specimen)
+    twig, stops = specimen.twig(GEOMETRY), specimen.stop_ids
     numbers = list(range(specimen.num_prompts))
     for keep in (None, KEEP):
         plain = Decoding(8, stops, keep, delta=0)
@@ -155,7 +150,7 @@ def tokens_of(node) -> list[int]:
 def test_the_logits_of_a_node_are_those_of_its_path_alone(specimen, tree):
     _, prompts, drafts, logits = grown(specimen, tree)
     for node in drafts.chosen[0][::3]:
-        if (path := tokens_of(node)) and stops_of(specimen).isdisjoint(path):
+        if (path := tokens_of(node)) and specimen.stop_ids.isdisjoint(path):
             expected = oracle_logits(specimen.base, prompts, path, None, GEOMETRY)[-1]
             torch.testing.assert_close(logits[node.place + 1], expected, atol=5e-5, rtol=1e-4)
 

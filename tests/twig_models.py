@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ class TwigSpecimen:
     @property
     def num_prompts(self) -> int:
         return len(self.specimen.samples)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """An image token cannot be read as text, so an answer ends with it."""
+        return frozenset([self.specimen.vlm.image_token_id])
 
     def prompts(self, chosen: Sequence[int]) -> Prompts:
         """Return the samples up to their last answer."""
@@ -166,3 +172,8 @@ def kept_by(specimen: TwigSpecimen, twig: Twig, prompts: Prompts, keep: float) -
     kept = torch.zeros(prompts.length, dtype=torch.bool)
     kept[places[scores[0].topk(geometry.num_kept(len(places), keep)).indices]] = True
     return kept
+
+
+def made_once(make_folder: Callable[[str], Path]) -> Callable[[str], TwigSpecimen]:
+    """Return a function that makes the specimen of a family at its first call; `make_folder` gives it a place."""
+    return cache(lambda family: twig_specimen(family, make_folder(family)))

@@ -39,7 +39,7 @@ ROOMS: dict[str, str] = {
     "pipeline/studies/emoji": "studies evaluation data config models models/mobilevlm models/files",
     "pipeline/studies": "evaluation data config models/mobilevlm",
     "pipeline/conformance": "data config models models/mobilevlm models/files targets",
-    "pipeline/inspection": "twig distill/join data config losses models models/files targets",
+    "pipeline/inspection": "distill/join data config losses models models/files targets",
     "pipeline/benchmarks": "distill/join data config models models/mobilevlm models/files",
     "pipeline/evaluation": "distill distill/training distill/join data config models models/files targets",
     "pipeline/teacher_cache": "data config models targets",

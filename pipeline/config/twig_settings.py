@@ -47,6 +47,12 @@ class TwigConfig(Section):
     """Recompute activations in the backward pass: less memory, more time. [stage 2; run]"""
     lora: LoraConfig | None = None
 
+    def wipe_layer_of(self, num_base_layers: int) -> int:
+        """Return Kf for a base of so many layers: by default the paper's 24 of 32, in proportion."""
+        if self.wipe_layer is not None:
+            return self.wipe_layer
+        return max(3 * num_base_layers // 4, self.attach_layer + 1)
+
 
 def with_base_for_student(values: Any) -> Any:
     """Return a config's values with the teacher as the student, which preparation reads, if there is a twig alone."""

@@ -26,7 +26,6 @@ from pipeline.models.loading import load_network
 from pipeline.models.tap import query_to_vision, recording
 from pipeline.models.vlm import VisionLanguageModel
 from pipeline.positions import find_slots, last_prompt_positions
-from pipeline.twig.geometry import geometry_of
 
 MIN_SAMPLES = 8
 READ_FOR_ONE = 8  # samples read for each that is measured: an image may have several questions
@@ -108,7 +107,7 @@ def measure_layers(config: Config, *, num_samples: int) -> LayerLooks:
         network = network.to("cuda" if torch.cuda.is_available() else "cpu")
     found = list(_Measurement(VisionLanguageModel(network), preparation).of(triples))
     num_layers = len(anatomy_of(network.config).attention)
-    wipe_layer = None if config.twig is None else geometry_of(config.twig, num_layers).wipe_layer
+    wipe_layer = None if config.twig is None else config.twig.wipe_layer_of(num_layers)
     return _means(name, found, wipe_layer)
 
 

@@ -60,7 +60,5 @@ class Geometry:
 
 def geometry_of(settings: TwigConfig, num_base_layers: int) -> Geometry:
     """Return where the config's twig grows. Raises `ConfigError` for numbers that do not fit together."""
-    wipe = settings.wipe_layer
-    if wipe is None:  # the paper's 24 of 32 layers
-        wipe = max(3 * num_base_layers // 4, settings.attach_layer + 1)
+    wipe = settings.wipe_layer_of(num_base_layers)
     return Geometry(settings.attach_layer, settings.num_layers, wipe, num_base_layers)

@@ -13,7 +13,7 @@ import torch
 from unscored import Unscored
 
 from pipeline.losses.heads import HeadMixer, VisionMap
-from pipeline.losses.inputs import TeacherTargets
+from pipeline.losses.inputs import Actions, TeacherTargets
 from pipeline.losses.losses import (
     LOSSES,
     AttentionLoss,
@@ -73,7 +73,11 @@ def outputs_of(model, batch) -> Unscored:
     vision = None if features is None else features.flat
     scores, asks = made.query_attention.mean(dim=1), Counts.of(batch).asks_about_images > 0
     labels = batch["labels"][:, 1:][predicts]
-    return Unscored(made.logits, labels, made.slots, vision, made.attention, scores, asks)
+    # Choices of one token, of the first three; the rewards are any numbers that depend on the sample alone.
+    first = torch.nn.functional.pad(scores, (0, 3))[:, :3]
+    nothing = torch.zeros(len(first))
+    actions = Actions(first.clamp(min=1e-9).log(), first.detach().square(), nothing, nothing)
+    return Unscored(made.logits, labels, made.slots, vision, made.attention, scores, asks, actions)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipeline.losses.inputs import StudentOutputs, TeacherTargets
+from pipeline.losses.inputs import Actions, StudentOutputs, TeacherTargets
 from pipeline.positions import Slots
 from pipeline.targets.vocabulary import score_answers
 
@@ -23,6 +23,7 @@ class Unscored:
     attention: Mapping[int, torch.Tensor] = field(default_factory=dict)
     vision_scores: torch.Tensor | None = None
     asks: torch.Tensor | None = None
+    actions: Actions | None = None
 
     def scored(self, teacher: TeacherTargets) -> StudentOutputs:
         scores = score_answers(self.answer_logits, self.answer_labels, teacher.top_ids, teacher.draw_ids)
@@ -34,4 +35,5 @@ class Unscored:
             logits=self.answer_logits,
             vision_scores=self.vision_scores,
             asks=self.asks,
+            actions=self.actions,
         )

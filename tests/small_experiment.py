@@ -17,12 +17,14 @@ from PIL import Image
 
 from cache import Store, StoreWriter
 from pipeline.config.config import Config, load_config, to_yaml
+from pipeline.losses.losses import LOSSES
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 from pipeline.packing.pack import pack
 from pipeline.studies.demo import write_tokenizer
 
 COLOURS = ("red", "green", "blue", "brown", "black", "teal")
 SHAPES = ("circle", "triangle", "rectangle", "line")
+STUDENT_LOSSES = [name for name, row in LOSSES.items() if row.only != "twig"]
 RARE = "zebra"  # said in the sample "rare" alone
 
 Arrays = dict[str, Any]  # of one that depends on the images a list with the block of each image

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from small_experiment import STUDENT_LOSSES
 
 from pipeline.config.config import Config, load_config, to_yaml
 from pipeline.config.training_arguments import AT_LEAST_ONE, OURS
@@ -73,7 +74,7 @@ def complaint(load):
 
 def test_a_whole_config_is_read_as_it_is_meant(load):
     config = load(WHOLE)
-    assert list(config.losses.active()) == [name for name, row in LOSSES.items() if row.only != "twig"]
+    assert list(config.losses.active()) == STUDENT_LOSSES
     assert list(config.targets.active()) == list(TARGETS)
     assert config.losses.attention.layers == [(0, 0), (2, 1)]
     assert config.losses.attention.teacher_layers() == [0, 2]

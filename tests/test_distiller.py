@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_experiment import stored_arrays
+from small_experiment import STUDENT_LOSSES, stored_arrays
 from torch import nn
 from watched import results_of
 
@@ -14,7 +14,6 @@ from pipeline.distill.join.dataset import JoinCollator, JoinedDataset
 from pipeline.distill.model.distiller import Distiller, build_heads
 from pipeline.distill.training.trainer import count_terms
 from pipeline.errors import JoinError
-from pipeline.losses.losses import LOSSES
 from pipeline.models.mobilevlm import IMAGE_TOKEN_ID, MobileVLMForCausalLM
 from pipeline.models.mobilevlm.vision import VisionTower
 from pipeline.models.vlm import VisionLanguageModel
@@ -65,7 +64,7 @@ def make_distiller(config, model: str, **options) -> Distiller:
 def test_counts_known_before_the_forward_are_those_that_the_losses_return(keys, joined, distiller, config):
     batch = joined(keys)
     result = distiller(batch)
-    assert list(result) == list(LOSSES)
+    assert list(result) == STUDENT_LOSSES
     counts = [int(count) for _, count in result.values()]
     assert count_terms(batch, config.losses.active()) == counts
     assert all(bool(torch.isfinite(total)) for total, _ in result.values())

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from launched import TORCHRUN, distill
-from small_experiment import log_of, weights
+from small_experiment import STUDENT_LOSSES, log_of, weights
 from watched import steps_of_training, train_until
 
 from pipeline.distill.student import train_student
 from pipeline.distill.training.interruption import StopOnSignal
-from pipeline.losses.losses import LOSSES
 
 # 13 samples in steps of 2 x 2: four steps an epoch, the last of one sample. Losses are logged over three steps.
 CUT = ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
@@ -98,7 +97,7 @@ def test_a_run_may_be_stopped_again_and_again(experiment, whole, tmp_path):
 
 
 def test_a_student_of_labels_alone_goes_on_too(experiment, tmp_path):
-    alone = [f"losses.{name}=null" for name in LOSSES if name != "supervised"]
+    alone = [f"losses.{name}=null" for name in STUDENT_LOSSES if name != "supervised"]
     config = experiment.config(tmp_path, *TEN_STEPS, *alone)
     train_student(config, tmp_path / "whole")
     train_until(5, config, tmp_path / "run")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_experiment import rewrite_store, snapshot, weights
+from small_experiment import STUDENT_LOSSES, rewrite_store, snapshot, weights
 from watched import before_forward
 
 from cache import Store
@@ -24,11 +24,10 @@ from pipeline.distill.training.run_identity import RunIdentity
 from pipeline.distill.training.trainer import DistillTrainer, NonFiniteLossError
 from pipeline.distill.training.training_folder import Start, start_of
 from pipeline.errors import ConfigError, JoinError
-from pipeline.losses.losses import LOSSES
 from pipeline.models.mobilevlm import MobileVLMForCausalLM
 
 SGD = ["train.optim=sgd", "train.learning_rate=0.01"]
-LABELS_ALONE = [f"losses.{name}=null" for name in LOSSES if name != "supervised"]
+LABELS_ALONE = [f"losses.{name}=null" for name in STUDENT_LOSSES if name != "supervised"]
 
 
 class RecordedDataset(JoinedDataset):
@@ -118,7 +117,7 @@ def test_every_term_is_logged_raw_and_weighted_and_adds_up_to_the_loss(trainer_o
 
 
 def test_weights_of_zero_leave_the_plain_loss_of_transformers(trainer_of):
-    zeros = [f"losses.{name}.weight=0" for name in LOSSES if name != "supervised"]
+    zeros = [f"losses.{name}.weight=0" for name in STUDENT_LOSSES if name != "supervised"]
     trainer = trainer_of(*zeros, "train.max_steps=1")
     batch = next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():

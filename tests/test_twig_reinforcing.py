@@ -299,8 +299,8 @@ def test_it_stops_early_and_keeps_the_best(stage_1, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["twig.first_weights=copy"], r"losses.policy goes on with the pruning head of a trained twig; set twig.pru"),
-        (["twig.pruning_head=false"], r"losses.policy goes on with the pruning head"),
+        (["twig.first_weights=copy"], r"losses.policy continues the pruning head of a trained twig; set twig.pru"),
+        (["twig.pruning_head=false"], r"losses.policy continues the pruning head"),
         (["losses.supervised={}"], r"losses.supervised trains what losses.policy leaves as it is; set it to null"),
         (["twig.lora={rank: 2}"], r"losses.policy trains the pruning head alone; remove twig.lora"),
         (["losses.policy.patience=2"], r"losses.policy.patience stops after held-out losses .*load_best_model_at"),

@@ -115,7 +115,7 @@ def _check_policy(config: Any) -> None:
     twig: TwigConfig = config.twig
     if not twig.pruning_head or twig.first_weights in OWN_FIRST_WEIGHTS:
         raise ValueError(
-            "losses.policy goes on with the pruning head of a trained twig; set twig.pruning_head: true and "
+            "losses.policy continues the pruning head of a trained twig; set twig.pruning_head: true and "
             "twig.first_weights to the twig's folder"
         )
     if twig.lora is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,17 @@ def first_weights(
 
     Reads these tensors of the checkpoint, and no others. Raises `ConfigError` if one is missing.
     """
-    sources = source_names(empty_network(config), checkpoint.names())
+    return read_as(twig.names_in_base(config), checkpoint, empty_network(config), dtype=dtype)
+
+
+def read_as(
+    names: Mapping[str, str], checkpoint: Checkpoint, network: Any, *, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return tensors of a checkpoint by names of ours; `names` gives for each its name in the network."""
+    sources = source_names(network, checkpoint.names())
     wanted: dict[str, list[str]] = {}
-    for name, of_base in twig.names_in_base(config).items():
-        wanted.setdefault(sources.get(of_base, of_base), []).append(name)
+    for name, of_network in names.items():
+        wanted.setdefault(sources.get(of_network, of_network), []).append(name)
     tensors: dict[str, Tensor] = {}
     for source, tensor in checkpoint.tensors(wanted):
         tensors |= {name: tensor.to(dtype).clone() for name in wanted[source]}

@@ -28,6 +28,11 @@ class PruningHead(nn.Module):
         self.query = nn.Linear(width, num_heads * attention.head_dim, bias=False)
         self.key = nn.Linear(width, num_groups * attention.head_dim, bias=False)
 
+    def draw(self) -> None:
+        """Give it first weights: those of `nn.Linear`, as in the released code."""
+        self.query.reset_parameters()
+        self.key.reset_parameters()
+
     def forward(self, kept: QueryAndKey, inputs: Tensor, rows: Tensor, vision: Tensor) -> Tensor:
         """Return scores float32 'B J' of the vision tokens at `vision` 'B J' (-1: none), which sum to 1.
 

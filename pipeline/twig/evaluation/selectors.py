@@ -88,16 +88,19 @@ def twig_scores(base: Base, twig: Twig, prompts: Prompts, keys: Sequence[str]) -
 @torch.inference_mode()
 def _read(base: Base, twig: Twig, prompts: Prompts) -> tuple[Tensor, Tensor]:
     """Run shallow layers and twig over prompts; return the outputs of layer K 'B P D', and the scores 'B J'."""
-    place = twig.geometry
-    session = Session(base, twig, prompts, first=place.attach_layer, wipe=place.wipe_layer, room=1)
+    session = _session(base, twig, prompts)
     states = session.read_prompts()
     return states, session.read_with_twig(states)[1]
 
 
+def _session(base: Base, twig: Twig, prompts: Prompts) -> Session:
+    place = twig.geometry
+    return Session(base, twig, prompts, first=place.attach_layer, wipe=place.wipe_layer, room=1)
+
+
 def twig_row_scores(base: Base, twig: Twig, prompts: Prompts, keys: Sequence[str]) -> Tensor:
     """Return the attention of the twig's last layer, added up over all text positions behind an image."""
-    place, last = twig.geometry, len(twig.layers) - 1
-    session = Session(base, twig, prompts, first=place.attach_layer, wipe=place.wipe_layer, room=1)
+    session, last = _session(base, twig, prompts), len(twig.layers) - 1
     states = session.read_prompts()
     assert session.own is not None
     with recording({last}) as made:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pipeline.losses.inputs import Actions
-from pipeline.positions import last_prompt_positions
 from pipeline.twig.geometry import Geometry
 from pipeline.twig.layer_inputs import LayerInputs
 from pipeline.twig.reinforcing.ranking import draw_rankings, log_probability, log_shares
@@ -37,18 +36,18 @@ class Exploring:
         inputs: LayerInputs,
         batch: Mapping[str, Any],
         *,
+        seen: Tensor,
         draws: bool,
         progress: float,
     ) -> Actions:
         """Return choices of each sample with their rewards, from `scores` of its vision tokens at `slots`, 'B J'.
 
-        `hidden` 'B S D' is the output of layer K. With `draws` they are a group of drawn choices at a drawn budget;
-        without, the one of the largest scores at the smallest budget, which is what decoding does. `progress` is the
-        part of the training that is done, from 0 to 1.
+        `hidden` 'B S D' is the output of layer K; tokens that are `seen`, bool 'B J', may be chosen. With `draws` the
+        choices are a group of drawn ones at a drawn budget; without, the one of the largest scores at the smallest
+        budget, which is what decoding does. `progress` is the part of the training that is done, from 0 to 1.
         """
-        can_be_drawn = self._seen(slots, batch)
-        counts = self._counts(can_be_drawn, self._drawn_share(progress) if draws else self.shares[0])
-        logs = log_shares(scores, can_be_drawn)
+        counts = self._counts(seen, self._drawn_share(progress) if draws else self.shares[0])
+        logs = log_shares(scores, seen)
         best = logs.detach().sort(dim=1, descending=True, stable=True).indices[:, None]
         rankings = draw_rankings(logs.detach(), self.group) if draws else best
         kept = [
@@ -62,22 +61,17 @@ class Exploring:
             overlap=_overlap(rankings, best, counts),
         )
 
-    def _seen(self, slots: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Return which vision tokens the last prompt position sees, bool 'B J'."""
-        rows = last_prompt_positions(batch["labels"], batch["attention_mask"])
-        return (slots >= 0) & (slots <= rows[:, None])
-
     def _drawn_share(self, progress: float) -> float:
         """Return a budget: P(i) ~ exp(-b i) with b = annealing progress^2, all alike at first, then the smallest."""
         falls = self.annealing * progress**2
         weights = torch.exp(-falls * torch.arange(len(self.shares), dtype=torch.float64))
         return self.shares[int(torch.multinomial(weights, 1))]
 
-    def _counts(self, can_be_drawn: Tensor, share: float) -> Tensor:
+    def _counts(self, seen: Tensor, share: float) -> Tensor:
         """Return R of each sample, int64 'B'; 0 where nothing can be drawn."""
-        numbers = can_be_drawn.sum(dim=1).tolist()
+        numbers = seen.sum(dim=1).tolist()
         counts = [self.geometry.num_kept(number, share) if number else 0 for number in numbers]
-        return torch.tensor(counts, device=can_be_drawn.device)
+        return torch.tensor(counts, device=seen.device)
 
 
 def _overlap(rankings: Tensor, best: Tensor, counts: Tensor) -> Tensor:

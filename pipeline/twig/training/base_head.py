@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from pipeline.models.anatomy import empty_network
-from pipeline.models.checkpoint_names import source_names
 from pipeline.models.files.checkpoint import Checkpoint
+from pipeline.twig.folder import read_as
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,8 @@ class BaseHead:
         """Read the head, and no other weight, of the checkpoint `name`."""
         network = empty_network(config, dtype=dtype)
         head = network.get_output_embeddings()
-        checkpoint = Checkpoint(name)
-        sources = source_names(network, checkpoint.names())
-        parameter_of = {sources.get(name, name): own for own, name in names_of_head(network).items()}
-        read = checkpoint.tensors(parameter_of)
-        tensors = {parameter_of[name]: tensor.to(device, dtype) for name, tensor in read}
+        tensors = read_as(names_of_head(network), Checkpoint(name), network, dtype=dtype)
+        tensors = {own: tensor.to(device) for own, tensor in tensors.items()}
         head.load_state_dict(tensors, assign=True)
         return cls(head.requires_grad_(False))
 

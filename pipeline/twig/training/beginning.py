@@ -6,10 +6,10 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cache import Difference, FingerprintMismatch, Store, digest_of, hash_file
 from pipeline.config.config import Config
@@ -167,13 +167,12 @@ class Beginning:
 
 
 def _drawn(pruning_head: PruningHead | None) -> dict[str, Tensor]:
-    """Return first weights of a pruning head without weights: those of `nn.Linear`, as in the released code."""
+    """Return first weights of a pruning head without weights, as the twig names them."""
     if pruning_head is None:
         return {}
     made = copy.deepcopy(pruning_head).to_empty(device="cpu")
-    for linear in made.children():
-        cast(nn.Linear, linear).reset_parameters()
-    return {f"pruning_head.{name}": tensor for name, tensor in made.state_dict().items()}
+    made.draw()
+    return made.state_dict(prefix="pruning_head.")
 
 
 def _draw(twig: Twig, base_config: Any) -> None:
@@ -182,9 +181,8 @@ def _draw(twig: Twig, base_config: Any) -> None:
     twig.to_empty(device="cpu")
     for module in twig.modules():
         decoder._init_weights(module)
-    drawn = {name.removeprefix("pruning_head."): one for name, one in _drawn(twig.pruning_head).items()}
     if twig.pruning_head is not None:
-        twig.pruning_head.load_state_dict(drawn)
+        twig.pruning_head.draw()
 
 
 def _check_sizes(facts: TeacherFacts, store: Store) -> None:

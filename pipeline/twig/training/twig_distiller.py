@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.distill.model.loss_module import LossModule, Recompute, Terms
 from pipeline.losses.inputs import StudentOutputs, TeacherTargets, count_of
 from pipeline.losses.losses import LOSSES
-from pipeline.positions import IGNORE_INDEX, Counts, find_slots, last_prompt_positions
+from pipeline.positions import IGNORE_INDEX, find_slots, last_prompt_positions
 from pipeline.targets.vocabulary import score_answers
 from pipeline.twig.module import Twig
 from pipeline.twig.reinforcing.exploring import Exploring
@@ -56,6 +56,7 @@ class TwigDistiller(LossModule):
         hidden = teacher.hidden_states.to(self.scaffold.dtype)
         slots = find_slots(batch["is_vision"], batch["attention_mask"], batch["sizes"])
         rows = last_prompt_positions(batch["labels"], batch["attention_mask"])
+        seen = (slots.vision >= 0) & (slots.vision <= rows[:, None])
         inputs = self.scaffold.inputs(batch)
         logits, vision_scores = self.twig(hidden, inputs, answers, rows, slots.vision)
         actions = None
@@ -67,6 +68,7 @@ class TwigDistiller(LossModule):
                 hidden,
                 inputs,
                 batch,
+                seen=seen,
                 draws=self.training,
                 progress=self.progress,
             )
@@ -75,7 +77,7 @@ class TwigDistiller(LossModule):
             slots=slots,
             logits=logits,
             vision_scores=vision_scores,
-            asks=Counts.of(batch).asks_about_images > 0,
+            asks=seen.any(dim=1),
             actions=actions,
         )
 

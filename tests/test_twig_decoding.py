@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from twig_models import FAMILIES, TwigSpecimen, kept_by, oracle, oracle_logits, twig_specimen
+from twig_models import (
+    FAMILIES,
+    TwigSpecimen,
+    assert_pairs_follow_the_base,
+    kept_by,
+    oracle,
+    twig_specimen,
+)
 
 from pipeline.errors import ConfigError
 from pipeline.twig.decoding.choosing import Sampling
@@ -172,20 +179,7 @@ def test_sampling_keeps_the_distribution(mobilevlm):
         return (scores / 3).masked_fill(scores < third, float("-inf"))
 
     base, prompts, twig = mobilevlm.base, mobilevlm.prompts([3]), mobilevlm.twig(GEOMETRY)
-    first = peaked(oracle_logits(base, prompts, [], None, GEOMETRY)[-1]).softmax(-1)
-    pairs: dict[tuple[int, int], float] = {}
-    for one in first.nonzero()[:, 0].tolist():
-        second = peaked(oracle_logits(base, prompts, [one], None, GEOMETRY)[-1]).softmax(-1)
-        for other in second.nonzero()[:, 0].tolist():
-            pairs[one, other] = float(first[one] * second[other])
-    assert len(pairs) == 9 and sum(pairs.values()) == pytest.approx(1, abs=1e-5)
-    draws, chance = 1500, Sampling(peaked, generator)
-    counts = dict.fromkeys(pairs, 0)
-    accepted = 0
-    for _ in range(draws):
-        made = answer(base, twig, prompts, Decoding(3, delta=2, threshold=0, choice=chance))
-        counts[tuple(made.tokens[0][:2])] += 1  # a pair that the base cannot write is a KeyError
-        accepted += made.accepted[0]
-    assert accepted > 0.1 * draws
-    statistic = sum((counts[pair] - draws * p) ** 2 / (draws * p) for pair, p in pairs.items())
-    assert statistic < 26.1  # chi-square with 8 degrees of freedom: 0.1% are larger
+    how = Decoding(3, delta=2, threshold=0, choice=Sampling(peaked, generator))
+    assert_pairs_follow_the_base(
+        base, prompts, GEOMETRY, peaked, lambda: answer(base, twig, prompts, how), draws=1500
+    )

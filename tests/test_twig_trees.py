@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 from test_twig_caches import Watched, fresh_caches
-from twig_models import FAMILIES, TwigSpecimen, kept_by, oracle, oracle_logits, twig_specimen
+from twig_models import (
+    FAMILIES,
+    TwigSpecimen,
+    assert_pairs_follow_the_base,
+    kept_by,
+    oracle,
+    oracle_logits,
+    twig_specimen,
+)
 
 from pipeline.errors import ConfigError
 from pipeline.twig.decoding.choosing import Greedy, Sampling
@@ -303,23 +311,10 @@ def test_sampling_keeps_the_distribution(one):
         largest = scores.topk(3).values[..., -1:]
         return (2 * scores).masked_fill(scores < largest, float("-inf"))
 
-    first = peaked(oracle_logits(base, prompts, [], None, GEOMETRY)[-1]).softmax(-1)
-    pairs: dict[tuple[int, int], float] = {}
-    for token in first.nonzero()[:, 0].tolist():
-        second = peaked(oracle_logits(base, prompts, [token], None, GEOMETRY)[-1]).softmax(-1)
-        for other in second.nonzero()[:, 0].tolist():
-            pairs[token, other] = float(first[token] * second[other])
-    assert len(pairs) == 9 and sum(pairs.values()) == pytest.approx(1, abs=1e-5)
-    draws, chance = 800, Sampling(peaked, generator)
-    counts = dict.fromkeys(pairs, 0)
-    accepted = 0
-    for _ in range(draws):
-        made = answer(base, twig, prompts, Decoding(3, tree=Tree(2, 2, 2, 5), choice=chance))
-        counts[made.tokens[0][0], made.tokens[0][1]] += 1  # a pair that the base cannot write is a KeyError
-        accepted += made.accepted[0]
-    assert accepted > 0.1 * draws
-    statistic = sum((counts[pair] - draws * p) ** 2 / (draws * p) for pair, p in pairs.items())
-    assert statistic < 26.1  # chi-square with 8 degrees of freedom: 0.1% are larger
+    how = Decoding(3, tree=Tree(2, 2, 2, 5), choice=Sampling(peaked, generator))
+    assert_pairs_follow_the_base(
+        base, prompts, GEOMETRY, peaked, lambda: answer(base, twig, prompts, how), draws=800
+    )
 
 
 @pytest.mark.parametrize("name", ["children", "expanded", "depth", "nodes"])

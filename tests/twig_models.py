@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_families
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from pipeline.models.loading import load_network
 from pipeline.models.vlm import VisionLanguageModel
 from pipeline.positions import IGNORE_INDEX
 from pipeline.twig.base import Base
+from pipeline.twig.decoding.choosing import Warp
+from pipeline.twig.decoding.generate import Answers
 from pipeline.twig.decoding.prompts import Prompts
 from pipeline.twig.decoding.session import Session
 from pipeline.twig.geometry import Geometry
@@ -177,3 +180,28 @@ def kept_by(specimen: TwigSpecimen, twig: Twig, prompts: Prompts, keep: float) -
 def made_once(make_folder: Callable[[str], Path]) -> Callable[[str], TwigSpecimen]:
     """Return a function that makes the specimen of a family at its first call; `make_folder` gives it a place."""
     return cache(lambda family: twig_specimen(family, make_folder(family)))
+
+
+def assert_pairs_follow_the_base(
+    base: Base, prompts: Prompts, geometry: Geometry, warp: Warp, draw: Callable[[], Answers], *, draws: int
+) -> None:
+    """Compare the first two tokens of drawn answers with the base's own probabilities under `warp` (chi-square).
+
+    `warp` leaves three tokens at each place.
+    """
+    first = warp(oracle_logits(base, prompts, [], None, geometry)[-1]).softmax(-1)
+    pairs: dict[tuple[int, int], float] = {}
+    for one in first.nonzero()[:, 0].tolist():
+        second = warp(oracle_logits(base, prompts, [one], None, geometry)[-1]).softmax(-1)
+        for other in second.nonzero()[:, 0].tolist():
+            pairs[one, other] = float(first[one] * second[other])
+    assert len(pairs) == 9 and sum(pairs.values()) == pytest.approx(1, abs=1e-5)
+    counts = dict.fromkeys(pairs, 0)
+    accepted = 0
+    for _ in range(draws):
+        made = draw()
+        counts[made.tokens[0][0], made.tokens[0][1]] += 1  # a pair that the base cannot write is a KeyError
+        accepted += made.accepted[0]
+    assert accepted > 0.1 * draws
+    statistic = sum((counts[pair] - draws * p) ** 2 / (draws * p) for pair, p in pairs.items())
+    assert statistic < 26.1  # chi-square with 8 degrees of freedom: 0.1% are larger

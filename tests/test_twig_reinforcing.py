@@ -294,6 +294,11 @@ def test_it_stops_early_and_keeps_the_best(stage_1, tmp_path):
     assert (
         train_twig(config, tmp_path / "run") == tmp_path / "run" / "twig"
     )  # finished: nothing is done again
+    # A resumed training has the patience that was left.
+    again = policy_config(stage_1, tmp_path, *held_out, *more, "train.resume_from_checkpoint=true")
+    train_until(2, again, tmp_path / "again", train=train_twig)
+    train_twig(again, tmp_path / "again")
+    assert max(entry["step"] for entry in log_of(tmp_path / "again")) == 3
 
 
 @pytest.mark.parametrize(

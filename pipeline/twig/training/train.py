@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pipeline.config.config import Config
 from pipeline.config.twig_settings import check_has_twig
@@ -22,6 +22,7 @@ from pipeline.twig.reinforcing.reward import PrunedBase
 from pipeline.twig.scaffold import Scaffold
 from pipeline.twig.training.base_head import BaseHead
 from pipeline.twig.training.beginning import Beginning
+from pipeline.twig.training.patience import Patience
 from pipeline.twig.training.trained_twig import TrainedTwig, with_adapters
 from pipeline.twig.training.twig_distiller import TwigDistiller
 
@@ -37,7 +38,7 @@ def train_twig(
     """
     policy = config.losses.active().get("policy")
     if policy is not None and policy.patience is not None:
-        callbacks = [*callbacks, EarlyStoppingCallback(policy.patience)]
+        callbacks = [*callbacks, Patience(policy.patience)]
     return train(twig_job(config), folder, overwrite=overwrite, callbacks=callbacks)
 
 

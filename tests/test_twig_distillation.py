@@ -153,3 +153,24 @@ def test_a_student_is_not_trained_with_the_losses_of_a_twig(loss, experiment, tm
 def test_a_store_of_another_layer_is_refused(small, tmp_path):
     with pytest.raises(FingerprintMismatch, match=r"query_attention"):
         train_twig(small.config(tmp_path, "targets.query_attention.layer=1"), tmp_path / "run")
+
+
+def test_first_weights_with_a_pruning_head_are_not_those_of_a_twig_without_one(small, tmp_path):
+    without = ["twig.pruning_head=false", "losses.query_attention=null"]
+    train_twig(small.config(tmp_path, *without), tmp_path / "without")
+    train_twig(small.config(tmp_path), tmp_path / "with")
+    for found, more, message in (
+        (
+            "without",
+            [],
+            r"twig.first_weights: .* has no pruning head, and twig.pruning_head: true was asked for",
+        ),
+        (
+            "with",
+            without,
+            r"twig.first_weights: .* has a pruning head, and twig.pruning_head: false was asked for",
+        ),
+    ):
+        first = f"twig.first_weights={tmp_path / found / 'twig'}"
+        with pytest.raises(ConfigError, match=message):
+            train_twig(small.config(tmp_path, *more, first), tmp_path / "run")

@@ -320,7 +320,12 @@ def test_sections_that_do_not_go_together_are_refused(overrides, message, stage_
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["losses.policy.keep=[0.1]"], r"keep: 0.1 of 4 vision tokens asked for"),
+        (["losses.policy.keep=[0.1]"], r"losses.policy.keep: 0.1 of 4 vision tokens asked for"),
+        # A share is refused before the first step, also if it would hardly ever be drawn.
+        (
+            ["losses.policy.keep=[0.4, 0.99]", "losses.policy.annealing=1e9"],
+            r"^losses.policy.keep: 0.99 of 4 .* between$",
+        ),
         (["twig.wipe_layer=3"], r"twig.first_weights: .* is a twig at .*wipe_layer=2.* one at .*wipe_layer=3"),
         (["twig.first_weights=nowhere"], r"nowhere: no config.json; name a folder that `alignkd twig train` wrote"),
     ],

@@ -54,7 +54,7 @@ class Geometry:
         raise ConfigError(
             f"keep: {keep:.4g} of {num_tokens} vision tokens asked for, which would leave {kept} from layer {first} "
             f"on; the layers before the twig alone use {spent:.4g}, and the layers before layer {wipe} use at most "
-            f"{most:.4g}: choose a share between, or null for no pruning"
+            f"{most:.4g}: choose a share between"
         )
 
 

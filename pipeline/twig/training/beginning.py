@@ -39,6 +39,7 @@ REMEDY = (
     "give the base that the store was made with as teacher.model, or run `alignkd teacher-cache` with this config "
     "into a new store"
 )
+SOME_TOKENS = 100  # where images differ: whether a share is possible does not depend on their vision tokens
 SIZES = ("family", "num_layers", "hidden_size", "vocab_size")
 
 
@@ -76,8 +77,7 @@ class Beginning:
                 "set twig.first_weights to copy, or twig.lora to null"
             )
         geometry = geometry_of(settings, facts.num_layers)
-        if settings.keep is not None and facts.num_vision_tokens is not None:
-            geometry.num_kept(facts.num_vision_tokens, settings.keep)
+        _check_shares(config, geometry, facts.num_vision_tokens or SOME_TOKENS)
         Twig.empty(base_config, geometry)  # raises for a family without a twig
         identity = _identity(name, base_config, store)
         losses = config.losses.active()
@@ -163,7 +163,9 @@ class Beginning:
                 f"at {self.geometry} of {self.base.name} ({self.base.digest[:12]}) was asked for; give the folder of "
                 "a twig of this base and place, or change the `twig` section"
             )
-        return {name: one.to(self.dtype) for name, one in read_tensors(folder).items() if name != DRAFT_IDS}
+        tensors = read_tensors(folder)
+        _check_pruning_head(self.settings, folder, tensors)
+        return {name: one.to(self.dtype) for name, one in tensors.items() if name != DRAFT_IDS}
 
 
 def _drawn(pruning_head: PruningHead | None) -> dict[str, Tensor]:
@@ -193,6 +195,29 @@ def _check_sizes(facts: TeacherFacts, store: Store) -> None:
                 f"twig: {field} of the base teacher.model {facts.name} is {getattr(facts, field)}, but {store.path} "
                 f"was made with a teacher of {getattr(theirs, field)}; {REMEDY}"
             )
+
+
+def _check_shares(config: Config, geometry: Geometry, num_tokens: int) -> None:
+    """Raise `ConfigError` for a share that no choice of vision tokens can have, before a training meets it."""
+    settings, policy = check_has_twig(config), config.losses.active().get("policy")
+    asked = [("twig", settings.keep)] if settings.keep is not None else []
+    asked += [("losses.policy", share) for share in policy.keep] if policy is not None else []
+    for section, share in asked:
+        try:
+            geometry.num_kept(num_tokens, share)
+        except ConfigError as error:
+            raise ConfigError(f"{section}.{error}") from error
+
+
+def _check_pruning_head(settings: TwigConfig, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ConfigError` unless a trained twig has a pruning head just if one is asked for."""
+    has_one = any(name.startswith("pruning_head.") for name in tensors)
+    if has_one != settings.pruning_head:
+        found, asked = ("a", "false") if has_one else ("no", "true")
+        raise ConfigError(
+            f"twig.first_weights: {folder} has {found} pruning head, and twig.pruning_head: {asked} was asked for; "
+            "give the folder of another twig, or change that"
+        )
 
 
 def _check_layer(config: Config, settings: TwigConfig, store: Store) -> None:

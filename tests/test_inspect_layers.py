@@ -20,7 +20,7 @@ from pipeline.data.preparation import pad_tokens
 from pipeline.data.shards import Sample, read_shard
 from pipeline.data.swapped_samples import with_images_of
 from pipeline.errors import ConfigError
-from pipeline.inspection.layer_table import layer_table
+from pipeline.inspection.layer_table import _conclusion, layer_table
 from pipeline.inspection.layers import LayerLook, LayerLooks, _Measurement, measure_layers, triples_of
 from pipeline.models.loading import load_network
 from pipeline.models.vlm import VisionLanguageModel
@@ -108,6 +108,9 @@ def test_the_layer_is_suggested_whose_attention_the_question_moves_most():
     assert few.suggested is None and few.why == "7 images with two questions were found, and 8 are needed"
     assert json.loads(few.to_json())["suggested"] is None
     assert "1 <  " in layer_table(looks(*scores, wipe_layer=3))
+    assert "the one of those before the twig's wipe_layer 3 whose" in _conclusion(
+        looks(*scores, wipe_layer=3)
+    )
 
 
 def test_the_command_prints_the_layers_and_writes_them_beside_the_store(experiment, tmp_path, capsys):

@@ -46,7 +46,7 @@ def _conclusion(found: LayerLooks) -> str:
     measured = f"{found.teacher}: {found.questions} other questions, {found.images} other images"
     if found.suggested is None:
         return f"{measured}; no layer is suggested: {found.why}"
-    limit = "" if found.wipe_layer is None else f" of those before the twig's wipe_layer, {found.wipe_layer}"
+    limit = "" if found.wipe_layer is None else f" of those before the twig's wipe_layer {found.wipe_layer}"
     return (
         f"{measured}; suggested: layer {found.suggested}, the one{limit} whose attention to the image the question "
         "moves most"

@@ -29,6 +29,7 @@ from bench.tables import print_table
 from pipeline.models.image_features import EncoderOutput
 from pipeline.models.mobilevlm import MobileVLMConfig, MobileVLMForCausalLM
 from pipeline.twig.base import Base
+from pipeline.twig.decoding.faster import TreeIfFaster
 from pipeline.twig.decoding.generate import Answers, Decoding, answer
 from pipeline.twig.decoding.prompts import Prompts
 from pipeline.twig.decoding.tree import Tree
@@ -89,10 +90,11 @@ def main(
                 f"twig, tree of {tree.nodes}": Decoding(new_tokens, tree=tree)
                 for tree in (Tree(), SMALL_TREE)
             },
+            "twig, tree if faster": Decoding(new_tokens, tree=TreeIfFaster(), **drafts),
         }
         ways: dict[str, Way] = {
             way: partial(
-                answer, base, twig if decoding.most_drafts or decoding.keep else None, prompts, decoding
+                answer, base, twig if decoding.has_drafts or decoding.keep else None, prompts, decoding
             )
             for way, decoding in decodings.items()
         }

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeline.distill.parts import build_distiller, load_student, open_dataset
     from pipeline.errors import ConfigError, JoinError, PipelineError
     from pipeline.twig.decoding.custom_generate import TwigGenerate, generate_with_twig
+    from pipeline.twig.decoding.faster import TreeIfFaster
     from pipeline.twig.decoding.tree import Tree
     from pipeline.twig.folder import load_twig
 
@@ -28,6 +29,7 @@ __all__ = [
     "JoinError",
     "PipelineError",
     "Tree",
+    "TreeIfFaster",
     "TwigGenerate",
     "build_distiller",
     "generate_with_twig",
@@ -43,6 +45,7 @@ _HOMES = {
     "pipeline.distill.parts": ("build_distiller", "load_student", "open_dataset"),
     "pipeline.errors": ("ConfigError", "JoinError", "PipelineError"),
     "pipeline.twig.decoding.custom_generate": ("TwigGenerate", "generate_with_twig"),
+    "pipeline.twig.decoding.faster": ("TreeIfFaster",),
     "pipeline.twig.decoding.tree": ("Tree",),
     "pipeline.twig.folder": ("load_twig",),
 }

@@ -18,4 +18,4 @@ def test_every_way_writes_the_same_text_unless_it_prunes(capsys):
         if line.startswith(("base  ", "twig  ", "twig, short", "twig, tree"))
     }
     assert same == {"True"}
-    assert sum(line.startswith(("base", "twig", "transformers")) for line in lines) == 8
+    assert sum(line.startswith(("base", "twig", "transformers")) for line in lines) == 9

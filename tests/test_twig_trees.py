@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from twig_models import (
 
 from pipeline.errors import ConfigError
 from pipeline.twig.decoding.choosing import Greedy, Sampling
+from pipeline.twig.decoding.drafting import SequenceDrafter
+from pipeline.twig.decoding.faster import TRIED, TreeIfFaster
 from pipeline.twig.decoding.generate import Decoding, answer
 from pipeline.twig.decoding.session import Session
 from pipeline.twig.decoding.tree import Growth, Tree
@@ -30,6 +33,15 @@ pytestmark = pytest.mark.slow
 
 GEOMETRY = Geometry(attach_layer=1, num_layers=2, wipe_layer=4, num_base_layers=6)
 KEEP = 0.5
+
+
+class TakingTurns(TreeIfFaster):
+    """A tree and a sequence by turns, and never a choice: whatever one leaves unread, the other reads."""
+
+    def way(self):
+        return min(self.paces, key=lambda way: self.paces[way].iterations)
+
+
 SHAPES = (
     Tree(1, 1, 1, 1),
     Tree(1, 1, 4, 4),
@@ -38,6 +50,7 @@ SHAPES = (
     Tree(3, 1, 2, 7),
     Tree(nodes=1),
     Tree(depth=1),
+    TakingTurns(Tree(2, 2, 3, 5)),
 )
 
 
@@ -118,6 +131,44 @@ def test_one_child_of_one_node_makes_the_same_drafts_as_a_sequence(one):
     assert 0 < sequence.accepted[0] < sequence.drafted[0]
     for name in ("tokens", "drafted", "accepted", "passes"):
         assert getattr(tree, name) == getattr(sequence, name)
+
+
+def test_a_tree_and_a_sequence_by_turns_leave_each_other_what_was_not_read(one):
+    """Where both make the same drafts, turns must not show: a twig that missed a token would draft worse."""
+    twig, prompts = one.twig(GEOMETRY), one.prompts([0, 1, 3])
+    sequence = answer(one.base, twig, prompts, Decoding(30, delta=4, threshold=0))
+    turns = TakingTurns(Tree(1, 1, 4, 4))
+    made = answer(one.base, twig, prompts, Decoding(30, delta=4, threshold=0, tree=turns))
+    assert min(pace.iterations for pace in turns.paces.values()) > 1
+    for name in ("tokens", "drafted", "accepted", "passes"):
+        assert getattr(made, name) == getattr(sequence, name)
+
+
+@pytest.mark.parametrize(("slow", "fast"), [("tree", "sequence"), ("sequence", "tree")])
+def test_what_is_faster_goes_on_in_the_next_answers(one, monkeypatch, slow, fast):
+    twig, prompts, measured = one.twig(GEOMETRY), one.prompts([0]), TreeIfFaster(Tree(2, 2, 3, 5))
+    drafter = {"tree": TreeDrafter, "sequence": SequenceDrafter}[slow]
+    draft = drafter.draft
+    monkeypatch.setattr(drafter, "draft", lambda *arguments: time.sleep(0.1) or draft(*arguments))
+    for _ in range(3):
+        answer(one.base, twig, prompts, Decoding(20, tree=measured))
+    assert measured.paces[slow].iterations == TRIED and measured.way() == fast
+    assert measured.paces[fast].iterations > TRIED
+
+
+def test_the_way_with_fewer_seconds_a_token_is_chosen_once_both_are_tried():
+    measured, ways = TreeIfFaster(), []
+    for _ in range(2 * TRIED):
+        ways.append(measured.way())
+        # A tree takes longer, and brings more still; the first iteration of each is not counted.
+        first = measured.paces[ways[-1]].iterations == 0
+        measured.paces[ways[-1]].add(
+            99 if first else {"tree": 3, "sequence": 1}[ways[-1]], {"tree": 4, "sequence": 1}[ways[-1]]
+        )
+    assert ways == ["sequence", "tree"] * TRIED
+    assert measured.way() == "tree" and measured.paces["tree"].seconds_a_token == 0.75
+    measured.paces["tree"].add(30, 1)
+    assert measured.way() == "sequence"
 
 
 def test_a_tree_accepts_more_than_a_sequence_of_its_depth(one):
@@ -288,9 +339,10 @@ class Confirmed(Watched):
         self.columns = [group.columns for group in self.session.groups.values()]
 
 
-def test_a_ragged_batch_holds_every_confirmed_token_once(one):
+@pytest.mark.parametrize("tree", [Tree(), TakingTurns(Tree(2, 2, 3, 5))])
+def test_a_ragged_batch_holds_every_confirmed_token_once(one, tree):
     twig = sure(one)
-    loop = Confirmed(one.base, twig, one.prompts([0, 1, 3]), Decoding(12, tree=Tree()), None)
+    loop = Confirmed(one.base, twig, one.prompts([0, 1, 3]), Decoding(12, tree=tree), None)
     answers = loop.watch()
     assert len({*answers.accepted}) > 1
     for columns in loop.columns:
@@ -302,7 +354,8 @@ def test_a_ragged_batch_holds_every_confirmed_token_once(one):
 # Sampling, and what is refused
 
 
-def test_sampling_keeps_the_distribution(one):
+@pytest.mark.parametrize("tree", [Tree(2, 2, 2, 5), TakingTurns(Tree(2, 2, 2, 5))])
+def test_sampling_keeps_the_distribution(one, tree):
     """Two tokens drawn along a tree: their pairs follow the base's own probabilities (chi-square)."""
     base, twig, prompts = one.base, one.twig(GEOMETRY), one.prompts([0])
     generator = torch.Generator().manual_seed(0)
@@ -311,7 +364,7 @@ def test_sampling_keeps_the_distribution(one):
         largest = scores.topk(3).values[..., -1:]
         return (2 * scores).masked_fill(scores < largest, float("-inf"))
 
-    how = Decoding(3, tree=Tree(2, 2, 2, 5), choice=Sampling(peaked, generator))
+    how = Decoding(3, tree=tree, choice=Sampling(peaked, generator))
     assert_pairs_follow_the_base(
         base, prompts, GEOMETRY, peaked, lambda: answer(base, twig, prompts, how), draws=800
     )
@@ -327,6 +380,8 @@ def test_a_tree_of_nothing_is_refused(name, value):
 def test_a_tree_and_looking_up_are_refused_together():
     with pytest.raises(ConfigError, match="look_up"):
         Decoding(4, tree=Tree(), look_up=2)
+    with pytest.raises(ConfigError, match="delta: 0"):
+        Decoding(4, delta=0, tree=TreeIfFaster())
     with pytest.raises(ConfigError, match="tree: expected"):
         Decoding(4, tree=4)  # pyright: ignore[reportArgumentType]
 

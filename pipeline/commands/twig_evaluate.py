@@ -30,7 +30,7 @@ def evaluate(
     speed: Annotated[bool, typer.Option(help="Measure the speed, too.")] = True,
     turns: Annotated[int, typer.Option(min=1, help="Turns in which each way answers the same prompts.")] = 10,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of a turn.")] = 3,
-    ways: Annotated[str, typer.Option(help="More ways to draft that are timed: auto, look_up, tree.")] = "",
+    ways: Annotated[str, typer.Option(help="More timed drafts: auto, look_up, tree, tree_if_faster.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Images of each test set; default: all.")] = None,
     output: Annotated[
         Path | None,

@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.configuration import image_token_of
 from pipeline.twig.base import Base
 from pipeline.twig.decoding.choosing import Choice, Greedy, Sampling
+from pipeline.twig.decoding.faster import TreeIfFaster
 from pipeline.twig.decoding.generate import Answers, Decoding, answer, answers_as_tensor
 from pipeline.twig.decoding.prompts import Prompts
 from pipeline.twig.decoding.tree import Tree
@@ -49,7 +50,7 @@ class TwigGenerate:
     delta: int | Literal["auto"] = 5
     threshold: float = 0.6
     look_up: int = 0
-    tree: Tree | None = None
+    tree: Tree | TreeIfFaster | None = None
 
     def __call__(
         self,

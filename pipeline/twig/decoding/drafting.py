@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from pipeline.twig.decoding.choosing import Choice, Drafted, Verdict
 from pipeline.twig.decoding.drafter import Drafter, Drafts
 from pipeline.twig.decoding.look_up import following_of_last_match
 from pipeline.twig.decoding.session import Session
+
+LONGEST_ADAPTED = 12  # drafts of an iteration under `delta: auto`
 
 
 @dataclass
@@ -46,11 +49,13 @@ class SequenceDrafts(Drafts):
 class DraftRules:
     """When drafting stops.
 
+    `delta`: after so many; `auto`: one more after an iteration that accepted all, else as few as were accepted.
     `threshold` (theta): after a token of a lower probability, which is still submitted. `stop_ids`: after one of
     these. `look_up`: where the twig stopped for being unsure, the tokens that followed the last occurrence of the
     last `look_up` tokens are drafted, too; 0: never.
     """
 
+    delta: int | Literal["auto"]
     threshold: float
     stop_ids: frozenset[int]
     look_up: int = 0
@@ -65,10 +70,12 @@ class SequenceDrafter(Drafter[SequenceDrafts]):
     def __init__(self, session: Session, choice: Choice, rules: DraftRules):
         super().__init__(session)
         self.choice, self.rules = choice, rules
+        self.most = 5 if rules.delta == "auto" else rules.delta
 
     def draft(
         self, texts: Sequence[Sequence[int]], starts: Sequence[int], limits: Sequence[int]
     ) -> SequenceDrafts:
+        limits = [min(self.most, limit) for limit in limits]
         drafts = SequenceDrafts([[] for _ in limits])
         going = [limit > 0 for limit in limits]
         unsure = [False] * len(limits)
@@ -144,6 +151,14 @@ class SequenceDrafter(Drafter[SequenceDrafts]):
         accepted = accepted.to(self.own.device)
         self.session.confirm(accepted)
         self._confirm_own(accepted)
+        if self.rules.delta == "auto":
+            self._adapt(drafts, columns)
+
+    def _adapt(self, drafts: SequenceDrafts, columns: Sequence[Sequence[int]]) -> None:
+        """One draft more after an iteration that accepted all, else as many as were accepted and one."""
+        most = max(map(len, columns))
+        is_whole = any(taken and len(taken) == drafts.count(b) for b, taken in enumerate(columns))
+        self.most = min(self.most + 1, LONGEST_ADAPTED) if is_whole else max(1, most + 1)
 
     def _confirm_own(self, accepted: Tensor) -> None:
         """Forget the drafts that were rejected, bool 'B n' by column, whether the twig has read them or not."""

@@ -15,13 +15,12 @@ from pipeline.twig.base import Base
 from pipeline.twig.decoding.choosing import Choice, Greedy, Verdict
 from pipeline.twig.decoding.drafter import Drafter, Drafts
 from pipeline.twig.decoding.drafting import DraftRules, SequenceDrafter, SequenceDrafts
+from pipeline.twig.decoding.faster import FasterDrafter, TreeIfFaster
 from pipeline.twig.decoding.prompts import Prompts
 from pipeline.twig.decoding.session import Session
 from pipeline.twig.decoding.tree import Tree
 from pipeline.twig.decoding.tree_drafting import TreeDrafter
 from pipeline.twig.module import Twig
-
-LONGEST_ADAPTED = 12  # drafts of an iteration under `delta: auto`
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,8 @@ class Decoding:
     `delta`      most drafts of an iteration; 0: none; `auto`: one more after an iteration that accepted all
     `threshold`  probability below which drafting stops (theta)
     `look_up`    tokens that must occur again for n-gram drafts where the twig is unsure; 0: none
-    `tree`       the shape of trees that are drafted; `delta` and `threshold` have no part in them; None: no trees
+    `tree`       the shape of trees that are drafted; `delta` and `threshold` have no part in them; None: no trees;
+                 TreeIfFaster: trees or sequences, what is measured to be faster
     """
 
     max_new_tokens: int
@@ -42,7 +42,7 @@ class Decoding:
     threshold: float = 0.6
     look_up: int = 0
     choice: Choice = field(default_factory=Greedy)
-    tree: Tree | None = None
+    tree: Tree | TreeIfFaster | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("delta", 0), ("look_up", 0)):
@@ -55,19 +55,20 @@ class Decoding:
             raise ConfigError(f"threshold: expected a probability, found {self.threshold!r}")
         if self.keep is not None and not (isinstance(self.keep, int | float) and 0 < self.keep <= 1):
             raise ConfigError(f"keep: expected a share above 0 and at most 1, or null, found {self.keep!r}")
-        if self.tree is not None and not isinstance(self.tree, Tree):
-            raise ConfigError(f"tree: expected a Tree(...) or null, found {self.tree!r}")
+        if self.tree is not None and not isinstance(self.tree, Tree | TreeIfFaster):
+            raise ConfigError(f"tree: expected a Tree(...), a TreeIfFaster(...) or null, found {self.tree!r}")
+        if isinstance(self.tree, TreeIfFaster) and self.delta == 0:
+            raise ConfigError(
+                "delta: 0 asked for with a TreeIfFaster, which drafts sequences, too; set delta"
+            )
         if self.tree is not None and self.look_up:
             raise ConfigError(
                 f"look_up: {self.look_up} asked for with a tree, which cannot hold its drafts; choose one"
             )
 
     @property
-    def most_drafts(self) -> int:
-        """The most drafts behind one another, in the first iteration."""
-        if self.tree is not None:
-            return self.tree.depth
-        return 5 if self.delta == "auto" else self.delta
+    def has_drafts(self) -> bool:
+        return self.tree is not None or self.delta != 0
 
 
 @dataclass
@@ -107,7 +108,7 @@ class _Loop:
     def __init__(
         self, base: Base, twig: Twig | None, prompts: Prompts, decoding: Decoding, scores: Tensor | None
     ):
-        if twig is None and (decoding.keep is not None or decoding.most_drafts):
+        if twig is None and (decoding.keep is not None or decoding.has_drafts):
             raise ConfigError("decoding without a twig: set keep and tree to null, and delta to 0")
         if twig is not None:
             _check_fits(base, twig)
@@ -119,16 +120,24 @@ class _Loop:
         self.prompts, self.decoding, self.scores = prompts, decoding, scores
         self.answers = Answers.begun(len(prompts.is_vision))
         self.active = [True] * len(self.answers.tokens)
-        self.delta = decoding.most_drafts
         self.drafter = self._drafter()
 
     def _drafter(self) -> Drafter[Any] | None:
-        if self.session.twig is None or self.delta == 0:
+        tree = self.decoding.tree
+        if self.session.twig is None or not self.decoding.has_drafts:
             return None
-        if (tree := self.decoding.tree) is not None:
-            return TreeDrafter(self.session, self.decoding.choice, tree, self.decoding.stop_ids)
-        rules = DraftRules(self.decoding.threshold, self.decoding.stop_ids, self.decoding.look_up)
-        return SequenceDrafter(self.session, self.decoding.choice, rules)
+        if isinstance(tree, Tree):
+            return self._of_trees(tree)
+        sequence = self._of_sequences()
+        return sequence if tree is None else FasterDrafter(sequence, self._of_trees(tree.tree), tree)
+
+    def _of_trees(self, tree: Tree) -> TreeDrafter:
+        return TreeDrafter(self.session, self.decoding.choice, tree, self.decoding.stop_ids)
+
+    def _of_sequences(self) -> SequenceDrafter:
+        how = self.decoding
+        rules = DraftRules(how.delta, how.threshold, how.stop_ids, how.look_up)
+        return SequenceDrafter(self.session, how.choice, rules)
 
     def run(self) -> Answers:
         self._begin()
@@ -166,10 +175,7 @@ class _Loop:
     def _draft(self) -> Drafts:
         lengths = [len(tokens) for tokens in self.answers.tokens]
         most = self.decoding.max_new_tokens
-        limits = [
-            min(self.delta, most - length - 1) if on else 0
-            for length, on in zip(lengths, self.active, strict=True)
-        ]
+        limits = [most - length - 1 if on else 0 for length, on in zip(lengths, self.active, strict=True)]
         if self.drafter is None or not any(limits):
             return SequenceDrafts([[] for _ in limits])
         starts = [self.prompts.length + length for length in lengths]
@@ -214,8 +220,6 @@ class _Loop:
         if drafts.num_columns:
             assert self.drafter is not None
             self.drafter.confirm(drafts, columns)
-        if self.decoding.delta == "auto" and self.decoding.tree is None:
-            self._adapt(drafts, columns)
         newest = [tokens[-1] for tokens in self.answers.tokens]
         rows = [
             self.prompts.length + len(tokens) - 1 if on else -1
@@ -226,12 +230,6 @@ class _Loop:
         self.session.pending = states, at
         if self.drafter is not None:
             self.drafter.confirmed(states, at)
-
-    def _adapt(self, drafts: Drafts, columns: Sequence[Sequence[int]]) -> None:
-        """One draft more after an iteration that accepted all, else as many as were accepted and one."""
-        most = max(map(len, columns))
-        is_whole = any(taken and len(taken) == drafts.count(b) for b, taken in enumerate(columns))
-        self.delta = min(self.delta + 1, LONGEST_ADAPTED) if is_whole else max(1, most + 1)
 
 
 def _check_fits(base: Base, twig: Twig) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -13,6 +14,7 @@ from transformers import GenerationConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluation.questions import Question
 from pipeline.models.vlm import ImageFeatures
+from pipeline.twig.decoding.faster import TreeIfFaster
 from pipeline.twig.decoding.generate import Answers, Decoding, answer
 from pipeline.twig.decoding.prompts import Prompts
 from pipeline.twig.decoding.tree import Tree
@@ -21,7 +23,12 @@ from pipeline.twig.evaluation.operations import Operations
 from pipeline.twig.module import Twig
 
 NO_TWIG, WITH_TWIG, GENERATE = "no twig", "twig", "generate of transformers"
-EXTRAS = {"auto": {"delta": "auto"}, "look_up": {"look_up": 2}, "tree": {"tree": Tree()}}
+EXTRAS: dict[str, Callable[[], dict[str, Any]]] = {
+    "auto": lambda: {"delta": "auto"},
+    "look_up": lambda: {"look_up": 2},
+    "tree": lambda: {"tree": Tree()},
+    "tree_if_faster": lambda: {"tree": TreeIfFaster()},
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def ways_of(asker: Asker, shares: Sequence[Fraction], extras: Sequence[str]) -> 
             Way(f"{WITH_TWIG}, {name}", _ours(asker, pruned), name),
         ]
     for extra in extras:
-        changed = replace(plain, **EXTRAS[extra])
+        changed = replace(plain, **EXTRAS[extra]())
         ways.append(Way(f"{WITH_TWIG}, {extra}", _ours(asker, changed), NO_TWIG))
     return [*ways, Way(GENERATE, _of_transformers(asker), NO_TWIG)]
 

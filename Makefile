@@ -157,14 +157,16 @@ emoji-teacher: $(EMOJI_DATA) ## retrain the emoji study's teacher (an hour on on
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji models
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pipeline.studies.emoji card
 
+# One base or one seed alone: make twig-plus BASES=redundant SEEDS=0
+BASES := redundant plain
 SEEDS := 0 1 2
 LOOKING := layer 11
 TWIG := HF_HUB_OFFLINE=1 $(BIN)/alignkd
-SELECTORS := twig,fastv,fastv+T,random,even,diverse,twig+diverse,twig rows,$(LOOKING)
+SELECTORS := twig,fastv,fastv+T,random,even,diverse,twig+diverse,$(LOOKING)
 RESUMED := train.resume_from_checkpoint=true
-OF_BASE = teacher.model=$(SCENES)/models/$$base cache.path=$(SCENES)/$$base.zarr
+OF_BASE = teacher.model=$(SCENES)/models/$$base cache.path=$(SCENES)/$$base.zarr $(ARGS)
 twig: $(SCENES_DATA) $(SCENES_MODELS) ## run the scenes study: twigs on two base models, three seeds each (an hour on two cores; a rerun resumes)
-	@for base in redundant plain; do \
+	@for base in $(BASES); do \
 		of="--config configs/twig/scenes.yaml $(OF_BASE)"; \
 		$(TWIG) teacher-cache $$of || exit 1; \
 		twigs=""; \
@@ -176,7 +178,7 @@ twig: $(SCENES_DATA) $(SCENES_MODELS) ## run the scenes study: twigs on two base
 	done
 
 twig-plus: twig ## go on with the scenes study: pruning heads that learn from the base and from reward (an hour more)
-	@for base in redundant plain; do \
+	@for base in $(BASES); do \
 		twigs=""; \
 		for seed in $(SEEDS); do \
 			folder=$(SCENES)/$$base/seed_$$seed; \

@@ -82,13 +82,13 @@ VARIANTS = (
         "targets.logits.tail_samples=2",
         "targets.hidden_states={}",
         "targets.final_hidden={}",
-        "targets.query_attention={}",
+        "targets.query_attention={layer: 0}",
         "losses.logits.direction=forward",
         "student.lora={}",
     ],
 )
 A_TWIG = ["student=null", "evaluate=null", "losses={query_attention: {}, prediction: {}}"]
-A_TWIG += ["targets={hidden_states: {layer: 1}, query_attention: {}, final_hidden: {}}"]
+A_TWIG += ["targets={hidden_states: {layer: 1}, query_attention: {layer: 0}, final_hidden: {}}"]
 A_TWIG += ["twig={attach_layer: 1, num_layers: 1, keep: 0.5, lora: {}, pruning_head: true}"]
 REINFORCED = [one for one in A_TWIG if not one.startswith("losses")] + [
     "losses={policy: {keep: [0.5], group: 2}}"
@@ -155,14 +155,15 @@ def caches(path: str = "{store}", allowed: str = ANY, **more: str) -> list[str]:
     return ["cache=null", f"caches=[{{path: '{path}', allow_mismatch: {allowed}{others}}}]"]
 
 
-def of_target(name: str, setting: str) -> tuple[list[str], list[str]]:
-    """Return overrides that add a target as it is by default, and with a setting."""
-    return [*ONE_STORE, f"targets.{name}={{}}"], [*ONE_STORE, f"targets.{name}={{{setting}}}"]
+def of_target(name: str, setting: str, needed: str = "") -> tuple[list[str], list[str]]:
+    """Return overrides that add a target with what it needs, and with a setting."""
+    plain = [*ONE_STORE, f"targets.{name}={{{needed}}}"]
+    return plain, [*plain, f"targets.{name}.{setting.replace(': ', '=')}"]
 
 
 TWIG = [*ONE_STORE, "student=null", "losses={}", "targets={hidden_states: {layer: 1}}"]
 TWIG += ["twig={attach_layer: 1, num_layers: 2, lora: {}}"]
-DISTILLED = [*TWIG, "targets={hidden_states: {layer: 1}, query_attention: {}, final_hidden: {}}"]
+DISTILLED = [*TWIG, "targets={hidden_states: {layer: 1}, query_attention: {layer: 0}, final_hidden: {}}"]
 DISTILLED += ["losses={query_attention: {}, prediction: {}}", "twig.pruning_head=true"]
 REINFORCING = [*TWIG, "losses={policy: {}, supervised: null}", "twig.pruning_head=true", "twig.lora=null"]
 REINFORCING += ["data.held_out_shards={shard}", "train.eval_strategy=epoch", "train.save_strategy=epoch"]
@@ -242,10 +243,10 @@ OTHER: dict[str, str | tuple[list[str], list[str]]] = {
     "targets.hidden_states.codec": of_target("hidden_states", "codec: float32"),
     "targets.final_hidden.source": of_target("final_hidden", "source: recompute"),
     "targets.final_hidden.codec": of_target("final_hidden", "codec: float32"),
-    "targets.query_attention.source": of_target("query_attention", "source: recompute"),
-    "targets.query_attention.layer": of_target("query_attention", "layer: 1"),
-    "targets.query_attention.heads": of_target("query_attention", "heads: each"),
-    "targets.query_attention.codec": of_target("query_attention", "codec: float16"),
+    "targets.query_attention.source": of_target("query_attention", "source: recompute", "layer: 0"),
+    "targets.query_attention.layer": of_target("query_attention", "layer: 1", "layer: 0"),
+    "targets.query_attention.heads": of_target("query_attention", "heads: each", "layer: 0"),
+    "targets.query_attention.codec": of_target("query_attention", "codec: float16", "layer: 0"),
     "losses.supervised.weight": "0.5",
     "losses.attention.weight": "0.5",
     "losses.attention.distance": "mse",

@@ -26,7 +26,7 @@ class QueryAttentionTarget(Target):
     source: Source = "cache"
     """`cache` stores it, `recompute` lets stage 2 recompute it with a stub of the teacher.
     [stage 1, stage 2; store, run]"""
-    layer: int = Field(default=0, ge=0)
+    layer: int = Field(ge=0)
     """The teacher's layer, counted from 0 over those that have attention; `suggested`: the one that `alignkd inspect
     layers` found. [layers; stage 1, stage 2; store, run]"""
     heads: Literal["each", "mean"] = "mean"

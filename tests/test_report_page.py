@@ -12,6 +12,8 @@ import pytest
 from parsed_page import Page, page_of
 from small_sweep import change, write_run, write_sweep, write_timed_store
 
+from pipeline.report.curve_panels import draw_curves
+from pipeline.report.curves import kind_for
 from pipeline.report.gather import gather
 from pipeline.report.page import render_page, write_report
 
@@ -197,7 +199,7 @@ def test_a_cache_that_has_not_paid_back_says_so(tmp_path: Path):
 
 def test_held_out_losses_are_rings_at_their_steps_in_the_panel_of_their_term(tmp_path: Path):
     write_run(tmp_path / "run", ["supervised", "logits"], config={"cache": {"path": "nowhere"}})
-    said = "Rings in the panels of raw losses are held-out samples, which no step trains on."
+    said = "Rings are held-out samples, which no step trains on."
     before = page_of(tmp_path / "run")
     assert said not in before.text
     state = tmp_path / "run" / "trainer_state.json"
@@ -219,6 +221,33 @@ def test_held_out_losses_are_rings_at_their_steps_in_the_panel_of_their_term(tmp
         for found in (before, page)
     ]
     assert rings == [0, 2]
+
+
+def test_what_is_observed_beside_a_loss_has_a_panel_and_held_out_rewards_are_its_rings(tmp_path: Path):
+    """A policy's held-out loss is minus the reward: it has no place on the axis of the losses of steps."""
+    write_run(tmp_path / "run", ["policy"], config={"cache": {"path": "nowhere"}})
+    state = tmp_path / "run" / "trainer_state.json"
+    log = json.loads(state.read_text())["log_history"]
+    for entry in [entry for entry in log if "loss" in entry]:
+        entry |= {"policy/reward": -0.5, "policy/overlap": 0.25}
+    log.insert(-1, {"step": 15, "eval_policy": 7.0, "eval_policy/reward": -7.0, "eval_policy/overlap": 1.0})
+    change(state, log_history=log)
+    findings = gather(tmp_path / "run")
+    curves = draw_curves(findings)
+    assert list(curves["rows"]) == ["policy", "policy/overlap", "policy/reward"] and curves["held_out"]
+    [reward] = curves["rows"]["policy/reward"]
+    assert reward.kind == "observed" and "log probability, nats" in reward.svg
+    rings = {
+        name: sum("<use" in panel.svg and "series-1" in panel.svg for panel in panels)
+        for name, panels in curves["rows"].items()
+    }
+    assert rings == {"policy": 0, "policy/overlap": 0, "policy/reward": 1}
+    assert "policy/reward" in page_of(tmp_path / "run").text
+
+
+def test_losses_far_below_zero_are_not_drawn_on_a_logarithmic_axis():
+    assert kind_for([[100.0, 1.0, 1.0, -2.0]]) == "linear"
+    assert kind_for([[100.0, 1.0, 1.0, -0.5]]) == "log"  # a little noise around zero hides no curve
 
 
 def test_the_config_stands_in_the_page(sweep: Path):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Literal
 
 import matplotlib
@@ -81,11 +81,14 @@ class Scale:
 def kind_for(panels: Iterable[Sequence[float]]) -> Kind:
     """Return one kind of scale for panels of one quantity: logarithmic if one needs it and all can have it.
 
-    A panel can have it if most of its values are positive; its other values are then below the axis.
+    A panel can have it if most of its values are positive, and none is further below zero than a usual one is above;
+    its values of zero or less are then below the axis.
     """
     finite = [[value for value in values if math.isfinite(value)] for values in panels]
     filled = [(values, [value for value in values if value > 0]) for values in finite if values]
-    if any(2 * len(positive) <= len(values) for values, positive in filled):
+    if any(
+        2 * len(positive) <= len(values) or -min(values) > median(positive) for values, positive in filled
+    ):
         return "linear"
     return "log" if any(max(positive) / min(positive) >= LOG_FROM for _, positive in filled) else "linear"
 

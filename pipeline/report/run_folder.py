@@ -27,9 +27,20 @@ def read_run(folder: Path, label: str = "") -> tuple[dict[str, Any], list[dict[s
         ]
         keys = {key.removeprefix("loss/") for entry in history for key in entry if key.startswith("loss/")}
         terms = [key for key in keys if not key.endswith("_weighted")]
-        history = sorted([*history, *_held_out(state, terms)], key=lambda entry: entry["step"])
+        beside = list(_observed(state, terms))
+        observed = {key.removeprefix("observed/") for entry in beside for key in entry if key != "step"}
+        held_out = _held_out(state, [*terms, *observed])
+        history = sorted([*history, *beside, *held_out], key=lambda entry: entry["step"])
         line = {"name": folder.resolve().name, "label": label, "terms": terms, **costs_of(state)}
         return line | {"threads": None}, history
+
+
+def _observed(state: dict[str, Any], terms: Iterable[str]) -> Iterator[dict[str, float]]:
+    """Yield what is logged beside the losses: x/y is observed with the term x."""
+    beginnings = tuple(f"{term}/" for term in terms)
+    for entry in loss_entries(state):
+        if found := {f"observed/{key}": float(x) for key, x in entry.items() if key.startswith(beginnings)}:
+            yield {"step": entry["step"]} | found
 
 
 def _held_out(state: dict[str, Any], terms: Iterable[str]) -> Iterator[dict[str, float]]:

@@ -14,7 +14,8 @@ class TrainingRun:
     """One training of a variation.
 
     `history` holds, for each logged step, `step`, `loss/x`, `loss/x_weighted` and perhaps `gradient_share/x`, and
-    for each step at which held-out samples were looked at, `held_out/x`. It is None if the run's folder is gone.
+    for each step at which held-out samples were looked at, `held_out/x`. What is observed beside a term x is
+    `observed/x/y`, and held out `held_out/x/y`. It is None if the run's folder is gone.
     """
 
     label: str

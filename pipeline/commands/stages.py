@@ -199,7 +199,8 @@ def _troubles(run: CacheSummary, *, num_samples: int) -> list[str]:
     if run.changed:
         troubles += [
             f"alignkd: {counted(run.changed, 'shard')} changed since the part was captured, which stays as it was; "
-            "the same command with --recapture-changed captures what is there now:",
+            "the same command with --recapture-changed captures what is there now in its place; a different shard of "
+            "the same name needs another name:",
             *run.changed,
         ]
     if not run.broken and (not num_samples or (run.seen and not run.cached)):

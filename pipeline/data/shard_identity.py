@@ -132,6 +132,6 @@ def check_unchanged(stores: Sequence[Store], shards: Mapping[str, str]) -> None:
         shard, path, change = changes[0]
         raise JoinError(
             f"{len(changes)} of {len(shards)} shards changed since they were cached in {path}, first {shard} "
-            f"({change}); restore them, or run `alignkd teacher-cache --recapture-changed`; if these are other shards, "
-            "give them other names, because a part has the name of its shard"
+            f"({change}); restore them, or run `alignkd teacher-cache --recapture-changed`; if these are other "
+            "shards, give them other names, because a part has the name of its shard"
         )

@@ -11,9 +11,8 @@ from pipeline.losses.divergences import kl
 from pipeline.losses.inputs import Head, Result, StudentOutputs, TeacherTargets, Weight, count_of
 from pipeline.settings import Section
 
-SMALLEST_SHARE = (
-    1e-9  # smaller shares of attention are raised to this; on both sides, so that equal stays equal
-)
+# Smaller shares of attention are raised to this, on both sides, so that equal ones stay equal.
+SMALLEST_SHARE = 1e-9
 SMALLEST_SPREAD = 1e-6  # added to the spread of a group's rewards, which may all be equal
 
 

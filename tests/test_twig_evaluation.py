@@ -16,6 +16,7 @@ from pipeline.evaluation.predictions import Prediction
 from pipeline.twig.base import Base
 from pipeline.twig.decoding.generate import Answers
 from pipeline.twig.evaluation.asking import spread
+from pipeline.twig.evaluation.curves import COLOURS, look_of
 from pipeline.twig.evaluation.kept import SETTINGS, WHOLE, Pruned, open_folder
 from pipeline.twig.evaluation.operations import Operations
 from pipeline.twig.evaluation.pictures import DARK, dimmed
@@ -151,6 +152,11 @@ def test_cells_that_go_are_dark():
     seen = np.asarray(dimmed(image, np.array([[True, False], [False, True]])))
     assert (seen[:3, :3] == 200).all() and (seen[3:, 3:] == 200).all()
     assert (seen[:3, 3:] == int(200 * DARK)).all() and (seen[3:, :3] == int(200 * DARK)).all()
+
+
+def test_lines_of_a_picture_look_unlike_each_other_though_the_colours_are_used_up():
+    looks = [tuple(look_of(number, COLOURS).values()) for number in range(3 * len(COLOURS))]
+    assert len(set(looks)) == len(looks)
 
 
 def test_operations_are_positions_times_parameters():

@@ -17,7 +17,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f
 GREY = "#6b6b6b"
 PANEL = (3.6, 2.6)  # inches
 SPREAD = 0.004  # of vision tokens, between the points of two selectors at one share
-MARKERS = "os^"  # one more where the colours are used up
+LOOKS = (("o", "-"), ("s", "--"), ("^", ":"))  # markers and lines: the next where the colours are used up
 
 
 def kept_figure(result: Evaluation, *, ink: str = GREY, colours: Sequence[str] = COLOURS) -> Figure | None:
@@ -35,7 +35,7 @@ def kept_figure(result: Evaluation, *, ink: str = GREY, colours: Sequence[str] =
         selectors = result.selectors()
         for number, selector in enumerate(selectors):
             rows, place = result.rows(test_set, kind, selector), number - (len(selectors) - 1) / 2
-            _draw_kept(axes, rows, selector, place, colours[number % len(colours)])
+            _draw_kept(axes, rows, selector, place, look_of(number, colours))
         axes.axhline(1, color=ink, linewidth=0.6, linestyle=":")
         title = f"{kind} answers" + (f", {test_set}" if len(result.test_sets()) > 1 else "")
         style(axes, title, "vision tokens kept", "accuracy kept", ink)
@@ -45,7 +45,7 @@ def kept_figure(result: Evaluation, *, ink: str = GREY, colours: Sequence[str] =
     return figure
 
 
-def _draw_kept(axes: Axes, rows: Sequence[KeptRow], name: str, place: float, colour: str) -> None:
+def _draw_kept(axes: Axes, rows: Sequence[KeptRow], name: str, place: float, look: dict[str, Any]) -> None:
     """Draw a selector's line; `place` moves it sideways, so that intervals do not cover each other."""
     found = sorted(((row.share, row.kept) for row in rows if row.kept), key=lambda pair: pair[0])
     shares = [share + SPREAD * place for share, _ in found]
@@ -54,7 +54,14 @@ def _draw_kept(axes: Axes, rows: Sequence[KeptRow], name: str, place: float, col
         [max(0.0, kept.value - kept.low) for _, kept in found],
         [max(0.0, kept.high - kept.value) for _, kept in found],
     ]
-    axes.errorbar(shares, middles, errors, color=colour, label=name, fmt="o-", ms=3, linewidth=1, capsize=2)
+    axes.errorbar(shares, middles, errors, label=name, ms=3, linewidth=1, capsize=2, **look)
+
+
+def look_of(number: int, colours: Sequence[str]) -> dict[str, Any]:
+    """Return colour, marker and line of the `number`-th line of a picture, counted from 0."""
+    repeats, place = divmod(number, len(colours))
+    marker, line = LOOKS[repeats % len(LOOKS)]
+    return {"color": colours[place], "marker": marker, "linestyle": line}
 
 
 def speed_figure(result: Evaluation, *, ink: str = GREY, colours: Sequence[str] = COLOURS) -> Figure | None:
@@ -67,18 +74,14 @@ def speed_figure(result: Evaluation, *, ink: str = GREY, colours: Sequence[str] 
     for axes, kind in zip(axes_of(figure, len(kinds)), kinds, strict=True):
         for row in result.speed:
             if row.kind == kind and (ratio := row.time_ratio):
-                repeats, number = divmod(ways.index(row.way), len(colours))
-                marker, colour = MARKERS[repeats % len(MARKERS)], colours[number]
                 errors = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
-                options: dict[str, Any] = {
-                    "color": colour,
+                options: dict[str, Any] = look_of(ways.index(row.way), colours) | {
                     "label": row.way,
-                    "ms": 5,
-                    "capsize": 2,
-                    "elinewidth": 0.8,
+                    "linestyle": "",
                 }
+                options |= {"ms": 5, "capsize": 2, "elinewidth": 0.8}
                 options |= {} if row.acceptance is not None else {"mfc": "none"}
-                axes.errorbar([row.acceptance or 0], [ratio.median], errors, fmt=marker, **options)
+                axes.errorbar([row.acceptance or 0], [ratio.median], errors, **options)
         axes.axhline(1, color=ink, linewidth=0.6, linestyle=":")
         style(axes, f"{kind} answers", "drafts accepted (rings: no drafts)", "times as fast", ink)
         axes.set_xlim(-0.05, 1.05)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from pipeline.ratios import Ratios
-from pipeline.twig.evaluation.curves import COLOURS, GREY, PANEL, add_legend, axes_of, percent, style
+from pipeline.twig.evaluation.curves import COLOURS, GREY, PANEL, add_legend, axes_of, look_of, percent, style
 from pipeline.twig.evaluation.result import Evaluation, Interval
 from pipeline.twig.evaluation.scoring import LONG, SHORT
 from pipeline.twig.evaluation.selectors import TWIG
@@ -65,7 +66,7 @@ def tradeoff_figure(
     for axes, (test_set, kind, settings) in zip(axes_of(figure, len(panels)), panels, strict=True):
         for number, line in enumerate(lines):
             of_line = [setting for setting in settings if setting.line == line]
-            _draw_line(axes, of_line, line, colours[number % len(colours)])
+            _draw_line(axes, of_line, line, look_of(number, colours))
         title = f"{kind} answers" + (f", {test_set}" if len(result.test_sets()) > 1 else "")
         style(axes, title, "times as fast, whole answers", "accuracy kept", ink)
         axes.yaxis.set_major_formatter(FuncFormatter(percent))
@@ -73,7 +74,7 @@ def tradeoff_figure(
     return figure
 
 
-def _draw_line(axes: Axes, settings: Sequence[Setting], name: str, colour: str) -> None:
+def _draw_line(axes: Axes, settings: Sequence[Setting], name: str, look: dict[str, Any]) -> None:
     ratios = [one.faster or AS_FAST for one in settings]
     middles = [ratio.median for ratio in ratios]
     spread = [[ratio.median - ratio.low for ratio in ratios], [ratio.high - ratio.median for ratio in ratios]]
@@ -82,10 +83,8 @@ def _draw_line(axes: Axes, settings: Sequence[Setting], name: str, colour: str) 
         [max(0.0, one.kept.value - one.kept.low) for one in settings],
         [max(0.0, one.kept.high - one.kept.value) for one in settings],
     ]
-    axes.errorbar(
-        middles, kept, errors, spread, color=colour, label=name, fmt="o-", ms=4, linewidth=1, elinewidth=0.6
-    )
+    axes.errorbar(middles, kept, errors, spread, label=name, ms=4, linewidth=1, elinewidth=0.6, **look)
     for x, y, one in zip(middles, kept, settings, strict=True):
         if " kept" in one.way:
             share = one.way.removeprefix(f"{WITH_TWIG}, ").removesuffix(" kept")
-            axes.annotate(share, (x, y), (3, 3), textcoords="offset points", fontsize=6, color=colour)
+            axes.annotate(share, (x, y), (3, 3), textcoords="offset points", fontsize=6, color=look["color"])

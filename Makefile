@@ -177,7 +177,7 @@ twig: $(SCENES_DATA) $(SCENES_MODELS) ## run the scenes study: twigs on two base
 		$(TWIG) twig evaluate $$of output_dir=$(SCENES)/$$base $$twigs --selectors "$(SELECTORS)" || exit 1; \
 	done
 
-twig-plus: twig ## go on with the scenes study: pruning heads that learn from the base and from reward (an hour more)
+twig-plus: twig ## go on with the scenes study: pruning heads that learn from the base and from reward (three hours more)
 	@for base in $(BASES); do \
 		twigs=""; \
 		for seed in $(SEEDS); do \

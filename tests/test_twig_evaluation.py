@@ -16,7 +16,7 @@ from pipeline.evaluation.predictions import Prediction
 from pipeline.twig.base import Base
 from pipeline.twig.decoding.generate import Answers
 from pipeline.twig.evaluation.asking import spread
-from pipeline.twig.evaluation.curves import COLOURS, look_of
+from pipeline.twig.evaluation.curves import COLOURS, look_of, percent
 from pipeline.twig.evaluation.kept import SETTINGS, WHOLE, Pruned, open_folder
 from pipeline.twig.evaluation.operations import Operations
 from pipeline.twig.evaluation.pictures import DARK, dimmed
@@ -157,6 +157,10 @@ def test_cells_that_go_are_dark():
 def test_lines_of_a_picture_look_unlike_each_other_though_the_colours_are_used_up():
     looks = [tuple(look_of(number, COLOURS).values()) for number in range(3 * len(COLOURS))]
     assert len(set(looks)) == len(looks)
+
+
+def test_ticks_of_half_a_percent_are_told_apart():
+    assert [percent(share, None) for share in (0.985, 0.99, 1.0, 0.07)] == ["98.5%", "99%", "100%", "7%"]
 
 
 def test_operations_are_positions_times_parameters():

@@ -97,7 +97,7 @@ def axes_of(figure: Figure, number: int) -> list[Axes]:
 
 def percent(share: float, _: object) -> str:
     """Format a share for an axis."""
-    return f"{100 * share:.0f}%"
+    return f"{100 * share:.5g}%"
 
 
 def style(axes: Axes, title: str, below: str, beside: str, ink: str) -> None:

@@ -63,7 +63,7 @@ class FasterDrafter(Drafter[Drafts]):
         super().__init__(sequence.session)
         self.drafters: dict[Way, Drafter[Any]] = {"sequence": sequence, "tree": tree}
         self.measured = measured
-        self.now: Way = measured.way()
+        self.now: Way = "sequence"  # what this iteration drafts
         self.last_confirmed: float | None = None
 
     def draft(self, texts: Sequence[Sequence[int]], starts: Sequence[int], limits: Sequence[int]) -> Drafts:

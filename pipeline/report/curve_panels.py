@@ -56,11 +56,10 @@ def draw_curves(findings: Findings) -> dict[str, Any]:
 
     curves = {(term, kind): of_runs(key.format(term)) for term in terms for kind, key in KINDS.items()}
     curves |= {(name, OBSERVED): of_runs(OF_OBSERVED.format(name)) for name in observed}
-    looked_at = [*((term, RAW) for term in terms), *((name, OBSERVED) for name in observed)]
     held_out = {
         (name, kind): [replace(curve, held_out=True) for curve in of_runs(HELD_OUT.format(name))]
-        for name, kind in looked_at
-        if name not in NO_RINGS
+        for name, kind in curves
+        if kind in (RAW, OBSERVED) and name not in NO_RINGS
     }
     every = {place: [*drawn, *held_out.get(place, [])] for place, drawn in curves.items()}
     scales = _scales(every)

@@ -49,7 +49,7 @@ class SequenceDrafts(Drafts):
 class DraftRules:
     """When drafting stops.
 
-    `delta`: after so many; `auto`: one more after an iteration that accepted all, else as few as were accepted.
+    `delta`: after so many; `auto`: one more after an iteration that accepted all, else what was accepted and one.
     `threshold` (theta): after a token of a lower probability, which is still submitted. `stop_ids`: after one of
     these. `look_up`: where the twig stopped for being unsure, the tokens that followed the last occurrence of the
     last `look_up` tokens are drafted, too; 0: never.
